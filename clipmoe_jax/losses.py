@@ -1,0 +1,111 @@
+"""Losses of CLIP-MoE training. A loss dict's keys that end in `_loss` are summed; the others are reported.
+
+Letters: B batch, L length, M MoE blocks, E experts, K selected experts.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from clipmoe_jax.models.moe import route
+
+Array = jax.Array
+
+
+def normalize_features(features: Array) -> Array:
+    """Rows of unit length, in float32. (B, embed) -> (B, embed)."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def contrastive_loss(
+    image_features: Array, text_features: Array, logit_scale: Array, label_smoothing: float = 0.0
+) -> dict[str, Array]:
+    """Symmetric cross-entropy over the similarity matrix of the global batch (arXiv 2103.00020, figure 3).
+
+    image_features, text_features (B, embed), any scale; logit_scale () a logarithm. Float32 throughout.
+    Returns contrastive_loss and batch_accuracy, the share of images that rank their own caption first.
+    """
+    images, texts = normalize_features(image_features), normalize_features(text_features)
+    similarity = jnp.einsum("id,td->it", images, texts, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.exp(logit_scale) * similarity
+    loss = (_cross_entropy(logits, label_smoothing) + _cross_entropy(logits.T, label_smoothing)) / 2
+    accuracy = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0]))
+    return {"contrastive_loss": loss, "batch_accuracy": accuracy}
+
+
+def _cross_entropy(logits: Array, label_smoothing: float) -> Array:
+    """Row i belongs to class i; smoothing spreads mass over all classes, the right one included."""
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    own, mean = jnp.diagonal(log_probabilities), log_probabilities.mean(axis=-1)
+    return -jnp.mean((1 - label_smoothing) * own + label_smoothing * mean)
+
+
+def load_balance(router_logits: Array, num_selected_experts: int, mask: Array | None = None) -> Array:
+    """E * sum_e f_e P_e, averaged over blocks (arXiv 2409.19291, eq. 6-9): 1 when perfectly balanced.
+
+    f_e is the share of routed slots that went to expert e, P_e its mean router probability.
+    router_logits (B, M, L, E) float32; mask (B, L) bool leaves tokens (padding) out. Returns a scalar.
+    """
+    num_experts = router_logits.shape[-1]
+    weights = _token_weights(router_logits, mask)
+    slots = _slots_per_expert(router_logits, num_selected_experts)
+    fraction = jnp.einsum("bmle,bml->me", slots, weights) / num_selected_experts
+    probability = jnp.einsum("bmle,bml->me", jax.nn.softmax(router_logits, axis=-1), weights)
+    return num_experts * jnp.mean(jnp.sum(fraction * probability, axis=-1))
+
+
+def released_load_balance(router_logits: Array, num_selected_experts: int) -> Array:
+    """The released code's balance: all blocks as one, padding counted, K at perfect balance.
+
+    router_logits (B, M, L, E) float32. Returns a scalar.
+    """
+    num_experts = router_logits.shape[-1]
+    slots = _slots_per_expert(router_logits, num_selected_experts)
+    fraction = slots.mean(axis=(0, 1, 2))
+    probability = jax.nn.softmax(router_logits, axis=-1).mean(axis=(0, 1, 2))
+    return num_experts * jnp.sum(fraction * probability)
+
+
+def balance_losses(
+    outputs: dict, text_mask: Array, num_selected_experts: int, coefficient: float, kind: str = "paper"
+) -> dict[str, Array]:
+    """Load balance of both towers from `Clip.__call__`'s outputs; empty for a dense model.
+
+    kind "paper": coefficient * (image + text) / 2, padding left out. "released": coefficient *
+    (image + text / 2), as the released code weighs them. text_mask (B, L) bool.
+    """
+    if not outputs["image_aux"]:
+        return {}
+    image_logits = outputs["image_aux"]["router_logits"]
+    text_logits = outputs["text_aux"]["router_logits"]
+    if kind == "released":
+        image = released_load_balance(image_logits, num_selected_experts)
+        text = released_load_balance(text_logits, num_selected_experts)
+        total = image + text / 2
+    elif kind == "paper":
+        image = load_balance(image_logits, num_selected_experts)
+        text = load_balance(text_logits, num_selected_experts, text_mask)
+        total = (image + text) / 2
+    else:
+        raise ValueError(f"balance={kind!r} is not known: choose 'paper' or 'released'")
+    return {"balance_loss": coefficient * total, "balance_image": image, "balance_text": text}
+
+
+def total_loss(losses: dict[str, Array]) -> Array:
+    """The sum of all entries whose key ends in `_loss`."""
+    return sum(value for name, value in losses.items() if name.endswith("_loss"))
+
+
+def _slots_per_expert(router_logits: Array, num_selected_experts: int) -> Array:
+    """(B, M, L, E) logits -> (B, M, L, E) float32: 1 where an expert was selected."""
+    _, expert_ids = route(router_logits, num_selected_experts)
+    return jax.nn.one_hot(expert_ids, router_logits.shape[-1]).sum(axis=-2)
+
+
+def _token_weights(router_logits: Array, mask: Array | None) -> Array:
+    """(B, M, L) float32 weights that sum to one over the tokens of each block."""
+    batch, blocks, length, _ = router_logits.shape
+    if mask is None:
+        mask = jnp.ones((batch, length))
+    mask = mask.astype(jnp.float32)
+    return jnp.broadcast_to((mask / mask.sum())[:, None], (batch, blocks, length))

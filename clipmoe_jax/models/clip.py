@@ -1,0 +1,244 @@
+"""CLIP, dense or mixture-of-experts: two towers into one embedding space.
+
+Letters: B batch, L length, D width, P patch size, G patches along a side, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clipmoe_jax.data.preprocess import MEAN, STD
+from clipmoe_jax.models.transformer import (
+    ACTIVATIONS,
+    MoeConfig,
+    RunConfig,
+    apply_blocks,
+    layer_norm,
+)
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    num_layers: int = 12
+    head_width: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 512
+    num_layers: int = 12
+    head_width: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The architecture: everything that the shapes and the meaning of the parameters depend on."""
+
+    embed_dim: int = 512
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    activation: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    moe: MoeConfig | None = None
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
+        for name, tower in (("vision", self.vision), ("text", self.text)):
+            if tower.width % tower.head_width:
+                raise ValueError(
+                    f"{name}.width={tower.width} is not a multiple of {name}.head_width="
+                    f"{tower.head_width}"
+                )
+        if self.vision.image_size % self.vision.patch_size:
+            raise ValueError(
+                f"vision.image_size={self.vision.image_size} is not a multiple of "
+                f"vision.patch_size={self.vision.patch_size}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ClipConfig":
+        """The inverse of `to_dict`."""
+        fields = dict(fields)
+        fields["vision"] = VisionConfig(**fields["vision"])
+        fields["text"] = TextConfig(**fields["text"])
+        if fields.get("moe") is not None:
+            fields["moe"] = MoeConfig(**fields["moe"])
+        return cls(**fields)
+
+
+def _variant(image_size, patch_size, vision_width, vision_layers, text_width, embed_dim):
+    return ClipConfig(
+        embed_dim=embed_dim,
+        vision=VisionConfig(image_size, patch_size, vision_width, vision_layers),
+        text=TextConfig(width=text_width),
+    )
+
+
+VARIANTS: dict[str, ClipConfig] = {
+    "ViT-B/32": _variant(224, 32, 768, 12, 512, 512),
+    "ViT-B/16": _variant(224, 16, 768, 12, 512, 512),
+    "ViT-L/14": _variant(224, 14, 1024, 24, 768, 768),
+    "ViT-L/14@336": _variant(336, 14, 1024, 24, 768, 768),
+}
+
+
+def normalize(images: Array) -> Array:
+    """uint8 pixels (B, H, W, 3) to CLIP's float32 input; float images are taken as already normalised."""
+    if images.dtype != jnp.uint8:
+        return images
+    return (images.astype(jnp.float32) / 255 - MEAN) / STD
+
+
+def text_mask(tokens: Array) -> Array:
+    """True for tokens up to and including the end token. tokens (B, L) int32 -> (B, L) bool."""
+    return jnp.arange(tokens.shape[1]) <= end_position(tokens)[:, None]
+
+
+def end_position(tokens: Array) -> Array:
+    """Where the end token stands: it has CLIP's highest id. (B, L) int32 -> (B,) int32."""
+    return jnp.argmax(tokens, axis=-1)
+
+
+class VisionTower(nn.Module):
+    """Images (B, H, W, 3), uint8 or normalised float, to features (B, embed) float32 and aux."""
+
+    config: ClipConfig
+    run: RunConfig
+
+    @nn.compact
+    def __call__(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
+        config, vision = self.config, self.config.vision
+        size, patch, width = vision.image_size, vision.patch_size, vision.width
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images have shape {images.shape}; this model takes (B, {size}, {size}, 3)")
+        dtype = jnp.dtype(self.run.dtype)
+        normal = nn.initializers.normal(width**-0.5)
+        grid = size // patch
+
+        # The patch convolution has stride = kernel, so it is one product over cut-out patches.
+        kernel_init = nn.initializers.normal((3 * patch * patch) ** -0.5)
+        kernel = _Kernel((patch, patch, 3, width), kernel_init, name="conv1")()
+        patches = normalize(images).astype(dtype).reshape(-1, grid, patch, grid, patch, 3)
+        x = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel.astype(dtype))
+        x = x.reshape(-1, grid * grid, width)
+
+        class_embedding = self.param("class_embedding", normal, (width,))
+        positions = self.param("positional_embedding", normal, (grid * grid + 1, width))
+        class_token = jnp.broadcast_to(class_embedding.astype(dtype), (x.shape[0], 1, width))
+        x = jnp.concatenate([class_token, x], axis=1) + positions.astype(dtype)
+        x = layer_norm(config.layer_norm_eps, dtype, "ln_pre")(x)
+        x, aux = _apply_blocks(
+            x, config, vision, self.run, causal=False, deterministic=deterministic
+        )
+        x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x[:, 0])
+        projection = self.param("proj", normal, (width, config.embed_dim))
+        return (x @ projection.astype(dtype)).astype(jnp.float32), aux
+
+
+class TextTower(nn.Module):
+    """Token ids (B, L) int32, L at most the context length, to features (B, embed) float32 and aux."""
+
+    config: ClipConfig
+    run: RunConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, deterministic: bool = True) -> tuple[Array, dict]:
+        config, text = self.config, self.config.text
+        length, width = tokens.shape[1], text.width
+        if length > text.context_length:
+            raise ValueError(f"tokens have length {length}; this model takes at most {text.context_length}")
+        dtype = jnp.dtype(self.run.dtype)
+        normal = nn.initializers.normal
+
+        embedding = nn.Embed(
+            text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding"
+        )
+        positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
+        x = (embedding(tokens) + positions[:length]).astype(dtype)
+        x, aux = _apply_blocks(
+            x, config, text, self.run, causal=True, deterministic=deterministic
+        )
+        x = x[jnp.arange(x.shape[0]), end_position(tokens)]
+        x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
+        projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
+        return (x @ projection.astype(dtype)).astype(jnp.float32), aux
+
+
+class Clip(nn.Module):
+    """Both towers and `logit_scale` (a logarithm). Features are not normalised to unit length.
+
+    A method returns `(features, aux)`; aux is empty for a dense tower, else as `apply_blocks` says.
+    """
+
+    config: ClipConfig
+    run: RunConfig = RunConfig()
+
+    def setup(self):
+        self.visual = VisionTower(self.config, self.run)
+        self.text = TextTower(self.config, self.run)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+
+    def encode_image(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
+        """images (B, H, W, 3) uint8 or normalised float -> (B, embed) float32, aux."""
+        return self.visual(images, deterministic)
+
+    def encode_text(self, tokens: Array, deterministic: bool = True) -> tuple[Array, dict]:
+        """tokens (B, L) int32 -> (B, embed) float32, aux."""
+        return self.text(tokens, deterministic)
+
+    def __call__(self, images: Array, tokens: Array, deterministic: bool = True) -> dict[str, Any]:
+        """Both towers: image_features, text_features (B, embed) float32, image_aux, text_aux."""
+        image_features, image_aux = self.visual(images, deterministic)
+        text_features, text_aux = self.text(tokens, deterministic)
+        return {
+            "image_features": image_features,
+            "text_features": text_features,
+            "image_aux": image_aux,
+            "text_aux": text_aux,
+        }
+
+
+class _Kernel(nn.Module):
+    shape: tuple[int, ...]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", self.init, self.shape)
+
+
+def _apply_blocks(
+    x: Array,
+    config: ClipConfig,
+    tower: VisionConfig | TextConfig,
+    run: RunConfig,
+    *,
+    causal: bool,
+    deterministic: bool,
+) -> tuple[Array, dict[str, Array]]:
+    return apply_blocks(
+        x,
+        num_layers=tower.num_layers,
+        num_heads=tower.width // tower.head_width,
+        activation=config.activation,
+        layer_norm_eps=config.layer_norm_eps,
+        causal=causal,
+        moe=config.moe,
+        run=run,
+        deterministic=deterministic,
+    )

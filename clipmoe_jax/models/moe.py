@@ -1,0 +1,151 @@
+"""The mixture-of-experts feed-forward layer of CLIP-MoE.
+
+Letters: B batch, L length, N = B*L tokens, D width, F expert hidden width, E experts, K selected experts.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from clipmoe_jax.models import dispatch
+from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS
+
+Array = jax.Array
+
+
+def route(router_logits: Array, num_selected_experts: int) -> tuple[Array, Array]:
+    """Chooses experts for each token: softmax over all, keep the K largest, divide by their sum.
+
+    router_logits (..., E) float32 -> gates (..., K) float32, expert_ids (..., K) int32.
+    arXiv 2409.19291, section 3.1; ties go to the lower id.
+    """
+    probabilities = jax.nn.softmax(router_logits, axis=-1)
+    gates, expert_ids = lax.top_k(probabilities, num_selected_experts)
+    return gates / gates.sum(axis=-1, keepdims=True), expert_ids
+
+
+class StackedLinear(nn.Module):
+    """The parameters of E linear layers: kernel (E, in, out) and bias (E, out)."""
+
+    num_experts: int
+    in_features: int
+    out_features: int
+    kernel_stddev: float
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        shape = (self.num_experts, self.in_features, self.out_features)
+        kernel = self.param("kernel", nn.initializers.normal(self.kernel_stddev), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (shape[0], shape[2]))
+        return kernel, bias
+
+
+class MoeMlp(nn.Module):
+    """E feed-forward layers of which each token visits K. Nothing is dropped unless `dispatch="capacity"`.
+
+    Call: x (B, L, D) -> y (B, L, D) in `dtype`, aux with
+      router_logits (B, L, E) float32,
+      dropped_slots (B,) int32: routed slots thrown away, of L*K.
+    """
+
+    num_experts: int
+    num_selected_experts: int
+    hidden_dim: int
+    activation: Callable[[Array], Array]
+    dispatch: str = "ragged"
+    capacity_factor: float = 1.25
+    dropout_rate: float = 0.0
+    deterministic: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        (batch, length, width), num_experts = x.shape, self.num_experts
+        router_logits = nn.Dense(
+            num_experts,
+            use_bias=False,
+            dtype=jnp.float32,
+            precision=lax.Precision.HIGHEST,
+            kernel_init=nn.initializers.normal(0.02),
+            name="router",
+        )(x.astype(jnp.float32))
+        gates, expert_ids = route(router_logits, self.num_selected_experts)
+
+        fc_stddev, proj_stddev = (2 * width) ** -0.5, self.hidden_dim**-0.5
+        experts = dispatch.Experts(
+            *StackedLinear(num_experts, width, self.hidden_dim, fc_stddev, name="c_fc")(),
+            *StackedLinear(num_experts, self.hidden_dim, width, proj_stddev, name="c_proj")(),
+        )
+        experts = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), experts)
+
+        dropping = self.dropout_rate > 0 and not self.deterministic
+        y, dropped = _run_experts(
+            x.reshape(-1, width).astype(self.dtype),
+            gates.reshape(-1, self.num_selected_experts),
+            expert_ids.reshape(-1, self.num_selected_experts),
+            experts,
+            dropout_key=self.make_rng("dropout") if dropping else None,
+            dropout_rate=self.dropout_rate,
+            activation=self.activation,
+            dispatch_fn=dispatch.make_dispatch(self.dispatch, self.capacity_factor),
+        )
+        aux = {
+            "router_logits": router_logits,
+            "dropped_slots": dropped.reshape(batch, length).sum(axis=1),
+        }
+        return y.reshape(batch, length, width), aux
+
+
+def _run_experts(
+    x: Array,
+    gates: Array,
+    expert_ids: Array,
+    experts: dispatch.Experts,
+    *,
+    dropout_key: Array | None,
+    dropout_rate: float,
+    activation: Callable[[Array], Array],
+    dispatch_fn: Callable[..., tuple[Array, Array]],
+) -> tuple[Array, Array]:
+    """Dispatch on one device, or on each device's own tokens and experts under a mesh.
+
+    Under a mesh each device gathers the tokens of its expert group, runs the experts it holds on the slots
+    routed to them, and the partial sums are added and scattered back: exact, with static shapes.
+    """
+
+    def local(x, gates, expert_ids, experts, key):
+        def hidden(h):
+            h = activation(h)
+            if key is None:
+                return h
+            kept = jax.random.bernoulli(key, 1 - dropout_rate, h.shape)
+            return jnp.where(kept, h / (1 - dropout_rate), 0)
+
+        return dispatch_fn(x, gates, expert_ids, experts, hidden)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(x, gates, expert_ids, experts, dropout_key)
+
+    def on_device(x, gates, expert_ids, experts, key):
+        if key is not None:
+            key = jax.random.fold_in(key, lax.axis_index(BATCH_AXES))
+        num_local = experts.fc_kernel.shape[0]
+        x, gates, expert_ids = (
+            lax.all_gather(a, EXPERT_AXIS, tiled=True) for a in (x, gates, expert_ids)
+        )
+        expert_ids = expert_ids - lax.axis_index(EXPERT_AXIS) * num_local
+        here = (expert_ids >= 0) & (expert_ids < num_local)
+        outputs = local(x, gates, jnp.where(here, expert_ids, num_local), experts, key)
+        return jax.tree.map(lambda a: lax.psum_scatter(a, EXPERT_AXIS, tiled=True), outputs)
+
+    tokens, stacked = PartitionSpec(BATCH_AXES), PartitionSpec(EXPERT_AXIS)
+    return jax.shard_map(
+        on_device,
+        in_specs=(tokens, tokens, tokens, stacked, PartitionSpec()),
+        out_specs=tokens,
+    )(x, gates, expert_ids, experts, dropout_key)

@@ -1,0 +1,31 @@
+"""Stretching text positions for long captions (Long-CLIP, arXiv 2403.15378, section 3.1)."""
+
+import numpy as np
+
+KEPT_POSITIONS = 20
+FACTOR = 4
+
+
+def stretch_positions(positions: np.ndarray) -> np.ndarray:
+    """Keeps the first 20 positions and interpolates each later one to four: (77, D) -> (248, D), same dtype.
+
+    Between neighbours the new rows lie at quarters; after the last position its slope continues. Computed in the
+    table's own dtype, as the released code does in float16.
+    """
+    positions = np.asarray(positions)
+    if len(positions) <= KEPT_POSITIONS + 1:
+        raise ValueError(
+            f"a table of {len(positions)} positions cannot be stretched: the first {KEPT_POSITIONS} are kept "
+            "and at least two more are needed"
+        )
+    rest = positions[KEPT_POSITIONS:]
+    following = np.concatenate([rest[1:], rest[-1:]])
+    quarters = (np.arange(FACTOR) / FACTOR).astype(positions.dtype)[None, :, None]
+    stretched = (1 - quarters) * rest[:, None] + quarters * following[:, None]
+    stretched[-1] = rest[-1] + quarters[0] * (rest[-1] - rest[-2])
+    return np.concatenate([positions[:KEPT_POSITIONS], stretched.reshape(-1, positions.shape[1])])
+
+
+def stretched_length(context_length: int) -> int:
+    """Number of positions after stretching: 77 -> 248."""
+    return KEPT_POSITIONS + FACTOR * (context_length - KEPT_POSITIONS)

@@ -1,0 +1,196 @@
+"""The pre-LayerNorm transformer of both CLIP towers; each block's feed-forward layer is dense or MoE.
+
+Letters: B batch, L length, D width, H heads, F feed-forward hidden width (4 D), M MoE blocks, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clipmoe_jax.models.moe import MoeMlp
+
+Array = jax.Array
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), OpenAI CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU, as open_clip's LAION models use."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """What a MoE block is. `num_moe_layers`: how many of the last blocks of each tower; None is all."""
+
+    num_experts: int = 4
+    num_selected_experts: int = 2
+    num_moe_layers: int | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.num_selected_experts <= self.num_experts:
+            raise ValueError(
+                f"num_selected_experts={self.num_selected_experts} must lie between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_moe_layers is not None and self.num_moe_layers < 1:
+            raise ValueError(f"num_moe_layers={self.num_moe_layers} must be at least 1, or None for all")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a model is computed; none of it changes what the parameters are.
+
+    dtype: of activations and matrix products (norm statistics, router and losses stay float32).
+    remat: recompute each block in the backward pass instead of keeping its activations.
+    dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
+    expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
+    """
+
+    dtype: str = "float32"
+    remat: bool = False
+    dispatch: str = "ragged"
+    capacity_factor: float = 1.25
+    expert_dropout_rate: float = 0.0
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear. x (B, L, D) -> (B, L, D)."""
+
+    hidden_dim: int
+    activation: Callable[[Array], Array]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        normal = nn.initializers.normal
+        h = nn.Dense(
+            self.hidden_dim, dtype=self.dtype, kernel_init=normal((2 * width) ** -0.5), name="c_fc"
+        )(x)
+        return nn.Dense(
+            width, dtype=self.dtype, kernel_init=normal(self.hidden_dim**-0.5), name="c_proj"
+        )(self.activation(h))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. x (B, L, D) -> (B, L, D)."""
+
+    num_heads: int
+    causal: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, length, width = x.shape
+        normal = nn.initializers.normal(width**-0.5)
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="in_proj")(x)
+        qkv = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        fused = jax.default_backend() == "gpu" and qkv.dtype in (jnp.bfloat16, jnp.float16)
+        y = jax.nn.dot_product_attention(
+            qkv[:, :, 0],
+            qkv[:, :, 1],
+            qkv[:, :, 2],
+            is_causal=self.causal,
+            implementation="cudnn" if fused else "xla",
+        )
+        y = y.reshape(batch, length, width)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="out_proj")(y)
+
+
+class Block(nn.Module):
+    """One residual block. x (B, L, D) -> (x, aux); aux is MoeMlp's for a MoE block, else empty."""
+
+    num_heads: int
+    activation: str
+    layer_norm_eps: float
+    causal: bool
+    moe: MoeConfig | None
+    run: RunConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        dtype = jnp.dtype(self.run.dtype)
+        x = x + Attention(self.num_heads, self.causal, dtype, name="attn")(
+            layer_norm(self.layer_norm_eps, dtype, "ln_1")(x)
+        )
+        h = layer_norm(self.layer_norm_eps, dtype, "ln_2")(x)
+        hidden_dim, activation = 4 * x.shape[-1], ACTIVATIONS[self.activation]
+        if self.moe is None:
+            return x + Mlp(hidden_dim, activation, dtype, name="mlp")(h), {}
+        y, aux = MoeMlp(
+            num_experts=self.moe.num_experts,
+            num_selected_experts=self.moe.num_selected_experts,
+            hidden_dim=hidden_dim,
+            activation=activation,
+            dispatch=self.run.dispatch,
+            capacity_factor=self.run.capacity_factor,
+            dropout_rate=self.run.expert_dropout_rate,
+            deterministic=self.deterministic,
+            dtype=dtype,
+            name="moe",
+        )(h)
+        return x + y, aux
+
+
+def apply_blocks(
+    x: Array,
+    *,
+    num_layers: int,
+    num_heads: int,
+    activation: str,
+    layer_norm_eps: float,
+    causal: bool,
+    moe: MoeConfig | None,
+    run: RunConfig,
+    deterministic: bool,
+) -> tuple[Array, dict[str, Array]]:
+    """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
+
+    x (B, L, D) -> (x, aux); aux leaves are stacked over the MoE blocks on axis 1: router_logits
+    (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
+    """
+    block_class = nn.remat(Block) if run.remat else Block
+    first_moe = first_moe_layer(num_layers, moe)
+    block_aux = []
+    for i in range(num_layers):
+        block = block_class(
+            num_heads=num_heads,
+            activation=activation,
+            layer_norm_eps=layer_norm_eps,
+            causal=causal,
+            moe=moe if i >= first_moe else None,
+            run=run,
+            deterministic=deterministic,
+            name=f"resblocks_{i}",
+        )
+        x, aux = block(x)
+        if aux:
+            block_aux.append(aux)
+    if not block_aux:
+        return x, {}
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *block_aux)
+
+
+def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:
+    """Index of the first MoE block of a tower (`num_layers` if there is none)."""
+    if moe is None:
+        return num_layers
+    if moe.num_moe_layers is None:
+        return 0
+    return max(0, num_layers - moe.num_moe_layers)
+
+
+def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm over D with float32 statistics."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -1,0 +1,108 @@
+"""The device mesh, where each parameter lies on it, and how batches reach it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and large parameters; `expert` splits the batch and the
+leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the same code.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipmoe_jax import trees
+
+EXPERT_AXIS = "expert"
+BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)
+
+# First match wins. The fsdp axis takes an axis that every variant's width divides.
+PARAM_RULES = (
+    (r".*/moe/c_(fc|proj)/kernel", PartitionSpec(EXPERT_AXIS, "fsdp", None)),
+    (r".*/moe/c_(fc|proj)/bias", PartitionSpec(EXPERT_AXIS)),
+    (r".*/moe/router/kernel", PartitionSpec()),
+    (r".*/(mlp|attn)/\w+/kernel", PartitionSpec("fsdp", None)),
+    (r"text/token_embedding/embedding", PartitionSpec(None, "fsdp")),
+    (r".*", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
+    """A mesh over all devices; `data=-1` takes what the other axes leave.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if data == -1:
+        data = len(devices) // (fsdp * expert)
+    sizes = (data, fsdp, expert)
+    if min(sizes) < 1 or data * fsdp * expert != len(devices):
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x expert={expert} does not use the {len(devices)} devices "
+            "there are exactly: choose sizes whose product is that"
+        )
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_shardings(mesh: Mesh, params: trees.Params) -> dict:
+    """A tree of NamedSharding for a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
+
+    Raises ValueError naming the first leaf whose axis a mesh axis does not divide.
+    """
+    leaves = trees.flatten(params)
+    shardings = {}
+    for name, leaf in leaves.items():
+        spec = PARAM_RULES[trees.first_match(PARAM_RULES, name)][1]
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} has an axis of size {size}, which mesh.{axis}={mesh.shape[axis]} does not "
+                    f"divide: choose mesh.{axis} among {_divisors(size)[:12]}"
+                )
+        shardings[name] = NamedSharding(mesh, spec)
+    return trees.unflatten(shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch, split over every device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's slice of a global batch, as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+    }
+
+
+def put_params(mesh: Mesh, params: trees.Params) -> dict:
+    """Places a tree of host or device arrays by PARAM_RULES."""
+    return jax.device_put(params, param_shardings(mesh, params))
+
+
+def init_params(mesh: Mesh, init: Callable[[jax.Array], trees.Params], key: jax.Array) -> dict:
+    """Runs `init(key)` so that each parameter is born where it will live."""
+    shardings = param_shardings(mesh, jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def check_batch(mesh: Mesh, global_batch: int, accumulation_steps: int = 1) -> None:
+    """Raises ValueError if a batch (or a microbatch of it) cannot be split evenly over the devices."""
+    parts = mesh.size * accumulation_steps
+    if global_batch % parts:
+        raise ValueError(
+            f"batch size {global_batch} cannot be split over {mesh.size} devices x {accumulation_steps} "
+            f"accumulation steps: choose a multiple of {parts}"
+        )
+
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

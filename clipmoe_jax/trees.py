@@ -1,0 +1,91 @@
+"""Names <-> pytrees: name rules, partition into trainable and frozen, merge.
+
+A leaf's name is its path joined by "/": `visual/resblocks_7/moe/c_fc/kernel`. A rule is a pair
+`(regex, value)`; the first rule whose regex matches the whole name gives the leaf its value. Every leaf must
+be covered, and every rule must be the first match of some leaf.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+Params = Mapping[str, Any]
+Rules = Sequence[tuple[str, Any]]
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    """Nested dicts to {name: leaf}, sorted by name."""
+    return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def first_match(rules: Rules, name: str) -> int | None:
+    """Index of the first rule that matches the whole name."""
+    return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, name)), None)
+
+
+def match_rules(
+    rules: Rules, names: Sequence[str], *, log: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """{name: value} by the first rule that matches the whole name; `log` gets a line for each rule.
+
+    Raises KeyError naming the uncovered leaves, or the rules that no leaf uses.
+    """
+    values, used = {}, [[] for _ in rules]
+    for name in names:
+        if (i := first_match(rules, name)) is not None:
+            values[name] = rules[i][1]
+            used[i].append(name)
+    patterns = [pattern for pattern, _ in rules]
+    if missing := [name for name in names if name not in values]:
+        raise KeyError(f"no rule covers {_some(missing)}; the rules are {patterns}")
+    if unused := [patterns[i] for i, matched in enumerate(used) if not matched]:
+        raise KeyError(f"unused rules {unused}: no parameter has them as first match; names are {_some(names)}")
+    if log is not None:
+        for (pattern, value), matched in zip(rules, used, strict=True):
+            log(f"{pattern} -> {value}: {len(matched)} leaves, {_some(matched)}")
+    return values
+
+
+def partition(params: Params, trainable_rules: Rules) -> tuple[dict, dict]:
+    """Splits params into (trainable, frozen) by rules whose values are True or False.
+
+    A leaf is in exactly one of the two trees, so gradients and optimizer moments of the first tree alone
+    are all there is.
+    """
+    leaves = flatten(params)
+    trains = match_rules(trainable_rules, list(leaves))
+    return (
+        unflatten({name: leaf for name, leaf in leaves.items() if trains[name]}),
+        unflatten({name: leaf for name, leaf in leaves.items() if not trains[name]}),
+    )
+
+
+def merge(trainable: Params, frozen: Params) -> dict:
+    """The inverse of `partition`."""
+    return unflatten({**flatten(trainable), **flatten(frozen)})
+
+
+def count_parameters(params: Params) -> int:
+    """Number of scalars."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def cast_floating(params: Params, dtype: str) -> dict:
+    """Floating leaves in another dtype."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf, params
+    )
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
