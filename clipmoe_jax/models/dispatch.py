@@ -1,7 +1,7 @@
 """Three ways to run the experts that a router chose, under one contract.
 
-Letters: N tokens, D width, F expert hidden width, E experts, K selected experts, M = N*K routed slots,
-C rows of an expert's buffer.
+Letters: N tokens, D width, F expert hidden width, E experts, K selected experts, R rows sorted by expert
+(N*K routed slots and some spare), C rows of an expert's buffer.
 
 Contract of a dispatch function `(x, gates, expert_ids, experts, hidden) -> (y, dropped)`:
   x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where an id of E means "not an expert of
@@ -22,9 +22,9 @@ from jax import lax
 
 Array = jax.Array
 
-# Rows of one product in the blocked CPU kernel. On 2 AVX-512 cores 100, 200 and 400 rows differ by less
-# than 10 % (benchmarks/moe_block.py); fewer rows waste less where groups are small.
-BLOCK_ROWS = 128
+# Rows of one product in the blocked CPU kernel: wide blocks while a group lasts, narrow ones for its end. Wide blocks
+# alone leave the last one half empty; narrow ones alone pack the kernel anew too often (benchmarks/moe_block.py).
+WIDE_BLOCK, NARROW_BLOCK = 256, 64
 
 
 class Experts(NamedTuple):
@@ -57,20 +57,21 @@ def ragged(
 ) -> tuple[Array, Array]:
     """Sorts the routed slots by expert and multiplies each group by its expert's matrix. Exact."""
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    slot_expert = expert_ids.reshape(-1)
-    order = jnp.argsort(slot_expert, stable=True)
-    position = jnp.argsort(order)  # where slot m stands after sorting
+    # Slots past M belong to no expert, sort last, and give `grouped_matmul` the spare rows it asks for.
+    slot_expert = jnp.pad(expert_ids.reshape(-1), (0, NARROW_BLOCK), constant_values=num_experts)
+    order = jnp.argsort(slot_expert, stable=True)  # row -> slot
+    position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
     group_sizes = jnp.bincount(slot_expert, length=num_experts).astype(jnp.int32)
 
     row_expert = slot_expert[order]
-    rows = _permute(jnp.repeat(x, num_selected, axis=0), order, position)
+    rows = _rows_from_tokens(x, order, position)
     h = grouped_matmul(rows, experts.fc_kernel, group_sizes)
     h = hidden(h + experts.fc_bias.at[row_expert].get(mode="clip"))
     y = grouped_matmul(h, experts.proj_kernel, group_sizes)
     y = y + experts.proj_bias.at[row_expert].get(mode="clip")
     y = jnp.where(row_expert[:, None] < num_experts, y, 0)
 
-    y = _permute(y, position, order).reshape(num_tokens, num_selected, -1)
+    y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1)
     y = jnp.einsum("nkd,nk->nd", y, gates.astype(y.dtype))
     return y, jnp.zeros(num_tokens, jnp.int32)
 
@@ -125,29 +126,52 @@ def make_dispatch(name: str, capacity_factor: float) -> Callable[..., tuple[Arra
 
 
 @jax.custom_vjp
-def _permute(x: Array, order: Array, inverse: Array) -> Array:
-    """x[order], whose gradient is a gather too: autodiff would scatter, which is serial on CPU."""
-    del inverse
-    return x[order]
+def _rows_from_tokens(x: Array, order: Array, position: Array) -> Array:
+    """Each sorted row's token. x (N, D), order (R,) slots, position (N*K,) rows -> (R, D).
+
+    This and the next function have gathers as gradients; autodiff's scatters are serial on CPU.
+    """
+    tokens = order // (position.shape[0] // x.shape[0])
+    return jnp.take(x, tokens, axis=0, mode="clip")
 
 
-def _permute_fwd(x, order, inverse):
-    return x[order], inverse
+def _rows_from_tokens_fwd(x, order, position):
+    return _rows_from_tokens(x, order, position), (position, x.shape[0])
 
 
-def _permute_bwd(inverse, g):
-    return g[inverse], None, None
+def _rows_from_tokens_bwd(residuals, g):
+    position, num_tokens = residuals
+    return g[position].reshape(num_tokens, -1, g.shape[1]).sum(axis=1), None, None
 
 
-_permute.defvjp(_permute_fwd, _permute_bwd)
+_rows_from_tokens.defvjp(_rows_from_tokens_fwd, _rows_from_tokens_bwd)
+
+
+@jax.custom_vjp
+def _slots_from_rows(y: Array, order: Array, position: Array) -> Array:
+    """Rows back in the order of the slots, spare rows left out. y (R, D) -> (N*K, D)."""
+    del order
+    return y[position]
+
+
+def _slots_from_rows_fwd(y, order, position):
+    return y[position], order
+
+
+def _slots_from_rows_bwd(order, g):
+    # A spare row gets some slot's gradient here; `ragged` has masked it out before.
+    return jnp.take(g, order, axis=0, mode="clip"), None, None
+
+
+_slots_from_rows.defvjp(_slots_from_rows_fwd, _slots_from_rows_bwd)
 
 
 def grouped_matmul(x: Array, kernels: Array, group_sizes: Array) -> Array:
     """Multiplies consecutive groups of rows by a matrix each.
 
-    x (M, D), kernels (E, D, F), group_sizes (E,) int32 -> (M, F) in x's dtype. Rows past the sum of
-    `group_sizes` are undefined (finite). On TPU and GPU this is `lax.ragged_dot`; on CPU, where that
-    expands to a dense product with every kernel, blocks of rows.
+    x (R, D), kernels (E, D, F), group_sizes (E,) int32 -> (R, F) in x's dtype, where the groups leave at least
+    NARROW_BLOCK rows of x over; what comes out for those is undefined but finite. On TPU and GPU this is
+    `lax.ragged_dot`; on CPU, where that expands to a product with every kernel, blocks of rows.
     """
     if jax.default_backend() == "cpu":
         return _blocked_matmul(x, kernels, group_sizes)
@@ -174,53 +198,55 @@ _blocked_matmul.defvjp(_blocked_matmul_fwd, _blocked_matmul_bwd)
 
 
 def _multiply_blocks(x: Array, kernels: Array, group_sizes: Array, *, contract_axis: int) -> Array:
-    """Only as many products as the groups need. x (M, X), kernels (E, D, F) contracted over one axis.
+    """Only as many products as the groups need. x (R, D or F), kernels (E, D, F), one axis contracted.
 
     The last block of a group runs over into the next group's rows, and the next group, written later,
     overwrites what it left there; so blocks need neither masks nor padding between groups.
     """
-    num_rows, block = x.shape[0], min(BLOCK_ROWS, x.shape[0])
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    x = jnp.pad(x, ((0, block), (0, 0)))
 
     def multiply_group(e, out):
         kernel = lax.dynamic_index_in_dim(kernels, e, keepdims=False)
 
-        def multiply_block(i, out):
-            row = starts[e] + i * block
-            rows = lax.dynamic_slice_in_dim(x, row, block)
+        def multiply_block(row, num_rows, out):
+            rows = lax.dynamic_slice_in_dim(x, row, num_rows)
             y = lax.dot_general(rows, kernel, (((1,), (contract_axis,)), ((), ())))
             return lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
 
-        return lax.fori_loop(0, _ceil_div(group_sizes[e], block), multiply_block, out)
+        return _for_each_block(x.shape[0], group_sizes, e, multiply_block, out)
 
-    out = jnp.zeros((num_rows + block, kernels.shape[2 - contract_axis]), x.dtype)
-    return lax.fori_loop(0, kernels.shape[0], multiply_group, out)[:num_rows]
+    out = jnp.zeros((x.shape[0], kernels.shape[2 - contract_axis]), x.dtype)
+    return lax.fori_loop(0, kernels.shape[0], multiply_group, out)
 
 
 def _kernel_gradient(x: Array, g: Array, group_sizes: Array) -> Array:
-    """Sum of outer products over each group. x (M, D), g (M, F) -> (E, D, F) float32."""
-    block = min(BLOCK_ROWS, x.shape[0])
+    """Sum of outer products over each group. x (R, D), g (R, F) -> (E, D, F) float32."""
     ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
-    x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, g))
 
     def group_gradient(e):
-        def add_block(i, total):
-            row = starts[e] + i * block
-            mine = (row + jnp.arange(block) < ends[e])[:, None]
-            xs = jnp.where(mine, lax.dynamic_slice_in_dim(x, row, block), 0)
-            gs = lax.dynamic_slice_in_dim(g, row, block)
+        def add_block(row, num_rows, total):
+            mine = (row + jnp.arange(num_rows) < ends[e])[:, None]
+            xs = jnp.where(mine, lax.dynamic_slice_in_dim(x, row, num_rows), 0)
+            gs = lax.dynamic_slice_in_dim(g, row, num_rows)
             return total + lax.dot_general(
                 xs, gs, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
 
         zeros = jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
-        return lax.fori_loop(0, _ceil_div(group_sizes[e], block), add_block, zeros)
+        return _for_each_block(x.shape[0], group_sizes, e, add_block, zeros)
 
     return lax.map(group_gradient, jnp.arange(group_sizes.shape[0]))
 
 
-def _ceil_div(a: Array, b: int) -> Array:
-    """a / b rounded up."""
-    return (a + b - 1) // b
+def _for_each_block(
+    num_rows: int, group_sizes: Array, e: Array, step: Callable[..., Array], carry: Array
+) -> Array:
+    """Folds `step(first_row, block_rows, carry)` over the blocks that cover group e of `num_rows` rows."""
+    wide = min(WIDE_BLOCK, num_rows)
+    start, size = jnp.cumsum(group_sizes)[e] - group_sizes[e], group_sizes[e]
+    num_wide = size // wide
+    carry = lax.fori_loop(0, num_wide, lambda i, c: step(start + i * wide, wide, c), carry)
+    start, rest = start + num_wide * wide, size - num_wide * wide
+    num_narrow = (rest + NARROW_BLOCK - 1) // NARROW_BLOCK
+    return lax.fori_loop(
+        0, num_narrow, lambda i, c: step(start + i * NARROW_BLOCK, NARROW_BLOCK, c), carry
+    )

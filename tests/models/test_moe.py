@@ -1,0 +1,153 @@
+"""The MoE block: hand numbers for the router, one contract for three dispatches, exactness under a mesh."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipmoe_jax import sharding
+from clipmoe_jax.models import dispatch
+from clipmoe_jax.models.moe import MoeMlp, route
+from clipmoe_jax.models.transformer import quick_gelu
+
+EXACT = {"dense": {}, "ragged": {}, "capacity": {"capacity_factor": 2.0}}  # 2 = E / K never drops
+N, D, F, E, K = 2 * 13, 8, 12, 4, 2
+
+
+def make_layer(name="ragged", **fields):
+    return MoeMlp(E, K, F, quick_gelu, dispatch=name, **fields)
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = make_layer().init(jax.random.key(0), jnp.zeros((1, 1, D)))["params"]
+    return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (2, 13, D))
+
+
+def test_route_by_hand():
+    # softmax(ln [1, 2, 4, 1]) = [1, 2, 4, 1] / 8; the two largest are 4/8 and 2/8, divided by 6/8.
+    gates, expert_ids = route(jnp.log(jnp.array([[1.0, 2.0, 4.0, 1.0]])), 2)
+    np.testing.assert_allclose(gates, [[4 / 6, 2 / 6]], rtol=1e-6)
+    np.testing.assert_array_equal(expert_ids, [[2, 1]])
+
+
+def reference(params, x):
+    """Token by token with numpy."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    y = np.zeros(x.shape)
+    for b, position in np.ndindex(x.shape[:2]):
+        token = np.asarray(x[b, position], np.float64)
+        probabilities = np.exp(token @ p["router"]["kernel"])
+        probabilities /= probabilities.sum()
+        chosen = np.argsort(-probabilities)[:K]
+        for e in chosen:
+            h = token @ p["c_fc"]["kernel"][e] + p["c_fc"]["bias"][e]
+            h = h / (1 + np.exp(-1.702 * h))
+            out = h @ p["c_proj"]["kernel"][e] + p["c_proj"]["bias"][e]
+            y[b, position] += probabilities[e] / probabilities[chosen].sum() * out
+    return y
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_values_equal_a_loop_over_tokens(params, x, name):
+    y, aux = make_layer(name, **EXACT[name]).apply({"params": params}, x)
+    np.testing.assert_allclose(y, reference(params, x), rtol=2e-4, atol=2e-4)
+    chex.assert_shape(aux["router_logits"], (2, 13, E))
+    np.testing.assert_array_equal(aux["dropped_slots"], [0, 0])
+
+
+@pytest.mark.parametrize("name", ["ragged", "capacity"])
+def test_gradients_equal_the_dense_dispatch(params, x, name):
+    """With respect to inputs, router and experts."""
+    target = jax.random.normal(jax.random.key(2), x.shape)
+
+    def gradients(name):
+        layer = make_layer(name, **EXACT[name])
+        return jax.jit(
+            jax.grad(lambda p, x: jnp.sum(layer.apply({"params": p}, x)[0] * target), argnums=(0, 1))
+        )(params, x)
+
+    chex.assert_trees_all_close(gradients(name), gradients("dense"), rtol=1e-4, atol=1e-4)
+
+
+GROUPS = {
+    "balanced": [100, 100, 100, 100],
+    "one group takes all, in wide and narrow blocks": [0, 0, 400, 0],
+    "empty ends": [0, 300, 100, 0],
+    "single rows": [1, 397, 1, 1],
+    "rows left over": [10, 20, 30, 40],
+}
+
+
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
+def test_grouped_matmul_equals_a_product_for_each_group(sizes):
+    rows = 400 + dispatch.NARROW_BLOCK
+    x, kernels, g = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(rows, D), (E, D, F), (rows, F)])
+    )
+    group_sizes = jnp.array(sizes, jnp.int32)
+    used = sum(sizes)
+    g = g.at[used:].set(0)
+
+    def by_group(x, kernels):
+        ends = np.cumsum(sizes)
+        parts = [x[end - n : end] @ kernels[e] for e, (end, n) in enumerate(zip(ends, sizes, strict=True))]
+        return jnp.concatenate(parts)
+
+    y, pullback = jax.vjp(lambda x, w: dispatch.grouped_matmul(x, w, group_sizes)[:used], x, kernels)
+    expected, expected_pullback = jax.vjp(by_group, x, kernels)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(pullback(g[:used]), expected_pullback(g[:used]), rtol=1e-4, atol=1e-4)
+
+
+def test_capacity_drops_second_choices_first_and_counts_them():
+    # Three tokens, all first to expert 0 and second to expert 1; C = ceil(1.0 * 3 * 2 / 4) = 2 rows each,
+    # so each expert drops its third token: one first choice and one second choice of token 2.
+    x = jnp.ones((3, D))
+    gates, expert_ids = jnp.full((3, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (3, 1))
+    experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
+    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, lambda h: h, capacity_factor=1.0)
+    np.testing.assert_array_equal(dropped, [0, 0, 2])
+    np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
+
+
+def test_dropout_acts_on_hidden_units_and_only_in_training(params, x):
+    layer = make_layer(dropout_rate=0.5)
+    still, _ = layer.apply({"params": params}, x)
+    np.testing.assert_array_equal(still, make_layer().apply({"params": params}, x)[0])
+    noisy = make_layer(dropout_rate=0.5, deterministic=False)
+    a, _ = noisy.apply({"params": params}, x, rngs={"dropout": jax.random.key(0)})
+    b, _ = noisy.apply({"params": params}, x, rngs={"dropout": jax.random.key(1)})
+    assert not np.allclose(a, still) and not np.allclose(a, b)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
+def test_sharded_equals_one_device(params, name, sizes):
+    """Values and gradients, with the batch over every device and the experts over their axis."""
+    x = jax.random.normal(jax.random.key(1), (8, 13, D))
+    layer = make_layer(name, **EXACT[name])
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(layer.apply({"params": params}, x)[0]))
+
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    mesh = sharding.make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        placed = sharding.put_params(mesh, {"visual": {"resblocks_0": {"moe": params}}})
+        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+            placed["visual"]["resblocks_0"]["moe"], jax.device_put(x, sharding.batch_sharding(mesh))
+        )
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_dispatch_says_which_there_are(params, x):
+    with pytest.raises(ValueError, match="'dense', 'ragged' or 'capacity'"):
+        make_layer("scatter").apply({"params": params}, x)
