@@ -55,8 +55,8 @@ def _one_line(error: Exception) -> str:
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, (flags.Error, OSError)):  # a config's own error comes last, after its trace
-        lines = lines[-1:]
+    if isinstance(error, (flags.Error, OSError)):
+        lines = lines[-1:]  # where ml_collections puts a config file's own error, after its trace
     return " ".join(lines) or type(error).__name__
 
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TextIO
 
 import tensorflow_datasets as tfds
-from absl import flags
+from absl import flags, logging
 from etils import epath
 from tqdm import tqdm
 
@@ -145,6 +145,7 @@ class _PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes pairs as they come; `disable_shuffling` keeps index i the i-th of them."""
 
     name = records.NAME
+    code_path = None  # no checksums of downloads lie beside this file, so TFDS need not look
     VERSION = tfds.core.Version(records.VERSION)
 
     def __init__(self, pairs: Iterable[Pair], split: str, data_dir: epath.Path):
@@ -172,8 +173,9 @@ class _PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _write(pairs: Iterable[Pair], folder: epath.Path, split: str, num_shards: int | None) -> None:
     builder = _PairsBuilder(pairs, split, folder)
-    downloads = folder / "downloads"  # nothing is downloaded, but TFDS makes this folder
-    with contextlib.redirect_stdout(io.StringIO()), _no_tfds_progress():
+    downloads = folder / "downloads"  # TFDS wants the folder even though nothing is downloaded
+    tfds.disable_progress_bar()  # it has no total; ours has
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS names the unfinished folder there
         builder.download_and_prepare(
             download_dir=downloads,
             download_config=tfds.download.DownloadConfig(num_shards=num_shards),
@@ -182,4 +184,34 @@ def _write(pairs: Iterable[Pair], folder: epath.Path, split: str, num_shards: in
 
 
 def main(argv: list[str]) -> None:
+    """The command: reads flags, prepares, says what it made."""
     del argv
+    logging.set_verbosity(logging.WARNING)  # TFDS logs each thing it does
+    options = flags.FLAGS
+    report = prepare(
+        sources.open_source(options.source, options.images),
+        options.out,
+        split=options.split,
+        max_bad_fraction=options.max_bad_fraction,
+        num_shards=options.num_shards,
+    )
+    print(
+        f"{options.out}: {report['pairs']:,} pairs with {report['captions']:,} captions, "
+        f"{report['image_bytes'] / 1e6:,.1f} MB of images; {report['bad']:,} bad records left out."
+    )
+
+
+def _define_flags() -> None:
+    """Called by the command alone: who imports this module has flags of their own."""
+    flags.DEFINE_string("source", None, "KIND:PATH: sharegpt4v:captions.json or folder:path.")
+    flags.DEFINE_string("images", None, "The folder that sharegpt4v's image paths are in.")
+    flags.DEFINE_string("out", None, "The folder to make.")
+    flags.DEFINE_string("split", "train", "The name of the split to write.")
+    flags.DEFINE_float("max_bad_fraction", 1e-3, "Stop if a larger part of the records is bad.")
+    flags.DEFINE_integer("num_shards", None, "Files to write; TFDS chooses if not given.")
+    flags.mark_flags_as_required(["source", "out"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    cli.run(main)

@@ -6,7 +6,7 @@ be covered, and every rule must be the first match of some leaf.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +32,8 @@ def first_match(rules: Rules, name: str) -> int | None:
     return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, name)), None)
 
 
-def match_rules(
-    rules: Rules, names: Sequence[str], *, log: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    """{name: value} by the first rule that matches the whole name; `log` gets a line for each rule.
+def match_rules(rules: Rules, names: Sequence[str]) -> dict[str, Any]:
+    """{name: value} by the first rule that matches the whole name.
 
     Raises KeyError naming the uncovered leaves, or the rules that no leaf uses.
     """
@@ -49,9 +47,6 @@ def match_rules(
         raise KeyError(f"no rule covers {_some(missing)}; the rules are {patterns}")
     if unused := [patterns[i] for i, matched in enumerate(used) if not matched]:
         raise KeyError(f"unused rules {unused}: no parameter has them as first match; names are {_some(names)}")
-    if log is not None:
-        for (pattern, value), matched in zip(rules, used, strict=True):
-            log(f"{pattern} -> {value}: {len(matched)} leaves, {_some(matched)}")
     return values
 
 
@@ -66,6 +61,16 @@ def partition(params: Params, trainable_rules: Rules) -> tuple[dict, dict]:
     return (
         unflatten({name: leaf for name, leaf in leaves.items() if trains[name]}),
         unflatten({name: leaf for name, leaf in leaves.items() if not trains[name]}),
+    )
+
+
+def describe(trainable_rules: Rules, params: Params) -> str:
+    """What trains, for the log: numbers of leaves and parameters, and an example of each kind of name."""
+    trainable, frozen = partition(params, trainable_rules)
+    kinds = {re.sub(r"\d+", "*", name): None for name in flatten(trainable)}
+    return (
+        f"trains {len(flatten(trainable))} leaves, {count_parameters(trainable):,} parameters "
+        f"({_some(list(kinds))}); {count_parameters(frozen):,} are frozen"
     )
 
 

@@ -1,0 +1,72 @@
+"""`clipmoe_jax.load`: a model to encode images and captions with."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipmoe_jax.data.preprocess import preprocess_image
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.interop.load import read_model
+from clipmoe_jax.losses import normalize_features
+from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.models.encoder import make_encode
+from clipmoe_jax.models.transformer import RunConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class LoadedClip:
+    """A dense CLIP or a CLIP-MoE.
+
+    config: the architecture. params: the param tree. source: what the path held, in words.
+    """
+
+    def __init__(self, config: ClipConfig, params: dict, source: str, run: RunConfig):
+        self.config, self.params, self.source = config, params, source
+        self.model = Clip(config, run)
+        self._tokenizer = Tokenizer(config.text.context_length)
+
+    def encode_image(
+        self, images: "Sequence[Image.Image] | np.ndarray | jax.Array", *, normalize: bool = False
+    ) -> jax.Array:
+        """Features (B, embed) float32 of PIL images, or of an NHWC array, float (preprocessed) or uint8."""
+        if not hasattr(images, "shape"):
+            size = self.config.vision.image_size
+            images = np.stack([preprocess_image(image, size) for image in images])
+        return self._encode("encode_image", jnp.asarray(images), normalize)
+
+    def encode_text(
+        self, texts: str | Sequence[str] | np.ndarray | jax.Array, *, normalize: bool = False
+    ) -> jax.Array:
+        """Features (B, embed) float32 of strings, or of token ids (B, L) int32."""
+        tokens = texts if hasattr(texts, "shape") else self._tokenizer(texts)
+        return self._encode("encode_text", jnp.asarray(tokens, jnp.int32), normalize)
+
+    def __repr__(self) -> str:
+        return f"<{self.source}, embed_dim {self.config.embed_dim}>"
+
+    def _encode(self, method: str, inputs: jax.Array, normalize: bool) -> jax.Array:
+        features = make_encode(self.model, method)(self.params, inputs)
+        return normalize_features(features) if normalize else features
+
+
+def load(
+    path: str,
+    *,
+    num_selected_experts: int = 2,
+    context_length: int | None = None,
+    dtype: str = "float32",
+) -> LoadedClip:
+    """Loads a model folder of a run (`runs/demo/moe/params`) or a released-code `.pt`, and says which it found.
+
+    num_selected_experts: K of a `.pt` MoE, which does not record it. context_length: 248 stretches a text tower
+    of 77 positions. dtype: of the computation. Raises FileNotFoundError or ValueError naming what is wrong.
+    """
+    found = read_model(path, num_selected_experts=num_selected_experts, context_length=context_length)
+    print(f"{path}: {found.source}")
+    params = jax.tree.map(jnp.asarray, found.params)
+    return LoadedClip(found.config, params, found.source, RunConfig(dtype=dtype))

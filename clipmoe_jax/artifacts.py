@@ -1,0 +1,85 @@
+"""Folders that a run makes: whole or not there, and remembering what they were made from.
+
+A finished artifact has a `done.json`: the config fields it depends on, a hash of them, versions, and what was
+measured while making it. It is written as `NAME.unfinished`, which a killed run leaves and the next one goes on
+with, and renamed when whole.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+
+
+def make(
+    path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict[str, Any]]
+) -> bool:
+    """Makes the artifact unless it is there. Returns whether anything was built.
+
+    path: the folder. inputs: {config field: value} that it depends on. build: given the unfinished folder,
+    fills it (going on with what it finds there) and returns what it measured, for done.json.
+    Raises ValueError naming the first differing field if the folder, whole or unfinished, was made from others.
+    """
+    path = epath.Path(path)
+    inputs = json.loads(json.dumps(dict(inputs)))
+    if (path / "done.json").exists():
+        _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
+        return False
+    unfinished = path.parent / f"{path.name}.unfinished"
+    if (unfinished / "inputs.json").exists():
+        _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
+    else:
+        if unfinished.exists():  # killed before it wrote what it is made from
+            unfinished.rmtree()
+        unfinished.mkdir(parents=True)
+        write_json(unfinished / "inputs.json", inputs)
+    measured = build(unfinished)
+    done = {
+        "inputs": inputs,
+        "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        "measured": measured,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    write_json(unfinished / "done.json", done)
+    (unfinished / "inputs.json").unlink()
+    unfinished.rename(path)
+    return True
+
+
+def is_done(path: epath.Path) -> bool:
+    """Whether the artifact is whole."""
+    return (epath.Path(path) / "done.json").exists()
+
+
+def measured(path: epath.Path) -> dict[str, Any]:
+    """What was measured while the artifact was made."""
+    return json.loads((epath.Path(path) / "done.json").read_text())["measured"]
+
+
+def require(path: epath.Path, stage: str) -> epath.Path:
+    """The path, or FileNotFoundError that names the stage which makes it."""
+    if not is_done(path):
+        raise FileNotFoundError(f"{path} is not there yet: run the same command with --stage={stage} first")
+    return path
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _check_same(path: epath.Path, made_from: dict[str, Any], inputs: dict[str, Any]) -> None:
+    for name in sorted(made_from.keys() | inputs.keys()):
+        before, now = made_from.get(name, "nothing"), inputs.get(name, "nothing")
+        if before != now:
+            raise ValueError(
+                f"{path} was made with {name}={before!r}, the config says {now!r}: give another --workdir, set "
+                f"it back, or delete {path} and what was made from it"
+            )

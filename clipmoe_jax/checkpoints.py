@@ -1,0 +1,126 @@
+"""Training state and models on disk, by orbax: the one module that reads and writes them.
+
+A model is a folder with `model.json` (the architecture) and `params/`. Training state is kept as separate items
+`trainable`, `opt_state` and `meta`.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clipmoe_jax import trees
+from clipmoe_jax.models.clip import Clip, ClipConfig
+
+
+def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
+    """Writes a model folder; `params` may be sharded. Replaces what a killed run left there."""
+    path = epath.Path(path).resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "model.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "params", params, force=True)
+
+
+def load_model(
+    path: epath.Path, place: Callable[[trees.Params], dict] | None = None
+) -> tuple[ClipConfig, dict]:
+    """Reads a model folder: config and params.
+
+    place: from a tree of ShapeDtypeStructs to their shardings; None loads numpy arrays.
+    Raises FileNotFoundError if the folder is not a model.
+    """
+    path = epath.Path(path).resolve()
+    if not (path / "model.json").exists():
+        raise FileNotFoundError(f"{path} is not a model folder: it has no model.json")
+    config = ClipConfig.from_dict(json.loads((path / "model.json").read_text()))
+    abstract = abstract_params(config)
+    with ocp.StandardCheckpointer() as checkpointer:
+        if place is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            shardings = jax.tree.map(lambda _: device, abstract)
+        else:
+            shardings = place(abstract)
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        )
+        params = checkpointer.restore(path / "params", target)
+    return config, jax.tree.map(np.asarray, params) if place is None else params
+
+
+def abstract_params(config: ClipConfig) -> dict:
+    """The model's param tree as ShapeDtypeStructs; nothing is allocated."""
+    vision, text = config.vision, config.text
+    images = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), np.float32)
+    tokens = jax.ShapeDtypeStruct((1, text.context_length), np.int32)
+    return jax.eval_shape(Clip(config).init, jax.random.key(0), images, tokens)["params"]
+
+
+def check_params(config: ClipConfig, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    """Raises ValueError naming the leaves in which {name: shape} differs from the architecture."""
+    expected = {name: leaf.shape for name, leaf in trees.flatten(abstract_params(config)).items()}
+    problems = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "differing": [
+            f"{name} is {tuple(shapes[name])}, not {shape}"
+            for name, shape in expected.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in problems.items() if names
+        )
+        raise ValueError(f"{source} does not fit the architecture: {lists}")
+
+
+class Checkpointer:
+    """Keeps the newest checkpoints of one training phase; saving runs in the background."""
+
+    def __init__(self, folder: epath.Path, every_steps: int, max_to_keep: int):
+        self.every_steps = every_steps
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
+        self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
+
+    def save(self, step: int, trainable: Any, opt_state: Any, meta: dict[str, Any]) -> None:
+        """Starts to write the state after `step` steps."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(trainable),
+                opt_state=ocp.args.StandardSave(opt_state),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore(self, trainable: Any, opt_state: Any) -> tuple[int, Any, Any] | None:
+        """(step, trainable, opt_state) of the newest checkpoint, placed as the given trees; None if none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (trainable, opt_state))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(abstract[0]),
+                opt_state=ocp.args.StandardRestore(abstract[1]),
+            ),
+        )
+        return step, restored["trainable"], restored["opt_state"]
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint that is whole."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,163 @@
+"""Every field of a run's config with its default, and what is checked before any device time is spent.
+
+A config file starts from `default_config()` and changes fields; a field that does not exist raises at once,
+since the config is locked. Times are in steps, rates per step, batch sizes global (over all hosts).
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clipmoe_jax.models.clip import VARIANTS, ClipConfig
+from clipmoe_jax.models.dispatch import make_dispatch
+from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.train.phase import PhaseConfig
+
+BASELINES = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
+
+
+def default_config() -> ConfigDict:
+    """The paper's run on ViT-L/14 with 248 text positions (arXiv 2409.19291 and its released code)."""
+    config = ConfigDict()
+    config.seeds = (0,)  # each seed is a whole run; several go to WORKDIR/seed_N and into one table
+
+    config.data = ConfigDict()
+    config.data.train = ""  # folder made by clipmoe_jax.prepare; "train[:1000]" style slices in `split`
+    config.data.train_split = "train"
+    config.data.test = ""  # for retrieval; "" evaluates nothing
+    config.data.test_split = "test"
+    config.data.in_memory = False  # decode once and hold in memory: for small data sets
+    config.data.num_workers = 0  # decoding processes; 0 decodes in threads
+    config.data.digit_scenes = 0  # > 0: make so many training scenes (and an eighth for test) in WORKDIR
+
+    config.base = ConfigDict()
+    config.base.checkpoint = ""  # a file or folder `clipmoe_jax.load` takes; "" trains one from scratch
+    config.base.architecture = ConfigDict(
+        dataclasses.replace(
+            VARIANTS["ViT-L/14"],
+            text=dataclasses.replace(VARIANTS["ViT-L/14"].text, context_length=248),
+        ).to_dict()
+    )
+    config.base.logit_scale = 100.0  # the checkpoint's is reset to its logarithm; 0 keeps it
+    config.base.train = _phase(batch_size=128, learning_rate=2e-3, weight_decay=0.1)
+
+    config.run = ConfigDict()
+    config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
+    config.run.remat = False
+    config.run.frozen_dtype = "float32"  # what frozen parameters are held in while a stage trains
+
+    config.embed = ConfigDict({"batch_size": 1024})
+    config.cluster = ConfigDict({"num_clusters": 3, "max_fit_pairs": 200_000})
+
+    config.mcl = _phase(
+        batch_size=800, learning_rate=1e-5, weight_decay=0.2, warmup_steps=200, label_smoothing=0.1
+    )
+    config.mcl.num_stages = 3  # E - 1
+    config.mcl.init_from = "base"  # or "previous"
+    config.mcl.small_clusters = "backoff"  # or "drop"
+
+    config.moe = ConfigDict()
+    config.moe.num_selected_experts = 2
+    config.moe.num_moe_layers = 0  # of the last blocks of each tower; 0 is all
+    config.moe.dispatch = "ragged"
+    config.moe.capacity_factor = 1.25  # for dispatch = "capacity"
+    config.moe.expert_dropout_rate = 0.1  # in router training
+    config.moe.router_stddev = 0.02
+
+    config.router = _phase(
+        batch_size=800, learning_rate=1e-6, weight_decay=1e-2, warmup_steps=200, label_smoothing=0.1
+    )
+    config.router.balance = "paper"  # or "released"
+    config.router.balance_coefficient = 0.01
+
+    config.baselines = ()  # of BASELINES
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
+    config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
+    config.log_every = 10
+    return config
+
+
+def _phase(**fields: Any) -> ConfigDict:
+    return ConfigDict(dataclasses.asdict(PhaseConfig(**fields)))
+
+
+def phase_config(section: ConfigDict) -> PhaseConfig:
+    """The fields of `config.mcl`, `config.router` or `config.base.train` that every kind of training has."""
+    return PhaseConfig(**{f.name: section[f.name] for f in dataclasses.fields(PhaseConfig)})
+
+
+def architecture(config: ConfigDict) -> ClipConfig:
+    """The dense base's architecture."""
+    return ClipConfig.from_dict(config.base.architecture.to_dict())
+
+
+def moe_config(config: ConfigDict) -> MoeConfig:
+    """The CLIP-MoE's experts: the base's and one for each stage."""
+    return MoeConfig(
+        num_experts=config.mcl.num_stages + 1,
+        num_selected_experts=config.moe.num_selected_experts,
+        num_moe_layers=config.moe.num_moe_layers or None,
+    )
+
+
+def run_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> RunConfig:
+    """How models are computed on `platform` ("cpu", "gpu", "tpu")."""
+    return RunConfig(
+        dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        remat=config.run.remat,
+        dispatch=config.moe.dispatch,
+        capacity_factor=config.moe.capacity_factor,
+        expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
+    )
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ValueError naming the first field whose value cannot work."""
+    _check_fields(config, default_config())
+    architecture(config)
+    make_dispatch(config.moe.dispatch, config.moe.capacity_factor)
+    if not 1 <= config.moe.num_selected_experts <= config.mcl.num_stages + 1:
+        raise ValueError(
+            f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number of "
+            f"experts, {config.mcl.num_stages + 1} (mcl.num_stages + 1)"
+        )
+    _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
+    _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
+    _check_choice("router.balance", config.router.balance, ("paper", "released"))
+    for baseline in config.baselines:
+        _check_choice("baselines", baseline, BASELINES)
+    if "base_ft_moe" in config.baselines and "direct_ft" not in config.baselines:
+        raise ValueError("baselines: 'base_ft_moe' is made from 'direct_ft': add it")
+    if not config.seeds:
+        raise ValueError("seeds=() runs nothing: give at least one")
+    if not config.data.train and not config.data.digit_scenes:
+        raise ValueError(
+            "data.train is empty: set it to a folder made by "
+            "python -m clipmoe_jax.prepare --source=KIND:PATH --out=FOLDER"
+        )
+    if not config.base.checkpoint and not config.data.digit_scenes:
+        raise ValueError("base.checkpoint is empty: set it to the dense CLIP to start from")
+    for section in ("base.train", "mcl", "router"):
+        fields = config
+        for part in section.split("."):
+            fields = fields[part]
+        for name in ("batch_size", "accumulation_steps"):
+            if fields[name] < 1:
+                raise ValueError(f"{section}.{name}={fields[name]} must be at least 1")
+
+
+def _check_fields(config: ConfigDict, known: ConfigDict, prefix: str = "") -> None:
+    for name, value in config.items():
+        if name not in known:
+            raise ValueError(f"config field {prefix}{name} does not exist; there are {sorted(known)}")
+        if isinstance(known[name], ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise ValueError(f"config field {prefix}{name}={value!r} must be a group of fields")
+            if known[name]:
+                _check_fields(value, known[name], f"{prefix}{name}.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,167 @@
+"""Digit scenes: handwriting composed into small captioned images, the demo's data.
+
+Each 32 x 32 scene has eight attributes, drawn uniformly and independently. Its detailed caption names all of
+them; its coarse caption, like alt-text on the web, mostly the three that are easiest to see. The handwriting is
+scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for training than for test.
+"""
+
+import json
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+SIZE, BORDER, MARK = 32, 2, 5
+NUM_TRAINING_DIGITS = 1200
+
+INKS = {
+    "white": (250, 250, 250),
+    "yellow": (250, 235, 60),
+    "pink": (255, 150, 190),
+    "cyan": (90, 235, 240),
+    "lime": (160, 250, 70),
+    "peach": (255, 190, 130),
+}
+BACKGROUNDS = {
+    "navy": (20, 25, 110),
+    "maroon": (110, 15, 30),
+    "forest": (15, 85, 35),
+    "gray": (85, 85, 85),
+    "black": (12, 12, 12),
+    "plum": (95, 30, 95),
+}
+BORDERS = {
+    "red": (225, 30, 30),
+    "green": (30, 180, 50),
+    "blue": (40, 80, 230),
+    "orange": (250, 140, 20),
+    "brown": (130, 80, 40),
+    "teal": (20, 140, 140),
+}
+PURPLE = (170, 60, 220)
+CORNERS = {"northwest": (0, 0), "northeast": (0, 1), "southwest": (1, 0), "southeast": (1, 1)}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ANGLES = {"upright": 0, "clockwise": -35, "anticlockwise": 35}
+PIXELS = {"small": 15, "large": 23}
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "ink": tuple(INKS),
+    "background": tuple(BACKGROUNDS),
+    "border": tuple(BORDERS),
+    "texture": ("plain", "striped", "dotted", "checked"),
+    "mark": tuple(CORNERS),
+    "size": tuple(PIXELS),
+    "rotation": tuple(ANGLES),
+    "digit": DIGITS,
+}
+COARSE_PROBABILITY = {"ink": 0.9, "background": 0.9, "border": 0.9}
+OTHER_PROBABILITY = 0.05
+
+# A phrase for each value, alone: what zero-shot classification asks.
+PROMPTS = {
+    "ink": "a {} digit",
+    "background": "on {} background",
+    "border": "with {} border",
+    "texture": "on {} background",
+    "mark": "mark {}",
+    "size": "a {} digit",
+    "rotation": "a digit {}",
+    "digit": "a {}",
+}
+ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2), (2, 0, 1, 3))
+
+
+def write_scenes(folder: epath.Path, num_scenes: int, *, split: str, seed: int) -> None:
+    """Writes images/*.png, detailed.json and coarse.json (ShareGPT4V's form) and attributes.json (one dict an image).
+
+    split: "train" or "test", which handwriting to use and which random numbers.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: choose 'train' or 'test'")
+    from sklearn.datasets import load_digits  # here because it is slow to import
+
+    bunch = load_digits()
+    part = slice(None, NUM_TRAINING_DIGITS) if split == "train" else slice(NUM_TRAINING_DIGITS, None)
+    glyphs, targets = bunch.images[part], bunch.target[part]
+    rng = np.random.default_rng((seed, split == "test"))
+    folder = epath.Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    detailed, coarse, attributes = [], [], []
+    for i in range(num_scenes):
+        scene = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()}
+        glyph = glyphs[rng.choice(np.flatnonzero(targets == DIGITS.index(scene["digit"])))]
+        name = f"images/{i:06d}.png"
+        Image.fromarray(draw(scene, glyph, rng)).save(folder / name)
+        detailed.append(_entry(i, name, describe(scene, rng)))
+        seen = {a: v for a, v in scene.items() if rng.random() < COARSE_PROBABILITY.get(a, OTHER_PROBABILITY)}
+        coarse.append(_entry(i, name, describe(seen, rng)))
+        attributes.append(scene)
+    for name, content in (("detailed", detailed), ("coarse", coarse), ("attributes", attributes)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One scene, uint8 (32, 32, 3); glyph (8, 8) float in 0 to 16."""
+
+    def colour(rgb):
+        return np.array(rgb) / 255 * rng.uniform(0.8, 1.1)
+
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = colour(BACKGROUNDS[scene["background"]])
+    image += 0.22 * _texture(scene["texture"])[:, :, None]
+
+    side = round(PIXELS[scene["size"]] * rng.uniform(0.95, 1.05))
+    alpha = Image.fromarray(np.uint8(glyph / 16 * 255)).resize((side, side), Image.BILINEAR)
+    canvas = Image.new("L", (SIZE, SIZE))
+    offset = (SIZE - side) // 2 + rng.integers(-1, 2, size=2)
+    canvas.paste(alpha, tuple(int(o) for o in offset))
+    canvas = canvas.rotate(ANGLES[scene["rotation"]] + rng.uniform(-6, 6), Image.BILINEAR)
+    alpha = np.clip(np.asarray(canvas) / 255 * 1.5, 0, 1)[:, :, None]
+    image = image * (1 - alpha) + alpha * colour(INKS[scene["ink"]])
+
+    down, right = CORNERS[scene["mark"]]
+    top, left = (SIZE - 2 * BORDER - MARK) * down + BORDER, (SIZE - 2 * BORDER - MARK) * right + BORDER
+    image[top : top + MARK, left : left + MARK] = colour(PURPLE)
+    edge = colour(BORDERS[scene["border"]])
+    image[:BORDER], image[-BORDER:], image[:, :BORDER], image[:, -BORDER:] = (edge,) * 4
+    image += rng.normal(0, 0.06, image.shape)
+    return np.uint8(np.clip(image, 0, 1) * 255)
+
+
+def describe(scene: dict[str, str], rng: np.random.Generator) -> str:
+    """A caption that names the attributes that `scene` has, phrases in one of four orders."""
+
+    def words(*names):
+        return " ".join(scene[name] for name in names if name in scene)
+
+    subject = " ".join(filter(None, [words("size", "ink"), scene.get("digit", "digit"), words("rotation")]))
+    ground, border, corner = words("texture", "background"), words("border"), words("mark")
+    phrases = [
+        f"a {subject}",
+        f"on {ground} background" if ground else "",
+        f"with {border} border" if border else "",
+        f"mark {corner}" if corner else "",
+    ]
+    return " ".join(filter(None, (phrases[i] for i in ORDERS[rng.integers(len(ORDERS))])))
+
+
+def _texture(name: str) -> np.ndarray:
+    """(32, 32) of 0 and 1."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    return {
+        "plain": np.zeros((SIZE, SIZE)),
+        "striped": (y // 2) % 2,
+        "dotted": (y % 4 == 0) & (x % 4 == 0),
+        "checked": (y // 4 + x // 4) % 2,
+    }[name].astype(float)
+
+
+def _entry(i: int, image: str, caption: str) -> dict:
+    return {
+        "id": f"{i:06d}",
+        "image": image,
+        "conversations": [
+            {"from": "human", "value": "<image>\nDescribe the picture."},
+            {"from": "gpt", "value": caption},
+        ],
+    }

@@ -1,0 +1,231 @@
+"""From record indices to batches of numpy arrays, in an order that only the step decides.
+
+Axis letters: N records, B rows of a batch on this host, H, W image height and width, L context
+length.
+
+`StreamedPairs` reads and decodes what a batch needs; `DecodedPairs` does it once for the whole
+data set and keeps it in memory. `batches` takes either and gives the same arrays.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+class Sampler(Protocol):
+    """Which records a step uses: a pure function of the step.
+
+    Attributes:
+        global_batch: rows of a batch over all hosts.
+        num_steps: steps of one epoch.
+    """
+
+    global_batch: int
+    num_steps: int
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 (global_batch,): record indices, -1 for padding. Steps count on over epochs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedPairs:
+    """Pairs that are read and decoded each time they are used, by `num_threads` threads in all."""
+
+    records: Records
+    tokenizer: Tokenizer
+    image_size: int
+    num_threads: int = os.cpu_count()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def gather(self, indices: np.ndarray, epoch: int) -> Batch:
+        """Decodes some pairs, each with the caption that is its turn this epoch.
+
+        Args:
+            indices: int (B,), records; -1 gives zeros.
+            epoch: chooses among a record's captions, in turn.
+
+        Returns:
+            "image" uint8 (B, H, W, 3) and "text" int32 (B, L).
+
+        Raises:
+            ValueError: an image that does not decode, by record id and index.
+        """
+        image = np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        text = np.zeros((len(indices), self.tokenizer.context_length), np.int32)
+
+        def fill(row: int) -> None:
+            record = self.records[indices[row]]
+            captions = record["captions"]
+            image[row] = _decode(record, indices[row], self.image_size)
+            text[row] = self.tokenizer(captions[epoch % len(captions)])[0]
+
+        rows = np.flatnonzero(indices >= 0)
+        list(_threads(self.num_threads).map(fill, rows))  # waits for all, raises the first error
+        return {"image": image, "text": text}
+
+
+class DecodedPairs:
+    """Pairs decoded once and held in memory: for data sets that are small and read often.
+
+    Takes N·H·W·3 bytes for the images and 4·L for each caption.
+    """
+
+    def __init__(self, records: Records, tokenizer: Tokenizer, image_size: int):
+        """Decodes everything, with a progress bar if it takes more than two seconds.
+
+        Raises:
+            ValueError: an image that does not decode, by record id and index.
+        """
+        self._image = np.empty((len(records), image_size, image_size, 3), np.uint8)
+
+        def fill(index: int) -> list[str]:
+            record = records[index]
+            self._image[index] = _decode(record, index, image_size)
+            return record["captions"]
+
+        decoding = _threads(os.cpu_count()).map(fill, range(len(records)))
+        captions = list(tqdm(decoding, "decoding", len(records), delay=2, disable=None))
+        self._num_captions = np.array([len(of_one) for of_one in captions])  # (N,)
+        self._first_caption = np.cumsum(self._num_captions) - self._num_captions  # (N,) in _text
+        self._text = tokenizer([caption for of_one in captions for caption in of_one])
+
+    def __len__(self) -> int:
+        return len(self._image)
+
+    def gather(self, indices: np.ndarray, epoch: int) -> Batch:
+        """As `StreamedPairs.gather`, without its errors."""
+        captions = self._first_caption[indices] + epoch % self._num_captions[indices]
+        batch = {"image": self._image[indices], "text": self._text[captions]}
+        for array in batch.values():
+            array[indices < 0] = 0
+        return batch
+
+
+@contextlib.contextmanager
+def batches(
+    pairs: StreamedPairs | DecodedPairs,
+    sampler: Sampler,
+    *,
+    start_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Iterator[Batch]]:
+    """Opens an iterator over this host's part of the batches of some steps.
+
+        with batches(pairs, sampler, start_step=0, num_steps=sampler.num_steps) as iterator:
+            for batch in iterator: …
+
+    Batches depend on the step alone: to resume, start at the step where the run stopped. Host p
+    of P gets rows p·B to (p+1)·B of each global batch, B = global_batch / P.
+
+    Args:
+        pairs: where images and captions come from.
+        sampler: which records a step uses.
+        start_step: the first step, counted over epochs.
+        num_steps: how many batches to give.
+        process_index: p.
+        process_count: P.
+        num_workers: processes that decode streamed pairs ahead; with 0, threads of this process
+            do, which is enough up to some 10,000 images per second. Workers hand batches over in
+            shared memory: /dev/shm must hold a few of them for each.
+
+    Yields:
+        an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L), "index": int64 (B,)
+        records, "valid": bool (B,)}. Padding rows are zero, -1 in "index", False in "valid".
+
+    Raises:
+        ValueError: hosts that do not divide the batch; from the iterator, an unreadable record.
+    """
+    if sampler.global_batch % process_count:
+        raise ValueError(
+            f"A global batch of {sampler.global_batch} does not divide among {process_count} "
+            f"processes: use a multiple of {process_count}."
+        )
+    steps = range(start_step, start_step + num_steps)
+    if isinstance(pairs, DecodedPairs):
+        yield map(_LocalBatch(pairs, sampler, process_index, process_count), steps)
+        return
+    num_threads = max(1, pairs.num_threads // max(1, num_workers))
+    pairs = dataclasses.replace(pairs, num_threads=num_threads)
+    iterator = _read_ahead(
+        _LocalBatch(pairs, sampler, process_index, process_count), steps, num_workers
+    )
+    try:
+        yield map(_own, iterator) if num_workers else iterator
+    finally:
+        iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalBatch:
+    """step -> this host's batch; sent whole to worker processes."""
+
+    pairs: StreamedPairs | DecodedPairs
+    sampler: Sampler
+    process_index: int
+    process_count: int
+
+    def __call__(self, step: int) -> Batch:
+        indices = np.asarray(self.sampler.indices(step), np.int64)
+        indices = np.split(indices, self.process_count)[self.process_index]
+        epoch = step // self.sampler.num_steps
+        batch = self.pairs.gather(indices, epoch)
+        return batch | {"index": indices, "valid": indices >= 0}
+
+
+def _read_ahead(local_batch: _LocalBatch, steps: range, num_workers: int):
+    """A grain iterator of local_batch(step), computed ahead of use."""
+    import grain  # here because it is slow to import
+    from absl import flags
+
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(local_batch)
+    # One batch at a time: its rows already use every thread.
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read flags, which a library user has not
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        )
+    return iter(dataset)
+
+
+def _own(batch: Batch) -> Batch:
+    """Moves a worker's batch out of shared memory, which must not outlive the workers.
+
+    Emptying grain's dict frees that memory now: grain's threads may hold on to the dict.
+    """
+    return {name: np.array(batch.pop(name)) for name in list(batch)}
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """One pool a process, kept from batch to batch."""
+    return ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+
+def _decode(record: dict, index: int, image_size: int) -> np.ndarray:
+    try:
+        return preprocess_image(record["image"], image_size)
+    except UnreadableImageError as error:
+        raise ValueError(
+            f"Record {index} ({record['id']!r}) has an image that does not decode: {error}. "
+            "The data set has changed since it was prepared: prepare it again."
+        ) from error

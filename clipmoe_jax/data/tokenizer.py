@@ -1,0 +1,108 @@
+"""CLIP's lower-cased byte-pair tokenizer: captions in, int32 ids out.
+
+Axis letters: B captions, L context length.
+"""
+
+import functools
+import gzip
+import html
+import re
+from collections.abc import Sequence
+from importlib import resources
+
+import ftfy
+import numpy as np
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+START_ID = 49406
+END_ID = 49407
+PAD_ID = 0
+
+# CLIP splits words with `regex`, ignoring case. There the long s matches "'s", and U+0345, a
+# combining iota that folds to a letter, matches nothing; the tokenizers library has to be told.
+_WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
+
+# ftfy changes plain ASCII only where there are control characters.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+class Tokenizer:
+    """Turns captions into CLIP's token ids.
+
+    A row is start, words, end, padding with 0. A caption that is too long loses its last words,
+    never its end token. Text that looks like a special token ("<|endoftext|>", "<end_of_text>")
+    is tokenised as the characters it consists of, so that no caption can place an end token.
+
+    Attributes:
+        context_length: L, the ids in a row.
+    """
+
+    def __init__(self, context_length: int):
+        """Raises ValueError if context_length leaves no room for start, one word and end."""
+        if context_length < 3:
+            raise ValueError(f"context_length={context_length} is too short: use 3 or more.")
+        self.context_length = context_length
+
+    def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Tokenises one caption or several.
+
+        Args:
+            texts: a caption, or B captions.
+
+        Returns:
+            int32 (B, L); B is 1 for a single string.
+
+        Raises:
+            TypeError: a caption is not a string.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"Caption {i} is a {type(text).__name__}, expected a string.")
+        ids = np.full((len(texts), self.context_length), PAD_ID, np.int32)
+        encodings = _backend().encode_batch_fast([clean(text) for text in texts])
+        for row, encoding in zip(ids, encodings, strict=True):
+            words = encoding.ids[: self.context_length - 2]
+            row[0] = START_ID
+            row[1 : len(words) + 1] = words
+            row[len(words) + 1] = END_ID
+        return ids
+
+
+def clean(text: str) -> str:
+    """Repairs broken Unicode and HTML entities, collapses white space, lower-cases."""
+    if not text.isascii() or "&" in text or _CONTROL_CHARACTERS.search(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def read_merges() -> list[tuple[str, str]]:
+    """CLIP's 48,894 byte-pair merges, the first to apply first."""
+    packed = resources.files(__package__).joinpath("clip_merges.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    return [tuple(line.split(" ")) for line in lines]
+
+
+def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Token -> id for CLIP's 49,408 tokens: bytes, bytes that end a word, merges, start, end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [byte + "</w>" for byte in alphabet]
+    tokens += ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+@functools.lru_cache(maxsize=1)
+def _backend() -> Backend:
+    """Built once a process: it takes a moment and is not worth sending to workers."""
+    merges = read_merges()
+    vocabulary = build_vocabulary(merges)
+    backend = Backend(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return backend

@@ -1,0 +1,75 @@
+"""Upcycling: the feed-forward layers of several dense models become the experts of one MoE."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipmoe_jax import trees
+from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
+
+MLP_LEAF = re.compile(r"(visual|text)/resblocks_(\d+)/mlp/(.+)")
+
+
+def stack_experts(
+    trees_of_params: Sequence[trees.Params],
+    router_key: jax.Array,
+    *,
+    num_moe_layers: int | None = None,
+    router_stddev: float = 0.02,
+) -> dict:
+    """Params of a MoE whose expert e is the feed-forward layer of tree e, in every MoE block; pure.
+
+    trees_of_params: E dense trees of one architecture, equal outside their feed-forward layers; tree 0, the base,
+    gives everything shared, and the feed-forward layers of blocks that stay dense. num_moe_layers: the last n
+    blocks of each tower; None is all. Routers are drawn from a normal distribution.
+    Raises ValueError naming the first leaf outside the feed-forward layers that is not equal, with the largest
+    difference; and any leaf that one of the trees lacks.
+    """
+    base, *others = flat = [trees.flatten(tree) for tree in trees_of_params]
+    for e, tree in enumerate(others, 1):
+        if odd := sorted(base.keys() ^ tree.keys()):
+            raise ValueError(f"tree {e} and the base do not have the same leaves; the first that differs is {odd[0]}")
+        for name, leaf in base.items():
+            if leaf.shape != tree[name].shape:
+                raise ValueError(f"{name} is {tree[name].shape} in tree {e}, {leaf.shape} in the base")
+            if not MLP_LEAF.fullmatch(name) and not np.array_equal(leaf, tree[name]):
+                difference = float(np.max(np.abs(np.asarray(leaf) - np.asarray(tree[name]))))
+                raise ValueError(
+                    f"{name} of tree {e} is not the base's (largest difference {difference:.3g}): experts may "
+                    "differ in their feed-forward layers alone"
+                )
+
+    depth = {tower: _depth(base, tower) for tower in ("visual", "text")}
+    moe = MoeConfig(len(flat), 1, num_moe_layers)
+    leaves, routers = {}, []
+    for name, leaf in base.items():
+        match = MLP_LEAF.fullmatch(name)
+        if match is None or int(match[2]) < first_moe_layer(depth[match[1]], moe):
+            leaves[name] = leaf
+            continue
+        block = f"{match[1]}/resblocks_{match[2]}/moe"
+        leaves[f"{block}/{match[3]}"] = jnp.stack([tree[name] for tree in flat])
+        if match[3] == "c_fc/kernel":
+            routers.append((f"{block}/router/kernel", leaf.shape[0]))
+    for key, (name, width) in zip(jax.random.split(router_key, len(routers)), routers, strict=True):
+        leaves[name] = router_stddev * jax.random.normal(key, (width, len(flat)))
+    return trees.unflatten(leaves)
+
+
+def count_active_parameters(params: trees.Params, config: ClipConfig) -> int:
+    """Parameters that one token uses: of E experts, K count."""
+    total = 0
+    for name, leaf in trees.flatten(params).items():
+        size = int(np.prod(leaf.shape))
+        if re.search(r"/moe/c_(fc|proj)/", name):
+            size = size // config.moe.num_experts * config.moe.num_selected_experts
+        total += size
+    return total
+
+
+def _depth(leaves: dict, tower: str) -> int:
+    return 1 + max(int(m[2]) for name in leaves if (m := MLP_LEAF.fullmatch(name)) and m[1] == tower)

@@ -1,0 +1,95 @@
+"""Reading a model from whatever it was saved as, recognised by content."""
+
+import dataclasses
+import pickle
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from clipmoe_jax import checkpoints, trees
+from clipmoe_jax.interop import released
+from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.positions import stretch_positions, stretched_length
+
+POSITIONS = "text/positional_embedding"
+
+
+class Loaded(NamedTuple):
+    """A model in numpy: params float32; source says in words what was found."""
+
+    config: ClipConfig
+    params: dict
+    source: str
+
+
+def read_model(path: str, *, num_selected_experts: int = 2, context_length: int | None = None) -> Loaded:
+    """Reads a model folder of a run, or a `.pt` state dict of the released code (or of OpenAI's names).
+
+    num_selected_experts: for a file of the released code, which does not say. context_length: stretches a text
+    tower of 77 positions to 248 when asked for 248; None keeps what there is.
+    Raises FileNotFoundError, or ValueError naming what does not fit.
+    """
+    folder = epath.Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a model folder of a run, or a .pt file")
+    if folder.is_dir():
+        found = next((f for f in (folder, folder / "params") if (f / "model.json").exists()), None)
+        if found is None:
+            raise ValueError(f"{path} is not a model: it has no model.json (give RUN/base, RUN/moe/params, …)")
+        config, params = checkpoints.load_model(found)
+        source = f"{_kind(config)} of a run"
+    else:
+        config, leaves = _read_state_dict(path, num_selected_experts)
+        params, source = trees.unflatten(leaves), f"{_kind(config)} in the released code's format"
+    if context_length is not None:
+        config, params = _with_context_length(config, params, context_length, path)
+    return Loaded(config, params, source)
+
+
+def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, dict[str, np.ndarray]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"{path} is a PyTorch file and PyTorch is not installed: pip install torch") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a PyTorch state dict: {reason}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__}")
+    arrays = {name.removeprefix("module."): tensor.float().numpy() for name, tensor in state.items()}
+    if not released.is_released(arrays):
+        raise ValueError(
+            f"{path} is not a ViT CLIP in the released code's names (visual.conv1.weight, …); its first names "
+            f"are {list(arrays)[:3]}"
+        )
+    config, leaves = released.import_state_dict(arrays, num_selected_experts=num_selected_experts)
+    checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, path)
+    return config, leaves
+
+
+def _with_context_length(
+    config: ClipConfig, params: dict, context_length: int, path: str
+) -> tuple[ClipConfig, dict]:
+    have = config.text.context_length
+    if have == context_length:
+        return config, params
+    if stretched_length(have) != context_length:
+        raise ValueError(
+            f"{path} has {have} text positions and the config asks for {context_length}: they can be kept "
+            f"({have}) or stretched ({stretched_length(have)})"
+        )
+    leaves = trees.flatten(params)
+    leaves[POSITIONS] = stretch_positions(leaves[POSITIONS])
+    text = dataclasses.replace(config.text, context_length=context_length)
+    return dataclasses.replace(config, text=text), trees.unflatten(leaves)
+
+
+def _kind(config: ClipConfig) -> str:
+    if config.moe is None:
+        return "dense CLIP"
+    return f"CLIP-MoE ({config.moe.num_experts} experts, {config.moe.num_selected_experts} selected)"

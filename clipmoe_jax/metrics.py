@@ -1,0 +1,58 @@
+"""Where numbers go: the console's progress bar, `metrics.jsonl` and TensorBoard. Process 0 alone writes."""
+
+import json
+import time
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+
+class Metrics:
+    """The numbers of one run. A resumed run repeats the steps since its last checkpoint: the later line counts."""
+
+    def __init__(self, workdir: epath.Path):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter  # here because it is slow to import
+
+        workdir = epath.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._jsonl = (workdir / "metrics.jsonl").open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+
+    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """One line of numbers after `step` steps of a phase ("stage_1", "router", …)."""
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        line = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
+
+    def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
+        """A progress bar with rate and time left; silent on other processes than 0."""
+        return tqdm(
+            desc=f"{phase:<24}",
+            initial=start,
+            total=total,
+            unit=unit,
+            disable=not self._active,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def say(self, text: str) -> None:
+        """A line on the console, above any progress bar."""
+        if self._active:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        if self._active:
+            self._jsonl.close()
+            self._tensorboard.close()

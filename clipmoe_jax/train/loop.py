@@ -1,0 +1,130 @@
+"""The training loop, the only one: every phase differs by what it passes in."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from clipmoe_jax import sharding, trees
+from clipmoe_jax.checkpoints import Checkpointer
+from clipmoe_jax.data import loader
+from clipmoe_jax.metrics import Metrics
+from clipmoe_jax.models.clip import Clip
+from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.step import LossConfig, TrainState, init_state, make_train_step
+
+
+def fit(
+    name: str,
+    model: Clip,
+    params: trees.Params,
+    *,
+    trainable_rules: trees.Rules,
+    pairs: loader.StreamedPairs | loader.DecodedPairs,
+    sampler: loader.Sampler,
+    phase: PhaseConfig,
+    loss: LossConfig,
+    seed: int,
+    mesh: Mesh,
+    metrics: Metrics,
+    checkpoint_folder: epath.Path,
+    checkpoint_every: int = 500,
+    max_to_keep: int = 2,
+    log_every: int = 10,
+    num_workers: int = 0,
+    frozen_dtype: str = "float32",
+    num_steps: int | None = None,
+) -> tuple[dict, dict[str, float]]:
+    """Trains the leaves that the rules say, going on from the newest checkpoint; returns (params, measured).
+
+    params: placed on the mesh. Batches, learning rates and dropout depend on the step and the seed alone, so an
+    interrupted phase ends with the params of an uninterrupted one. measured: the last step's numbers and the rate.
+    Raises ValueError naming step and last good checkpoint if the loss stops being finite.
+    """
+    num_steps = num_steps or phase.length(sampler.num_steps)
+    sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
+    trainable, frozen = trees.partition(params, trainable_rules)
+    metrics.say(f"{name}: {trees.describe(trainable_rules, params)}")
+    held = trees.cast_floating(frozen, frozen_dtype)
+    # The step donates its state: train on copies, the caller keeps what was passed in.
+    state = init_state(phase, jax.tree.map(jnp.copy, trainable))
+    checkpointer = Checkpointer(checkpoint_folder, checkpoint_every, max_to_keep)
+    if (restored := checkpointer.restore(state.trainable, state.opt_state)) is not None:
+        step, trainable, opt_state = restored
+        state = TrainState(jnp.asarray(step, jnp.int32), trainable, opt_state)
+        metrics.say(f"{name}: resumed at step {step}")
+    del trainable
+
+    train_step = make_train_step(model, loss, phase)
+    rates = phase.learning_rates(num_steps)
+    key = jax.random.key(seed)
+    start = int(state.step)
+    numbers: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def read(step: int, device_metrics: dict) -> dict[str, float]:
+        """Waits for a step's numbers and stops if they are not finite."""
+        found = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+        if not math.isfinite(found["loss"]):
+            raise ValueError(
+                f"{name}: the loss is {found['loss']} at step {step}; the last good checkpoint is step "
+                f"{checkpointer.latest_step() or 0} in {checkpoint_folder}. Lower the learning rate "
+                f"({phase.learning_rate}) or look at the data of that step"
+            )
+        return found
+
+    with (
+        jax.set_mesh(mesh),
+        metrics.progress(name, start, num_steps) as progress,
+        loader.batches(
+            pairs,
+            sampler,
+            start_step=start,
+            num_steps=num_steps - start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=num_workers,
+        ) as batches,
+    ):
+        pending = None
+        for step, batch in enumerate(batches, start):
+            arrays = sharding.put_batch(mesh, {k: batch[k] for k in ("image", "text")})
+            state, found = train_step(state, held, arrays, rates[step], key)
+            # A step's numbers are read when the next one is under way, so that the device never waits.
+            if pending is not None:
+                numbers = read(*pending)
+                _report(name, metrics, progress, pending[0], numbers, log_every, phase.batch_size)
+            pending = step, found
+            progress.update()
+            done = step + 1
+            if done % checkpoint_every == 0 and done < num_steps:
+                numbers = read(*pending)
+                checkpointer.save(done, state.trainable, state.opt_state, {"step": done, "loss": numbers["loss"]})
+        if pending is not None:
+            numbers = read(*pending)
+            _report(name, metrics, progress, pending[0], numbers, 1, phase.batch_size)
+    checkpointer.close()
+    seconds = time.perf_counter() - began
+    measured = {"num_steps": num_steps, "seconds": round(seconds, 2), **numbers}
+    return trees.merge(state.trainable, frozen), measured
+
+
+def _report(
+    name: str,
+    metrics: Metrics,
+    progress,
+    step: int,
+    numbers: dict[str, float],
+    log_every: int,
+    batch_size: int,
+) -> None:
+    if (step + 1) % log_every:
+        return
+    rate = progress.format_dict["rate"] or np.nan
+    metrics.log(name, step + 1, {**numbers, "pairs_per_second": rate * batch_size})
+    progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate * batch_size:.0f} pairs/s", refresh=False)
+

@@ -1,0 +1,70 @@
+"""What every kind of training has: batch, length, optimizer and schedule."""
+
+import dataclasses
+
+import numpy as np
+import optax
+
+from clipmoe_jax import trees
+
+# Whether weight decay applies: to matrices and convolutions, not to norms, biases, embeddings of positions or scalars.
+DECAY_RULES = (
+    (r".*/(kernel|embedding|proj|text_projection)", True),
+    (r".*", False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """Hyperparameters of one phase of training.
+
+    batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps: microbatches
+    that a batch is computed in; the gradient is that of the whole batch. learning_rate: the peak, reached after
+    `warmup_steps` and then falling to 0 by a cosine. clip_norm: of the global gradient; 0 is none.
+    """
+
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    num_epochs: int = 1
+    num_steps: int = 0
+    warmup_steps: int = 20
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0
+    label_smoothing: float = 0.0
+    accumulation_steps: int = 1
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Number of steps. Raises ValueError if the warm-up does not fit."""
+        num_steps = self.num_steps or self.num_epochs * steps_per_epoch
+        if num_steps <= self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} does not fit into {num_steps} steps of batch_size="
+                f"{self.batch_size}: choose a shorter warm-up, smaller batches or more epochs"
+            )
+        return num_steps
+
+    def learning_rates(self, num_steps: int) -> np.ndarray:
+        """Float32 (num_steps,): linear warm-up from 0, then a cosine to 0."""
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, self.warmup_steps, num_steps, 0.0
+        )
+        return np.asarray(schedule(np.arange(num_steps)), np.float32)
+
+    def direction(self) -> optax.GradientTransformation:
+        """AdamW without its learning rate, which is an argument of the step: one compiled step serves every
+        phase that differs in the schedule alone."""
+        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        return optax.chain(
+            clip,
+            optax.scale_by_adam(self.b1, self.b2, self.eps),
+            optax.add_decayed_weights(self.weight_decay, mask=_decays),
+        )
+
+
+def _decays(params: trees.Params) -> dict:
+    return trees.unflatten(
+        {name: DECAY_RULES[trees.first_match(DECAY_RULES, name)][1] for name in trees.flatten(params)}
+    )

@@ -1,0 +1,130 @@
+"""One step of training, a pure function of state and batch.
+
+Letters: B pairs of the global batch, A accumulation steps, b = B / A pairs of a microbatch.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipmoe_jax import losses, trees
+from clipmoe_jax.models.clip import Clip, text_mask
+from clipmoe_jax.train.phase import PhaseConfig
+
+MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """label_smoothing of the contrastive loss; coefficient and kind of the load balance (MoE alone)."""
+
+    label_smoothing: float = 0.0
+    balance_coefficient: float = 0.0
+    balance: str = "paper"
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a step changes. step () int32: how many steps have been taken."""
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+
+
+@functools.cache
+def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callable[..., Any]:
+    """The jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
+
+    frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8 and text (B, L)
+    int32. learning_rate: () float32. key: the phase's random key; the step folds in its number. metrics: float32
+    scalars. The state is donated. Equal arguments give the same function, so its compilation is shared.
+    """
+    tx = phase.direction()
+    num_selected = model.config.moe.num_selected_experts if model.config.moe else 0
+
+    def encode(trainable, frozen, batch, key):
+        params = trees.merge(trainable, frozen)
+        return model.apply(
+            {"params": params}, batch["image"], batch["text"], False, rngs={"dropout": key}
+        )
+
+    def loss_of(trainable, outputs, frozen, batch):
+        params = trees.merge(trainable, frozen)
+        found = losses.contrastive_loss(
+            outputs["image_features"],
+            outputs["text_features"],
+            params["logit_scale"],
+            loss.label_smoothing,
+        )
+        if model.config.moe:
+            found |= losses.balance_losses(
+                outputs, text_mask(batch["text"]), num_selected, loss.balance_coefficient, loss.balance
+            )
+            found["dropped_slots"] = sum(
+                outputs[tower]["dropped_slots"].sum() for tower in ("image_aux", "text_aux")
+            )
+        return losses.total_loss(found), found
+
+    def gradient(trainable, frozen, batch, key):
+        def whole(trainable):
+            return loss_of(trainable, encode(trainable, frozen, batch, key), frozen, batch)
+
+        return jax.value_and_grad(whole, has_aux=True)(trainable)
+
+    def accumulated_gradient(trainable, frozen, batch, key):
+        """The same gradient in less memory (GradCache, arXiv 2101.06983): encode every microbatch, differentiate
+        the loss with respect to all outputs, then encode again and pull that back one microbatch at a time."""
+        num = phase.accumulation_steps
+        micro = jax.tree.map(lambda a: a.reshape(num, a.shape[0] // num, *a.shape[1:]), batch)
+        keys = jax.random.split(key, num)
+
+        def encode_micro(trainable, part):
+            return encode(trainable, frozen, part["batch"], part["key"])
+
+        parts = {"batch": micro, "key": keys}
+        stacked = jax.lax.map(functools.partial(encode_micro, trainable), parts)
+        outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
+        found, (direct, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True, allow_int=True)(
+            trainable, outputs, frozen, batch
+        )
+        cotangents = jax.tree.map(lambda a, like: a.reshape(like.shape), cotangents, stacked)
+
+        def pull_back(total, part_and_cotangent):
+            part, cotangent = part_and_cotangent
+            _, pullback = jax.vjp(lambda t: encode_micro(t, part), trainable)
+            return jax.tree.map(jnp.add, total, pullback(cotangent)[0]), None
+
+        total, _ = jax.lax.scan(pull_back, direct, (parts, cotangents))
+        return found, total
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, frozen, batch, learning_rate, key):
+        key = jax.random.fold_in(key, state.step)
+        compute = gradient if phase.accumulation_steps == 1 else accumulated_gradient
+        (total, found), grads = compute(state.trainable, frozen, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+        trainable = optax.apply_updates(state.trainable, updates)
+        if "logit_scale" in trainable:
+            trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], MAX_LOGIT_SCALE)
+        metrics = {
+            "loss": total,
+            **found,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate,
+        }
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return train_step
+
+
+def init_state(phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
+    """The state before the first step: moments for the trainable leaves alone."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, phase.direction().init(trainable))

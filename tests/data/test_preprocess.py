@@ -1,0 +1,133 @@
+"""Preprocessing against torchvision's documented steps, written out in plain PIL."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipmoe_jax.data.preprocess import UnreadableImageError, normalize, preprocess_image
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def noise(width, height, mode="RGB"):
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8), "RGBA")
+    return rgba.convert(mode) if mode.endswith("A") else rgba.convert("RGB").convert(mode)
+
+
+def encode(image, format="PNG"):
+    file = io.BytesIO()
+    image.save(file, format)
+    return file.getvalue()
+
+
+def reference(image, size):
+    """Resize(size, BICUBIC), CenterCrop(size), convert("RGB") as torchvision documents them."""
+    width, height = image.size
+    if width <= height:
+        width, height = size, int(size * height / width)
+    else:
+        width, height = int(size * width / height), size
+    pixels = np.asarray(image.resize((width, height), BICUBIC).convert("RGB"))
+    left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(64, 48), (48, 64), (32, 32), (33, 32), (500, 33), (40, 80), (7, 9), (31, 31), (2, 1)],
+)
+def test_equals_torchvision(width, height):
+    image = noise(width, height)
+    pixels = preprocess_image(image, 32)
+    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, reference(image, 32))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
+def test_other_modes_become_rgb_last(mode):
+    image = noise(61, 47, mode)
+    pixels = preprocess_image(image, 32)
+    np.testing.assert_array_equal(pixels, reference(image, 32))
+    if mode not in ("L", "CMYK"):  # where converting first is something else
+        assert (pixels != preprocess_image(image.convert("RGB"), 32)).any()
+
+
+# The crop starts at round((long - short) / 2), a half to the even side: torchvision's rule.
+# It parts from (long - short) // 2 where the difference is 3 modulo 4: 7 and 11 here.
+@pytest.mark.parametrize(
+    ("long", "start"),
+    [(4, 0), (5, 0), (6, 1), (7, 2), (8, 2), (9, 2), (10, 3), (11, 4)],
+)
+@pytest.mark.parametrize("axis", ["width", "height"])
+def test_crop_rounding(long, start, axis):
+    ramp = np.tile(np.arange(long, dtype=np.uint8), (4, 1))
+    image = Image.fromarray(ramp if axis == "width" else np.ascontiguousarray(ramp.T))
+    pixels = preprocess_image(image, 4)  # the short side is 4 already: nothing is resampled
+    line = pixels[0, :, 0] if axis == "width" else pixels[:, 0, 0]
+    assert line.tolist() == [start, start + 1, start + 2, start + 3]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P"])
+@pytest.mark.parametrize(("width", "height"), [(40, 81), (40, 200), (10, 300), (100, 900)])
+def test_tall_images_are_resized_rows_first(width, height, mode):
+    # Every Pillow resizes an image whose height stays the same along its rows alone, and one whose
+    # width stays along its columns alone; alpha is premultiplied around both.
+    image = noise(width, height, mode)
+    premultiplied = image.convert({"RGBA": "RGBa", "LA": "La"}.get(mode, mode))
+    new_height = int(32 * height / width)
+    rows = premultiplied.resize((32, height), BICUBIC)
+    both = rows.resize((32, new_height), BICUBIC).convert(mode).convert("RGB")
+    top = int(round((new_height - 32) / 2.0))
+    np.testing.assert_array_equal(preprocess_image(image, 32), np.asarray(both)[top : top + 32])
+
+
+def test_file_contents_and_images_give_the_same():
+    image = noise(50, 40)
+    np.testing.assert_array_equal(preprocess_image(encode(image), 32), preprocess_image(image, 32))
+
+
+def test_exif_orientation_is_ignored():
+    image, exif = noise(50, 40), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(
+        preprocess_image(file.getvalue(), 32), preprocess_image(image, 32)
+    )
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert preprocess_image(file.getvalue(), 32)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_normalize():
+    images = np.array([[[[0, 128, 255]]]], np.uint8)
+    # (0 - 0.48145466) / 0.26862954 = -1.792263
+    # (128/255 - 0.4578275) / 0.26130258 = 0.168897
+    # (1 - 0.40821073) / 0.27577711 = 2.145897
+    normalized = normalize(images)
+    assert normalized.shape == (1, 1, 1, 3) and normalized.dtype == np.float32
+    np.testing.assert_allclose(normalized[0, 0, 0], [-1.792263, 0.168897, 2.145897], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        pytest.param(b"", "not an image file", id="empty"),
+        pytest.param(b"<html>404</html>", "not an image file", id="a web page"),
+        pytest.param(encode(noise(64, 64))[:3000], "truncated", id="truncated PNG"),
+        pytest.param(encode(noise(64, 64), "JPEG")[:900], "truncated", id="truncated JPEG"),
+        pytest.param(encode(Image.new("1", (20000, 20000))), "decompression bomb", id="bomb"),
+        pytest.param(encode(Image.new("L", (1, 501))), "too narrow", id="a line of pixels"),
+        pytest.param(Image.new("La", (9, 9)), "conversion from La", id="no RGB form"),
+    ],
+)
+def test_unreadable_images(image, reason):
+    with pytest.raises(UnreadableImageError, match=reason):
+        preprocess_image(image, 32)
