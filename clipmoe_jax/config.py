@@ -161,3 +161,19 @@ def _check_fields(config: ConfigDict, known: ConfigDict, prefix: str = "") -> No
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """The typed arguments after a config file's colon: `seeds=3,small` -> ConfigDict(seeds=3, small=True).
+
+    Each value is converted to its default's type; a bare name is True.
+    Raises ValueError naming an argument that the config does not have.
+    """
+    parsed = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        name, _, value = item.partition("=")
+        if name not in defaults:
+            raise ValueError(f"config argument {name!r} does not exist; there are {', '.join(defaults)}")
+        kind = type(defaults[name])
+        parsed[name] = value in ("", "True", "true", "1") if kind is bool else kind(value)
+    return ConfigDict(parsed)

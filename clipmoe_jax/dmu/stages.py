@@ -1,0 +1,306 @@
+"""The stages of diversified multiplet upcycling, artifacts in and artifacts out (arXiv 2409.19291).
+
+    base              the dense CLIP, text positions stretched
+    embed_s           stage_s/features: what the model of stage s - 1 makes of every pair
+    cluster_s         stage_s/clusters: accumulated pseudo-labels
+    mcl_s             stage_s/params: feed-forward layers fine-tuned on single-cluster batches
+    upcycle           moe/upcycled: the base's and the stages' feed-forward layers as experts, routers random
+    router            moe/params: routers fine-tuned
+
+Each is skipped if it is there, and refuses to mix with another config's.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from clipmoe_jax import artifacts, checkpoints, config as configs, sharding, trees
+from clipmoe_jax.data import digit_scenes, loader, samplers
+from clipmoe_jax.data.sources import ShareGPT4V
+from clipmoe_jax.dmu.clustering import accumulate_labels, kmeans_labels
+from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run, experts_from
+from clipmoe_jax.dmu.upcycling import count_active_parameters, stack_experts
+from clipmoe_jax.interop.load import read_model
+from clipmoe_jax.models.encoder import Encoder
+from clipmoe_jax.prepare import prepare
+
+PART_ROWS = 65536  # features are written in parts of about so many rows; a killed pass goes on with the next part
+
+BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes")
+STAGE_FIELDS = (*BASE_FIELDS, "data.train", "cluster.", "mcl.", "run.frozen_dtype")
+MOE_FIELDS = (*STAGE_FIELDS, "moe.")
+ROUTER_FIELDS = (*MOE_FIELDS, "router.")
+
+
+def stage_path(run: Run, stage: int) -> epath.Path:
+    """Model folder of a stage; stage 0 is the base."""
+    return run.workdir / f"stage_{stage}" / "params" if stage else run.workdir / "base"
+
+
+def stage_name(stage: int) -> str:
+    """The pipeline's name of what makes `stage_path(run, stage)`."""
+    return f"mcl_{stage}" if stage else "base"
+
+
+def make_scenes(run: Run) -> None:
+    """data/: digit scenes as images and JSON, prepared as a user's data would be."""
+
+    def build(folder: epath.Path) -> dict:
+        measured = {}
+        for split, count in (("train", run.config.data.digit_scenes), ("test", run.config.data.digit_scenes // 8)):
+            digit_scenes.write_scenes(folder / "scenes" / split, count, split=split, seed=run.seed)
+        for name, split, captions in (
+            ("base", "train", "coarse"),
+            ("train", "train", "detailed"),
+            ("test", "test", "detailed"),
+        ):
+            source = ShareGPT4V(folder / "scenes" / split / f"{captions}.json", folder / "scenes" / split)
+            if (folder / name).exists():
+                (folder / name).rmtree()
+            measured[name] = prepare(source, str(folder / name))
+        return measured
+
+    artifacts.make(run.workdir / "data", run.fields("data.digit_scenes"), build)
+
+
+def make_base(run: Run) -> None:
+    """base/: the checkpoint that the config names, or a CLIP trained from scratch on data/base."""
+    config = configs.architecture(run.config)
+
+    def build(folder: epath.Path) -> dict:
+        if run.config.base.checkpoint:
+            params, measured = _import_base(run)
+            checkpoints.save_model(folder, config, params)
+            return measured
+        model = run.model(config)
+        images = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
+        tokens = jnp.zeros((1, config.text.context_length), jnp.int32)
+        params = sharding.init_params(
+            run.mesh, lambda key: model.init(key, images, tokens)["params"], jax.random.key(run.seed)
+        )
+        section = run.config.base.train
+        sampler = samplers.ShuffledSampler(len(run.records("base")), section.batch_size, run.seed)
+        return run.train(
+            "base", model, params, folder, rules=TRAIN_EVERYTHING, sampler=sampler, section=section, data="base"
+        )
+
+    artifacts.make(run.workdir / "base", run.fields(*BASE_FIELDS), build)
+
+
+def _import_base(run: Run) -> tuple[dict, dict]:
+    config, checkpoint = configs.architecture(run.config), run.config.base.checkpoint
+    found = read_model(checkpoint, context_length=config.text.context_length)
+    if found.config.moe:
+        raise ValueError(f"base.checkpoint={checkpoint} is a {found.source}; the base must be a dense CLIP")
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(found.params).items()}
+    checkpoints.check_params(config, shapes, f"base.checkpoint={checkpoint} ({found.source})")
+    params = found.params
+    if run.config.base.logit_scale:
+        params["logit_scale"] = np.asarray(math.log(run.config.base.logit_scale), np.float32)
+    run.metrics.say(f"base: {checkpoint}: {found.source}")
+    return params, {"source": found.source}
+
+
+def embed(run: Run, stage: int) -> None:
+    """stage_s/features: image-*.npy and text-*.npy, (rows, embed) float16 unit vectors in record order."""
+    source = artifacts.require(stage_path(run, stage - 1), stage_name(stage - 1))
+    fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*BASE_FIELDS, "data.train")))
+
+    def build(folder: epath.Path) -> dict:
+        config, params = run.load(source)
+        encoder = Encoder(run.model(config), params, run.mesh, run.config.embed.batch_size)
+        pairs = run.pairs("train")
+        sampler = samplers.SequentialSampler(len(pairs), encoder.batch_size)
+        steps_per_part = max(1, PART_ROWS // encoder.batch_size)
+        starts = range(0, sampler.num_steps, steps_per_part)
+        with run.metrics.progress(f"embed_{stage}", 0, sampler.num_steps) as progress:
+            for part, start in enumerate(starts):
+                steps = min(steps_per_part, sampler.num_steps - start)
+                text_file = folder / f"text-{part:05d}.npy"  # written last
+                if not text_file.exists():
+                    images, texts = _embed_part(run, encoder, sampler, start, steps)
+                    _save_array(folder / f"image-{part:05d}.npy", images)
+                    _save_array(text_file, texts)
+                progress.update(steps)
+        return {"num_pairs": len(pairs), "num_parts": len(starts)}
+
+    artifacts.make(run.workdir / f"stage_{stage}" / "features", {**fields, "embed_stage": stage}, build)
+
+
+def _embed_part(
+    run: Run, encoder: Encoder, sampler: samplers.SequentialSampler, start: int, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    features = {"encode_image": [], "encode_text": []}
+    valid = []
+    with loader.batches(
+        run.pairs("train"),
+        sampler,
+        start_step=start,
+        num_steps=steps,
+        num_workers=run.config.data.num_workers,
+    ) as batches:
+        for batch in batches:
+            features["encode_image"].append(encoder.start("encode_image", batch["image"]))
+            features["encode_text"].append(encoder.start("encode_text", batch["text"]))
+            valid.append(batch["valid"])
+    rows = np.concatenate(valid)
+
+    def unit(parts):
+        array = np.concatenate([np.asarray(part) for part in parts])[rows]
+        return (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float16)
+
+    return unit(features["encode_image"]), unit(features["encode_text"])
+
+
+def cluster(run: Run, stage: int) -> None:
+    """stage_s/clusters: pseudo_labels.npy (N,) int64."""
+    folder = run.workdir / f"stage_{stage}"
+    features = artifacts.require(folder / "features", f"embed_{stage}")
+    before = run.workdir / f"stage_{stage - 1}" / "clusters"
+    if stage > 1:
+        artifacts.require(before, f"cluster_{stage - 1}")
+    settings = run.config.cluster
+
+    def build(out: epath.Path) -> dict:
+        labels = {
+            kind: kmeans_labels(
+                _load_parts(features, kind),
+                settings.num_clusters,
+                seed=run.seed,
+                max_fit=settings.max_fit_pairs,
+            )
+            for kind in ("image", "text")
+        }
+        previous = _load_array(before / "pseudo_labels.npy") if stage > 1 else None
+        accumulated = accumulate_labels(previous, labels["image"], labels["text"], settings.num_clusters)
+        _save_array(out / "pseudo_labels.npy", accumulated)
+        sizes = np.unique(accumulated, return_counts=True)[1]
+        measured = {
+            "num_clusters": len(sizes),
+            "smallest": int(sizes.min()),
+            "median": float(np.median(sizes)),
+            "largest": int(sizes.max()),
+        }
+        run.metrics.say(f"cluster_{stage}: {measured}")
+        return measured
+
+    fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*BASE_FIELDS, "data.train", "cluster.")))
+    artifacts.make(folder / "clusters", fields, build)
+
+
+def mcl(run: Run, stage: int) -> None:
+    """stage_s/params: the feed-forward layers trained on batches that each come from one cluster."""
+    section = run.config.mcl
+    start = stage_path(run, stage - 1 if section.init_from == "previous" else 0)
+    start_stage = stage_name(stage - 1 if section.init_from == "previous" else 0)
+    artifacts.require(start, start_stage)
+    clusters = artifacts.require(run.workdir / f"stage_{stage}" / "clusters", f"cluster_{stage}")
+
+    def build(folder: epath.Path) -> dict:
+        sampler = samplers.ClusterSampler(
+            _load_array(clusters / "pseudo_labels.npy"),
+            section.batch_size,
+            run.seed,
+            labels_per_stage=run.config.cluster.num_clusters**2,
+            small_clusters=section.small_clusters,
+        )
+        report = sampler.report()
+        run.metrics.say(f"mcl_{stage}: {report}")
+        config, params = run.load(start)
+        measured = run.train(
+            f"mcl_{stage}",
+            run.model(config),
+            params,
+            folder,
+            rules=TRAIN_FFN,
+            sampler=sampler,
+            section=section,
+        )
+        return measured | report
+
+    artifacts.make(stage_path(run, stage), run.fields(*STAGE_FIELDS), build)
+
+
+def upcycle(run: Run) -> None:
+    """moe/upcycled: the base's and every stage's feed-forward layers as experts, routers random."""
+    paths = []
+    for stage in range(run.config.mcl.num_stages + 1):
+        paths.append(artifacts.require(stage_path(run, stage), stage_name(stage)))
+    stack_models(run, run.workdir / "moe" / "upcycled", paths, run.fields(*MOE_FIELDS))
+
+
+def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dict) -> None:
+    """Writes the MoE whose experts are the models of some folders, with random routers."""
+
+    def build(folder: epath.Path) -> dict:
+        dense, experts = experts_from(run, paths)
+        moe = dataclasses.replace(
+            configs.moe_config(run.config),
+            num_experts=len(paths),
+            num_selected_experts=min(len(paths), run.config.moe.num_selected_experts),
+        )
+        params = stack_experts(
+            experts,
+            jax.random.fold_in(jax.random.key(run.seed), len(paths)),
+            num_moe_layers=moe.num_moe_layers,
+            router_stddev=run.config.moe.router_stddev,
+        )
+        config = dataclasses.replace(dense, moe=moe)
+        checkpoints.save_model(folder, config, params)
+        return {
+            "parameters": trees.count_parameters(params),
+            "active_parameters": count_active_parameters(params, config),
+        }
+
+    artifacts.make(out, fields, build)
+
+
+def router(run: Run) -> None:
+    """moe/params: the routers trained on ordinary shuffled batches, with the load-balance loss."""
+    upcycled = artifacts.require(run.workdir / "moe" / "upcycled", "upcycle")
+    train_routers(run, "router", upcycled, run.workdir / "moe" / "params", run.fields(*ROUTER_FIELDS))
+
+
+def train_routers(run: Run, name: str, upcycled: epath.Path, out: epath.Path, fields: dict) -> None:
+    """Router fine-tuning of an upcycled model."""
+
+    def build(folder: epath.Path) -> dict:
+        config, params = run.load(upcycled)
+        params = sharding.put_params(run.mesh, params)
+        section = run.config.router
+        sampler = samplers.ShuffledSampler(len(run.pairs("train")), section.batch_size, run.seed)
+        return run.train(
+            name,
+            run.model(config, training_routers=True),
+            params,
+            folder,
+            rules=TRAIN_ROUTERS,
+            sampler=sampler,
+            section=section,
+            balance=True,
+        )
+
+    artifacts.make(out, fields, build)
+
+
+def _load_parts(folder: epath.Path, kind: str) -> np.ndarray:
+    """(N, embed) float32 from the parts of one modality."""
+    parts = sorted(folder.glob(f"{kind}-*.npy"))
+    return np.concatenate([_load_array(part) for part in parts]).astype(np.float32)
+
+
+def _save_array(path: epath.Path, array: np.ndarray) -> None:
+    """Whole or not at all."""
+    temporary = path.parent / f"{path.name}.tmp"
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.replace(path)
+
+
+def _load_array(path: epath.Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.load(file)

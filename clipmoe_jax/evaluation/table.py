@@ -1,0 +1,119 @@
+"""The results of one run, or of several seeds, as a table for the console and a figure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from clipmoe_jax.evaluation.evaluate import CLIP_MOE
+
+Results = dict[str, dict[str, Any]]
+COLUMNS = {
+    "i2t R@1": "image_to_text_r1",
+    "i2t R@5": "image_to_text_r5",
+    "t2i R@1": "text_to_image_r1",
+    "t2i R@5": "text_to_image_r5",
+}
+HOW_TO_READ = (
+    "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a caption. "
+    "Active: what one token uses."
+)
+
+
+def format_table(seeds: Sequence[Results]) -> str:
+    """One row a model: recall (mean ± standard deviation over seeds), parameters, active parameters."""
+    titles = list(seeds[0])
+    width = max(len(title) for title in titles)
+    cell = 7 if len(seeds) == 1 else 11
+    lines = ["  ".join([f"{'':{width}}"] + [f"{c:>{cell}}" for c in COLUMNS] + [f"{'params':>8}", f"{'active':>8}"])]
+    for title in titles:
+        cells = []
+        for key in COLUMNS.values():
+            values = 100 * np.array([results[title][key] for results in seeds])
+            spread = f" ± {values.std(ddof=1):.1f}" if len(seeds) > 1 else ""
+            cells.append(f"{f'{values.mean():.1f}{spread}':>{cell}}")
+        for key in ("parameters", "active_parameters"):
+            cells.append(f"{_short(seeds[0][title][key]):>8}")
+        lines.append("  ".join([f"{title:{width}}", *cells]))
+    return "\n".join([*lines, "", HOW_TO_READ])
+
+
+def format_differences(seeds: Sequence[Results]) -> str:
+    """CLIP-MoE minus each other model, seed by seed: recall@1 i2t / t2i in points."""
+    titles = [title for title in seeds[0] if title != CLIP_MOE]
+    width = max(len(title) for title in titles)
+    lines = ["CLIP-MoE minus …, R@1 in points, i2t / t2i, a column for each seed:"]
+    for title in titles:
+        cells = []
+        for results in seeds:
+            pair = [
+                100 * (results[CLIP_MOE][key] - results[title][key])
+                for key in ("image_to_text_r1", "text_to_image_r1")
+            ]
+            cells.append(f"{pair[0]:+6.1f} / {pair[1]:+6.1f}")
+        lines.append(f"  {title:{width}}  " + "   ".join(cells))
+    return "\n".join(lines)
+
+
+def draw_figure(seeds: Sequence[Results], path: epath.Path) -> None:
+    """Recall by model; and, where there are attributes, zero-shot accuracy by attribute for each expert."""
+    import matplotlib  # here because it is slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    titles = list(seeds[0])
+    attributes = list(seeds[0][CLIP_MOE].get("zero_shot", {}))
+    figure, axes = plt.subplots(
+        1, 1 + bool(attributes), figsize=(13 if attributes else 7, 5), layout="constrained", squeeze=False
+    )
+    left = axes[0, 0]
+    y = np.arange(len(titles))
+    for offset, key, label, colour in (
+        (-0.2, "image_to_text_r1", "image to text", "#3b6fb6"),
+        (0.2, "text_to_image_r1", "text to image", "#e0873a"),
+    ):
+        values = 100 * np.array([[results[title][key] for title in titles] for results in seeds])
+        error = values.std(axis=0, ddof=1) if len(seeds) > 1 else None
+        left.barh(y + offset, values.mean(axis=0), 0.38, xerr=error, label=label, color=colour)
+    left.set_yticks(y, titles)
+    left.get_yticklabels()[titles.index(CLIP_MOE)].set_fontweight("bold")
+    left.invert_yaxis()
+    left.set_xlabel("recall@1 (%)")
+    left.set_title("Retrieval on the test set")
+    left.legend(loc="lower right")
+    left.spines[["top", "right"]].set_visible(False)
+    if attributes:
+        _draw_attributes(axes[0, 1], seeds, attributes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=130, format="png")
+    plt.close(figure)
+
+
+def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> None:
+    """A heat map: rows are the experts, each as the dense model it came from, and the CLIP-MoE."""
+    experts = {"base": "expert 0 (base)"}
+    experts |= {t: f"expert {t.split()[1]} ({t[:7]})" for t in seeds[0] if t.startswith("stage ")}
+    experts[CLIP_MOE] = CLIP_MOE
+    values = 100 * np.mean(
+        [[[r[title]["zero_shot"][a] for a in attributes] for title in experts] for r in seeds], axis=0
+    )
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for row, column in np.ndindex(values.shape):
+        shade = "white" if values[row, column] > 60 else "black"
+        axis.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center", color=shade)
+    axis.set_xticks(range(len(attributes)), attributes, rotation=30, ha="right")
+    axis.set_yticks(range(len(experts)), experts.values())
+    axis.get_yticklabels()[-1].set_fontweight("bold")
+    axis.set_title("Zero-shot accuracy by attribute (%)")
+
+
+def _short(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+

@@ -1,0 +1,92 @@
+"""The whole of diversified multiplet upcycling from a config.
+
+    python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
+    python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
+        --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
+
+What is done is not done again; a run that was killed goes on. `--stage` runs one stage alone: data, base, embed_1,
+cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from clipmoe_jax import artifacts, cli, config as configs, sharding
+from clipmoe_jax.dmu import stages
+from clipmoe_jax.dmu.baselines import make_baselines
+from clipmoe_jax.dmu.run import Run
+from clipmoe_jax.evaluation.evaluate import evaluate
+from clipmoe_jax.evaluation.table import draw_figure, format_differences, format_table
+from clipmoe_jax.metrics import Metrics
+
+
+def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
+    """{name: function} of a config's stages, in order."""
+    table: dict[str, Callable[[Run], object]] = {}
+    if config.data.digit_scenes:
+        table["data"] = stages.make_scenes
+    table["base"] = stages.make_base
+    for s in range(1, config.mcl.num_stages + 1):
+        table[f"embed_{s}"] = lambda run, s=s: stages.embed(run, s)
+        table[f"cluster_{s}"] = lambda run, s=s: stages.cluster(run, s)
+        table[f"mcl_{s}"] = lambda run, s=s: stages.mcl(run, s)
+    table["upcycle"] = stages.upcycle
+    table["router"] = stages.router
+    if config.baselines:
+        table["baselines"] = make_baselines
+    if config.data.test or config.data.digit_scenes:
+        table["evaluate"] = evaluate
+    return table
+
+
+def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> list[dict]:
+    """Runs every stage (or one) for every seed; returns the results of each seed, empty if not evaluated."""
+    configs.validate(config)
+    table = stages_of(config)
+    if only and only not in table:
+        raise ValueError(f"--stage={only} is not a stage of this config: choose one of {', '.join(table)}")
+    mesh = sharding.make_mesh(**config.mesh)
+    results = []
+    for seed in config.seeds:
+        folder = workdir / f"seed_{seed}" if len(config.seeds) > 1 else workdir
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
+        run = Run(config, seed, folder, mesh, Metrics(folder))
+        found = None
+        for name, function in table.items():
+            if only in ("", name):
+                found = function(run)
+        run.metrics.close()
+        if found and "evaluate" in table:
+            results.append(found)
+    return results
+
+
+def main(argv: list[str]) -> None:
+    """Runs the config and shows what came out."""
+    del argv
+    logging.set_verbosity(logging.WARNING)  # of libraries: tfds and orbax tell every file they open
+    config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
+    began = time.perf_counter()
+    results = run_pipeline(config, workdir, flags.FLAGS.stage)
+    if not results:
+        return
+    figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
+    draw_figure(results, figure)
+    print(f"\n{format_table(results)}")
+    if len(results) > 1:
+        print(f"\n{format_differences(results)}")
+    print(f"\n{figure}: the same as a picture. {time.perf_counter() - began:.0f} s on {jax.device_count()} device(s).")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A file of configs/, with its arguments after a colon.")
+    flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
+    flags.DEFINE_string("stage", "", "One stage alone; all of them if empty.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)
