@@ -4,8 +4,8 @@
     python -m benchmarks.moe_block --tokens=25700 --width=1024 --hidden=4096 --dtype=bfloat16
 
 Two ratios: forward, and forward plus the gradient for inputs and router (the experts are frozen, as in router
-fine-tuning). Runs are interleaved, so that a change of the machine's speed reaches all alike; the ratio is the
-median of the ratios of each round.
+fine-tuning). Runs are interleaved, so that a change of the machine's speed reaches all alike; the ratio is
+the median of the ratios of each round.
 """
 
 import argparse
@@ -50,9 +50,7 @@ def main() -> None:
     mlp = Mlp(args.hidden, quick_gelu, dtype)
     layers = {"dense FFN": (lambda params, x: mlp.apply(params, x), mlp.init(jax.random.key(2), x))}
     for dispatch in ("ragged", "capacity", "dense"):
-        moe = MoeMlp(
-            args.experts, args.selected, args.hidden, quick_gelu, dispatch=dispatch, dtype=dtype
-        )
+        moe = MoeMlp(args.experts, args.selected, args.hidden, quick_gelu, dispatch=dispatch, dtype=dtype)
         layers[dispatch] = (
             lambda params, x, moe=moe: moe.apply(params, x)[0],
             moe.init(jax.random.key(2), x),

@@ -61,10 +61,12 @@ def load(
     context_length: int | None = None,
     dtype: str = "float32",
 ) -> LoadedClip:
-    """Loads a model folder of a run (`runs/demo/moe/params`) or a released-code `.pt`, and says which it found.
+    """Loads a model folder of a run (`runs/demo/moe/params`) or a released-code `.pt`, and says which it
+    found.
 
-    num_selected_experts: K of a `.pt` MoE, which does not record it. context_length: 248 stretches a text tower
-    of 77 positions. dtype: of the computation. Raises FileNotFoundError or ValueError naming what is wrong.
+    num_selected_experts: K of a `.pt` MoE, which does not record it. context_length: 248 stretches a text
+    tower of 77 positions. dtype: of the computation. Raises FileNotFoundError or ValueError naming what is
+    wrong.
     """
     found = read_model(path, num_selected_experts=num_selected_experts, context_length=context_length)
     print(f"{path}: {found.source}")

@@ -1,8 +1,8 @@
 """Folders that a run makes: whole or not there, and remembering what they were made from.
 
 A finished artifact has a `done.json`: the config fields it depends on, a hash of them, versions, and what was
-measured while making it. It is written as `NAME.unfinished`, which a killed run leaves and the next one goes on
-with, and renamed when whole.
+measured while making it. It is written as `NAME.unfinished`, which a killed run leaves and the next one goes
+on with, and renamed when whole.
 """
 
 import hashlib
@@ -16,14 +16,13 @@ from etils import epath
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
-def make(
-    path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict[str, Any]]
-) -> bool:
+def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict[str, Any]]) -> bool:
     """Makes the artifact unless it is there. Returns whether anything was built.
 
     path: the folder. inputs: {config field: value} that it depends on. build: given the unfinished folder,
     fills it (going on with what it finds there) and returns what it measured, for done.json.
-    Raises ValueError naming the first differing field if the folder, whole or unfinished, was made from others.
+    Raises ValueError naming the first differing field if the folder, whole or unfinished, was made from
+    others.
     """
     path = epath.Path(path)
     inputs = json.loads(json.dumps(dict(inputs)))
@@ -80,6 +79,6 @@ def _check_same(path: epath.Path, made_from: dict[str, Any], inputs: dict[str, A
         before, now = made_from.get(name, "nothing"), inputs.get(name, "nothing")
         if before != now:
             raise ValueError(
-                f"{path} was made with {name}={before!r}, the config says {now!r}: give another --workdir, set "
-                f"it back, or delete {path} and what was made from it"
+                f"{path} was made with {name}={before!r}, the config says {now!r}: give another --workdir, "
+                f"set it back, or delete {path} and what was made from it"
             )

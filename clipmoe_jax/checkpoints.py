@@ -1,7 +1,7 @@
 """Training state and models on disk, by orbax: the one module that reads and writes them.
 
-A model is a folder with `model.json` (the architecture) and `params/`. Training state is kept as separate items
-`trainable`, `opt_state` and `meta`.
+A model is a folder with `model.json` (the architecture) and `params/`. Training state is kept as separate
+items `trainable`, `opt_state` and `meta`.
 """
 
 import json
@@ -89,31 +89,36 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
 
-    def save(self, step: int, trainable: Any, opt_state: Any, meta: dict[str, Any]) -> None:
-        """Starts to write the state after `step` steps."""
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts to write a state (`trainable`, `opt_state`) after `step` steps, and numbers to go with
+        it."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(trainable),
-                opt_state=ocp.args.StandardSave(opt_state),
+                trainable=ocp.args.StandardSave(state.trainable),
+                opt_state=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave(meta),
             ),
         )
 
-    def restore(self, trainable: Any, opt_state: Any) -> tuple[int, Any, Any] | None:
-        """(step, trainable, opt_state) of the newest checkpoint, placed as the given trees; None if none."""
+    def restore(self, like: Any) -> Any | None:
+        """The newest state, shaped and placed as the given one; None if there is no checkpoint."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (trainable, opt_state))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(abstract[0]),
-                opt_state=ocp.args.StandardRestore(abstract[1]),
+                trainable=ocp.args.StandardRestore(abstract.trainable),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
             ),
         )
-        return step, restored["trainable"], restored["opt_state"]
+        return like.replace(
+            step=jax.device_put(np.int32(step), like.step.sharding),
+            trainable=restored["trainable"],
+            opt_state=restored["opt_state"],
+        )
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint that is whole."""

@@ -33,12 +33,7 @@ def default_config() -> ConfigDict:
 
     config.base = ConfigDict()
     config.base.checkpoint = ""  # a file or folder `clipmoe_jax.load` takes; "" trains one from scratch
-    config.base.architecture = ConfigDict(
-        dataclasses.replace(
-            VARIANTS["ViT-L/14"],
-            text=dataclasses.replace(VARIANTS["ViT-L/14"].text, context_length=248),
-        ).to_dict()
-    )
+    set_architecture(config, "ViT-L/14", context_length=248)
     config.base.logit_scale = 100.0  # the checkpoint's is reset to its logarithm; 0 keeps it
     config.base.train = _phase(batch_size=128, learning_rate=2e-3, weight_decay=0.1)
 
@@ -76,6 +71,24 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
     config.log_every = 10
     return config
+
+
+def set_architecture(config: ConfigDict, variant: str, context_length: int = 248) -> None:
+    """Makes a variant ("ViT-B/32", …) the dense base, its 77 text positions stretched to `context_length`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not known: choose one of {', '.join(VARIANTS)}")
+    dense = VARIANTS[variant]
+    text = dataclasses.replace(dense.text, context_length=context_length)
+    config.base.architecture = ConfigDict(dataclasses.replace(dense, text=text).to_dict())
+
+
+def run_locally(config: ConfigDict) -> None:
+    """A few small steps of each kind on the full model: shows on a laptop that a config runs."""
+    for section in (config.mcl, config.router):
+        section.batch_size, section.num_steps, section.warmup_steps = 8, 4, 1
+        section.accumulation_steps = 1
+    config.embed.batch_size = 8
+    config.log_every = 1
 
 
 def _phase(**fields: Any) -> ConfigDict:
@@ -119,8 +132,8 @@ def validate(config: ConfigDict) -> None:
     make_dispatch(config.moe.dispatch, config.moe.capacity_factor)
     if not 1 <= config.moe.num_selected_experts <= config.mcl.num_stages + 1:
         raise ValueError(
-            f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number of "
-            f"experts, {config.mcl.num_stages + 1} (mcl.num_stages + 1)"
+            f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
+            f"of experts, {config.mcl.num_stages + 1} (mcl.num_stages + 1)"
         )
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))

@@ -4,8 +4,8 @@
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
-What is done is not done again; a run that was killed goes on. `--stage` runs one stage alone: data, base, embed_1,
-cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
+What is done is not done again; a run that was killed goes on. `--stage` runs one stage alone: data, base,
+embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
 """
 
 import time
@@ -16,7 +16,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from clipmoe_jax import artifacts, cli, config as configs, sharding
+from clipmoe_jax import artifacts, cli, sharding
+from clipmoe_jax import config as configs
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
 from clipmoe_jax.dmu.run import Run
@@ -54,17 +55,36 @@ def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> lis
     results = []
     for seed in config.seeds:
         folder = workdir / f"seed_{seed}" if len(config.seeds) > 1 else workdir
-        folder.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
         run = Run(config, seed, folder, mesh, Metrics(folder))
+        preflight(run)
         found = None
         for name, function in table.items():
             if only in ("", name):
                 found = function(run)
+                # After a stage, which has refused if the folder belongs to another config.
+                artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
         run.metrics.close()
         if found and "evaluate" in table:
             results.append(found)
     return results
+
+
+def preflight(run: Run) -> None:
+    """Raises for what would fail later, before any device time is spent: data, batch sizes, schedules."""
+    config = run.config
+    num_pairs = config.data.digit_scenes or len(run.records("train"))
+    if config.data.test and not config.data.digit_scenes:
+        run.records("test")
+    if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
+        raise FileNotFoundError(f"base.checkpoint={config.base.checkpoint} does not exist")
+    for name, section in (("mcl", config.mcl), ("router", config.router)):
+        phase = configs.phase_config(section)
+        if num_pairs < phase.batch_size:
+            raise ValueError(
+                f"{name}.batch_size={phase.batch_size} is more than the {num_pairs} training pairs"
+            )
+        phase.length(num_pairs // phase.batch_size)
+        sharding.check_batch(run.mesh, phase.batch_size, phase.accumulation_steps)
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +101,10 @@ def main(argv: list[str]) -> None:
     print(f"\n{format_table(results)}")
     if len(results) > 1:
         print(f"\n{format_differences(results)}")
-    print(f"\n{figure}: the same as a picture. {time.perf_counter() - began:.0f} s on {jax.device_count()} device(s).")
+    print(
+        f"\n{figure}: the same as a picture. "
+        f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)."
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 
 class Metrics:
-    """The numbers of one run. A resumed run repeats the steps since its last checkpoint: the later line counts."""
+    """The numbers of one run. A resumed run repeats the steps since its last checkpoint: the later line
+    counts."""
 
     def __init__(self, workdir: epath.Path):
         self._active = jax.process_index() == 0

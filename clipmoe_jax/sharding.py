@@ -77,9 +77,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's slice of a global batch, as global arrays."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-    }
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def put_params(mesh: Mesh, params: trees.Params) -> dict:
@@ -101,7 +99,6 @@ def check_batch(mesh: Mesh, global_batch: int, accumulation_steps: int = 1) -> N
             f"batch size {global_batch} cannot be split over {mesh.size} devices x {accumulation_steps} "
             f"accumulation steps: choose a multiple of {parts}"
         )
-
 
 
 def _divisors(n: int) -> list[int]:

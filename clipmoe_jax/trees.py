@@ -46,7 +46,9 @@ def match_rules(rules: Rules, names: Sequence[str]) -> dict[str, Any]:
     if missing := [name for name in names if name not in values]:
         raise KeyError(f"no rule covers {_some(missing)}; the rules are {patterns}")
     if unused := [patterns[i] for i, matched in enumerate(used) if not matched]:
-        raise KeyError(f"unused rules {unused}: no parameter has them as first match; names are {_some(names)}")
+        raise KeyError(
+            f"unused rules {unused}: no parameter has them as first match; names are {_some(names)}"
+        )
     return values
 
 

@@ -1,8 +1,8 @@
 """Digit scenes: handwriting composed into small captioned images, the demo's data.
 
 Each 32 x 32 scene has eight attributes, drawn uniformly and independently. Its detailed caption names all of
-them; its coarse caption, like alt-text on the web, mostly the three that are easiest to see. The handwriting is
-scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for training than for test.
+them; its coarse caption, like alt-text on the web, mostly the three that are easiest to see. The handwriting
+is scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for training than for test.
 """
 
 import json
@@ -72,7 +72,8 @@ ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2), (2, 0, 1, 3))
 
 
 def write_scenes(folder: epath.Path, num_scenes: int, *, split: str, seed: int) -> None:
-    """Writes images/*.png, detailed.json and coarse.json (ShareGPT4V's form) and attributes.json (one dict an image).
+    """Writes images/*.png, detailed.json and coarse.json (ShareGPT4V's form) and attributes.json (one dict an
+    image).
 
     split: "train" or "test", which handwriting to use and which random numbers.
     """

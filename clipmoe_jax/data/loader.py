@@ -164,9 +164,7 @@ def batches(
         return
     num_threads = max(1, pairs.num_threads // max(1, num_workers))
     pairs = dataclasses.replace(pairs, num_threads=num_threads)
-    iterator = _read_ahead(
-        _LocalBatch(pairs, sampler, process_index, process_count), steps, num_workers
-    )
+    iterator = _read_ahead(_LocalBatch(pairs, sampler, process_index, process_count), steps, num_workers)
     try:
         yield map(_own, iterator) if num_workers else iterator
     finally:

@@ -45,9 +45,9 @@ class ClusterSampler:
     """Every global batch comes from one cluster; every record is used at most once an epoch.
 
     Clusters form a tree: the parent of label l is l // labels_per_stage, the root is everything. What a
-    cluster leaves over, having fewer records than a batch, backs off: it joins what its siblings leave over in
-    the parent, up to the root. So an epoch has N // B steps, and no more than N mod B records (new ones each
-    epoch) stay out. With small_clusters="drop", as in the released code, leftovers are not used.
+    cluster leaves over, having fewer records than a batch, backs off: it joins what its siblings leave over
+    in the parent, up to the root. So an epoch has N // B steps, and no more than N mod B records (new ones
+    each epoch) stay out. With small_clusters="drop", as in the released code, leftovers are not used.
 
     labels (N,) int, this stage's accumulated pseudo-labels.
     """
@@ -81,7 +81,8 @@ class ClusterSampler:
         return self._plan(epoch)[0][k]
 
     def report(self) -> dict[str, int]:
-        """How an epoch uses the records: pairs by level (0 is the clusters themselves, 1 their parents, …)."""
+        """How an epoch uses the records: pairs by level (0 is the clusters themselves, 1 their parents,
+        …)."""
         counts = collections.Counter(self._levels.tolist())
         report = {f"pairs_level_{level}": n * self.global_batch for level, n in sorted(counts.items())}
         report["pairs_unused"] = len(self._labels) - self.num_steps * self.global_batch

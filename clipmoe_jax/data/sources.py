@@ -64,9 +64,7 @@ class ShareGPT4V:
         try:
             caption = _first_answer(entry["conversations"])
         except (KeyError, TypeError, AttributeError):
-            return BadRecord(
-                record_id, "malformed entry", f'entry {i} has malformed "conversations"'
-            )
+            return BadRecord(record_id, "malformed entry", f'entry {i} has malformed "conversations"')
         if caption is None:
             return BadRecord(record_id, "missing caption", f'entry {i} has no "gpt" turn')
         path = os.path.normpath(os.path.join(self._image_root, name))
@@ -86,9 +84,7 @@ class ImageFolder:
         self._root = Path(root)
         if not self._root.is_dir():
             raise FileNotFoundError(f"--source=folder:{root} is not a folder.")
-        self._paths = sorted(
-            path for path in self._root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+        self._paths = sorted(path for path in self._root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -123,9 +119,7 @@ def open_source(spec: str, images: str | None = None) -> ShareGPT4V | ImageFolde
     """
     kind, _, path = spec.partition(":")
     if kind not in ("sharegpt4v", "folder") or not path:
-        raise ValueError(
-            f"--source={spec} is not KIND:PATH: use sharegpt4v:captions.json or folder:path."
-        )
+        raise ValueError(f"--source={spec} is not KIND:PATH: use sharegpt4v:captions.json or folder:path.")
     if kind == "folder":
         if images is not None:
             raise ValueError(f"--images={images} has no use with --source={spec}: leave it out.")

@@ -1,16 +1,17 @@
 """What CLIP-MoE is compared with, made by the same code from the same base and data.
 
-    direct_ft               the base's feed-forward layers fine-tuned on ordinary batches, one stage's steps
-    direct_ft_same_pairs    the same with as many pairs as all stages and the router training together saw
-    base_ft_moe             an MoE of the base and direct_ft, routers trained: upcycling without MCL
-    sparse_upcycling        an MoE of E copies of the base, routers and experts trained (arXiv 2212.05055)
+direct_ft               the base's feed-forward layers fine-tuned on ordinary batches, one stage's steps
+direct_ft_same_pairs    the same with as many pairs as all stages and the router training together saw
+base_ft_moe             an MoE of the base and direct_ft, routers trained: upcycling without MCL
+sparse_upcycling        an MoE of E copies of the base, routers and experts trained (arXiv 2212.05055)
 """
 
 import math
 
 from etils import epath
 
-from clipmoe_jax import artifacts, config as configs
+from clipmoe_jax import artifacts
+from clipmoe_jax import config as configs
 from clipmoe_jax.data import samplers
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_MOE, Run

@@ -13,8 +13,8 @@ def kmeans_labels(
 ) -> np.ndarray:
     """k-means labels (N,) int64 of features (N, d) float32.
 
-    The centres come from at most `max_fit` features drawn by the seed; all features are labelled in chunks. One
-    thread, since scikit-learn adds partial sums in the order in which threads finish.
+    The centres come from at most `max_fit` features drawn by the seed; all features are labelled in chunks.
+    One thread, since scikit-learn adds partial sums in the order in which threads finish.
     """
     rng = np.random.default_rng(seed)
     sample = features

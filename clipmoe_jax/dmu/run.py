@@ -10,7 +10,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import checkpoints, config as configs, sharding, trees
+from clipmoe_jax import checkpoints, sharding, trees
+from clipmoe_jax import config as configs
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ class Run:
     metrics: Metrics
 
     def fields(self, *prefixes: str) -> dict[str, Any]:
-        """The config fields (by dotted name) under some prefixes, and the seed: what an artifact depends on."""
+        """The config fields (by dotted name) under some prefixes, and the seed: what an artifact depends
+        on."""
         flat = trees.flatten(self.config.to_dict())
         names = {name.replace("/", "."): value for name, value in flat.items()}
         chosen = {n: v for n, v in names.items() if n.startswith(prefixes)}
@@ -51,7 +53,9 @@ class Run:
     @functools.cache  # noqa: B019 (a run lives as long as the program)
     def records(self, name: str) -> Records:
         """The prepared data set itself."""
-        split = "train" if self.config.data.digit_scenes or name == "base" else self.config.data[f"{name}_split"]
+        split = (
+            "train" if self.config.data.digit_scenes or name == "base" else self.config.data[f"{name}_split"]
+        )
         return Records(self.data_path(name), split)
 
     @functools.cache  # noqa: B019
@@ -89,7 +93,8 @@ class Run:
         balance: bool = False,
         num_steps: int | None = None,
     ) -> dict[str, Any]:
-        """Trains what the rules say and writes the model to `folder`, beside its checkpoints while it runs."""
+        """Trains what the rules say and writes the model to `folder`, beside its checkpoints while it
+        runs."""
         config = self.config
         loss = LossConfig(label_smoothing=section.label_smoothing)
         if balance:
@@ -121,9 +126,7 @@ class Run:
         return measured
 
 
-def experts_from(
-    run: Run, paths: Sequence[epath.Path]
-) -> tuple[ClipConfig, list[Mapping[str, Any]]]:
+def experts_from(run: Run, paths: Sequence[epath.Path]) -> tuple[ClipConfig, list[Mapping[str, Any]]]:
     """The dense models to stack, and their common architecture."""
     loaded = [run.load(path) for path in paths]
     return loaded[0][0], [params for _, params in loaded]

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clipmoe_jax import artifacts, checkpoints, config as configs, sharding, trees
+from clipmoe_jax import artifacts, checkpoints, sharding, trees
+from clipmoe_jax import config as configs
 from clipmoe_jax.data import digit_scenes, loader, samplers
 from clipmoe_jax.data.sources import ShareGPT4V
 from clipmoe_jax.dmu.clustering import accumulate_labels, kmeans_labels
@@ -28,10 +29,13 @@ from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.encoder import Encoder
 from clipmoe_jax.prepare import prepare
 
-PART_ROWS = 65536  # features are written in parts of about so many rows; a killed pass goes on with the next part
+PART_ROWS = (
+    65536  # features are written in parts of about so many rows; a killed pass goes on with the next part
+)
 
 BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes")
-STAGE_FIELDS = (*BASE_FIELDS, "data.train", "cluster.", "mcl.", "run.frozen_dtype")
+FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
+STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "run.frozen_dtype")
 MOE_FIELDS = (*STAGE_FIELDS, "moe.")
 ROUTER_FIELDS = (*MOE_FIELDS, "router.")
 
@@ -50,8 +54,14 @@ def make_scenes(run: Run) -> None:
     """data/: digit scenes as images and JSON, prepared as a user's data would be."""
 
     def build(folder: epath.Path) -> dict:
+        run.metrics.say(
+            f"data: drawing {run.config.data.digit_scenes} training scenes and an eighth for test"
+        )
         measured = {}
-        for split, count in (("train", run.config.data.digit_scenes), ("test", run.config.data.digit_scenes // 8)):
+        for split, count in (
+            ("train", run.config.data.digit_scenes),
+            ("test", run.config.data.digit_scenes // 8),
+        ):
             digit_scenes.write_scenes(folder / "scenes" / split, count, split=split, seed=run.seed)
         for name, split, captions in (
             ("base", "train", "coarse"),
@@ -85,7 +95,14 @@ def make_base(run: Run) -> None:
         section = run.config.base.train
         sampler = samplers.ShuffledSampler(len(run.records("base")), section.batch_size, run.seed)
         return run.train(
-            "base", model, params, folder, rules=TRAIN_EVERYTHING, sampler=sampler, section=section, data="base"
+            "base",
+            model,
+            params,
+            folder,
+            rules=TRAIN_EVERYTHING,
+            sampler=sampler,
+            section=section,
+            data="base",
         )
 
     artifacts.make(run.workdir / "base", run.fields(*BASE_FIELDS), build)
@@ -108,7 +125,7 @@ def _import_base(run: Run) -> tuple[dict, dict]:
 def embed(run: Run, stage: int) -> None:
     """stage_s/features: image-*.npy and text-*.npy, (rows, embed) float16 unit vectors in record order."""
     source = artifacts.require(stage_path(run, stage - 1), stage_name(stage - 1))
-    fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*BASE_FIELDS, "data.train")))
+    fields = run.fields(*(STAGE_FIELDS if stage > 1 else FIRST_STAGE_FIELDS))
 
     def build(folder: epath.Path) -> dict:
         config, params = run.load(source)
@@ -128,7 +145,7 @@ def embed(run: Run, stage: int) -> None:
                 progress.update(steps)
         return {"num_pairs": len(pairs), "num_parts": len(starts)}
 
-    artifacts.make(run.workdir / f"stage_{stage}" / "features", {**fields, "embed_stage": stage}, build)
+    artifacts.make(run.workdir / f"stage_{stage}" / "features", fields, build)
 
 
 def _embed_part(
@@ -188,7 +205,7 @@ def cluster(run: Run, stage: int) -> None:
         run.metrics.say(f"cluster_{stage}: {measured}")
         return measured
 
-    fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*BASE_FIELDS, "data.train", "cluster.")))
+    fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")))
     artifacts.make(folder / "clusters", fields, build)
 
 

@@ -23,24 +23,26 @@ def stack_experts(
 ) -> dict:
     """Params of a MoE whose expert e is the feed-forward layer of tree e, in every MoE block; pure.
 
-    trees_of_params: E dense trees of one architecture, equal outside their feed-forward layers; tree 0, the base,
-    gives everything shared, and the feed-forward layers of blocks that stay dense. num_moe_layers: the last n
-    blocks of each tower; None is all. Routers are drawn from a normal distribution.
-    Raises ValueError naming the first leaf outside the feed-forward layers that is not equal, with the largest
-    difference; and any leaf that one of the trees lacks.
+    trees_of_params: E dense trees of one architecture, equal outside their feed-forward layers; tree 0, the
+    base, gives everything shared, and the feed-forward layers of blocks that stay dense. num_moe_layers: the
+    last n blocks of each tower; None is all. Routers are drawn from a normal distribution.
+    Raises ValueError naming the first leaf outside the feed-forward layers that is not equal, with the
+    largest difference; and any leaf that one of the trees lacks.
     """
     base, *others = flat = [trees.flatten(tree) for tree in trees_of_params]
     for e, tree in enumerate(others, 1):
         if odd := sorted(base.keys() ^ tree.keys()):
-            raise ValueError(f"tree {e} and the base do not have the same leaves; the first that differs is {odd[0]}")
+            raise ValueError(
+                f"tree {e} and the base do not have the same leaves; the first that differs is {odd[0]}"
+            )
         for name, leaf in base.items():
             if leaf.shape != tree[name].shape:
                 raise ValueError(f"{name} is {tree[name].shape} in tree {e}, {leaf.shape} in the base")
             if not MLP_LEAF.fullmatch(name) and not np.array_equal(leaf, tree[name]):
                 difference = float(np.max(np.abs(np.asarray(leaf) - np.asarray(tree[name]))))
                 raise ValueError(
-                    f"{name} of tree {e} is not the base's (largest difference {difference:.3g}): experts may "
-                    "differ in their feed-forward layers alone"
+                    f"{name} of tree {e} is not the base's (largest difference {difference:.3g}): experts "
+                    "may differ in their feed-forward layers alone"
                 )
 
     depth = {tower: _depth(base, tower) for tower in ("visual", "text")}

@@ -16,11 +16,13 @@ def retrieval_recall(
     ranks: tuple[int, ...] = RANKS,
     chunk_size: int = 1024,
 ) -> dict[str, float]:
-    """Share of queries whose correct answer is among the first k, as `image_to_text_r1`, `text_to_image_r5`, ….
+    """Share of queries whose correct answer is among the first k, as `image_to_text_r1`, `text_to_image_r5`,
+    ….
 
-    image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int, the
-    image that each caption belongs to. An image's rank is that of its best caption. Ties count against: a wrong
-    answer that scores as high as the right one stands before it. Memory is chunk_size * max(I, T) floats.
+    image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int,
+    the image that each caption belongs to. An image's rank is that of its best caption. Ties count against: a
+    wrong answer that scores as high as the right one stands before it. Memory is chunk_size * max(I, T)
+    floats.
     Raises ValueError for features that are not finite, and for an image without caption.
     """
     num_images, image_of_text = len(image_features), np.asarray(image_of_text)

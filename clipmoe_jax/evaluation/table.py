@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.data.digit_scenes import ATTRIBUTES
 from clipmoe_jax.evaluation.evaluate import CLIP_MOE
 
 Results = dict[str, dict[str, Any]]
@@ -16,8 +17,8 @@ COLUMNS = {
     "t2i R@5": "text_to_image_r5",
 }
 HOW_TO_READ = (
-    "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a caption. "
-    "Active: what one token uses."
+    "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
+    "caption. Active: what one token uses."
 )
 
 
@@ -26,7 +27,11 @@ def format_table(seeds: Sequence[Results]) -> str:
     titles = list(seeds[0])
     width = max(len(title) for title in titles)
     cell = 7 if len(seeds) == 1 else 11
-    lines = ["  ".join([f"{'':{width}}"] + [f"{c:>{cell}}" for c in COLUMNS] + [f"{'params':>8}", f"{'active':>8}"])]
+    lines = [
+        "  ".join(
+            [f"{'':{width}}"] + [f"{c:>{cell}}" for c in COLUMNS] + [f"{'params':>8}", f"{'active':>8}"]
+        )
+    ]
     for title in titles:
         cells = []
         for key in COLUMNS.values():
@@ -82,7 +87,7 @@ def draw_figure(seeds: Sequence[Results], path: epath.Path) -> None:
     left.invert_yaxis()
     left.set_xlabel("recall@1 (%)")
     left.set_title("Retrieval on the test set")
-    left.legend(loc="lower right")
+    left.legend(loc="upper right")
     left.spines[["top", "right"]].set_visible(False)
     if attributes:
         _draw_attributes(axes[0, 1], seeds, attributes)
@@ -104,10 +109,11 @@ def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> N
     for row, column in np.ndindex(values.shape):
         shade = "white" if values[row, column] > 60 else "black"
         axis.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center", color=shade)
-    axis.set_xticks(range(len(attributes)), attributes, rotation=30, ha="right")
+    chance = [f"{a}\n{100 / len(ATTRIBUTES[a]):.0f}" for a in attributes]
+    axis.set_xticks(range(len(attributes)), chance)
     axis.set_yticks(range(len(experts)), experts.values())
     axis.get_yticklabels()[-1].set_fontweight("bold")
-    axis.set_title("Zero-shot accuracy by attribute (%)")
+    axis.set_title("Zero-shot accuracy by attribute (%; chance below its name)")
 
 
 def _short(count: int) -> str:
@@ -115,5 +121,3 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f}{unit}"
     return str(count)
-
-

@@ -26,8 +26,8 @@ class Loaded(NamedTuple):
 def read_model(path: str, *, num_selected_experts: int = 2, context_length: int | None = None) -> Loaded:
     """Reads a model folder of a run, or a `.pt` state dict of the released code (or of OpenAI's names).
 
-    num_selected_experts: for a file of the released code, which does not say. context_length: stretches a text
-    tower of 77 positions to 248 when asked for 248; None keeps what there is.
+    num_selected_experts: for a file of the released code, which does not say. context_length: stretches a
+    text tower of 77 positions to 248 when asked for 248; None keeps what there is.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     folder = epath.Path(path)
@@ -36,7 +36,9 @@ def read_model(path: str, *, num_selected_experts: int = 2, context_length: int 
     if folder.is_dir():
         found = next((f for f in (folder, folder / "params") if (f / "model.json").exists()), None)
         if found is None:
-            raise ValueError(f"{path} is not a model: it has no model.json (give RUN/base, RUN/moe/params, …)")
+            raise ValueError(
+                f"{path} is not a model: it has no model.json (give RUN/base, RUN/moe/params, …)"
+            )
         config, params = checkpoints.load_model(found)
         source = f"{_kind(config)} of a run"
     else:
@@ -51,7 +53,9 @@ def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, 
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{path} is a PyTorch file and PyTorch is not installed: pip install torch") from error
+        raise ValueError(
+            f"{path} is a PyTorch file and PyTorch is not installed: pip install torch"
+        ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -64,8 +68,8 @@ def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, 
     arrays = {name.removeprefix("module."): tensor.float().numpy() for name, tensor in state.items()}
     if not released.is_released(arrays):
         raise ValueError(
-            f"{path} is not a ViT CLIP in the released code's names (visual.conv1.weight, …); its first names "
-            f"are {list(arrays)[:3]}"
+            f"{path} is not a ViT CLIP in the released code's names (visual.conv1.weight, …); its first "
+            f"names are {list(arrays)[:3]}"
         )
     config, leaves = released.import_state_dict(arrays, num_selected_experts=num_selected_experts)
     checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, path)

@@ -2,10 +2,12 @@
 
 A row says where one foreign tensor lies in our tree and how its axes are laid out:
 
-    Row("transformer.resblocks.{i}.experts.{e}.c_fc.weight", "text/resblocks_{i}/moe/c_fc/kernel[{e}]", LINEAR)
+    Row("transformer.resblocks.{i}.experts.{e}.c_fc.weight", "text/resblocks_{i}/moe/c_fc/kernel[{e}]",
+    LINEAR)
 
 `{i}` and other lower-case fields stand for numbers. A name of ours may end in `[{e}]`, the e-th slice of a
-stacked leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last axis. Arrays are numpy throughout.
+stacked leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last axis. Arrays are numpy
+throughout.
 """
 
 import re

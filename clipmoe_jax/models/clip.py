@@ -57,8 +57,7 @@ class ClipConfig:
         for name, tower in (("vision", self.vision), ("text", self.text)):
             if tower.width % tower.head_width:
                 raise ValueError(
-                    f"{name}.width={tower.width} is not a multiple of {name}.head_width="
-                    f"{tower.head_width}"
+                    f"{name}.width={tower.width} is not a multiple of {name}.head_width={tower.head_width}"
                 )
         if self.vision.image_size % self.vision.patch_size:
             raise ValueError(
@@ -142,9 +141,7 @@ class VisionTower(nn.Module):
         class_token = jnp.broadcast_to(class_embedding.astype(dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([class_token, x], axis=1) + positions.astype(dtype)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_pre")(x)
-        x, aux = _apply_blocks(
-            x, config, vision, self.run, causal=False, deterministic=deterministic
-        )
+        x, aux = _apply_blocks(x, config, vision, self.run, causal=False, deterministic=deterministic)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x[:, 0])
         projection = self.param("proj", normal, (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux
@@ -165,14 +162,10 @@ class TextTower(nn.Module):
         dtype = jnp.dtype(self.run.dtype)
         normal = nn.initializers.normal
 
-        embedding = nn.Embed(
-            text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding"
-        )
+        embedding = nn.Embed(text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
         x = (embedding(tokens) + positions[:length]).astype(dtype)
-        x, aux = _apply_blocks(
-            x, config, text, self.run, causal=True, deterministic=deterministic
-        )
+        x, aux = _apply_blocks(x, config, text, self.run, causal=True, deterministic=deterministic)
         x = x[jnp.arange(x.shape[0]), end_position(tokens)]
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))

@@ -22,8 +22,9 @@ from jax import lax
 
 Array = jax.Array
 
-# Rows of one product in the blocked CPU kernel: wide blocks while a group lasts, narrow ones for its end. Wide blocks
-# alone leave the last one half empty; narrow ones alone pack the kernel anew too often (benchmarks/moe_block.py).
+# Rows of one product in the blocked CPU kernel: wide blocks while a group lasts, narrow ones for its end.
+# Wide blocks alone leave the last one half empty; narrow ones alone pack the kernel anew too often
+# (benchmarks/moe_block.py).
 WIDE_BLOCK, NARROW_BLOCK = 256, 64
 
 
@@ -39,9 +40,7 @@ class Experts(NamedTuple):
 Hidden = Callable[[Array], Array]
 
 
-def dense(
-    x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden
-) -> tuple[Array, Array]:
+def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
     num_experts = experts.fc_kernel.shape[0]
     h = jnp.einsum("nd,edf->enf", x, experts.fc_kernel) + experts.fc_bias[:, None]
@@ -169,9 +168,9 @@ _slots_from_rows.defvjp(_slots_from_rows_fwd, _slots_from_rows_bwd)
 def grouped_matmul(x: Array, kernels: Array, group_sizes: Array) -> Array:
     """Multiplies consecutive groups of rows by a matrix each.
 
-    x (R, D), kernels (E, D, F), group_sizes (E,) int32 -> (R, F) in x's dtype, where the groups leave at least
-    NARROW_BLOCK rows of x over; what comes out for those is undefined but finite. On TPU and GPU this is
-    `lax.ragged_dot`; on CPU, where that expands to a product with every kernel, blocks of rows.
+    x (R, D), kernels (E, D, F), group_sizes (E,) int32 -> (R, F) in x's dtype, where the groups leave at
+    least NARROW_BLOCK rows of x over; what comes out for those is undefined but finite. On TPU and GPU this
+    is `lax.ragged_dot`; on CPU, where that expands to a product with every kernel, blocks of rows.
     """
     if jax.default_backend() == "cpu":
         return _blocked_matmul(x, kernels, group_sizes)
@@ -247,6 +246,4 @@ def _for_each_block(
     carry = lax.fori_loop(0, num_wide, lambda i, c: step(start + i * wide, wide, c), carry)
     start, rest = start + num_wide * wide, size - num_wide * wide
     num_narrow = (rest + NARROW_BLOCK - 1) // NARROW_BLOCK
-    return lax.fori_loop(
-        0, num_narrow, lambda i, c: step(start + i * NARROW_BLOCK, NARROW_BLOCK, c), carry
-    )
+    return lax.fori_loop(0, num_narrow, lambda i, c: step(start + i * NARROW_BLOCK, NARROW_BLOCK, c), carry)

@@ -36,7 +36,8 @@ class Encoder:
         return self._all("encode_text", tokens)
 
     def start(self, method: str, inputs: np.ndarray) -> jax.Array:
-        """At most one batch -> (batch_size, d) raw features on the device, not waited for; padded rows last."""
+        """At most one batch -> (batch_size, d) raw features on the device, not waited for; padded rows
+        last."""
         padding = [(0, self.batch_size - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
         with jax.set_mesh(self._mesh):
             arrays = sharding.put_batch(self._mesh, {"inputs": np.pad(inputs, padding)})

@@ -135,9 +135,7 @@ def _run_experts(
         if key is not None:
             key = jax.random.fold_in(key, lax.axis_index(BATCH_AXES))
         num_local = experts.fc_kernel.shape[0]
-        x, gates, expert_ids = (
-            lax.all_gather(a, EXPERT_AXIS, tiled=True) for a in (x, gates, expert_ids)
-        )
+        x, gates, expert_ids = (lax.all_gather(a, EXPERT_AXIS, tiled=True) for a in (x, gates, expert_ids))
         expert_ids = expert_ids - lax.axis_index(EXPERT_AXIS) * num_local
         here = (expert_ids >= 0) & (expert_ids < num_local)
         outputs = local(x, gates, jnp.where(here, expert_ids, num_local), experts, key)

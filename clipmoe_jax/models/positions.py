@@ -9,8 +9,8 @@ FACTOR = 4
 def stretch_positions(positions: np.ndarray) -> np.ndarray:
     """Keeps the first 20 positions and interpolates each later one to four: (77, D) -> (248, D), same dtype.
 
-    Between neighbours the new rows lie at quarters; after the last position its slope continues. Computed in the
-    table's own dtype, as the released code does in float16.
+    Between neighbours the new rows lie at quarters; after the last position its slope continues. Computed in
+    the table's own dtype, as the released code does in float16.
     """
     positions = np.asarray(positions)
     if len(positions) <= KEPT_POSITIONS + 1:

@@ -74,12 +74,12 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         normal = nn.initializers.normal
-        h = nn.Dense(
-            self.hidden_dim, dtype=self.dtype, kernel_init=normal((2 * width) ** -0.5), name="c_fc"
-        )(x)
-        return nn.Dense(
-            width, dtype=self.dtype, kernel_init=normal(self.hidden_dim**-0.5), name="c_proj"
-        )(self.activation(h))
+        h = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=normal((2 * width) ** -0.5), name="c_fc")(
+            x
+        )
+        return nn.Dense(width, dtype=self.dtype, kernel_init=normal(self.hidden_dim**-0.5), name="c_proj")(
+            self.activation(h)
+        )
 
 
 class Attention(nn.Module):

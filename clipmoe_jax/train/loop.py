@@ -4,10 +4,9 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from clipmoe_jax import sharding, trees
 from clipmoe_jax.checkpoints import Checkpointer
@@ -15,7 +14,7 @@ from clipmoe_jax.data import loader
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.step import LossConfig, TrainState, init_state, make_train_step
+from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
 
 def fit(
@@ -41,8 +40,9 @@ def fit(
 ) -> tuple[dict, dict[str, float]]:
     """Trains the leaves that the rules say, going on from the newest checkpoint; returns (params, measured).
 
-    params: placed on the mesh. Batches, learning rates and dropout depend on the step and the seed alone, so an
-    interrupted phase ends with the params of an uninterrupted one. measured: the last step's numbers and the rate.
+    params: placed on the mesh. Batches, learning rates and dropout depend on the step and the seed alone, so
+    an interrupted phase ends with the params of an uninterrupted one. measured: the last step's numbers and
+    the rate.
     Raises ValueError naming step and last good checkpoint if the loss stops being finite.
     """
     num_steps = num_steps or phase.length(sampler.num_steps)
@@ -50,14 +50,11 @@ def fit(
     trainable, frozen = trees.partition(params, trainable_rules)
     metrics.say(f"{name}: {trees.describe(trainable_rules, params)}")
     held = trees.cast_floating(frozen, frozen_dtype)
-    # The step donates its state: train on copies, the caller keeps what was passed in.
-    state = init_state(phase, jax.tree.map(jnp.copy, trainable))
+    state = init_state(mesh, phase, trainable)
     checkpointer = Checkpointer(checkpoint_folder, checkpoint_every, max_to_keep)
-    if (restored := checkpointer.restore(state.trainable, state.opt_state)) is not None:
-        step, trainable, opt_state = restored
-        state = TrainState(jnp.asarray(step, jnp.int32), trainable, opt_state)
-        metrics.say(f"{name}: resumed at step {step}")
-    del trainable
+    if (restored := checkpointer.restore(state)) is not None:
+        state = restored
+        metrics.say(f"{name}: resumed at step {int(state.step)}")
 
     train_step = make_train_step(model, loss, phase)
     rates = phase.learning_rates(num_steps)
@@ -90,6 +87,7 @@ def fit(
             num_workers=num_workers,
         ) as batches,
     ):
+        reporter = _Reporter(name, metrics, progress, start, num_steps, log_every, phase.batch_size)
         pending = None
         for step, batch in enumerate(batches, start):
             arrays = sharding.put_batch(mesh, {k: batch[k] for k in ("image", "text")})
@@ -97,34 +95,45 @@ def fit(
             # A step's numbers are read when the next one is under way, so that the device never waits.
             if pending is not None:
                 numbers = read(*pending)
-                _report(name, metrics, progress, pending[0], numbers, log_every, phase.batch_size)
+                reporter.step(pending[0] + 1, numbers)
             pending = step, found
-            progress.update()
             done = step + 1
             if done % checkpoint_every == 0 and done < num_steps:
                 numbers = read(*pending)
-                checkpointer.save(done, state.trainable, state.opt_state, {"step": done, "loss": numbers["loss"]})
+                checkpointer.save(done, state, {"phase": name, **numbers})
         if pending is not None:
             numbers = read(*pending)
-            _report(name, metrics, progress, pending[0], numbers, 1, phase.batch_size)
+            reporter.step(num_steps, numbers)
     checkpointer.close()
     seconds = time.perf_counter() - began
     measured = {"num_steps": num_steps, "seconds": round(seconds, 2), **numbers}
     return trees.merge(state.trainable, frozen), measured
 
 
-def _report(
-    name: str,
-    metrics: Metrics,
-    progress,
-    step: int,
-    numbers: dict[str, float],
-    log_every: int,
-    batch_size: int,
-) -> None:
-    if (step + 1) % log_every:
-        return
-    rate = progress.format_dict["rate"] or np.nan
-    metrics.log(name, step + 1, {**numbers, "pairs_per_second": rate * batch_size})
-    progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate * batch_size:.0f} pairs/s", refresh=False)
+class _Reporter:
+    """Turns steps that are done into the progress bar and, every `log_every` of them, a logged line."""
 
+    def __init__(
+        self,
+        name: str,
+        metrics: Metrics,
+        progress: tqdm,
+        start: int,
+        num_steps: int,
+        log_every: int,
+        batch_size: int,
+    ):
+        self._name, self._metrics, self._progress = name, metrics, progress
+        self._num_steps, self._log_every, self._batch_size = num_steps, log_every, batch_size
+        self._logged, self._time = start, time.perf_counter()
+
+    def step(self, done: int, numbers: dict[str, float]) -> None:
+        """`done` steps are done, and the last one's numbers are these."""
+        self._progress.update()
+        if done % self._log_every and done != self._num_steps:
+            return
+        now = time.perf_counter()
+        rate = (done - self._logged) * self._batch_size / (now - self._time)
+        self._logged, self._time = done, now
+        self._metrics.log(self._name, done, {**numbers, "pairs_per_second": rate})
+        self._progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:.0f} pairs/s", refresh=False)

@@ -7,7 +7,8 @@ import optax
 
 from clipmoe_jax import trees
 
-# Whether weight decay applies: to matrices and convolutions, not to norms, biases, embeddings of positions or scalars.
+# Whether weight decay applies: to matrices and convolutions, not to norms, biases, embeddings of positions or
+# scalars.
 DECAY_RULES = (
     (r".*/(kernel|embedding|proj|text_projection)", True),
     (r".*", False),
@@ -18,9 +19,10 @@ DECAY_RULES = (
 class PhaseConfig:
     """Hyperparameters of one phase of training.
 
-    batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps: microbatches
-    that a batch is computed in; the gradient is that of the whole batch. learning_rate: the peak, reached after
-    `warmup_steps` and then falling to 0 by a cosine. clip_norm: of the global gradient; 0 is none.
+    batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps:
+    microbatches that a batch is computed in; the gradient is that of the whole batch. learning_rate: the
+    peak, reached after `warmup_steps` and then falling to 0 by a cosine. clip_norm: of the global gradient; 0
+    is none.
     """
 
     batch_size: int

@@ -13,8 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from clipmoe_jax import losses, trees
+from clipmoe_jax import losses, sharding, trees
 from clipmoe_jax.models.clip import Clip, text_mask
 from clipmoe_jax.train.phase import PhaseConfig
 
@@ -43,17 +44,16 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
     """The jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
     frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8 and text (B, L)
-    int32. learning_rate: () float32. key: the phase's random key; the step folds in its number. metrics: float32
-    scalars. The state is donated. Equal arguments give the same function, so its compilation is shared.
+    int32. learning_rate: () float32. key: the phase's random key; the step folds in its number. metrics:
+    float32 scalars. The state is donated. Equal arguments give the same function, so its compilation is
+    shared.
     """
     tx = phase.direction()
     num_selected = model.config.moe.num_selected_experts if model.config.moe else 0
 
     def encode(trainable, frozen, batch, key):
         params = trees.merge(trainable, frozen)
-        return model.apply(
-            {"params": params}, batch["image"], batch["text"], False, rngs={"dropout": key}
-        )
+        return model.apply({"params": params}, batch["image"], batch["text"], False, rngs={"dropout": key})
 
     def loss_of(trainable, outputs, frozen, batch):
         params = trees.merge(trainable, frozen)
@@ -79,8 +79,9 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
         return jax.value_and_grad(whole, has_aux=True)(trainable)
 
     def accumulated_gradient(trainable, frozen, batch, key):
-        """The same gradient in less memory (GradCache, arXiv 2101.06983): encode every microbatch, differentiate
-        the loss with respect to all outputs, then encode again and pull that back one microbatch at a time."""
+        """The same gradient in less memory (GradCache, arXiv 2101.06983): encode every microbatch,
+        differentiate the loss with respect to all outputs, then encode again and pull that back one
+        microbatch at a time."""
         num = phase.accumulation_steps
         micro = jax.tree.map(lambda a: a.reshape(num, a.shape[0] // num, *a.shape[1:]), batch)
         keys = jax.random.split(key, num)
@@ -125,6 +126,22 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
     return train_step
 
 
-def init_state(phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
-    """The state before the first step: moments for the trainable leaves alone."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, phase.direction().init(trainable))
+def init_state(mesh: Mesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
+    """The state before the first step, on the mesh: a copy of the trainable leaves, and their moments alone.
+
+    Moments lie where their parameters do. (A step gives its donated input away, hence the copy.)
+    """
+    tx, where = phase.direction(), sharding.param_shardings(mesh, trainable)
+    replicated = sharding.replicated(mesh)
+    opt_where = optax.tree.map_params(
+        tx,
+        lambda _, leaf_sharding: leaf_sharding,
+        jax.eval_shape(tx.init, trainable),
+        where,
+        transform_non_params=lambda _: replicated,
+    )
+
+    def init(trainable):
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), tx.init(trainable))
+
+    return jax.jit(init, out_shardings=TrainState(replicated, where, opt_where))(trainable)

@@ -134,10 +134,7 @@ def test_resumes_at_any_step(streamed, decoded):
 def test_hosts_join_to_the_global_batch(kind, request):
     pairs = request.getfixturevalue(kind)
     hosts = [take(pairs, process_index=p, process_count=2) for p in (0, 1)]
-    joined = [
-        {name: np.concatenate([a[name], b[name]]) for name in a}
-        for a, b in zip(*hosts, strict=True)
-    ]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
     assert_same(joined, take(pairs))
 
 

@@ -94,9 +94,7 @@ def test_exif_orientation_is_ignored():
     exif[0x0112] = 6  # turn by 90 degrees
     file = io.BytesIO()
     image.save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(
-        preprocess_image(file.getvalue(), 32), preprocess_image(image, 32)
-    )
+    np.testing.assert_array_equal(preprocess_image(file.getvalue(), 32), preprocess_image(image, 32))
 
 
 def test_an_animation_gives_its_first_frame():

@@ -69,9 +69,7 @@ def test_losses(computed, golden, name):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_gradients(computed, golden, name):
     model, params, inputs, _ = computed[name]
-    gradient = jax.jit(
-        jax.grad(lambda p: losses.total_loss(all_losses(model, p, inputs)))
-    )(params)
+    gradient = jax.jit(jax.grad(lambda p: losses.total_loss(all_losses(model, p, inputs))))(params)
     arrays = released.export_state_dict(gradient)
     prefix = f"{name}/grad/"
     expected = {key.removeprefix(prefix): golden[key] for key in golden if key.startswith(prefix)}

@@ -1,0 +1,27 @@
+"""ViT-B/32 as a CLIP-MoE: the recipe at a size for one GPU, with every baseline.
+
+    python -m clipmoe_jax.main --config=configs/vit_b32.py --workdir=runs/b32 \\
+        --config.base.checkpoint=ViT-B-32.pt --config.data.train=data/train --config.data.test=data/test
+
+`data/train` and `data/test` are made by clipmoe_jax.prepare. Any other ViT: `vit_b32.py:variant=ViT-B/16`.
+Hardware: one GPU of 24 GB or more; the paper has no numbers at this size, so every baseline is trained beside
+it.
+
+Arguments: variant; init_from=previous (the default here: chained stages) or base; runlocal.
+"""
+
+from ml_collections import ConfigDict
+
+from clipmoe_jax.config import BASELINES, default_config, parse_arg, run_locally, set_architecture
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The paper's recipe on a smaller tower, stages chained."""
+    arg = parse_arg(arg, variant="ViT-B/32", init_from="previous", runlocal=False)
+    config = default_config()
+    set_architecture(config, arg.variant)
+    config.mcl.init_from = arg.init_from
+    config.baselines = BASELINES
+    if arg.runlocal:
+        run_locally(config)
+    return config
