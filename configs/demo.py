@@ -4,8 +4,8 @@
     python -m clipmoe_jax.main --config=configs/demo.py:seeds=3 --workdir=runs/demo3
     python -m clipmoe_jax.main --config=configs/demo.py:small --workdir=runs/small
 
-`seeds=3` runs seeds 1 to 3 and prints means, standard deviations and paired differences; `small` is a quick check
-of the machinery, whose numbers mean nothing.
+`seeds=3` runs seeds 1 to 3 and prints means, standard deviations and paired differences; `small` is a quick
+check of the machinery, whose numbers mean nothing.
 
 The scenes are real handwriting composed into 32 x 32 images with eight attributes; the base sees coarse
 captions, so that it tells random batches apart by three easy attributes, and ordinary fine-tuning saturates

@@ -1,7 +1,9 @@
 """ViT-B/32 as a CLIP-MoE: the recipe at a size for one GPU, with every baseline.
 
     python -m clipmoe_jax.main --config=configs/vit_b32.py --workdir=runs/b32 \\
-        --config.base.checkpoint=ViT-B-32.pt --config.data.train=data/train --config.data.test=data/test
+        --config.base.checkpoint=clip-vit-base-patch32 --config.data.train=data/train
+        \\
+        --config.data.test=data/test
 
 `data/train` and `data/test` are made by clipmoe_jax.prepare. Any other ViT: `vit_b32.py:variant=ViT-B/16`.
 Hardware: one GPU of 24 GB or more; the paper has no numbers at this size, so every baseline is trained beside

@@ -1,7 +1,8 @@
 """ViT-L/14 at 336 pixels on ShareGPT4V: the tower that LLaVA-1.5 uses, as a CLIP-MoE.
 
     python -m clipmoe_jax.main --config=configs/vit_l14_336_sharegpt4v.py --workdir=runs/l14_336 \\
-        --config.base.checkpoint=ViT-L-14-336px.pt --config.data.train=data/sharegpt4v
+        --config.base.checkpoint=clip-vit-large-patch14-336 --config.data.train=data/sharegpt4v
+        \\
         --config.data.test=data/coco_val
 
 Data as in vit_l14_sharegpt4v.py. Hardware: 577 image tokens in place of 257, so about 2.2 times its time;

@@ -1,12 +1,17 @@
-"""The paper's run: OpenAI's ViT-L/14 and ShareGPT4V become a CLIP-MoE of 4 experts, 2 per token (arXiv
-2409.19291).
+"""The paper's run (arXiv 2409.19291): OpenAI's ViT-L/14 and ShareGPT4V become a CLIP-MoE, 4 experts, 2 per
+token.
 
     python -m clipmoe_jax.prepare --source=sharegpt4v:share-captioner_coco_lcs_sam_1246k_1107.json \\
         --images=DATA --out=data/sharegpt4v
     python -m clipmoe_jax.prepare --source=folder:COCO_VAL --out=data/coco_val --split=test
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
-        --config.base.checkpoint=longclip-L.pt --config.data.train=data/sharegpt4v
+        --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/sharegpt4v
+        \\
         --config.data.test=data/coco_val
+
+The base is a Hugging Face CLIPModel folder, a state dict in OpenAI's names or a dense checkpoint of the
+released code; 77 text positions are stretched to 248. COCO_VAL is a folder of images with their captions in
+.txt files, a line each.
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
 routers, 64 GiB a GPU at batch 100 each. One GPU takes the same config with `--config.mcl.accumulation_steps=8

@@ -21,3 +21,16 @@ def golden_dir() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def golden(golden_dir) -> dict[str, np.ndarray]:
     return dict(np.load(golden_dir / "golden.npz"))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> pathlib.Path:
+    """96 digit scenes prepared as a user's data would be, with detailed captions."""
+    from clipmoe_jax.data import digit_scenes
+    from clipmoe_jax.data.sources import ShareGPT4V
+    from clipmoe_jax.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("scenes")
+    digit_scenes.write_scenes(folder, 96, split="train", seed=0)
+    prepare(ShareGPT4V(folder / "detailed.json", folder), str(folder / "prepared"))
+    return folder / "prepared"

@@ -1,18 +1,28 @@
 """Reading a model from whatever it was saved as, recognised by content."""
 
 import dataclasses
+import json
 import pickle
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+import safetensors
 from etils import epath
 
 from clipmoe_jax import checkpoints, trees
-from clipmoe_jax.interop import released
+from clipmoe_jax.interop import huggingface, released
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.positions import stretch_positions, stretched_length
 
 POSITIONS = "text/positional_embedding"
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+}
 
 
 class Loaded(NamedTuple):
@@ -24,23 +34,32 @@ class Loaded(NamedTuple):
 
 
 def read_model(path: str, *, num_selected_experts: int = 2, context_length: int | None = None) -> Loaded:
-    """Reads a model folder of a run, or a `.pt` state dict of the released code (or of OpenAI's names).
+    """Reads a model, recognised by content.
 
+    path: a model folder of a run; a folder of transformers' CLIPModel (config.json and model.safetensors);
+    or a `.pt` state dict of the released code (or of OpenAI's names).
     num_selected_experts: for a file of the released code, which does not say. context_length: stretches a
     text tower of 77 positions to 248 when asked for 248; None keeps what there is.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     folder = epath.Path(path)
     if not folder.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a model folder of a run, or a .pt file")
+        raise FileNotFoundError(
+            f"{path} does not exist: give a model folder of a run or of transformers, or a .pt file"
+        )
     if folder.is_dir():
         found = next((f for f in (folder, folder / "params") if (f / "model.json").exists()), None)
-        if found is None:
+        if found is not None:
+            config, params = checkpoints.load_model(found)
+            source = f"{_kind(config)} of a run"
+        elif "model_type" in (described := _read_config_json(folder)):
+            config, leaves = _read_huggingface(folder, described)
+            params, source = trees.unflatten(leaves), f"{_kind(config)} in transformers' format"
+        else:
             raise ValueError(
-                f"{path} is not a model: it has no model.json (give RUN/base, RUN/moe/params, …)"
+                f"{path} is not a model: it has neither a model.json (give RUN/base, RUN/moe/params, …) nor "
+                "config.json and model.safetensors of transformers"
             )
-        config, params = checkpoints.load_model(found)
-        source = f"{_kind(config)} of a run"
     else:
         config, leaves = _read_state_dict(path, num_selected_experts)
         params, source = trees.unflatten(leaves), f"{_kind(config)} in the released code's format"
@@ -73,6 +92,35 @@ def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, 
         )
     config, leaves = released.import_state_dict(arrays, num_selected_experts=num_selected_experts)
     checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, path)
+    return config, leaves
+
+
+def _read_config_json(folder: epath.Path) -> dict:
+    path = folder / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _read_huggingface(folder: epath.Path, described: dict) -> tuple[ClipConfig, dict[str, np.ndarray]]:
+    path = folder / "model.safetensors"
+    huggingface.import_config(described)  # a wrong kind of model, before its file is read or missed
+    if not path.exists():
+        raise ValueError(
+            f"{folder} has a config.json of transformers and no model.safetensors: write it in one piece "
+            "with save_pretrained(…, safe_serialization=True)"
+        )
+    try:
+        tensors = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+    # The package's own numpy loader does not know bfloat16, which JAX gives to numpy.
+    arrays = {
+        name: np.frombuffer(
+            tensor["data"], jnp.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
+        ).reshape(tensor["shape"])
+        for name, tensor in tensors
+    }
+    config, leaves = huggingface.import_state_dict(arrays, described)
+    checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, str(folder))
     return config, leaves
 
 

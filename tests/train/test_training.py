@@ -1,0 +1,219 @@
+"""The training step and loop: what is frozen stays, what is accumulated, sharded or resumed is the same."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipmoe_jax import sharding, trees
+from clipmoe_jax.data import loader
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.samplers import ShuffledSampler
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.metrics import Metrics
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.train.loop import fit
+from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
+
+DENSE = ClipConfig(
+    embed_dim=16,
+    vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
+    text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
+)
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+# A large eps: some gradients (attention's key biases) are zero but for rounding, which Adam would scale up to 1.
+PHASE = PhaseConfig(batch_size=16, learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, num_steps=7, eps=1e-3)
+LOSS = LossConfig(label_smoothing=0.1, balance_coefficient=0.01)
+KINDS = {
+    "everything": (DENSE, TRAIN_EVERYTHING),
+    "feed-forward layers": (DENSE, TRAIN_FFN),
+    "routers": (MOE, TRAIN_ROUTERS),
+    "routers and experts": (MOE, TRAIN_MOE),
+}
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def init_params(config, mesh):
+    images, tokens = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 32), jnp.int32)
+    return sharding.init_params(
+        mesh, lambda key: Clip(config).init(key, images, tokens)["params"], jax.random.key(0)
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(scenes):
+    return loader.DecodedPairs(Records(scenes), Tokenizer(32), 32)
+
+
+@pytest.fixture(scope="module")
+def batches(pairs):
+    sampler = ShuffledSampler(len(pairs), 16, seed=0)
+    return [pairs.gather(sampler.indices(step), 0) for step in range(3)]
+
+
+def run_steps(config, rules, mesh, batches, phase=PHASE, run=RunConfig()):  # noqa: B008 (frozen)
+    """(params, list of losses) after a step on each batch."""
+    params = init_params(config, mesh)
+    trainable, frozen = trees.partition(params, rules)
+    state = init_state(mesh, phase, trainable)
+    step, losses = make_train_step(Clip(config, run), LOSS, phase), []
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            arrays = sharding.put_batch(mesh, batch)
+            state, metrics = step(state, frozen, arrays, np.float32(1e-2), jax.random.key(1))
+            losses.append(float(metrics["loss"]))
+    return jax.device_get(trees.merge(state.trainable, frozen)), losses
+
+
+@pytest.fixture(scope="module")
+def on_one_device(batches):
+    """kind -> what three steps on one device give, computed once."""
+    return functools.cache(lambda kind: run_steps(*KINDS[kind], one_device(), batches))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_trains_changes(kind, on_one_device):
+    config, rules = KINDS[kind]
+    before = trees.flatten(jax.device_get(init_params(config, one_device())))
+    after = trees.flatten(on_one_device(kind)[0])
+    trains = trees.match_rules(rules, list(before))
+    for name, leaf in before.items():
+        same = np.array_equal(leaf, after[name])
+        assert same != trains[name], f"{name}: trains={trains[name]}, unchanged={same}"
+
+
+def test_no_optimizer_state_for_frozen_leaves():
+    params = init_params(DENSE, one_device())
+    trainable, frozen = trees.partition(params, TRAIN_FFN)
+    state = init_state(one_device(), PHASE, trainable)
+    # Two moments a trainable parameter and Adam's step count, nothing else.
+    assert trees.count_parameters(state.opt_state) == 2 * trees.count_parameters(trainable) + 1
+    assert trees.count_parameters(frozen) > trees.count_parameters(trainable)
+
+
+MESHES = {"everything": (2, 2, 2), "feed-forward layers": (8, 1, 1), "routers": (2, 1, 4)}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), MESHES.items(), ids=MESHES)
+def test_sharded_steps_equal_one_device(kind, sizes, batches, on_one_device):
+    expected_params, expected_losses = on_one_device(kind)
+    params, losses = run_steps(*KINDS[kind], sharding.make_mesh(*sizes), batches)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(params, expected_params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["everything", "routers and experts"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(kind, batches, on_one_device):
+    """Contrastive loss and load balance couple all pairs of a batch; four microbatches change neither."""
+    phase = dataclasses.replace(PHASE, accumulation_steps=4)
+    params, losses = run_steps(*KINDS[kind], one_device(), batches, phase=phase)
+    np.testing.assert_allclose(losses, on_one_device(kind)[1], rtol=1e-5)
+    chex.assert_trees_all_close(params, on_one_device(kind)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_expert_dropout_is_random_by_step_and_repeatable(batches):
+    run = RunConfig(expert_dropout_rate=0.5)
+    first = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2, run=run)
+    again = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2, run=run)
+    still = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2)
+    assert first[1] == again[1]
+    assert first[1][0] != still[1][0]
+
+
+def test_logit_scale_never_passes_ln_100(batches):
+    params = init_params(DENSE, one_device())
+    trainable, frozen = trees.partition(params, TRAIN_EVERYTHING)
+    trainable["logit_scale"] = jnp.asarray(math.log(100.0), jnp.float32)
+    state = init_state(one_device(), PHASE, trainable)
+    step = make_train_step(Clip(DENSE), LOSS, PHASE)
+    for batch in batches:
+        arrays = sharding.put_batch(one_device(), batch)
+        state, _ = step(state, frozen, arrays, np.float32(-1.0), jax.random.key(1))
+        assert float(state.trainable["logit_scale"]) <= math.log(100.0) + 1e-6
+
+
+def test_learning_rates_by_hand():
+    # Warm-up 0, 1/2 of the peak, then the cosine from the peak over the other 4 steps: (1 + cos(pi k / 4)) / 2.
+    phase = PhaseConfig(batch_size=1, learning_rate=2.0, weight_decay=0.0, warmup_steps=2)
+    cosine = [1 + math.cos(math.pi * k / 4) for k in range(4)]
+    np.testing.assert_allclose(phase.learning_rates(6), [0.0, 1.0, *cosine], rtol=1e-5)
+
+
+def test_warm_up_longer_than_the_phase_is_refused():
+    with pytest.raises(ValueError, match="warmup_steps=2 does not fit into 2 steps"):
+        dataclasses.replace(PHASE, num_steps=0).length(2)
+
+
+def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0):
+    """Router training through the loop; stop_after raises in the middle, as a kill would."""
+    mesh = one_device()
+    params = init_params(MOE, mesh)
+    params["visual"]["proj"] = params["visual"]["proj"] * scale
+
+    class Stopped(Exception):
+        pass
+
+    class Sampler(ShuffledSampler):
+        def indices(self, step):
+            if stop_after is not None and step >= stop_after:
+                raise Stopped
+            return super().indices(step)
+
+    metrics = Metrics(tmp_path)
+    try:
+        return fit(
+            "router",
+            Clip(MOE, RunConfig(expert_dropout_rate=0.1)),
+            params,
+            trainable_rules=TRAIN_ROUTERS,
+            pairs=pairs,
+            sampler=Sampler(len(pairs), phase.batch_size, seed=3),
+            phase=phase,
+            loss=LOSS,
+            seed=3,
+            mesh=mesh,
+            metrics=metrics,
+            checkpoint_folder=tmp_path / "checkpoints",
+            checkpoint_every=2,
+            log_every=1,
+        )
+    except Stopped:
+        return None
+    finally:
+        metrics.close()
+
+
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_resumed_equals_uninterrupted(pairs, tmp_path, stop_after):
+    """Bit for bit, stopped before the first checkpoint and after the second."""
+    expected, measured = fit_routers(pairs, tmp_path / "whole")
+    assert fit_routers(pairs, tmp_path / "stopped", stop_after=stop_after) is None
+    found, _ = fit_routers(pairs, tmp_path / "stopped")
+    chex.assert_trees_all_equal(found, expected)
+    assert measured["num_steps"] == 7
+
+
+def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):
+    fit_routers(pairs, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    assert {"loss", "contrastive_loss", "balance_loss", "pairs_per_second", "learning_rate"} <= lines[0].keys()
+    assert lines[0]["loss"] == pytest.approx(lines[0]["contrastive_loss"] + lines[0]["balance_loss"], rel=1e-5)
+    assert all(line["dropped_slots"] == 0 for line in lines)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"router: the loss is nan at step 0; the last good checkpoint is step 0"):
+        fit_routers(pairs, tmp_path, scale=float("nan"))
