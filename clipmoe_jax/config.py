@@ -70,6 +70,7 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
     config.log_every = 10
+    config.lock()
     return config
 
 

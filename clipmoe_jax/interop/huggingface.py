@@ -82,9 +82,7 @@ TABLE = [
 ]
 
 
-def import_state_dict(
-    arrays: Arrays, config: Mapping[str, Any]
-) -> tuple[ClipConfig, dict[str, np.ndarray]]:
+def import_state_dict(arrays: Arrays, config: Mapping[str, Any]) -> tuple[ClipConfig, dict[str, np.ndarray]]:
     """A state dict of numpy arrays to (config, {our name: float32 array}); checks nothing against a model.
 
     config: the contents of config.json. Raises ValueError for names that a CLIPModel does not have, and as

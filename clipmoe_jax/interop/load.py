@@ -113,12 +113,10 @@ def _read_huggingface(folder: epath.Path, described: dict) -> tuple[ClipConfig, 
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     # The package's own numpy loader does not know bfloat16, which JAX gives to numpy.
-    arrays = {
-        name: np.frombuffer(
-            tensor["data"], jnp.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
-        ).reshape(tensor["shape"])
-        for name, tensor in tensors
-    }
+    arrays = {}
+    for name, tensor in tensors:
+        dtype = jnp.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
+        arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
     config, leaves = huggingface.import_state_dict(arrays, described)
     checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, str(folder))
     return config, leaves

@@ -1,0 +1,313 @@
+"""The two towers: the parameters they have, what they make of their inputs, and what they refuse."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipmoe_jax import trees
+from clipmoe_jax.checkpoints import abstract_params
+from clipmoe_jax.data import preprocess
+from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, text_mask
+from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig
+
+DENSE = ClipConfig(
+    embed_dim=24,
+    vision=VisionConfig(image_size=16, patch_size=8, width=64, num_layers=2, head_width=16),
+    text=TextConfig(vocab_size=50, context_length=10, width=32, num_layers=2, head_width=8),
+)
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1))
+CONFIGS = {"dense": DENSE, "MoE in the last block": MOE}
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """uint8 images, and captions that end at positions 9, 3, 1 and 5 with the highest id."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)
+    tokens = rng.integers(1, 47, (BATCH, 10)).astype(np.int32)
+    for row, end in zip(tokens, (9, 3, 1, 5), strict=True):
+        row[0], row[end], row[end + 1 :] = 48, 49, 0
+    return images, tokens
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
+def config(request):
+    return request.param
+
+
+def random_params(config):
+    """Random in every leaf: fresh biases are zeros, which would hide mistakes."""
+    leaves = trees.flatten(abstract_params(config))
+    rng = np.random.default_rng(1)
+    return trees.unflatten(
+        {
+            name: jnp.asarray(rng.normal(name.endswith("scale"), 0.1, leaf.shape), jnp.float32)
+            for name, leaf in leaves.items()
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return random_params(config)
+
+
+@functools.cache
+def jitted(config, run, method=None):
+    model = Clip(config, run)
+    return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs, method=method))
+
+
+def apply(config, params, inputs, **run):
+    """Both towers' features and aux."""
+    return jitted(config, RunConfig(**run))(params, *inputs)
+
+
+def encode(tower, config, params, array):
+    """One tower's features."""
+    return jitted(config, RunConfig(), f"encode_{tower}")(params, array)[0]
+
+
+@pytest.fixture(scope="module")
+def outputs(config, params, inputs):
+    return apply(config, params, inputs)
+
+
+def block_shapes(prefix, width):
+    return {
+        f"{prefix}/attn/in_proj/bias": (3 * width,),
+        f"{prefix}/attn/in_proj/kernel": (width, 3 * width),
+        f"{prefix}/attn/out_proj/bias": (width,),
+        f"{prefix}/attn/out_proj/kernel": (width, width),
+        f"{prefix}/ln_1/bias": (width,),
+        f"{prefix}/ln_1/scale": (width,),
+        f"{prefix}/ln_2/bias": (width,),
+        f"{prefix}/ln_2/scale": (width,),
+    }
+
+
+SHARED = {
+    "logit_scale": (),
+    "text/ln_final/bias": (32,),
+    "text/ln_final/scale": (32,),
+    "text/positional_embedding": (10, 32),
+    "text/text_projection": (32, 24),
+    "text/token_embedding/embedding": (50, 32),
+    "visual/class_embedding": (64,),
+    "visual/conv1/kernel": (8, 8, 3, 64),
+    "visual/ln_post/bias": (64,),
+    "visual/ln_post/scale": (64,),
+    "visual/ln_pre/bias": (64,),
+    "visual/ln_pre/scale": (64,),
+    "visual/positional_embedding": (2 * 2 + 1, 64),
+    "visual/proj": (64, 24),
+    **block_shapes("text/resblocks_0", 32),
+    **block_shapes("text/resblocks_1", 32),
+    **block_shapes("visual/resblocks_0", 64),
+    **block_shapes("visual/resblocks_1", 64),
+    "text/resblocks_0/mlp/c_fc/bias": (128,),
+    "text/resblocks_0/mlp/c_fc/kernel": (32, 128),
+    "text/resblocks_0/mlp/c_proj/bias": (32,),
+    "text/resblocks_0/mlp/c_proj/kernel": (128, 32),
+    "visual/resblocks_0/mlp/c_fc/bias": (256,),
+    "visual/resblocks_0/mlp/c_fc/kernel": (64, 256),
+    "visual/resblocks_0/mlp/c_proj/bias": (64,),
+    "visual/resblocks_0/mlp/c_proj/kernel": (256, 64),
+}
+DENSE_SHAPES = SHARED | {
+    "text/resblocks_1/mlp/c_fc/bias": (128,),
+    "text/resblocks_1/mlp/c_fc/kernel": (32, 128),
+    "text/resblocks_1/mlp/c_proj/bias": (32,),
+    "text/resblocks_1/mlp/c_proj/kernel": (128, 32),
+    "visual/resblocks_1/mlp/c_fc/bias": (256,),
+    "visual/resblocks_1/mlp/c_fc/kernel": (64, 256),
+    "visual/resblocks_1/mlp/c_proj/bias": (64,),
+    "visual/resblocks_1/mlp/c_proj/kernel": (256, 64),
+}
+MOE_SHAPES = SHARED | {
+    "text/resblocks_1/moe/c_fc/bias": (4, 128),
+    "text/resblocks_1/moe/c_fc/kernel": (4, 32, 128),
+    "text/resblocks_1/moe/c_proj/bias": (4, 32),
+    "text/resblocks_1/moe/c_proj/kernel": (4, 128, 32),
+    "text/resblocks_1/moe/router/kernel": (32, 4),
+    "visual/resblocks_1/moe/c_fc/bias": (4, 256),
+    "visual/resblocks_1/moe/c_fc/kernel": (4, 64, 256),
+    "visual/resblocks_1/moe/c_proj/bias": (4, 64),
+    "visual/resblocks_1/moe/c_proj/kernel": (4, 256, 64),
+    "visual/resblocks_1/moe/router/kernel": (64, 4),
+}
+
+
+@pytest.mark.parametrize(("architecture", "shapes"), [(DENSE, DENSE_SHAPES), (MOE, MOE_SHAPES)], ids=CONFIGS)
+def test_param_tree(architecture, shapes):
+    leaves = trees.flatten(abstract_params(architecture))
+    assert {name: leaf.shape for name, leaf in leaves.items()} == shapes
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves.values())
+
+
+# OpenAI's checkpoints have so many; 336 pixels are 24 * 24 - 16 * 16 = 320 more positions of width 1024.
+PARAMETERS = {
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "ViT-L/14@336": 427_616_513 + 320 * 1024,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_openais_variants_have_their_number_of_parameters(name):
+    assert VARIANTS.keys() == PARAMETERS.keys()
+    assert trees.count_parameters(abstract_params(VARIANTS[name])) == PARAMETERS[name]
+
+
+def test_more_moe_layers_than_blocks_means_every_block():
+    clipped = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=7))
+    everywhere = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+    chex.assert_trees_all_equal_shapes(abstract_params(clipped), abstract_params(everywhere))
+    assert not any("mlp" in name for name in trees.flatten(abstract_params(everywhere)))
+
+
+def test_uint8_images_equal_normalised_floats(config, params, inputs, outputs):
+    images, _ = inputs
+    found = encode("image", config, params, preprocess.normalize(images))
+    np.testing.assert_allclose(found, outputs["image_features"], rtol=1e-5, atol=1e-5)
+
+
+def test_text_features_do_not_depend_on_what_follows_the_end(config, params, inputs, outputs):
+    _, tokens = inputs
+    other = np.where(text_mask(tokens), tokens, 7)
+    assert not np.array_equal(other, tokens)
+    found = encode("text", config, params, other)
+    np.testing.assert_allclose(found, outputs["text_features"], rtol=1e-5, atol=1e-5)
+
+
+def test_text_features_do_not_depend_on_the_length_of_the_padding(config, params, inputs, outputs):
+    _, tokens = inputs
+    found = encode("text", config, params, tokens[1:, :6])  # captions 1 to 3 end at 5 at the latest
+    np.testing.assert_allclose(found, outputs["text_features"][1:], rtol=1e-5, atol=1e-5)
+
+
+def test_text_features_depend_on_every_token_before_the_end(config, params, inputs, outputs):
+    """Row i is caption 0, which ends at 9, with another token at position i."""
+    _, tokens = inputs
+    changed = np.repeat(tokens[:1], 9, axis=0)
+    np.fill_diagonal(changed, 47)  # the captions' tokens are below 47 or start and end
+    difference = encode("text", config, params, changed) - outputs["text_features"][0]
+    assert np.all(np.max(np.abs(difference), axis=1) > 1e-4)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_features_of_an_input_do_not_depend_on_its_batch(config, params, inputs, outputs, tower):
+    alone = encode(tower, config, params, inputs[tower == "text"][2:3])
+    np.testing.assert_allclose(alone, outputs[f"{tower}_features"][2:3], rtol=1e-5, atol=1e-5)
+
+
+def test_text_mask_by_hand():
+    tokens = jnp.array([[48, 5, 49, 0], [48, 49, 0, 0], [48, 5, 6, 49]])
+    expected = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(text_mask(tokens), np.array(expected, bool))
+
+
+def test_towers_alone_equal_both(config, params, inputs, outputs):
+    for tower, array in zip(("image", "text"), inputs, strict=True):
+        features, aux = jitted(config, RunConfig(), f"encode_{tower}")(params, array)
+        np.testing.assert_allclose(features, outputs[f"{tower}_features"], rtol=1e-5, atol=1e-5)
+        assert aux.keys() == outputs[f"{tower}_aux"].keys()
+
+
+def test_aux_is_of_the_moe_blocks_alone(config, outputs):
+    for tower, length in (("image", 5), ("text", 10)):
+        aux = outputs[f"{tower}_aux"]
+        if config.moe is None:
+            assert aux == {}
+        else:
+            assert aux["router_logits"].shape == (BATCH, 1, length, 4)
+            np.testing.assert_array_equal(aux["dropped_slots"], np.zeros((BATCH, 1)))
+
+
+def test_recomputed_blocks_give_the_same_values_and_gradients(inputs):
+    """Of a dense and a MoE block."""
+    params = random_params(MOE)
+
+    def value_and_gradient(remat):
+        model = Clip(MOE, RunConfig(remat=remat))
+
+        def value(text_params):
+            features, _ = model.apply(
+                {"params": params | {"text": text_params}}, inputs[1], method="encode_text"
+            )
+            return jnp.sum(jnp.sin(features))
+
+        return jax.jit(jax.value_and_grad(value))(params["text"])
+
+    chex.assert_trees_all_close(value_and_gradient(True), value_and_gradient(False), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32_and_gives_float32(config, params, inputs, outputs):
+    found = apply(config, params, inputs, dtype="bfloat16")
+    for name in ("image_features", "text_features"):
+        assert found[name].dtype == jnp.float32
+        error = np.linalg.norm(found[name] - outputs[name]) / np.linalg.norm(outputs[name])
+        assert 1e-5 < error < 2e-2, name  # not zero either: it was computed in bfloat16
+
+
+def test_activations_by_hand():
+    # 1 * sigmoid(1.702) = 1 / (1 + 0.18232) and 1 * Phi(1), the normal distribution's.
+    np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](jnp.array([1.0, 0.0])), [0.84580, 0], atol=1e-5)
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](jnp.array([1.0, 0.0])), [0.84134, 0], atol=1e-5)
+
+
+CONFIG_ERRORS = {
+    "more selected than there are": (
+        lambda: MoeConfig(4, 5),
+        "num_selected_experts=5 must lie between 1 and num_experts=4",
+    ),
+    "none selected": (lambda: MoeConfig(4, 0), "num_selected_experts=0 must lie between"),
+    "no MoE layer": (lambda: MoeConfig(4, 2, 0), "num_moe_layers=0 must be at least 1, or None"),
+    "heads that do not fit": (
+        lambda: ClipConfig(text=TextConfig(width=100)),
+        "text.width=100 is not a multiple of text.head_width=64",
+    ),
+    "patches that do not fit": (
+        lambda: ClipConfig(vision=VisionConfig(image_size=225)),
+        "vision.image_size=225 is not a multiple of vision.patch_size=32",
+    ),
+    "unknown activation": (
+        lambda: ClipConfig(activation="relu"),
+        r"activation='relu': choose one of \['gelu', 'quick_gelu'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_configs_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS.values(), ids=CONFIGS)
+def test_configs_survive_json(architecture):
+    assert ClipConfig.from_dict(architecture.to_dict()) == architecture
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32, 3), (2, 3, 16, 16)], ids=["size", "channels first"])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}.*takes \(B, 16, 16, 3\)"):
+        jax.eval_shape(
+            lambda images: Clip(DENSE).init(jax.random.key(0), images, method="encode_image"),
+            jnp.zeros(shape),
+        )
+
+
+def test_captions_that_are_too_long_are_refused():
+    with pytest.raises(ValueError, match="tokens have length 11; this model takes at most 10"):
+        jax.eval_shape(
+            lambda tokens: Clip(DENSE).init(jax.random.key(0), tokens, method="encode_text"),
+            jnp.zeros((1, 11), jnp.int32),
+        )

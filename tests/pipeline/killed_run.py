@@ -1,0 +1,88 @@
+"""Runs a tiny pipeline and kills this process, without warning, at one place: a helper of test_resume.py.
+
+    python killed_run.py WORKDIR PLACE      PLACE: a key of PLACES, or "nowhere"
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from etils import epath
+
+from clipmoe_jax import checkpoints, main
+from clipmoe_jax.dmu import stages
+from clipmoe_jax.train import loop
+
+
+def config():
+    """One stage, a handful of steps of each phase, a checkpoint every other step."""
+    from clipmoe_jax.config import default_config
+    from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+
+    config = default_config()
+    config.data.digit_scenes = 64
+    config.data.in_memory = True
+    config.base.architecture = ClipConfig(
+        embed_dim=16,
+        vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
+        text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
+    ).to_dict()
+    for section in (config.base.train, config.mcl, config.router):
+        section.update(batch_size=16, num_steps=7, warmup_steps=1, learning_rate=1e-2)
+    config.mcl.num_stages = 1
+    config.embed.batch_size = 16
+    config.checkpoint.every_steps = 2
+    return config
+
+
+def kill_at_call(module, name: str, call: int, *, after: bool, match: str = "") -> None:
+    """Kills this process at the n-th call of a function whose arguments mention `match`."""
+    original: Callable = getattr(module, name)
+    count = 0
+
+    def killing(*args, **kwargs):
+        nonlocal count
+        count += match in repr(args)
+        result = original(*args, **kwargs) if count < call or after else None
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, killing)
+
+
+def kill_at_step(phase: str, step: int) -> None:
+    original = loop._Reporter.step
+
+    def killing(self, done, numbers):
+        original(self, done, numbers)
+        if self._name == phase and done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop._Reporter.step = killing
+
+
+PLACES = {
+    "data, between two data sets": lambda: kill_at_call(stages, "prepare", 2, after=False),
+    "base, before its first checkpoint": lambda: kill_at_step("base", 1),
+    "base, while a checkpoint is written": lambda: kill_at_step("base", 5),
+    "base, trained but not saved": lambda: kill_at_call(checkpoints, "save_model", 1, after=False),
+    "embed, between two parts": lambda: kill_at_call(stages, "_save_array", 2, after=True, match="text-"),
+    "cluster, labelled but not saved": lambda: kill_at_call(
+        stages, "_save_array", 1, after=False, match="pseudo_labels"
+    ),
+    "mcl, after a checkpoint": lambda: kill_at_step("mcl_1", 4),
+    "upcycle, model written, stage not done": lambda: kill_at_call(
+        checkpoints, "save_model", 1, after=True, match="upcycled"
+    ),
+    "router, after a checkpoint": lambda: kill_at_step("router", 6),
+}
+
+
+if __name__ == "__main__":
+    workdir, place = sys.argv[1:]
+    stages.PART_ROWS = 16  # four parts of features
+    if place != "nowhere":
+        PLACES[place]()
+    main.run_pipeline(config(), epath.Path(workdir))

@@ -1,0 +1,142 @@
+"""Every config file builds, is valid, and its training steps lower at full size from abstract shapes alone."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipmoe_jax import checkpoints, trees
+from clipmoe_jax import config as configs
+from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.upcycling import count_active_parameters
+from clipmoe_jax.models.clip import Clip
+from clipmoe_jax.train.step import LossConfig, TrainState, make_train_step
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def get_config(name: str, arg: str = ""):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(arg)
+    if not config.data.digit_scenes:
+        config.base.checkpoint, config.data.train = "clip", "data/train"
+    return config
+
+
+def lowered_text(model: Clip, params, rules, phase, loss) -> str:
+    """The training step's StableHLO for one batch of the config's size."""
+    trainable, frozen = trees.partition(params, rules)
+    opt_state = jax.eval_shape(phase.direction().init, trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)
+    vision, text = model.config.vision, model.config.text
+    batch = {
+        "image": jax.ShapeDtypeStruct(
+            (phase.batch_size, vision.image_size, vision.image_size, 3), jnp.uint8
+        ),
+        "text": jax.ShapeDtypeStruct((phase.batch_size, text.context_length), jnp.int32),
+    }
+    rate, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+    return make_train_step(model, loss, phase).lower(state, frozen, batch, rate, key).as_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_is_valid_and_its_steps_lower(name):
+    config = get_config(name)
+    configs.validate(config)
+    dense = configs.architecture(config)
+    moe = dataclasses.replace(dense, moe=configs.moe_config(config))
+    params, moe_params = checkpoints.abstract_params(dense), checkpoints.abstract_params(moe)
+
+    run = configs.run_config(config, "gpu", training_routers=True)
+    phase, loss = configs.phase_config(config.router), LossConfig(0.1, 0.01)
+    text = lowered_text(Clip(moe, run), moe_params, TRAIN_ROUTERS, phase, loss)
+    batch, size = phase.batch_size // phase.accumulation_steps, dense.vision.image_size
+    assert f"{batch}x{size}x{size}x3xui8" in text and "bf16" in text
+
+    phase, loss = configs.phase_config(config.mcl), LossConfig(config.mcl.label_smoothing)
+    run = configs.run_config(config, "gpu")
+    text = lowered_text(Clip(dense, run), params, TRAIN_FFN, phase, loss)
+    assert f"{dense.vision.width}x{4 * dense.vision.width}xbf16" in text
+
+
+def test_the_papers_numbers_are_the_defaults():
+    """DESIGN: batch 800, AdamW 1e-5 and 0.2, 200 warm-up steps, smoothing 0.1; routers 1e-6, 1e-2; E 4, K 2."""
+    config = get_config("vit_l14_sharegpt4v")
+    mcl, router = config.mcl, config.router
+    assert (mcl.batch_size, mcl.learning_rate, mcl.weight_decay, mcl.warmup_steps) == (800, 1e-5, 0.2, 200)
+    assert (router.learning_rate, router.weight_decay, router.balance_coefficient) == (1e-6, 1e-2, 0.01)
+    assert (mcl.label_smoothing, mcl.init_from, mcl.num_stages, mcl.num_epochs) == (0.1, "base", 3, 1)
+    assert configs.moe_config(config).num_experts == 4 and config.moe.num_selected_experts == 2
+    assert config.base.logit_scale == 100 and config.moe.expert_dropout_rate == 0.1
+
+
+def test_active_parameters_of_the_papers_model():
+    """ViT-L/14, E = 4, K = 2 in every block. By hand: a feed-forward layer of width D has 8 D^2 + 5 D parameters,
+    a token uses one more of them than in the dense model, and the router's 4 D: 1.61 times the base's 427.7 M.
+    (The paper says 1.7.)"""
+    config = get_config("vit_l14_sharegpt4v")
+    dense = configs.architecture(config)
+    moe = dataclasses.replace(dense, moe=configs.moe_config(config))
+    base = trees.count_parameters(checkpoints.abstract_params(dense))
+    active = count_active_parameters(checkpoints.abstract_params(moe), moe)
+    extra = sum(layers * (8 * d * d + 5 * d + 4 * d) for layers, d in ((24, 1024), (12, 768)))
+    assert active == base + extra
+    assert active / base == pytest.approx(1.605, abs=0.005)
+
+
+def test_config_arguments():
+    assert get_config("demo", "seeds=3").seeds == (1, 2, 3)
+    assert get_config("demo", "small").mcl.num_steps < get_config("demo").mcl.num_steps
+    assert get_config("vit_b32", "variant=ViT-B/16").base.architecture.vision.patch_size == 16
+    assert get_config("vit_l14_sharegpt4v", "init_from=previous").mcl.init_from == "previous"
+    with pytest.raises(ValueError, match="config argument 'sedes' does not exist; there are seeds, small"):
+        get_config("demo", "sedes=3")
+
+
+BAD_FIELDS = {
+    "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
+    "unknown dispatch": ("moe.dispatch", "scatter", "'dense', 'ragged' or 'capacity'"),
+    "unknown init_from": ("mcl.init_from", "last", "base, previous"),
+    "unknown balance": ("router.balance", "none", "paper, released"),
+    "unknown baseline": ("baselines", ("lora",), "direct_ft"),
+    "baseline without its source": ("baselines", ("base_ft_moe",), "made from 'direct_ft'"),
+    "no training data": ("data.train", "", "clipmoe_jax.prepare"),
+    "no base": ("base.checkpoint", "", "base.checkpoint is empty"),
+    "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must be at least 1"),
+    "no seed": ("seeds", (), "give at least one"),
+    "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
+}
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS)
+def test_bad_value_is_named_with_the_fix(field, value, message):
+    config = get_config("vit_l14_sharegpt4v")
+    *groups, last = field.split(".")
+    section = config
+    for group in groups:
+        section = section[group]
+    with section.ignore_type():
+        section[last] = value
+    with pytest.raises(ValueError, match=message):
+        configs.validate(config)
+
+
+def test_field_that_does_not_exist():
+    config = get_config("demo")
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.mcl.learningrate = 1.0
+    config.mcl.unlock()
+    config.mcl.learningrate = 1.0
+    with pytest.raises(ValueError, match="config field mcl.learningrate does not exist"):
+        configs.validate(config)
+
+
+def test_learning_rate_is_float32():
+    assert configs.phase_config(get_config("demo").mcl).learning_rates(240).dtype == np.float32
