@@ -58,17 +58,22 @@ def load(
     path: str,
     *,
     num_selected_experts: int = 2,
+    activation: str = "quick_gelu",
     context_length: int | None = None,
     dtype: str = "float32",
 ) -> LoadedClip:
-    """Loads a model folder of a run (`runs/demo/moe/params`) or a released-code `.pt`, and says which it
-    found.
+    """Loads a model folder of a run, a folder of transformers' CLIPModel or a `.pt`, and says which it found.
 
-    num_selected_experts: K of a `.pt` MoE, which does not record it. context_length: 248 stretches a text
-    tower of 77 positions. dtype: of the computation. Raises FileNotFoundError or ValueError naming what is
-    wrong.
+    num_selected_experts, activation: of a `.pt`, which does not record them. context_length: 248 stretches a
+    text tower of 77 positions. dtype: of the computation. Raises FileNotFoundError or ValueError naming what
+    is wrong.
     """
-    found = read_model(path, num_selected_experts=num_selected_experts, context_length=context_length)
+    found = read_model(
+        path,
+        num_selected_experts=num_selected_experts,
+        activation=activation,
+        context_length=context_length,
+    )
     print(f"{path}: {found.source}")
     params = jax.tree.map(jnp.asarray, found.params)
     return LoadedClip(found.config, params, found.source, RunConfig(dtype=dtype))

@@ -110,11 +110,18 @@ def make_base(run: Run) -> None:
 
 def _import_base(run: Run) -> tuple[dict, dict]:
     config, checkpoint = configs.architecture(run.config), run.config.base.checkpoint
-    found = read_model(checkpoint, context_length=config.text.context_length)
+    found = read_model(checkpoint, context_length=config.text.context_length, activation=config.activation)
     if found.config.moe:
         raise ValueError(f"base.checkpoint={checkpoint} is a {found.source}; the base must be a dense CLIP")
     shapes = {name: leaf.shape for name, leaf in trees.flatten(found.params).items()}
     checkpoints.check_params(config, shapes, f"base.checkpoint={checkpoint} ({found.source})")
+    if found.config != config:  # same shapes, another meaning: activation, head width, eps
+        has, wants = (trees.flatten(c.to_dict()) for c in (found.config, config))
+        name = next(name for name in has if has[name] != wants[name])
+        raise ValueError(
+            f"base.checkpoint={checkpoint} has {name}={has[name]!r} and base.architecture says "
+            f"{wants[name]!r}"
+        )
     params = found.params
     if run.config.base.logit_scale:
         params["logit_scale"] = np.asarray(math.log(run.config.base.logit_scale), np.float32)

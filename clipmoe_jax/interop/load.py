@@ -33,13 +33,20 @@ class Loaded(NamedTuple):
     source: str
 
 
-def read_model(path: str, *, num_selected_experts: int = 2, context_length: int | None = None) -> Loaded:
+def read_model(
+    path: str,
+    *,
+    num_selected_experts: int = 2,
+    activation: str = "quick_gelu",
+    context_length: int | None = None,
+) -> Loaded:
     """Reads a model, recognised by content.
 
     path: a model folder of a run; a folder of transformers' CLIPModel (config.json and model.safetensors);
     or a `.pt` state dict of the released code (or of OpenAI's names).
-    num_selected_experts: for a file of the released code, which does not say. context_length: stretches a
-    text tower of 77 positions to 248 when asked for 248; None keeps what there is.
+    num_selected_experts, activation: for a `.pt`, which does not say (open_clip's LAION models have "gelu").
+    context_length: stretches a text tower of 77 positions to 248 when asked for 248; None keeps what there
+    is.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     folder = epath.Path(path)
@@ -62,6 +69,7 @@ def read_model(path: str, *, num_selected_experts: int = 2, context_length: int 
             )
     else:
         config, leaves = _read_state_dict(path, num_selected_experts)
+        config = dataclasses.replace(config, activation=activation)
         params, source = trees.unflatten(leaves), f"{_kind(config)} in the released code's format"
     if context_length is not None:
         config, params = _with_context_length(config, params, context_length, path)

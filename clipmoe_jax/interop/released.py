@@ -18,6 +18,8 @@ from clipmoe_jax.models.transformer import MoeConfig
 
 HEAD_WIDTH = 64
 POSITIONS, POSITIONS_RES = "positional_embedding", "positional_embedding_res"
+KEY_NAMES = ("visual.conv1.weight", "token_embedding.weight", "visual.proj")
+SIZE_NAMES = (*KEY_NAMES, POSITIONS, "visual.positional_embedding")  # what the architecture is read from
 
 
 def _tower_rows(foreign: str, ours: str) -> list[Row]:
@@ -67,16 +69,21 @@ TABLE = [
 
 def is_released(names: Mapping) -> bool:
     """Whether a state dict has this format's (or OpenAI's) names."""
-    return {"visual.conv1.weight", "token_embedding.weight", "visual.proj"} <= set(names)
+    return set(KEY_NAMES) <= set(names)
 
 
 def import_state_dict(
     arrays: Arrays, *, num_selected_experts: int = 2
 ) -> tuple[ClipConfig, dict[str, np.ndarray]]:
-    """A state dict of numpy arrays to (config, {our name: float32 array}); checks nothing against a model."""
+    """A state dict of numpy arrays to (config, {our name: float32 array}); checks nothing against a model.
+
+    Raises ValueError for names that CLIP-MoE does not have, and for lack of those that give the sizes.
+    """
     arrays = dict(arrays)
     for entry in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's files carry these scalars
         arrays.pop(entry, None)
+    if missing := [name for name in SIZE_NAMES if name not in arrays]:
+        raise ValueError(f"the checkpoint lacks {missing}")
     if (tail := arrays.pop(POSITIONS_RES, None)) is not None:
         arrays[POSITIONS] = np.concatenate([arrays[POSITIONS][:KEPT_POSITIONS], tail[KEPT_POSITIONS:]])
     leaves, unknown = to_ours(TABLE, arrays)

@@ -118,7 +118,7 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
         metrics = {
             "loss": total,
             **found,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
         }
         return TrainState(state.step + 1, trainable, opt_state), metrics

@@ -1,6 +1,6 @@
 """Runs a tiny pipeline and kills this process, without warning, at one place: a helper of test_resume.py.
 
-    python killed_run.py WORKDIR PLACE      PLACE: a key of PLACES, or "nowhere"
+python killed_run.py WORKDIR PLACE      PLACE: a key of PLACES, or "nowhere"
 """
 
 import os

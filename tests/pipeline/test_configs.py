@@ -1,4 +1,4 @@
-"""Every config file builds, is valid, and its training steps lower at full size from abstract shapes alone."""
+"""Every config file builds, is valid, and its training steps lower at full size from abstract shapes."""
 
 import dataclasses
 import importlib.util
@@ -37,9 +37,7 @@ def lowered_text(model: Clip, params, rules, phase, loss) -> str:
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)
     vision, text = model.config.vision, model.config.text
     batch = {
-        "image": jax.ShapeDtypeStruct(
-            (phase.batch_size, vision.image_size, vision.image_size, 3), jnp.uint8
-        ),
+        "image": jax.ShapeDtypeStruct((phase.batch_size, vision.image_size, vision.image_size, 3), jnp.uint8),
         "text": jax.ShapeDtypeStruct((phase.batch_size, text.context_length), jnp.int32),
     }
     rate, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
@@ -67,7 +65,7 @@ def test_config_is_valid_and_its_steps_lower(name):
 
 
 def test_the_papers_numbers_are_the_defaults():
-    """DESIGN: batch 800, AdamW 1e-5 and 0.2, 200 warm-up steps, smoothing 0.1; routers 1e-6, 1e-2; E 4, K 2."""
+    """Batch 800, AdamW 1e-5 and 0.2, 200 warm-up steps, smoothing 0.1; routers 1e-6 and 1e-2; E 4, K 2."""
     config = get_config("vit_l14_sharegpt4v")
     mcl, router = config.mcl, config.router
     assert (mcl.batch_size, mcl.learning_rate, mcl.weight_decay, mcl.warmup_steps) == (800, 1e-5, 0.2, 200)
@@ -78,9 +76,9 @@ def test_the_papers_numbers_are_the_defaults():
 
 
 def test_active_parameters_of_the_papers_model():
-    """ViT-L/14, E = 4, K = 2 in every block. By hand: a feed-forward layer of width D has 8 D^2 + 5 D parameters,
-    a token uses one more of them than in the dense model, and the router's 4 D: 1.61 times the base's 427.7 M.
-    (The paper says 1.7.)"""
+    """ViT-L/14, E = 4, K = 2 in every block. By hand: a feed-forward layer of width D has 8 D^2 + 5 D
+    parameters, a token uses one more of them than in the dense model, and the router's 4 D: 1.61 times the
+    base's 427.7 M. (The paper says 1.7.)"""
     config = get_config("vit_l14_sharegpt4v")
     dense = configs.architecture(config)
     moe = dataclasses.replace(dense, moe=configs.moe_config(config))

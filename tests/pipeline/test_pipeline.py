@@ -1,4 +1,5 @@
-"""The whole pipeline at reduced size: the demo, and a user's own checkpoint and images through the same main."""
+"""The whole pipeline at reduced size: the demo, and a user's own checkpoint and images through the same
+main."""
 
 import dataclasses
 import json
@@ -36,7 +37,13 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), 
 def demo(tmp_path_factory):
     """(workdir, what the command printed)."""
     workdir = tmp_path_factory.mktemp("runs") / "demo"
-    command = [sys.executable, "-m", "clipmoe_jax.main", "--config=configs/demo.py:small", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "clipmoe_jax.main",
+        "--config=configs/demo.py:small",
+        f"--workdir={workdir}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
@@ -106,7 +113,9 @@ def test_experts_are_the_base_and_the_stages(demo):
 def test_changed_config_is_refused_by_field(demo):
     config = get_config("demo", "small")
     config.router.num_steps = 25
-    with pytest.raises(ValueError, match=r"moe/params was made with router\.num_steps=24, the config says 25"):
+    with pytest.raises(
+        ValueError, match=r"moe/params was made with router\.num_steps=24, the config says 25"
+    ):
         main.run_pipeline(config, epath.Path(demo[0]))
 
 
@@ -114,7 +123,9 @@ def test_stage_without_its_inputs_says_which_makes_them(tmp_path):
     config = get_config("demo", "small")
     with pytest.raises(FileNotFoundError, match="run the same command with --stage=base first"):
         main.run_pipeline(config, epath.Path(tmp_path), only="embed_1")
-    with pytest.raises(ValueError, match="--stage=embed_4 is not a stage of this config: choose one of data, base"):
+    with pytest.raises(
+        ValueError, match="--stage=embed_4 is not a stage of this config: choose one of data, base"
+    ):
         main.run_pipeline(config, epath.Path(tmp_path), only="embed_4")
 
 
@@ -136,7 +147,9 @@ def test_several_seeds_in_one_table(demo):
 def users_files(tmp_path_factory):
     """A released-code state dict and a folder of captioned images, several captions each."""
     folder = tmp_path_factory.mktemp("user")
-    params = Clip(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 77), jnp.int32))["params"]
+    params = Clip(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 77), jnp.int32))[
+        "params"
+    ]
     state = {name: torch.tensor(a) for name, a in released.export_state_dict(params).items()}
     torch.save(state, folder / "clip.pt")
     (folder / "images").mkdir()
@@ -195,6 +208,10 @@ def wrong_data(config, folder, tmp_path):
     config.data.train = "nowhere"
 
 
+def other_head_width(config, folder, tmp_path):
+    config.base.architecture.text.head_width = 32
+
+
 def few_pairs(config, folder, tmp_path):
     config.mcl.batch_size = 64
 
@@ -221,6 +238,7 @@ BAD_RUNS = {
     "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
     "truncated checkpoint": (truncated_checkpoint, "cut.pt cannot be read as a PyTorch state dict"),
     "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
+    "another head width": (other_head_width, "has text/head_width=64 and base.architecture says 32"),
     "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
     "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
     "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
@@ -244,7 +262,14 @@ CLI_ERRORS = {
 
 @pytest.mark.parametrize(("flag", "message"), CLI_ERRORS.values(), ids=CLI_ERRORS)
 def test_command_line_errors_are_one_line(tmp_path, flag, message):
-    command = [sys.executable, "-m", "clipmoe_jax.main", "--config=configs/demo.py", f"--workdir={tmp_path}", flag]
+    command = [
+        sys.executable,
+        "-m",
+        "clipmoe_jax.main",
+        "--config=configs/demo.py",
+        f"--workdir={tmp_path}",
+        flag,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()

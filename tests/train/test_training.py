@@ -30,8 +30,10 @@ DENSE = ClipConfig(
     text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
-# A large eps: some gradients (attention's key biases) are zero but for rounding, which Adam would scale up to 1.
-PHASE = PhaseConfig(batch_size=16, learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, num_steps=7, eps=1e-3)
+# A large eps: some gradients (of attention's key biases) are zero but for rounding, which Adam would blow up.
+PHASE = PhaseConfig(
+    batch_size=16, learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, num_steps=7, eps=1e-3
+)
 LOSS = LossConfig(label_smoothing=0.1, balance_coefficient=0.01)
 KINDS = {
     "everything": (DENSE, TRAIN_EVERYTHING),
@@ -145,7 +147,7 @@ def test_logit_scale_never_passes_ln_100(batches):
 
 
 def test_learning_rates_by_hand():
-    # Warm-up 0, 1/2 of the peak, then the cosine from the peak over the other 4 steps: (1 + cos(pi k / 4)) / 2.
+    # Warm-up 0, 1/2 of the peak; then from the peak over the other 4 steps (1 + cos(pi k / 4)) / 2.
     phase = PhaseConfig(batch_size=1, learning_rate=2.0, weight_decay=0.0, warmup_steps=2)
     cosine = [1 + math.cos(math.pi * k / 4) for k in range(4)]
     np.testing.assert_allclose(phase.learning_rates(6), [0.0, 1.0, *cosine], rtol=1e-5)
@@ -209,11 +211,13 @@ def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):
     fit_routers(pairs, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
-    assert {"loss", "contrastive_loss", "balance_loss", "pairs_per_second", "learning_rate"} <= lines[0].keys()
-    assert lines[0]["loss"] == pytest.approx(lines[0]["contrastive_loss"] + lines[0]["balance_loss"], rel=1e-5)
+    first = lines[0]
+    assert {"contrastive_loss", "balance_loss", "pairs_per_second", "learning_rate"} <= first.keys()
+    assert first["loss"] == pytest.approx(first["contrastive_loss"] + first["balance_loss"], rel=1e-5)
     assert all(line["dropped_slots"] == 0 for line in lines)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(pairs, tmp_path):
-    with pytest.raises(ValueError, match=r"router: the loss is nan at step 0; the last good checkpoint is step 0"):
+    message = "router: the loss is nan at step 0; the last good checkpoint is step 0"
+    with pytest.raises(ValueError, match=message):
         fit_routers(pairs, tmp_path, scale=float("nan"))

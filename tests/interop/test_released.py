@@ -1,0 +1,358 @@
+"""The released code's state dicts: import and export, every way a file can be wrong, and
+`clipmoe_jax.load`."""
+
+import os
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clipmoe_jax
+from clipmoe_jax import checkpoints, trees
+from clipmoe_jax.data import preprocess
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.interop import released
+from clipmoe_jax.interop.load import read_model
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.positions import stretch_positions
+from clipmoe_jax.models.transformer import MoeConfig
+
+POSITIONS, POSITIONS_RES = "positional_embedding", "positional_embedding_res"
+FILES = {
+    "dense": (None, "dense CLIP"),
+    "moe_all": (MoeConfig(4, 2), "CLIP-MoE (4 experts, 2 selected)"),
+    "moe_last1": (MoeConfig(4, 2, num_moe_layers=1), "CLIP-MoE (4 experts, 2 selected)"),
+}
+
+
+@pytest.fixture(scope="module")
+def states(golden_dir):
+    """{file: state dict of float32 arrays}."""
+    files = {name: torch.load(golden_dir / f"{name}.pt", weights_only=True) for name in FILES}
+    return {name: {k: v.float().numpy() for k, v in state.items()} for name, state in files.items()}
+
+
+def write(path, arrays):
+    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_export_of_import_is_the_identity(states, name):
+    state = states[name]
+    _, leaves = released.import_state_dict(state)
+    exported = released.export_state_dict(trees.unflatten(leaves))
+    assert exported.keys() == state.keys()
+    for key in state.keys() - {POSITIONS, POSITIONS_RES}:
+        np.testing.assert_array_equal(exported[key], state[key], err_msg=key)
+        assert exported[key].shape == state[key].shape, key
+    # Of the two position tables, that code reads these rows; the files hold other numbers elsewhere.
+    np.testing.assert_array_equal(exported[POSITIONS][:20], state[POSITIONS][:20])
+    np.testing.assert_array_equal(exported[POSITIONS_RES][20:], state[POSITIONS_RES][20:])
+    np.testing.assert_array_equal(exported[POSITIONS], exported[POSITIONS_RES])
+
+
+def test_positions_come_from_two_tables(states):
+    state = dict(states["dense"])
+    state[POSITIONS], state[POSITIONS_RES] = np.full((248, 64), 1.0), np.full((248, 64), 2.0)
+    _, leaves = released.import_state_dict(state)
+    rows = leaves["text/positional_embedding"][:, 0]
+    np.testing.assert_array_equal(rows, [1.0] * 20 + [2.0] * 228)
+
+
+def test_a_short_table_is_exported_alone(states):
+    state = {name: array for name, array in states["dense"].items() if name != POSITIONS_RES}
+    state[POSITIONS] = state[POSITIONS][:77]
+    _, leaves = released.import_state_dict(state)
+    exported = released.export_state_dict(trees.unflatten(leaves))
+    assert exported.keys() == state.keys()
+    np.testing.assert_array_equal(exported[POSITIONS], state[POSITIONS])
+
+
+def test_openais_scalars_are_no_parameters(states):
+    scalars = {"input_resolution": np.array(32), "context_length": np.array(248), "vocab_size": np.array(300)}
+    _, leaves = released.import_state_dict(states["dense"] | scalars)
+    assert leaves.keys() == released.import_state_dict(states["dense"])[1].keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_was_read(golden_dir, states, name):
+    moe, source = FILES[name]
+    found = read_model(str(golden_dir / f"{name}.pt"))
+    assert found.source == f"{source} in the released code's format"
+    assert found.config == ClipConfig(
+        embed_dim=32,
+        vision=VisionConfig(image_size=32, patch_size=8, width=128, num_layers=2),
+        text=TextConfig(vocab_size=300, context_length=248, width=64, num_layers=2),
+        moe=moe,
+    )
+    leaves = trees.flatten(found.params)
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(np.float32)}
+    kernel = states[name]["visual.transformer.resblocks.1.attn.in_proj_weight"].T
+    np.testing.assert_array_equal(leaves["visual/resblocks_1/attn/in_proj/kernel"], kernel)
+
+
+def test_num_selected_experts_is_what_was_asked_for(golden_dir):
+    found = read_model(str(golden_dir / "moe_all.pt"), num_selected_experts=3)
+    assert found.config.moe == MoeConfig(4, 3)
+    assert "4 experts, 3 selected" in found.source
+
+
+def test_more_selected_experts_than_there_are(golden_dir):
+    with pytest.raises(ValueError, match="num_selected_experts=5 must lie between 1 and num_experts=4"):
+        read_model(str(golden_dir / "moe_all.pt"), num_selected_experts=5)
+
+
+@pytest.fixture(scope="module")
+def short_file(states, tmp_path_factory):
+    """A dense file of 77 positions, and the positions."""
+    state = {name: array for name, array in states["dense"].items() if name != POSITIONS_RES}
+    state[POSITIONS] = state[POSITIONS][:77]
+    return write(tmp_path_factory.mktemp("short") / "short.pt", state), state[POSITIONS]
+
+
+@pytest.mark.parametrize("asked", [None, 77])
+def test_77_positions_are_kept(short_file, asked):
+    path, positions = short_file
+    found = read_model(path, context_length=asked)
+    assert found.config.text.context_length == 77
+    np.testing.assert_array_equal(found.params["text"]["positional_embedding"], positions)
+
+
+def test_77_positions_are_stretched_on_request(short_file):
+    path, positions = short_file
+    found = read_model(path, context_length=248)
+    assert found.config.text.context_length == 248
+    stretched = found.params["text"]["positional_embedding"]
+    np.testing.assert_array_equal(stretched, stretch_positions(positions))
+    # Row 20 + 4 * 1 + 3 lies three quarters of the way from old row 21 to 22.
+    np.testing.assert_allclose(stretched[27], positions[21] / 4 + 3 / 4 * positions[22], rtol=1e-5, atol=1e-6)
+
+
+def test_other_numbers_of_positions_say_which_there_are(short_file, golden_dir):
+    with pytest.raises(
+        ValueError, match=r"77 text positions .* asks for 100: .*kept \(77\) or stretched \(248\)"
+    ):
+        read_model(short_file[0], context_length=100)
+    with pytest.raises(ValueError, match="248 text positions and the config asks for 77"):
+        read_model(str(golden_dir / "dense.pt"), context_length=77)
+
+
+def test_files_of_a_wrapped_model(states, tmp_path):
+    """Under "state_dict", with the prefix that DistributedDataParallel gives."""
+    state = {f"module.{name}": torch.tensor(array) for name, array in states["dense"].items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "wrapped.pt")
+    found = trees.flatten(read_model(str(tmp_path / "wrapped.pt")).params)
+    np.testing.assert_array_equal(found["visual/proj"], states["dense"]["visual.proj"])
+
+
+def test_a_wrong_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pt does not exist: give a model folder"):
+        read_model(str(tmp_path / "nowhere.pt"))
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0}')  # a run's own folder has one
+    with pytest.raises(ValueError, match=r"neither a model.json \(give RUN/base, .*transformers"):
+        read_model(str(tmp_path))
+
+
+def test_a_truncated_file(golden_dir, tmp_path):
+    content = (golden_dir / "dense.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut.pt cannot be read as a PyTorch state dict: "):
+        read_model(str(tmp_path / "cut.pt"))
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match="empty.pt cannot be read as a PyTorch state dict: "):
+        read_model(str(tmp_path / "empty.pt"))
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, save):
+    save({"visual.proj": Malicious(tmp_path / "owned")}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="bad.pt cannot be read as a PyTorch state dict: "):
+        read_model(str(tmp_path / "bad.pt"))
+    assert not (tmp_path / "owned").exists()
+
+
+def without(*names):
+    return lambda state: {k: v for k, v in state.items() if k not in names}
+
+
+BLOCK = "transformer.resblocks.1"
+WRONG = {
+    "another model": (
+        "dense",
+        lambda state: {"conv1.weight": np.zeros(2), "fc.bias": np.zeros(2)},
+        r"not a ViT CLIP .*its first names are \['conv1.weight', 'fc.bias'\]",
+    ),
+    "a tensor that gives a size is missing": (
+        "dense",
+        without("visual.positional_embedding"),
+        r"the checkpoint lacks \['visual.positional_embedding'\]",
+    ),
+    "leaves are missing": (
+        "dense",
+        without("ln_final.weight", f"visual.{BLOCK}.mlp.c_fc.bias"),
+        "2 missing: text/ln_final/scale, visual/resblocks_1/mlp/c_fc/bias$",
+    ),
+    "a leaf that the architecture lacks": (
+        "moe_all",
+        lambda state: state | {f"{BLOCK}.mlp.c_fc.bias": np.zeros(256)},
+        "1 unexpected: text/resblocks_1/mlp/c_fc/bias$",
+    ),
+    "a leaf of another shape": (
+        "dense",
+        lambda state: state | {"text_projection": np.zeros((64, 48))},
+        r"1 differing: text/text_projection is \(64, 48\), not \(64, 32\)$",
+    ),
+    "all three": (
+        "dense",
+        lambda state: (
+            without("ln_final.weight")(state)
+            | {f"{BLOCK}.gate.weight": np.zeros((4, 64)), "ln_final.bias": np.zeros(3)}
+        ),
+        "missing: .*text/ln_final/scale.*; 1 differing: text/ln_final/bias",
+    ),
+    "a name that CLIP-MoE does not have": (
+        "dense",
+        lambda state: state | {"visual.attnpool.bias": np.zeros(2)},
+        r"1 names that CLIP-MoE does not: \['visual.attnpool.bias'\]",
+    ),
+    "an expert is missing": (
+        "moe_all",
+        without(f"{BLOCK}.experts.1.c_proj.weight"),
+        r"text/resblocks_1/moe/c_proj/kernel: the checkpoint has experts \[0, 2, 3\], not 0 to 3",
+    ),
+    "the last expert is missing": (
+        "moe_all",
+        without(f"{BLOCK}.experts.3.c_proj.weight"),
+        r"1 differing: text/resblocks_1/moe/c_proj/kernel is \(3, 256, 64\), not \(4, 256, 64\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_named(states, tmp_path, name, change, message):
+    path = write(tmp_path / "wrong.pt", change(states[name]))
+    with pytest.raises(ValueError, match=message):
+        read_model(path)
+
+
+def test_something_else_in_a_file_of_pytorch(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt is not a state dict: it holds a list"):
+        read_model(str(tmp_path / "list.pt"))
+
+
+def test_names_that_the_format_lacks_are_named():
+    with pytest.raises(ValueError, match=r"no names for \['text/adapter/kernel'\]"):
+        released.export_state_dict({"text": {"adapter": {"kernel": np.zeros(2)}}})
+
+
+@pytest.fixture(scope="module")
+def golden_clip(golden_dir):
+    return clipmoe_jax.load(str(golden_dir / "moe_last1.pt"))
+
+
+def close_to(found, expected):
+    return np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_load_says_what_it_found(golden_dir, capsys):
+    model = clipmoe_jax.load(str(golden_dir / "moe_last1.pt"))
+    found = "CLIP-MoE (4 experts, 2 selected) in the released code's format"
+    assert capsys.readouterr().out == f"{golden_dir / 'moe_last1.pt'}: {found}\n"
+    assert repr(model) == f"<{found}, embed_dim 32>"
+
+
+def test_encode_preprocessed_images(golden_clip, golden):
+    features = golden_clip.encode_image(golden["images_nchw"].transpose(0, 2, 3, 1))
+    assert features.dtype == jnp.float32
+    assert close_to(features, golden["moe_last1/image_features"])
+
+
+def test_encode_token_ids(golden_clip, golden):
+    features = golden_clip.encode_text(golden["tokens"])
+    assert features.dtype == jnp.float32
+    assert close_to(features, golden["moe_last1/text_features"])
+
+
+def test_encode_pil_images(golden_clip):
+    """Of any size and mode; as the preprocessed pixels of the same images."""
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 256, (50, 40, 3), np.uint8)),
+        Image.fromarray(rng.integers(0, 256, (32, 90), np.uint8)),
+    ]
+    pixels = np.stack([preprocess.preprocess_image(image, 32) for image in images])
+    expected = golden_clip.encode_image(preprocess.normalize(pixels))
+    assert close_to(golden_clip.encode_image(images), expected)
+    assert close_to(golden_clip.encode_image(pixels), expected)
+
+
+def test_normalize_gives_unit_rows_in_the_same_direction(golden_clip, golden):
+    for encode, inputs in (
+        (golden_clip.encode_image, golden["images_nchw"].transpose(0, 2, 3, 1)),
+        (golden_clip.encode_text, golden["tokens"]),
+    ):
+        features, unit = encode(inputs), encode(inputs, normalize=True)
+        lengths = np.linalg.norm(features, axis=1, keepdims=True)
+        assert np.max(np.abs(lengths - 1)) > 0.1
+        np.testing.assert_allclose(unit, features / lengths, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_computation_still_gives_float32(golden_dir, golden):
+    model = clipmoe_jax.load(str(golden_dir / "dense.pt"), dtype="bfloat16")
+    features = model.encode_image(golden["images_nchw"].transpose(0, 2, 3, 1))
+    expected = golden["dense/image_features"]
+    assert features.dtype == jnp.float32
+    assert 1e-4 < np.linalg.norm(features - expected) / np.linalg.norm(expected) < 2e-2
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What a run leaves: RUN/stage_1/params holds a model with CLIP's own vocabulary."""
+    config = ClipConfig(
+        embed_dim=16,
+        vision=VisionConfig(image_size=16, patch_size=8, width=16, num_layers=1, head_width=8),
+        text=TextConfig(context_length=12, width=16, num_layers=1, head_width=8),
+    )
+    images, tokens = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 12), jnp.int32)
+    params = jax.jit(Clip(config).init)(jax.random.key(0), images, tokens)["params"]
+    folder = tmp_path_factory.mktemp("run") / "stage_1"
+    checkpoints.save_model(folder / "params", config, params)
+    return folder
+
+
+def test_encode_strings(run_folder):
+    model = clipmoe_jax.load(str(run_folder / "params"))
+    texts = ["A photo of a cat.", "Two dogs, " + "running " * 20]
+    features = model.encode_text(texts)
+    np.testing.assert_allclose(features, model.encode_text(Tokenizer(12)(texts)), rtol=1e-6)
+    np.testing.assert_allclose(model.encode_text(texts[0]), features[:1], rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(features[0] - features[1])) > 1e-3
+
+
+def test_a_stage_folder_is_as_good_as_its_params_folder(run_folder):
+    outer, inner = read_model(str(run_folder)), read_model(str(run_folder / "params"))
+    assert outer.source == inner.source == "dense CLIP of a run"
+    assert outer.config == inner.config
+    np.testing.assert_array_equal(outer.params["visual"]["proj"], inner.params["visual"]["proj"])

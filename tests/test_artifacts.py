@@ -1,0 +1,134 @@
+"""Folders that a run makes: made once, from known inputs, and whole or not there."""
+
+import json
+
+import pytest
+
+from clipmoe_jax import artifacts
+
+INPUTS = {"mcl.seed": 0, "mcl.sizes": (1, 2), "data": {"train": "pairs"}}
+
+
+def counted(calls, measured=None, fail_after=None):
+    """Writes part_0 to part_2, those that are not there yet; may raise after some parts."""
+
+    def build(folder):
+        for i in range(3):
+            if i == fail_after:
+                raise InterruptedError("killed")
+            part = folder / f"part_{i}"
+            if not part.exists():
+                calls.append(i)
+                part.write_text(str(i))
+        return measured or {}
+
+    return build
+
+
+def never(folder):
+    raise AssertionError("built again")
+
+
+def test_an_artifact_is_built_once(tmp_path):
+    calls = []
+    assert artifacts.make(tmp_path / "base", INPUTS, counted(calls)) is True
+    assert artifacts.make(tmp_path / "base", INPUTS, never) is False
+    assert calls == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_done_json_says_what_it_was_made_from(tmp_path):
+    artifacts.make(tmp_path / "base", INPUTS, counted([], {"loss": 0.5}))
+    done = json.loads((tmp_path / "base" / "done.json").read_text())
+    assert done["inputs"] == {"mcl.seed": 0, "mcl.sizes": [1, 2], "data": {"train": "pairs"}}
+    assert artifacts.measured(tmp_path / "base") == {"loss": 0.5}
+    assert "jax" in done["versions"]
+    files = {path.name for path in (tmp_path / "base").iterdir()}
+    assert files == {"done.json", "part_0", "part_1", "part_2"}
+
+
+def test_the_hash_depends_on_the_inputs_and_not_on_their_order(tmp_path):
+    hashes = []
+    for i, inputs in enumerate([{"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}]):
+        artifacts.make(tmp_path / str(i), inputs, counted([]))
+        hashes.append(json.loads((tmp_path / str(i) / "done.json").read_text())["inputs_sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+OTHER_INPUTS = {
+    "another value": (INPUTS | {"mcl.seed": 7}, "mcl.seed=0, the config says 7"),
+    "a new field": (INPUTS | {"mcl.new": True}, "mcl.new='nothing', the config says True"),
+    "a field that is gone": (
+        {"mcl.seed": 0, "mcl.sizes": (1, 2)},
+        "data={'train': 'pairs'}, the config says 'nothing'",
+    ),
+    "inside a field": (
+        INPUTS | {"mcl.sizes": (1, 3)},
+        r"mcl.sizes=\[1, 2\], the config says \[1, 3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("inputs", "message"), OTHER_INPUTS.values(), ids=OTHER_INPUTS)
+def test_other_inputs_are_refused_with_field_values_and_fix(tmp_path, inputs, message):
+    artifacts.make(tmp_path / "base", INPUTS, counted([]))
+    fix = "give another --workdir, set it back, or delete .*base and what was made from it"
+    with pytest.raises(ValueError, match=f"base was made with {message}: {fix}"):
+        artifacts.make(tmp_path / "base", inputs, never)
+
+
+def test_other_inputs_are_refused_for_an_unfinished_folder_too(tmp_path):
+    with pytest.raises(InterruptedError):
+        artifacts.make(tmp_path / "base", INPUTS, counted([], fail_after=1))
+    with pytest.raises(ValueError, match="base.unfinished was made with mcl.seed=0, the config says 7"):
+        artifacts.make(tmp_path / "base", INPUTS | {"mcl.seed": 7}, never)
+
+
+def test_a_build_that_was_killed_goes_on_with_what_it_left(tmp_path):
+    first, second = [], []
+    with pytest.raises(InterruptedError):
+        artifacts.make(tmp_path / "base", INPUTS, counted(first, fail_after=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["base.unfinished"]
+    assert artifacts.make(tmp_path / "base", INPUTS, counted(second)) is True
+    assert (first, second) == ([0, 1], [2])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_folder_that_does_not_say_what_it_was_made_from_is_started_anew(tmp_path):
+    (tmp_path / "base.unfinished").mkdir()
+    (tmp_path / "base.unfinished" / "part_0").write_text("from other inputs")
+    artifacts.make(tmp_path / "base", INPUTS, counted([]))
+    assert (tmp_path / "base" / "part_0").read_text() == "0"
+
+
+def test_is_done_only_when_whole(tmp_path):
+    path = tmp_path / "base"
+    assert not artifacts.is_done(path)
+    with pytest.raises(InterruptedError):
+        artifacts.make(path, INPUTS, counted([], fail_after=2))
+    assert not artifacts.is_done(path)
+
+    def build(folder):
+        assert not artifacts.is_done(path)
+        return {}
+
+    artifacts.make(path, INPUTS, build)
+    assert artifacts.is_done(path)
+
+
+def test_require_names_the_stage_that_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="base is not there yet: .*--stage=mcl_2 first"):
+        artifacts.require(tmp_path / "base", "mcl_2")
+    artifacts.make(tmp_path / "base", INPUTS, counted([]))
+    assert artifacts.require(tmp_path / "base", "mcl_2") == tmp_path / "base"
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "numbers.json"
+    artifacts.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        artifacts.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    artifacts.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["numbers.json"]
