@@ -209,7 +209,10 @@ def cluster(run: Run, stage: int) -> None:
             "median": float(np.median(sizes)),
             "largest": int(sizes.max()),
         }
-        run.metrics.say(f"cluster_{stage}: {measured}")
+        run.metrics.say(
+            f"cluster_{stage}: {len(sizes)} clusters of {sizes.min()} to {sizes.max()} pairs, "
+            f"median {np.median(sizes):.0f}"
+        )
         return measured
 
     fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")))
@@ -233,7 +236,7 @@ def mcl(run: Run, stage: int) -> None:
             small_clusters=section.small_clusters,
         )
         report = sampler.report()
-        run.metrics.say(f"mcl_{stage}: {report}")
+        run.metrics.say(f"mcl_{stage}: {_describe(report)}")
         config, params = run.load(start)
         measured = run.train(
             f"mcl_{stage}",
@@ -247,6 +250,16 @@ def mcl(run: Run, stage: int) -> None:
         return measured | report
 
     artifacts.make(stage_path(run, stage), run.fields(*STAGE_FIELDS), build)
+
+
+def _describe(report: dict[str, int]) -> str:
+    """A sampler's report in words."""
+    own = report.get("pairs_level_0", 0)
+    used = sum(count for name, count in report.items() if name.startswith("pairs_level_"))
+    return (
+        f"an epoch takes {own} pairs from {report['num_clusters']} clusters and {used - own} from their "
+        f"parents; {report['pairs_unused']} stay out"
+    )
 
 
 def upcycle(run: Run) -> None:

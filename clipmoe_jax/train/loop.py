@@ -40,16 +40,21 @@ def fit(
 ) -> tuple[dict, dict[str, float]]:
     """Trains the leaves that the rules say, going on from the newest checkpoint; returns (params, measured).
 
-    params: placed on the mesh. Batches, learning rates and dropout depend on the step and the seed alone, so
-    an interrupted phase ends with the params of an uninterrupted one. measured: the last step's numbers and
-    the rate.
+    params: placed on the mesh; with another frozen_dtype than float32 its frozen leaves are given up, the
+    device then holds them in that type alone. Batches, learning rates and dropout depend on the step and the
+    seed alone, so an interrupted phase ends with the params of an uninterrupted one. measured: the last
+    step's numbers and the rate.
     Raises ValueError naming step and last good checkpoint if the loss stops being finite.
     """
     num_steps = num_steps or phase.length(sampler.num_steps)
     sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
     trainable, frozen = trees.partition(params, trainable_rules)
     metrics.say(f"{name}: {trees.describe(trainable_rules, params)}")
-    held = trees.cast_floating(frozen, frozen_dtype)
+    held = frozen
+    if frozen_dtype != "float32":
+        held = trees.cast_floating(frozen, frozen_dtype)
+        on_device, frozen = frozen, jax.device_get(frozen)
+        jax.tree.map(lambda leaf: leaf.delete(), on_device)
     state = init_state(mesh, phase, trainable)
     checkpointer = Checkpointer(checkpoint_folder, checkpoint_every, max_to_keep)
     if (restored := checkpointer.restore(state)) is not None:

@@ -158,7 +158,7 @@ def test_warm_up_longer_than_the_phase_is_refused():
         dataclasses.replace(PHASE, num_steps=0).length(2)
 
 
-def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0):
+def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, frozen_dtype="float32"):
     """Router training through the loop; stop_after raises in the middle, as a kill would."""
     mesh = one_device()
     params = init_params(MOE, mesh)
@@ -190,6 +190,7 @@ def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0):
             checkpoint_folder=tmp_path / "checkpoints",
             checkpoint_every=2,
             log_every=1,
+            frozen_dtype=frozen_dtype,
         )
     except Stopped:
         return None
@@ -205,6 +206,16 @@ def test_resumed_equals_uninterrupted(pairs, tmp_path, stop_after):
     found, _ = fit_routers(pairs, tmp_path / "stopped")
     chex.assert_trees_all_equal(found, expected)
     assert measured["num_steps"] == 7
+
+
+def test_frozen_leaves_held_in_bfloat16_come_back_as_they_were(pairs, tmp_path):
+    """Training sees them rounded, and the saved model does not."""
+    expected, measured = fit_routers(pairs, tmp_path / "float32")
+    found, rounded = fit_routers(pairs, tmp_path / "bfloat16", frozen_dtype="bfloat16")
+    _, frozen = trees.partition(found, TRAIN_ROUTERS)
+    chex.assert_trees_all_equal(frozen, trees.partition(jax.device_get(expected), TRAIN_ROUTERS)[1])
+    assert rounded["loss"] != measured["loss"]
+    assert rounded["loss"] == pytest.approx(measured["loss"], rel=5e-2)
 
 
 def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):

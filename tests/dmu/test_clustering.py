@@ -1,0 +1,76 @@
+"""Clustering pairs and accumulating the labels of the stages."""
+
+import numpy as np
+import pytest
+
+from clipmoe_jax.dmu.clustering import accumulate_labels, kmeans_labels
+
+CENTRES = 10 * np.eye(3, 8, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """300 points around three centres far apart, and which centre each belongs to."""
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 3, 300)
+    return CENTRES[of] + rng.normal(0, 0.5, (300, 8)).astype(np.float32), of
+
+
+def same_partition(labels, of):
+    """Each label stands for one centre, whichever."""
+    pairs = set(zip(labels.tolist(), of.tolist(), strict=True))
+    return len(pairs) == len(set(labels.tolist())) == len(set(of.tolist()))
+
+
+def test_blobs_are_separated(blobs):
+    features, of = blobs
+    labels = kmeans_labels(features, 3, seed=0, max_fit=1000)
+    assert same_partition(labels, of)
+    assert set(labels.tolist()) == {0, 1, 2}
+
+
+def test_more_features_than_centres_are_fitted_on_are_all_labelled(blobs):
+    features, of = blobs
+    labels = kmeans_labels(features, 3, seed=0, max_fit=30, chunk_size=7)
+    assert labels.shape == (300,)
+    assert same_partition(labels, of)
+
+
+def test_labels_do_not_depend_on_the_chunks(blobs):
+    features, _ = blobs
+    expected = kmeans_labels(features, 5, seed=0, max_fit=100)
+    for chunk_size in (1, 64, 299, 300):
+        labels = kmeans_labels(features, 5, seed=0, max_fit=100, chunk_size=chunk_size)
+        np.testing.assert_array_equal(labels, expected)
+
+
+def test_labels_are_a_function_of_the_seed():
+    """Of noise, where different seeds find different centres."""
+    features = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    labels = [kmeans_labels(features, 9, seed=seed, max_fit=200) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(labels[0], labels[1])
+    assert not np.array_equal(labels[0], labels[2])
+
+
+def test_fewer_pairs_than_clusters(blobs):
+    features, _ = blobs
+    with pytest.raises(ValueError, match="2 pairs cannot make cluster.num_clusters=3 clusters"):
+        kmeans_labels(features[:2], 3, seed=0, max_fit=100)
+
+
+def test_labels_of_three_stages_by_hand():
+    # Stage 1: text 2, image 1 -> 2 * 3 + 1 = 7. Stage 2: text 0, image 2 -> 7 * 9 + 2 = 65.
+    # Stage 3: text 1, image 0 -> 65 * 9 + 3 = 588.
+    labels = None
+    expected = [7, 65, 588]
+    for image, text, label in zip([1, 2, 0], [2, 0, 1], expected, strict=True):
+        labels = accumulate_labels(labels, np.array([image, 0]), np.array([text, 0]), 3)
+        np.testing.assert_array_equal(labels, [label, 0])
+
+
+def test_every_pair_of_labels_has_its_own_number_and_its_parent():
+    """For 2 clusters: 4 labels a stage, 16 after two; the parent of a label is label // 4."""
+    image, text, previous = (a.ravel() for a in np.meshgrid([0, 1], [0, 1], np.arange(4)))
+    labels = accumulate_labels(previous, image, text, 2)
+    assert sorted(labels.tolist()) == list(range(16))
+    np.testing.assert_array_equal(labels // 4, previous)

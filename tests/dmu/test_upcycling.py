@@ -1,0 +1,186 @@
+"""Upcycling: equal experts are the dense model, and expert e is tree e's FFN in every block."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from clipmoe_jax import trees
+from clipmoe_jax.checkpoints import abstract_params
+from clipmoe_jax.dmu.upcycling import count_active_parameters, stack_experts
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+
+E, K = 4, 2
+DENSE = ClipConfig(
+    embed_dim=8,
+    vision=VisionConfig(image_size=16, patch_size=8, width=16, num_layers=2, head_width=8),
+    text=TextConfig(vocab_size=20, context_length=6, width=16, num_layers=2, head_width=8),
+)
+KEY = jax.random.key(0)
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract_params(config)
+    )
+
+
+def with_other_mlps(params, e):
+    """The same tree with every FFN leaf filled with e."""
+    leaves = trees.flatten(params)
+    return trees.unflatten(
+        {name: np.full_like(leaf, e) if "/mlp/" in name else leaf for name, leaf in leaves.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return random_params(DENSE)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(3, 16, 16, 3)).astype(np.float32), rng.integers(1, 20, (3, 6)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def dense_features(dense, inputs):
+    return jax.jit(Clip(DENSE).apply)({"params": dense}, *inputs)
+
+
+UPCYCLED = {
+    "dense": (None, RunConfig(dispatch="dense")),
+    "ragged": (None, RunConfig(dispatch="ragged")),
+    "capacity": (None, RunConfig(dispatch="capacity", capacity_factor=E / K)),
+    "the last block alone": (1, RunConfig()),
+}
+
+
+@pytest.mark.parametrize(("num_moe_layers", "run"), UPCYCLED.values(), ids=UPCYCLED)
+def test_equal_experts_are_the_dense_model(dense, inputs, dense_features, num_moe_layers, run):
+    """Whatever the routers say: the gates of a token add up to one."""
+    params = stack_experts([dense] * E, KEY, num_moe_layers=num_moe_layers, router_stddev=1.0)
+    config = dataclasses.replace(DENSE, moe=MoeConfig(E, K, num_moe_layers))
+    outputs = jax.jit(Clip(config, run).apply)({"params": params}, *inputs)
+    for name in ("image_features", "text_features"):
+        np.testing.assert_allclose(outputs[name], dense_features[name], rtol=1e-5, atol=1e-5)
+    chosen = np.argsort(-outputs["text_aux"]["router_logits"], axis=-1)[..., :K]
+    assert len(np.unique(chosen)) == E  # the tokens do go to all experts
+
+
+def test_expert_e_is_tree_e_in_every_block_of_twelve():
+    """Blocks in the order of their numbers: 10 and 11 stand between 1 and 2 when sorted as words."""
+    vision = dataclasses.replace(DENSE.vision, num_layers=12)
+    base = random_params(dataclasses.replace(DENSE, vision=vision))
+    leaves = trees.flatten(base)
+    numbered = [
+        trees.unflatten({name: leaf + e if "/mlp/" in name else leaf for name, leaf in leaves.items()})
+        for e in range(E)
+    ]
+    stacked = trees.flatten(stack_experts(numbered, KEY))
+    for i in range(12):
+        for leaf in ("c_fc/kernel", "c_fc/bias", "c_proj/kernel", "c_proj/bias"):
+            experts = stacked[f"visual/resblocks_{i}/moe/{leaf}"]
+            for e in range(E):
+                np.testing.assert_array_equal(experts[e], leaves[f"visual/resblocks_{i}/mlp/{leaf}"] + e)
+
+
+def test_the_last_two_of_twelve_blocks():
+    vision = dataclasses.replace(DENSE.vision, num_layers=12)
+    base = random_params(dataclasses.replace(DENSE, vision=vision))
+    names = trees.flatten(stack_experts([base, base], KEY, num_moe_layers=2)).keys()
+    moe = {name.split("/")[1] for name in names if name.startswith("visual") and "/moe/" in name}
+    mlp = {name.split("/")[1] for name in names if name.startswith("visual") and "/mlp/" in name}
+    assert moe == {"resblocks_10", "resblocks_11"}
+    assert mlp == {f"resblocks_{i}" for i in range(10)}
+
+
+@pytest.mark.parametrize("num_moe_layers", [None, 1, 2, 5])
+def test_the_tree_is_the_moe_models(dense, num_moe_layers):
+    params = stack_experts([dense] * E, KEY, num_moe_layers=num_moe_layers)
+    expected = abstract_params(dataclasses.replace(DENSE, moe=MoeConfig(E, K, num_moe_layers)))
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
+
+
+def test_blocks_that_stay_dense_and_all_that_is_shared_are_the_bases(dense):
+    others = [with_other_mlps(dense, e) for e in range(1, E)]
+    params = trees.flatten(stack_experts([dense, *others], KEY, num_moe_layers=1))
+    for name, leaf in trees.flatten(dense).items():
+        if "resblocks_1/mlp" not in name:
+            np.testing.assert_array_equal(params[name], leaf, err_msg=name)
+
+
+def test_routers_are_drawn_by_the_key(dense):
+    def routers(key, stddev=0.02):
+        leaves = trees.flatten(stack_experts([dense] * E, key, router_stddev=stddev))
+        return np.stack([leaf for name, leaf in leaves.items() if "router" in name])
+
+    drawn = routers(KEY, 0.5)
+    assert drawn.shape == (4, 16, E)  # 2 towers of 2 blocks, all of width 16
+    # 256 numbers: their standard deviation is within 0.5 / sqrt(512) = 0.022 of 0.5, four times that is safe.
+    np.testing.assert_allclose(drawn.std(), 0.5, atol=4 * 0.022)
+    assert len(np.unique(drawn)) == drawn.size  # no two routers, and no two rows, are the same
+    np.testing.assert_array_equal(routers(KEY), routers(KEY))
+    assert not np.array_equal(routers(KEY), routers(jax.random.key(1)))
+
+
+def test_the_trees_are_left_alone(dense):
+    before = jax.tree.map(np.copy, dense)
+    stack_experts([dense] * 2, KEY)
+    jax.tree.map(np.testing.assert_array_equal, dense, before)
+
+
+def changed(params, name, value):
+    leaves = dict(trees.flatten(params))
+    leaves[name] = value
+    return trees.unflatten(leaves)
+
+
+def test_a_leaf_outside_the_ffns_that_differs_is_named_with_the_largest_difference(dense):
+    other = np.copy(dense["text"]["ln_final"]["scale"])
+    other[3] += 0.25
+    other[5] -= 1.5
+    trees_of_params = [dense, dense, changed(dense, "text/ln_final/scale", other)]
+    message = r"text/ln_final/scale of tree 2 is not the base's \(largest difference 1.5\)"
+    with pytest.raises(ValueError, match=message):
+        stack_experts(trees_of_params, KEY)
+
+
+def test_a_logit_scale_that_differs_is_named(dense):
+    other = changed(dense, "logit_scale", np.float32(dense["logit_scale"] + 2))
+    with pytest.raises(ValueError, match=r"logit_scale of tree 1 is not the base's \(largest difference 2\)"):
+        stack_experts([dense, other], KEY)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["the base has it", "the base lacks it"])
+def test_a_leaf_that_one_tree_lacks_is_named(dense, swap):
+    pair = [dense, changed(dense, "visual/adapter", np.zeros(2))]
+    with pytest.raises(ValueError, match="tree 1 and the base .* first that differs is visual/adapter"):
+        stack_experts(pair[::-1] if swap else pair, KEY)
+
+
+def test_a_leaf_of_another_shape_is_named(dense):
+    name = "visual/resblocks_1/mlp/c_fc/bias"
+    with pytest.raises(ValueError, match=rf"{name} is \(9,\) in tree 1, \(64,\) in the base"):
+        stack_experts([dense, changed(dense, name, np.zeros(9))], KEY)
+
+
+def test_active_parameters_by_hand(dense):
+    # An FFN of width 16: 16 * 64 + 64 + 64 * 16 + 16 = 2128, a router 16 * 4 = 64. Two towers of two blocks.
+    config = dataclasses.replace(DENSE, moe=MoeConfig(E, K))
+    params = stack_experts([dense] * E, KEY)
+    shared = trees.count_parameters(dense) - 4 * 2128
+    assert trees.count_parameters(params) == shared + 4 * (4 * 2128 + 64)
+    assert count_active_parameters(params, config) == shared + 4 * (2 * 2128 + 64)
+
+
+def test_all_parameters_of_a_dense_model_are_active(dense):
+    assert count_active_parameters(dense, DENSE) == sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(dense)
+    )

@@ -1,0 +1,95 @@
+"""Recall of retrieval, by hand and against sorting."""
+
+import numpy as np
+import pytest
+
+from clipmoe_jax.evaluation.retrieval import retrieval_recall
+
+# Image features along the axes make the scores what is written here. Two images, a row each; captions 0 and 1
+# are of image 0, caption 2 is of image 1.
+SCORES = np.array([[0.1, 0.8, 0.9], [0.2, 0.7, 0.6]], np.float32)
+OF = np.array([0, 0, 1])
+
+
+def recall_of_scores(scores, image_of_text, **options):
+    return retrieval_recall(np.eye(len(scores), dtype=np.float32), scores.T, image_of_text, **options)
+
+
+def test_several_captions_by_hand():
+    # Image 0 finds its caption 1 (0.8) second, after caption 2; caption 0's place (third) does not count.
+    # Image 1 finds its caption 2 (0.6) second, after caption 1.
+    # Caption 0 finds image 0 (0.1) second, 1 finds image 0 (0.8) first, 2 finds image 1 (0.6) second.
+    found = recall_of_scores(SCORES, OF, ranks=(1, 2))
+    assert found == pytest.approx(
+        {"image_to_text_r1": 0, "image_to_text_r2": 1, "text_to_image_r1": 1 / 3, "text_to_image_r2": 1}
+    )
+
+
+def test_an_images_other_captions_do_not_stand_before_its_best():
+    # Image 0's captions are the first three by score: it has rank 0. Image 1 has its own first.
+    scores = np.array([[0.9, 0.8, 0.7, 0.1], [0.0, 0.0, 0.0, 0.5]], np.float32)
+    found = recall_of_scores(scores, np.array([0, 0, 0, 1]), ranks=(1,))
+    assert found["image_to_text_r1"] == 1
+
+
+def test_ties_count_against():
+    # All 4 x 4 scores are equal: three wrong answers stand before the right one, at position 3.
+    found = recall_of_scores(np.full((4, 4), 0.5, np.float32), np.arange(4), ranks=(1, 3, 4))
+    for direction in ("image_to_text", "text_to_image"):
+        assert [found[f"{direction}_r{k}"] for k in (1, 3, 4)] == [0, 0, 1]
+
+
+def test_ties_between_an_images_own_captions_do_not():
+    # Two images with two captions each, all scores equal: two wrong captions stand before an image's own, one
+    # wrong image before a caption's own.
+    found = recall_of_scores(np.ones((2, 4), np.float32), np.array([0, 0, 1, 1]), ranks=(1, 2, 3))
+    assert [found[f"image_to_text_r{k}"] for k in (1, 2, 3)] == [0, 0, 1]
+    assert [found[f"text_to_image_r{k}"] for k in (1, 2, 3)] == [0, 1, 1]
+
+
+def random_pairs(num_images=40, num_texts=100, dim=16):
+    """Captions near their image, from one to several of each, in no order."""
+    rng = np.random.default_rng(0)
+    of = rng.permutation(
+        np.concatenate([np.arange(num_images), rng.integers(0, num_images, num_texts - num_images)])
+    )
+    images = rng.normal(size=(num_images, dim)).astype(np.float32)
+    texts = images[of] + rng.normal(0, 2, (num_texts, dim)).astype(np.float32)
+    return images, texts, of
+
+
+def naive_recall(images, texts, of, rank):
+    """Sorts all answers of each query."""
+    scores = images.astype(np.float64) @ texts.astype(np.float64).T
+    image_hits = [i in of[np.argsort(-row)[:rank]] for i, row in enumerate(scores)]
+    text_hits = [of[t] in np.argsort(-column)[:rank] for t, column in enumerate(scores.T)]
+    return np.mean(image_hits), np.mean(text_hits)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 10])
+def test_recall_equals_sorting_all_answers(rank):
+    images, texts, of = random_pairs()
+    found = retrieval_recall(images, texts, of)
+    expected = naive_recall(images, texts, of, rank)
+    assert 0 < expected[0] <= 1 and 0 < expected[1] < 1
+    assert (found[f"image_to_text_r{rank}"], found[f"text_to_image_r{rank}"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 40, 99])
+def test_chunks_change_nothing(chunk_size):
+    pairs = random_pairs()
+    assert retrieval_recall(*pairs, chunk_size=chunk_size) == retrieval_recall(*pairs)
+
+
+@pytest.mark.parametrize("tower", [0, 1], ids=["images", "texts"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite(tower, value):
+    pairs = random_pairs()
+    pairs[tower][3, 2] = value
+    with pytest.raises(ValueError, match="some features are not finite"):
+        retrieval_recall(*pairs)
+
+
+def test_images_without_caption_are_named():
+    with pytest.raises(ValueError, match=r"images \[1, 3\] have no caption"):
+        retrieval_recall(np.eye(4), np.eye(4)[:2], np.array([0, 2]))
