@@ -1,11 +1,11 @@
 """`clipmoe_jax.load`: a model to encode images and captions with."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.tokenizer import Tokenizer
@@ -14,9 +14,6 @@ from clipmoe_jax.losses import normalize_features
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.encoder import make_encode
 from clipmoe_jax.models.transformer import RunConfig
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class LoadedClip:
@@ -31,10 +28,14 @@ class LoadedClip:
         self._tokenizer = Tokenizer(config.text.context_length)
 
     def encode_image(
-        self, images: "Sequence[Image.Image] | np.ndarray | jax.Array", *, normalize: bool = False
+        self, images: Sequence[Image.Image] | Image.Image | np.ndarray | jax.Array, *, normalize: bool = False
     ) -> jax.Array:
-        """Features (B, embed) float32 of PIL images, or of an NHWC array, float (preprocessed) or uint8."""
+        """Features (B, embed) float32 of a list of PIL images (or one), or of an array (B, H, W, 3), float
+        already preprocessed or uint8. Raises TypeError for anything else."""
         if not hasattr(images, "shape"):
+            images = [images] if isinstance(images, Image.Image) else list(images)
+            if odd := [type(i).__name__ for i in images if not isinstance(i, Image.Image)]:
+                raise TypeError(f"encode_image takes PIL images or one NHWC array, not a list with {odd[0]}")
             size = self.config.vision.image_size
             images = np.stack([preprocess_image(image, size) for image in images])
         return self._encode("encode_image", jnp.asarray(images), normalize)

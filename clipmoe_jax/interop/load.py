@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import zipfile
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -84,7 +85,11 @@ def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, 
             f"{path} is a PyTorch file and PyTorch is not installed: pip install torch"
         ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # OpenAI's own files are TorchScript archives, which hold no pickled Python.
+        if zipfile.is_zipfile(path) and _has_torchscript_code(path):
+            state = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a PyTorch state dict: {reason}") from error
@@ -103,9 +108,17 @@ def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, 
     return config, leaves
 
 
+def _has_torchscript_code(path: str) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
 def _read_config_json(folder: epath.Path) -> dict:
     path = folder / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def _read_huggingface(folder: epath.Path, described: dict) -> tuple[ClipConfig, dict[str, np.ndarray]]:

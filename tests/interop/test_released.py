@@ -3,6 +3,7 @@
 import os
 import pickle
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +145,31 @@ def test_other_numbers_of_positions_say_which_there_are(short_file, golden_dir):
         read_model(short_file[0], context_length=100)
     with pytest.raises(ValueError, match="248 text positions and the config asks for 77"):
         read_model(str(golden_dir / "dense.pt"), context_length=77)
+
+
+def test_a_torchscript_archive_as_openai_publishes_them(states, tmp_path):
+    """A scripted module whose parameters bear the state dict's names, its scalars beside them."""
+
+    class Holder(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    root = Holder()
+    root.register_buffer("input_resolution", torch.tensor(32))
+    for name, array in states["dense"].items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, Holder())
+            module = getattr(module, part)
+        module.register_parameter(last, torch.nn.Parameter(torch.as_tensor(array).clone()))
+    torch.jit.script(root).save(str(tmp_path / "ViT.pt"))
+    found = read_model(str(tmp_path / "ViT.pt"))
+    torch.save({n: torch.as_tensor(a) for n, a in states["dense"].items()}, tmp_path / "plain.pt")
+    expected = read_model(str(tmp_path / "plain.pt"))
+    assert found.config == expected.config
+    chex.assert_trees_all_equal(found.params, expected.params)
 
 
 def test_files_of_a_wrapped_model(states, tmp_path):
@@ -315,6 +341,13 @@ def test_encode_pil_images(golden_clip):
     expected = golden_clip.encode_image(preprocess.normalize(pixels))
     assert close_to(golden_clip.encode_image(images), expected)
     assert close_to(golden_clip.encode_image(pixels), expected)
+
+
+def test_one_pil_image_and_what_is_none(golden_clip):
+    image = Image.new("RGB", (40, 30), (200, 30, 30))
+    np.testing.assert_array_equal(golden_clip.encode_image(image), golden_clip.encode_image([image]))
+    with pytest.raises(TypeError, match="takes PIL images or one NHWC array, not a list with str"):
+        golden_clip.encode_image(["image.png"])
 
 
 def test_normalize_gives_unit_rows_in_the_same_direction(golden_clip, golden):
