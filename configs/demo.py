@@ -35,9 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     common = dict(b2=0.98, clip_norm=1.0, warmup_steps=20, label_smoothing=0.0, learning_rate=2e-3)
     config.base.train.update(common, batch_size=128, num_steps=250, weight_decay=0.1)
-    config.mcl.update(common, batch_size=32, num_steps=240, weight_decay=0.1)
+    config.mcl.update(common, batch_size=32, num_steps=480, weight_decay=0.1)
     config.mcl.init_from = "previous"
-    config.router.update(common, batch_size=128, num_steps=120, weight_decay=0.01)
+    config.router.update(common, batch_size=128, num_steps=240, weight_decay=0.01)
     config.router.learning_rate = 1e-2
     config.moe.expert_dropout_rate = 0.0
     config.embed.batch_size = 500
