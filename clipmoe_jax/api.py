@@ -10,8 +10,7 @@ from PIL import Image
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.losses import normalize_features
-from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features
 from clipmoe_jax.models.encoder import make_encode
 from clipmoe_jax.models.transformer import RunConfig
 

@@ -6,15 +6,10 @@ Letters: B batch, L length, M MoE blocks, E experts, K selected experts.
 import jax
 import jax.numpy as jnp
 
+from clipmoe_jax.models.clip import normalize_features
 from clipmoe_jax.models.moe import route
 
 Array = jax.Array
-
-
-def normalize_features(features: Array) -> Array:
-    """Rows of unit length, in float32. (B, embed) -> (B, embed)."""
-    features = features.astype(jnp.float32)
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
 def contrastive_loss(

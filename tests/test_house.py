@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "clipmoe_jax"
 ROWS = [
     ["trees", "sharding", "metrics", "cli"],
     ["data"],
-    ["models", "losses"],
+    ["models"],
+    ["losses"],
     ["checkpoints", "artifacts"],
     ["train"],
     ["interop"],

@@ -103,6 +103,12 @@ def normalize(images: Array) -> Array:
     return (images.astype(jnp.float32) / 255 - MEAN) / STD
 
 
+def normalize_features(features: Array) -> Array:
+    """Rows of unit length, in float32. (B, embed) -> (B, embed)."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
 def text_mask(tokens: Array) -> Array:
     """True for tokens up to and including the end token. tokens (B, L) int32 -> (B, L) bool."""
     return jnp.arange(tokens.shape[1]) <= end_position(tokens)[:, None]

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipmoe_jax import losses, sharding, trees
-from clipmoe_jax.models.clip import Clip
+from clipmoe_jax import sharding, trees
+from clipmoe_jax.models.clip import Clip, normalize_features
 
 
 @functools.cache
@@ -47,4 +47,4 @@ class Encoder:
         size = self.batch_size
         parts = [self.start(method, inputs[i : i + size]) for i in range(0, len(inputs), size)]
         features = np.concatenate([np.asarray(part) for part in parts])[: len(inputs)]
-        return np.asarray(losses.normalize_features(features))
+        return np.asarray(normalize_features(features))
