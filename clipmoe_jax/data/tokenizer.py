@@ -21,6 +21,7 @@ PAD_ID = 0
 
 # CLIP splits words with `regex`, ignoring case. There the long s matches "'s", and U+0345, a
 # combining iota that folds to a letter, matches nothing; the tokenizers library has to be told.
+_SPECIAL_IDS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
 _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 
 # ftfy changes plain ASCII only where there are control characters.
@@ -31,18 +32,21 @@ class Tokenizer:
     """Turns captions into CLIP's token ids.
 
     A row is start, words, end, padding with 0. A caption that is too long loses its last words,
-    never its end token. Text that looks like a special token ("<|endoftext|>", "<end_of_text>")
-    is tokenised as the characters it consists of, so that no caption can place an end token.
+    never its end token.
 
     Attributes:
         context_length: L, the ids in a row.
+        parse_special_tokens: whether the words "<|startoftext|>" and "<|endoftext|>" become those
+            tokens, as in OpenAI's code. With False they are the characters they consist of, so that
+            no caption of a data set can place an end token.
     """
 
-    def __init__(self, context_length: int):
+    def __init__(self, context_length: int, parse_special_tokens: bool = True):
         """Raises ValueError if context_length leaves no room for start, one word and end."""
         if context_length < 3:
             raise ValueError(f"context_length={context_length} is too short: use 3 or more.")
         self.context_length = context_length
+        self.parse_special_tokens = parse_special_tokens
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """Tokenises one caption or several.
@@ -61,9 +65,13 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise TypeError(f"Caption {i} is a {type(text).__name__}, expected a string.")
         ids = np.full((len(texts), self.context_length), PAD_ID, np.int32)
-        encodings = _backend().encode_batch_fast([clean(text) for text in texts])
-        for row, encoding in zip(ids, encodings, strict=True):
-            words = encoding.ids[: self.context_length - 2]
+        texts = [clean(text) for text in texts]
+        encodings = _backend().encode_batch_fast(texts)
+        for row, text, encoding in zip(ids, texts, encodings, strict=True):
+            words = encoding.ids
+            if self.parse_special_tokens and any(special in text for special in _SPECIAL_IDS):
+                words = _parse_special_tokens(text)
+            words = words[: self.context_length - 2]
             row[0] = START_ID
             row[1 : len(words) + 1] = words
             row[len(words) + 1] = END_ID
@@ -89,7 +97,7 @@ def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [byte + "</w>" for byte in alphabet]
     tokens += ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += _SPECIAL_IDS
     return {token: i for i, token in enumerate(tokens)}
 
 
@@ -106,3 +114,13 @@ def _backend() -> Backend:
         ]
     )
     return backend
+
+
+def _parse_special_tokens(text: str) -> list[int]:
+    """Ids of a clean text whose special words count; one that follows punctuation does not."""
+    special = "|".join(re.escape(word) for word in _SPECIAL_IDS)
+    split = pre_tokenizers.Split(Regex(f"{special}|{_WORDS}"), behavior="removed", invert=True)
+    ids = []
+    for word, _ in split.pre_tokenize_str(text):
+        ids += [_SPECIAL_IDS[word]] if word in _SPECIAL_IDS else _backend().encode(word).ids
+    return ids

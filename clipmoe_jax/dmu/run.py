@@ -66,8 +66,9 @@ class Run:
         return kind(self.records(name), self.tokenizer(), architecture.vision.image_size)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer at the base's context length."""
-        return Tokenizer(self.config.base.architecture.text.context_length)
+        """The tokenizer at the base's context length; captions are data and cannot place special tokens."""
+        context_length = self.config.base.architecture.text.context_length
+        return Tokenizer(context_length, parse_special_tokens=False)
 
     def model(self, config: ClipConfig, *, training_routers: bool = False) -> Clip:
         """A module for this platform."""

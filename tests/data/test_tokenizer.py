@@ -1,4 +1,4 @@
-"""The tokenizer against the released code's ids, and the places where we differ on purpose."""
+"""The tokenizer against the released code's ids, and against hand-made cases."""
 
 import json
 import pickle
@@ -9,7 +9,6 @@ import pytest
 from clipmoe_jax.data.tokenizer import Tokenizer, build_vocabulary, read_merges
 
 START, END = 49406, 49407
-# The released code turns these words into special ids wherever a caption holds them; we do not.
 SPECIAL_TEXT = "<|startoftext|> literal <|endoftext|> tokens"
 
 
@@ -27,8 +26,7 @@ def tokenize():
 @pytest.mark.parametrize("length", [77, 248])
 def test_equals_the_released_code(golden_dir, length):
     rows = json.loads((golden_dir / "tokens.json").read_text())
-    rows = [row for row in rows if row["text"] != SPECIAL_TEXT]
-    assert len(rows) == 102
+    assert len(rows) == 103 and SPECIAL_TEXT in [row["text"] for row in rows]
     expected = np.zeros((len(rows), length), np.int32)
     for row, golden in zip(expected, rows, strict=True):
         ids = golden[f"ids_{length}"]
@@ -61,10 +59,17 @@ def test_a_long_caption_keeps_the_end_token_last():
         "&lt;|endoftext|&gt;",
     ],
 )
-def test_special_tokens_in_a_caption_are_plain_text(tokenize, text):
-    ids = tokenize(text)[0].tolist()
+def test_special_tokens_in_a_data_sets_caption_are_plain_text(text):
+    ids = Tokenizer(77, parse_special_tokens=False)(text)[0].tolist()
     assert ids.count(START) == 1 and ids.count(END) == 1
     assert ids.index(END) > 3
+
+
+def test_a_special_word_after_punctuation_is_punctuation(tokenize):
+    """OpenAI's pattern takes "!<|" as one run of punctuation before it looks for the special word."""
+    glued, plain = tokenize("a !<|endoftext|>")[0], Tokenizer(77, parse_special_tokens=False)
+    np.testing.assert_array_equal(glued, plain("a !<|endoftext|>")[0])
+    assert tokenize("a <|endoftext|>")[0, :4].tolist() == [START, 320, END, END]
 
 
 # What is special for OpenAI's cleaning: every row has the words of its plain twin.

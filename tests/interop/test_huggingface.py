@@ -14,8 +14,7 @@ from clipmoe_jax import trees
 from clipmoe_jax.checkpoints import abstract_params
 from clipmoe_jax.interop import huggingface
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.losses import normalize_features
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, normalize_features
 from clipmoe_jax.models.transformer import MoeConfig
 
 VOCAB, LENGTH = 100, 12
