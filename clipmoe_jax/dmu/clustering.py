@@ -5,7 +5,6 @@ Letters: N pairs, d embedding, k clusters of one modality.
 
 import numpy as np
 import threadpoolctl
-from sklearn.cluster import KMeans
 
 
 def kmeans_labels(
@@ -16,6 +15,8 @@ def kmeans_labels(
     The centres come from at most `max_fit` features drawn by the seed; all features are labelled in chunks.
     One thread, since scikit-learn adds partial sums in the order in which threads finish.
     """
+    from sklearn.cluster import KMeans  # here because it is slow to import
+
     rng = np.random.default_rng(seed)
     sample = features
     if len(features) > max_fit:
