@@ -158,8 +158,6 @@ def embed(run: Run, stage: int) -> None:
 def _embed_part(
     run: Run, encoder: Encoder, sampler: samplers.SequentialSampler, start: int, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    features = {"encode_image": [], "encode_text": []}
-    valid = []
     with loader.batches(
         run.pairs("train"),
         sampler,
@@ -167,17 +165,8 @@ def _embed_part(
         num_steps=steps,
         num_workers=run.config.data.num_workers,
     ) as batches:
-        for batch in batches:
-            features["encode_image"].append(encoder.start("encode_image", batch["image"]))
-            features["encode_text"].append(encoder.start("encode_text", batch["text"]))
-            valid.append(batch["valid"])
-    rows = np.concatenate(valid)
-
-    def unit(parts):
-        array = np.concatenate([np.asarray(part) for part in parts])[rows]
-        return (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float16)
-
-    return unit(features["encode_image"]), unit(features["encode_text"])
+        features = encoder.batches(batches)
+    return features["image"].astype(np.float16), features["text"].astype(np.float16)
 
 
 def cluster(run: Run, stage: int) -> None:

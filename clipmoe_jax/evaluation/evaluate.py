@@ -25,10 +25,9 @@ BASELINE_TITLES = {
 }
 
 
-class TestSet(NamedTuple):
-    """images (I, H, W, 3) uint8, tokens (T, L) int32 of every caption, image_of_text (T,)."""
+class Captions(NamedTuple):
+    """Every caption of the test images: tokens (T, L) int32, image_of_text (T,) int."""
 
-    images: np.ndarray
     tokens: np.ndarray
     image_of_text: np.ndarray
 
@@ -56,15 +55,15 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
         artifacts.require(path, "baselines" if path.parent.name == "baselines" else _stage_of(title))
 
     def build(folder: epath.Path) -> dict:
-        test = read_test_set(run)
+        captions = read_captions(run)
         results, dense_features = {}, []
         for title, path in rows.items():
             config, params = run.load(path)
             encoder = Encoder(run.model(config), params, run.mesh, run.config.embed.batch_size)
-            features = encoder.images(test.images), encoder.texts(test.tokens)
+            features = _image_features(run, encoder), encoder.texts(captions.tokens)
             if path in [stages.stage_path(run, s) for s in range(run.config.mcl.num_stages + 1)]:
                 dense_features.append(features)
-            results[title] = retrieval_recall(*features, test.image_of_text) | {
+            results[title] = retrieval_recall(*features, captions.image_of_text) | {
                 "parameters": trees.count_parameters(params),
                 "active_parameters": count_active_parameters(params, config),
             }
@@ -74,22 +73,31 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
             size = len(dense_features) * results["base"]["parameters"]
             # Joined unit vectors: the inner product is the sum of the models' similarities.
             joined = [np.concatenate(parts, axis=1) for parts in zip(*dense_features, strict=True)]
-            ensemble = retrieval_recall(*joined, test.image_of_text)
+            ensemble = retrieval_recall(*joined, captions.image_of_text)
             ensemble |= {"parameters": size, "active_parameters": size}
             moe = results.pop(CLIP_MOE)
             results |= {ENSEMBLE: ensemble, CLIP_MOE: moe}
         artifacts.write_json(folder / "results.json", results)
-        return {"num_images": len(test.images), "num_captions": len(test.tokens)}
+        return {"num_images": len(run.records("test")), "num_captions": len(captions.tokens)}
 
     fields = run.fields(*stages.ROUTER_FIELDS, "baselines", "data.test", "data.test_split")
     artifacts.make(run.workdir / "eval", fields, build)
     return json.loads((run.workdir / "eval" / "results.json").read_text())
 
 
-def read_test_set(run: Run) -> TestSet:
-    """All images and all captions of the test data."""
-    records, pairs = run.records("test"), run.pairs("test")
-    sampler = samplers.SequentialSampler(len(pairs), run.config.embed.batch_size)
+def read_captions(run: Run) -> Captions:
+    """All captions of the test data."""
+    records = run.records("test")
+    captions = [records[i]["captions"] for i in range(len(records))]
+    image_of_text = np.repeat(np.arange(len(captions)), [len(of_one) for of_one in captions])
+    tokens = run.tokenizer()([caption for of_one in captions for caption in of_one])
+    return Captions(tokens, image_of_text)
+
+
+def _image_features(run: Run, encoder: Encoder) -> np.ndarray:
+    """(I, embed) unit features of the test images."""
+    pairs = run.pairs("test")
+    sampler = samplers.SequentialSampler(len(pairs), encoder.batch_size)
     with loader.batches(
         pairs,
         sampler,
@@ -97,11 +105,7 @@ def read_test_set(run: Run) -> TestSet:
         num_steps=sampler.num_steps,
         num_workers=run.config.data.num_workers,
     ) as batches:
-        images = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
-    captions = [records[i]["captions"] for i in range(len(records))]
-    image_of_text = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
-    tokens = run.tokenizer()([caption for of_one in captions for caption in of_one])
-    return TestSet(images, tokens, image_of_text)
+        return encoder.batches(batches, ["image"])["image"]
 
 
 def _zero_shot_by_attribute(run: Run, encoder: Encoder, image_features: np.ndarray) -> dict[str, float]:

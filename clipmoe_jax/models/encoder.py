@@ -4,7 +4,7 @@ Letters: N inputs, d embedding.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from clipmoe_jax import sharding, trees
 from clipmoe_jax.models.clip import Clip, normalize_features
+
+METHODS = {"image": "encode_image", "text": "encode_text"}
 
 
 @functools.cache
@@ -27,24 +29,38 @@ class Encoder:
         self._model, self._params, self._mesh = model, params, mesh
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
 
-    def images(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 or normalised float -> (N, d) float32, unit length."""
-        return self._all("encode_image", images)
+    def batches(
+        self, batches: Iterable[Mapping[str, np.ndarray]], towers: Sequence[str] = ("image", "text")
+    ) -> dict[str, np.ndarray]:
+        """{tower: (N, d) float32 unit features} of a loader's batches, rows that are not "valid" left out.
+
+        A batch is read back when the next one is under way: the device neither waits nor piles up inputs.
+        """
+        features, pending = {tower: [] for tower in towers}, None
+        for batch in batches:
+            started = {tower: self._start(METHODS[tower], batch[tower]) for tower in towers}
+            self._finish(pending, features)
+            pending = started, batch["valid"]
+        self._finish(pending, features)
+        return {tower: np.concatenate(parts) for tower, parts in features.items()}
 
     def texts(self, tokens: np.ndarray) -> np.ndarray:
         """(N, L) int32 -> (N, d) float32, unit length."""
-        return self._all("encode_text", tokens)
+        chunks = (tokens[i : i + self.batch_size] for i in range(0, len(tokens), self.batch_size))
+        valid = ({"text": chunk, "valid": np.ones(len(chunk), bool)} for chunk in chunks)
+        return self.batches(valid, ["text"])["text"]
 
-    def start(self, method: str, inputs: np.ndarray) -> jax.Array:
-        """At most one batch -> (batch_size, d) raw features on the device, not waited for; padded rows
-        last."""
+    def _start(self, method: str, inputs: np.ndarray) -> jax.Array:
+        """At most one batch -> (batch_size, d) unit features on the device, not waited for."""
         padding = [(0, self.batch_size - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
         with jax.set_mesh(self._mesh):
             arrays = sharding.put_batch(self._mesh, {"inputs": np.pad(inputs, padding)})
-            return make_encode(self._model, method)(self._params, arrays["inputs"])
+            return normalize_features(make_encode(self._model, method)(self._params, arrays["inputs"]))
 
-    def _all(self, method: str, inputs: np.ndarray) -> np.ndarray:
-        size = self.batch_size
-        parts = [self.start(method, inputs[i : i + size]) for i in range(0, len(inputs), size)]
-        features = np.concatenate([np.asarray(part) for part in parts])[: len(inputs)]
-        return np.asarray(normalize_features(features))
+    @staticmethod
+    def _finish(pending: tuple | None, features: dict[str, list[np.ndarray]]) -> None:
+        if pending is None:
+            return
+        started, valid = pending
+        for tower, array in started.items():
+            features[tower].append(np.asarray(array)[: len(valid)][valid])
