@@ -109,11 +109,12 @@ def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> N
     for row, column in np.ndindex(values.shape):
         shade = "white" if values[row, column] > 60 else "black"
         axis.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center", color=shade)
-    chance = [f"{a}\n{100 / len(ATTRIBUTES[a]):.0f}" for a in attributes]
-    axis.set_xticks(range(len(attributes)), chance)
+    labels = [f"{a} ({100 / len(ATTRIBUTES[a]):.0f})" for a in attributes]
+    axis.set_xticks(range(len(attributes)), labels, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_xlabel("attribute (chance)")
     axis.set_yticks(range(len(experts)), experts.values())
     axis.get_yticklabels()[-1].set_fontweight("bold")
-    axis.set_title("Zero-shot accuracy by attribute (%; chance below its name)")
+    axis.set_title("Zero-shot accuracy by attribute (%)")
 
 
 def _short(count: int) -> str:
