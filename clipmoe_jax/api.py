@@ -57,16 +57,16 @@ class LoadedClip:
 def load(
     path: str,
     *,
-    num_selected_experts: int = 2,
-    activation: str = "quick_gelu",
+    num_selected_experts: int | None = None,
+    activation: str | None = None,
     context_length: int | None = None,
     dtype: str = "float32",
 ) -> LoadedClip:
     """Loads a model folder of a run, a folder of transformers' CLIPModel or a `.pt`, and says which it found.
 
-    num_selected_experts, activation: of a `.pt`, which does not record them. context_length: 248 stretches a
-    text tower of 77 positions. dtype: of the computation. Raises FileNotFoundError or ValueError naming what
-    is wrong.
+    num_selected_experts: K of an MoE; None is what the file says, 2 for a `.pt`. activation: of a `.pt`; None
+    is quick_gelu. context_length: 248 stretches a text tower of 77 positions. dtype: of the computation.
+    Raises FileNotFoundError or ValueError naming what is wrong.
     """
     found = read_model(
         path,

@@ -2,7 +2,7 @@
 
 A finished artifact has a `done.json`: the config fields it depends on, a hash of them, versions, and what was
 measured while making it. It is written as `NAME.unfinished`, which a killed run leaves and the next one goes
-on with, and renamed when whole.
+on with, and renamed when whole. Its `checkpoints/` serve until then and are deleted last.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
@@ -26,15 +27,17 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
     """
     path = epath.Path(path)
     inputs = json.loads(json.dumps(dict(inputs)))
-    if (path / "done.json").exists():
-        _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
-        return False
     unfinished = path.parent / f"{path.name}.unfinished"
+    if not is_done(path) and is_done(unfinished):  # killed between the last two lines below
+        unfinished.rename(path)
+    if is_done(path):
+        _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
+        _tidy(path)
+        return False
     if (unfinished / "inputs.json").exists():
         _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
     else:
-        if unfinished.exists():  # killed before it wrote what it is made from
-            unfinished.rmtree()
+        _delete(unfinished)  # killed before it wrote what it is made from
         unfinished.mkdir(parents=True)
         write_json(unfinished / "inputs.json", inputs)
     measured = build(unfinished)
@@ -45,8 +48,8 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     write_json(unfinished / "done.json", done)
-    (unfinished / "inputs.json").unlink()
     unfinished.rename(path)
+    _tidy(path)
     return True
 
 
@@ -72,6 +75,17 @@ def write_json(path: epath.Path, content: Any) -> None:
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
+
+
+def _tidy(path: epath.Path) -> None:
+    """Takes away what served only until the artifact was whole."""
+    _delete(path / CHECKPOINTS)
+    (path / "inputs.json").unlink(missing_ok=True)
+
+
+def _delete(folder: epath.Path) -> None:
+    if folder.exists():
+        folder.rmtree()
 
 
 def _check_same(path: epath.Path, made_from: dict[str, Any], inputs: dict[str, Any]) -> None:

@@ -82,10 +82,10 @@ def check_params(config: ClipConfig, shapes: dict[str, tuple[int, ...]], source:
 
 
 class Checkpointer:
-    """Keeps the newest checkpoints of one training phase; saving runs in the background."""
+    """Keeps the newest checkpoints of one training phase; saving runs in the background. A context
+    manager."""
 
-    def __init__(self, folder: epath.Path, every_steps: int, max_to_keep: int):
-        self.every_steps = every_steps
+    def __init__(self, folder: epath.Path, max_to_keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
 
@@ -101,8 +101,8 @@ class Checkpointer:
             ),
         )
 
-    def restore(self, like: Any) -> Any | None:
-        """The newest state, shaped and placed as the given one; None if there is no checkpoint."""
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """(newest state, shaped and placed as the given one; its meta); None if there is no checkpoint."""
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -112,20 +112,25 @@ class Checkpointer:
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardRestore(abstract.trainable),
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                meta=ocp.args.JsonRestore(),
             ),
         )
-        return like.replace(
+        state = like.replace(
             step=jax.device_put(np.int32(step), like.step.sharding),
             trainable=restored["trainable"],
             opt_state=restored["opt_state"],
         )
+        return state, restored["meta"]
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint that is whole."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *error) -> None:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()

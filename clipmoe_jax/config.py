@@ -10,11 +10,38 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
-from clipmoe_jax.models.dispatch import make_dispatch
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
 BASELINES = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
+
+_MANY = 10**12
+_PHASE_RANGES = {
+    "batch_size": (1, _MANY),
+    "accumulation_steps": (1, _MANY),
+    "num_epochs": (1, _MANY),
+    "num_steps": (0, _MANY),
+    "warmup_steps": (0, _MANY),
+    "learning_rate": (0.0, 1e3),
+    "weight_decay": (0.0, 1e3),
+    "label_smoothing": (0.0, 1.0),
+    "clip_norm": (0.0, 1e9),
+}
+RANGES = {
+    **{f"{s}.{n}": r for s in ("base.train", "mcl", "router") for n, r in _PHASE_RANGES.items()},
+    "cluster.num_clusters": (1, 1000),
+    "cluster.max_fit_pairs": (1, _MANY),
+    "embed.batch_size": (1, _MANY),
+    "mcl.num_stages": (1, 9),
+    "moe.num_moe_layers": (0, 1000),
+    "moe.expert_dropout_rate": (0.0, 0.99),
+    "moe.capacity_factor": (1e-3, 1e3),
+    "router.balance_coefficient": (0.0, 1e3),
+    "checkpoint.every_steps": (1, _MANY),
+    "checkpoint.max_to_keep": (1, 1000),
+    "data.num_workers": (0, 1000),
+    "log_every": (1, _MANY),
+}
 
 
 def default_config() -> ConfigDict:
@@ -23,8 +50,8 @@ def default_config() -> ConfigDict:
     config.seeds = (0,)  # each seed is a whole run; several go to WORKDIR/seed_N and into one table
 
     config.data = ConfigDict()
-    config.data.train = ""  # folder made by clipmoe_jax.prepare; "train[:1000]" style slices in `split`
-    config.data.train_split = "train"
+    config.data.train = ""  # folder made by clipmoe_jax.prepare
+    config.data.train_split = "train"  # or a slice: "train[:1000]"
     config.data.test = ""  # for retrieval; "" evaluates nothing
     config.data.test_split = "test"
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
@@ -39,6 +66,7 @@ def default_config() -> ConfigDict:
 
     config.run = ConfigDict()
     config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
+    config.run.attention = ""  # "xla", "cudnn"; "" is cuDNN's where a GPU has it
     config.run.remat = False
     config.run.frozen_dtype = "float32"  # what frozen parameters are held in while a stage trains
 
@@ -55,7 +83,7 @@ def default_config() -> ConfigDict:
     config.moe = ConfigDict()
     config.moe.num_selected_experts = 2
     config.moe.num_moe_layers = 0  # of the last blocks of each tower; 0 is all
-    config.moe.dispatch = "ragged"
+    config.moe.dispatch = ""  # "ragged", "dense", "capacity"; "" is the fastest exact one (`run_config`)
     config.moe.capacity_factor = 1.25  # for dispatch = "capacity"
     config.moe.expert_dropout_rate = 0.1  # in router training
     config.moe.router_stddev = 0.02
@@ -84,7 +112,8 @@ def set_architecture(config: ConfigDict, variant: str, context_length: int = 248
 
 
 def run_locally(config: ConfigDict) -> None:
-    """A few small steps of each kind on the full model: shows on a laptop that a config runs."""
+    """A few small steps of each kind on the full model and 64 pairs: shows on a laptop that a config runs."""
+    config.data.train_split, config.data.test_split = "train[:64]", "test[:64]"
     for section in (config.mcl, config.router):
         section.batch_size, section.num_steps, section.warmup_steps = 8, 4, 1
         section.accumulation_steps = 1
@@ -116,11 +145,18 @@ def moe_config(config: ConfigDict) -> MoeConfig:
 
 
 def run_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> RunConfig:
-    """How models are computed on `platform` ("cpu", "gpu", "tpu")."""
+    """How models are computed on `platform` ("cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention).
+
+    Empty fields are chosen here. On CPU ragged dispatch is the fastest exact one (benchmarks/moe_block.py).
+    On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product with every expert's matrix
+    for every row (openxla/xla pull request 45996), K times the work of dense dispatch. Neither has been
+    measured here.
+    """
     return RunConfig(
         dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=config.run.remat,
-        dispatch=config.moe.dispatch,
+        dispatch=config.moe.dispatch or ("dense" if platform in ("gpu", "cuda") else "ragged"),
+        attention=config.run.attention or ("cudnn" if platform == "cuda" else "xla"),
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
     )
@@ -130,12 +166,15 @@ def validate(config: ConfigDict) -> None:
     """Raises ValueError naming the first field whose value cannot work."""
     _check_fields(config, default_config())
     architecture(config)
-    make_dispatch(config.moe.dispatch, config.moe.capacity_factor)
     if not 1 <= config.moe.num_selected_experts <= config.mcl.num_stages + 1:
         raise ValueError(
             f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
             f"of experts, {config.mcl.num_stages + 1} (mcl.num_stages + 1)"
         )
+    _check_choice("moe.dispatch", config.moe.dispatch, ("", "ragged", "dense", "capacity"))
+    _check_choice("run.attention", config.run.attention, ("", "xla", "cudnn"))
+    _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))
+    _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("float32", "bfloat16"))
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
     _check_choice("router.balance", config.router.balance, ("paper", "released"))
@@ -145,6 +184,10 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("baselines: 'base_ft_moe' is made from 'direct_ft': add it")
     if not config.seeds:
         raise ValueError("seeds=() runs nothing: give at least one")
+    if config.data.digit_scenes and (config.data.train or config.data.test):
+        raise ValueError(
+            f"data.digit_scenes={config.data.digit_scenes} makes the data: set it to 0 to use data.train"
+        )
     if not config.data.train and not config.data.digit_scenes:
         raise ValueError(
             "data.train is empty: set it to a folder made by "
@@ -152,13 +195,12 @@ def validate(config: ConfigDict) -> None:
         )
     if not config.base.checkpoint and not config.data.digit_scenes:
         raise ValueError("base.checkpoint is empty: set it to the dense CLIP to start from")
-    for section in ("base.train", "mcl", "router"):
-        fields = config
-        for part in section.split("."):
-            fields = fields[part]
-        for name in ("batch_size", "accumulation_steps"):
-            if fields[name] < 1:
-                raise ValueError(f"{section}.{name}={fields[name]} must be at least 1")
+    for name, (least, most) in RANGES.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value} must lie between {least} and {most}")
 
 
 def _check_fields(config: ConfigDict, known: ConfigDict, prefix: str = "") -> None:

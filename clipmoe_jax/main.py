@@ -61,8 +61,8 @@ def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> lis
         for name, function in table.items():
             if only in ("", name):
                 found = function(run)
-                # After a stage, which has refused if the folder belongs to another config.
-                artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
+        if not only or not (folder / "config.json").exists():  # every stage has agreed with this config
+            artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
         run.metrics.close()
         if found and "evaluate" in table:
             results.append(found)
@@ -76,15 +76,22 @@ def preflight(run: Run) -> None:
     if config.data.test and not config.data.digit_scenes:
         run.records("test")
     if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
-        raise FileNotFoundError(f"base.checkpoint={config.base.checkpoint} does not exist")
+        raise FileNotFoundError(
+            f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
+            "transformers' CLIPModel or a model folder of a run"
+        )
     for name, section in (("mcl", config.mcl), ("router", config.router)):
         phase = configs.phase_config(section)
         if num_pairs < phase.batch_size:
             raise ValueError(
-                f"{name}.batch_size={phase.batch_size} is more than the {num_pairs} training pairs"
+                f"{name}.batch_size={phase.batch_size} is more than the {num_pairs} training pairs: "
+                "choose a smaller batch or more data"
             )
-        phase.length(num_pairs // phase.batch_size)
-        sharding.check_batch(run.mesh, phase.batch_size, phase.accumulation_steps)
+        try:
+            phase.length(num_pairs // phase.batch_size)
+            sharding.check_batch(run.mesh, phase.batch_size, phase.accumulation_steps)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def main(argv: list[str]) -> None:

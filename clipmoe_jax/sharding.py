@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.extend
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -62,6 +63,14 @@ def param_shardings(mesh: Mesh, params: trees.Params) -> dict:
                 )
         shardings[name] = NamedSharding(mesh, spec)
     return trees.unflatten(shardings)
+
+
+def platform() -> str:
+    """ "cpu", "tpu" or "gpu"; "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
+    backend = jax.default_backend()
+    if backend != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
+        return backend
+    return "cuda" if float(jax.local_devices()[0].compute_capability) >= 8.0 else "gpu"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -86,11 +86,9 @@ def count_parameters(params: Params) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def cast_floating(params: Params, dtype: str) -> dict:
-    """Floating leaves in another dtype."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf, params
-    )
+def cast_matrices(params: Params, dtype: str) -> dict:
+    """Leaves of two axes or more in another dtype; scalars, norms and biases are small and stay."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= 2 else leaf, params)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

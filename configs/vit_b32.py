@@ -1,13 +1,12 @@
 """ViT-B/32 as a CLIP-MoE: the recipe at a size for one GPU, with every baseline.
 
     python -m clipmoe_jax.main --config=configs/vit_b32.py --workdir=runs/b32 \\
-        --config.base.checkpoint=clip-vit-base-patch32 --config.data.train=data/train
-        \\
+        --config.base.checkpoint=clip-vit-base-patch32 --config.data.train=data/train \\
         --config.data.test=data/test
 
 `data/train` and `data/test` are made by clipmoe_jax.prepare. Any other ViT: `vit_b32.py:variant=ViT-B/16`.
-Hardware: one GPU of 24 GB or more; the paper has no numbers at this size, so every baseline is trained beside
-it.
+Hardware: meant for one GPU: remat, and the batch of 800 in eight parts (not measured yet). The paper has no
+numbers at this size, so every baseline is trained beside it.
 
 Arguments: variant; init_from=previous (the default here: chained stages) or base; runlocal.
 """
@@ -23,6 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     set_architecture(config, arg.variant)
     config.mcl.init_from = arg.init_from
+    config.run.remat = True
+    config.mcl.accumulation_steps = config.router.accumulation_steps = 8
     config.baselines = BASELINES
     if arg.runlocal:
         run_locally(config)

@@ -1,8 +1,7 @@
 """ViT-L/14 on one million pairs of Recap-DataComp: the paper's second data set.
 
     python -m clipmoe_jax.main --config=configs/vit_l14_recap_datacomp.py --workdir=runs/l14_recap \\
-        --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/recap_datacomp_1m
-        \\
+        --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/recap_datacomp_1m \\
         --config.data.test=data/coco_val
 
 `data/recap_datacomp_1m` is made by clipmoe_jax.prepare from images with a .txt beside each (the re-captioned
@@ -23,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     config.data.train_split = "train[:1000000]"
     config.mcl.init_from = arg.init_from
+    config.run.remat = True
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

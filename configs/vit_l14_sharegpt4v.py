@@ -1,12 +1,10 @@
-"""The paper's run (arXiv 2409.19291): OpenAI's ViT-L/14 and ShareGPT4V become a CLIP-MoE, 4 experts, 2 per
-token.
+"""The paper's run (arXiv 2409.19291): OpenAI's ViT-L/14 and ShareGPT4V become a CLIP-MoE of four experts.
 
     python -m clipmoe_jax.prepare --source=sharegpt4v:share-captioner_coco_lcs_sam_1246k_1107.json \\
         --images=DATA --out=data/sharegpt4v
     python -m clipmoe_jax.prepare --source=folder:COCO_VAL --out=data/coco_val --split=test
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
-        --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/sharegpt4v
-        \\
+        --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/sharegpt4v \\
         --config.data.test=data/coco_val
 
 The base is a Hugging Face CLIPModel folder, a state dict in OpenAI's names or a dense checkpoint of the
@@ -14,8 +12,9 @@ released code; 77 text positions are stretched to 248. COCO_VAL is a folder of i
 .txt files, a line each.
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
-routers, 64 GiB a GPU at batch 100 each. One GPU takes the same config with `--config.mcl.accumulation_steps=8
---config.router.accumulation_steps=8`: the same global batch in eight parts.
+routers, 64 GiB a GPU at batch 100 each. Here blocks are recomputed in the backward pass (`run.remat`), which
+needs far less. On one GPU add `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the
+same global batch in eight parts. Time and memory on a GPU have not been measured with this code yet.
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 65.0, text-to-image 46.8; the base 56.1 and 35.4;
 direct fine-tuning 63.3 and 44.5. Not yet reproduced with this code.
@@ -30,10 +29,11 @@ from clipmoe_jax.config import default_config, parse_arg, run_locally
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The defaults of `default_config` are this run."""
+    """The defaults of `default_config` are this run, but for remat."""
     arg = parse_arg(arg, init_from="base", runlocal=False)
     config = default_config()
     config.mcl.init_from = arg.init_from
+    config.run.remat = True
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

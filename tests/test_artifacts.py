@@ -94,6 +94,22 @@ def test_a_build_that_was_killed_goes_on_with_what_it_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_killed_between_done_and_renamed(tmp_path):
+    """It is whole: nothing is built again, and what served until then is taken away."""
+
+    def build(folder):
+        (folder / "checkpoints").mkdir()
+        return counted([])(folder)
+
+    artifacts.make(tmp_path / "base", INPUTS, build)
+    assert not (tmp_path / "base" / "checkpoints").exists()
+    (tmp_path / "base").rename(tmp_path / "base.unfinished")
+    (tmp_path / "base.unfinished" / "checkpoints").mkdir()
+    assert artifacts.make(tmp_path / "base", INPUTS, never) is False
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert not (tmp_path / "base" / "checkpoints").exists()
+
+
 def test_a_folder_that_does_not_say_what_it_was_made_from_is_started_anew(tmp_path):
     (tmp_path / "base.unfinished").mkdir()
     (tmp_path / "base.unfinished" / "part_0").write_text("from other inputs")

@@ -98,11 +98,10 @@ def values(tree):
 def saved(tmp_path_factory):
     """A folder with checkpoints of steps 1 to 3, of which two are kept, and the state of the last."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    checkpointer = Checkpointer(folder, every_steps=1, max_to_keep=2)
     states = [state_on(sharding.make_mesh(2, 2, 2), seed) for seed in range(3)]
-    for step, state in enumerate(states, 1):
-        checkpointer.save(step, state, {"loss": 0.5})
-    checkpointer.close()
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        for step, state in enumerate(states, 1):
+            checkpointer.save(step, state, {"loss": step / 2})
     return folder, states[-1]
 
 
@@ -114,10 +113,9 @@ def test_the_newest_state_comes_back(saved, sizes):
     """Parameters, moments and step, placed as the state that asks for them."""
     folder, expected = saved
     like = state_on(sharding.make_mesh(*sizes), seed=9)
-    checkpointer = Checkpointer(folder, every_steps=1, max_to_keep=2)
-    found = checkpointer.restore(like)
-    checkpointer.close()
-    assert found.step == 3
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        found, meta = checkpointer.restore(like)
+    assert found.step == 3 and meta == {"loss": 1.5}
     for part in ("trainable", "opt_state"):
         arrays, wanted = values(getattr(found, part)), values(getattr(expected, part))
         for array, want in zip(arrays, wanted, strict=True):
@@ -135,24 +133,21 @@ def test_old_checkpoints_are_deleted(saved):
 
 
 def test_latest_step(saved):
-    checkpointer = Checkpointer(saved[0], every_steps=1, max_to_keep=2)
-    assert checkpointer.latest_step() == 3
-    checkpointer.close()
+    with Checkpointer(saved[0], max_to_keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 3
 
 
 def test_nothing_to_restore(tmp_path):
-    checkpointer = Checkpointer(tmp_path, every_steps=1, max_to_keep=2)
-    assert checkpointer.restore(state_on(sharding.make_mesh())) is None
-    assert checkpointer.latest_step() is None
-    checkpointer.close()
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(state_on(sharding.make_mesh())) is None
+        assert checkpointer.latest_step() is None
 
 
 def test_what_a_killed_save_left_is_not_a_checkpoint(saved, tmp_path):
     _, expected = saved
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
-    checkpointer = Checkpointer(tmp_path, every_steps=1, max_to_keep=2)
-    assert checkpointer.restore(expected) is None
-    checkpointer.close()
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(expected) is None
 
 
 def shapes_of(config):

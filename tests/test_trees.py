@@ -95,7 +95,7 @@ def test_description_counts_and_gives_one_example_of_a_kind():
     )
 
 
-def test_cast_leaves_integers_alone():
-    tree = {"kernel": np.array([1.5], np.float32), "step": np.array([3])}
-    cast = trees.cast_floating(tree, "float16")
-    assert {name: leaf.dtype for name, leaf in cast.items()} == {"kernel": np.float16, "step": np.int64}
+def test_cast_leaves_vectors_and_scalars_alone():
+    tree = {"kernel": np.array([[1.5]], np.float32), "scale": np.ones(3, np.float32)}
+    cast = trees.cast_matrices(tree, "float16")
+    assert {name: leaf.dtype for name, leaf in cast.items()} == {"kernel": np.float16, "scale": np.float32}

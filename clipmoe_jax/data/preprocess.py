@@ -68,11 +68,6 @@ def decode_image(data: bytes) -> Image.Image:
     return image
 
 
-def normalize(images: np.ndarray) -> np.ndarray:
-    """uint8 (..., H, W, 3) RGB -> float32 of the same shape, (image / 255 - MEAN) / STD."""
-    return (images.astype(np.float32) / np.float32(255) - MEAN) / STD
-
-
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.height <= 2 * image.width:
         return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,5 +1,7 @@
 """Random access over a prepared data set: encoded images and captions by index."""
 
+import hashlib
+
 from etils import epath
 
 NAME = "pairs"
@@ -15,6 +17,7 @@ class Records:
     Attributes:
         path: the data set's folder, what prepare was given as --out.
         split: its split, or a part of one in TFDS's notation ("train[:1000]").
+        fingerprint: changes when another data set is prepared there.
     """
 
     def __init__(self, path: str, split: str = "train"):
@@ -33,6 +36,9 @@ class Records:
             raise ValueError(f"{path} has no split {split!r}: it has {splits}.")
         self.path = str(path)
         self.split = split
+        # What prepare wrote about the data tells one data set from another at the same path.
+        report = (epath.Path(path) / "report.json").read_text()
+        self.fingerprint = hashlib.sha256(f"{split} {report}".encode()).hexdigest()[:16]
         self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:

@@ -11,17 +11,18 @@ import numpy as np
 
 
 class SequentialSampler:
-    """Every record once, in order; the last batch is padded with -1. For evaluation and embedding."""
+    """Records `first` to `num_records` once, in order; the last batch is padded with -1. For evaluation and
+    embedding."""
 
-    def __init__(self, num_records: int, global_batch: int):
-        _check_not_empty(num_records)
+    def __init__(self, num_records: int, global_batch: int, first: int = 0):
+        _check_not_empty(num_records - first)
         self.global_batch = global_batch
-        self.num_steps = -(-num_records // global_batch)
-        self._num_records = num_records
+        self.num_steps = -(-(num_records - first) // global_batch)
+        self._num_records, self._first = num_records, first
 
     def indices(self, step: int) -> np.ndarray:
         """int64 (B,), -1 for padding."""
-        indices = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        indices = self._first + np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         return np.where(indices < self._num_records, indices, -1)
 
 

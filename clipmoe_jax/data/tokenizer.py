@@ -18,10 +18,10 @@ from tokenizers import Tokenizer as Backend
 START_ID = 49406
 END_ID = 49407
 PAD_ID = 0
+_SPECIAL_IDS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
 
 # CLIP splits words with `regex`, ignoring case. There the long s matches "'s", and U+0345, a
 # combining iota that folds to a letter, matches nothing; the tokenizers library has to be told.
-_SPECIAL_IDS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
 _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 
 # ftfy changes plain ASCII only where there are control characters.

@@ -11,7 +11,6 @@ import math
 from etils import epath
 
 from clipmoe_jax import artifacts
-from clipmoe_jax import config as configs
 from clipmoe_jax.data import samplers
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_MOE, Run
@@ -27,7 +26,7 @@ def make_baselines(run: Run) -> None:
     base = artifacts.require(stages.stage_path(run, 0), "base")
     wanted = run.config.baselines
     if "direct_ft" in wanted:
-        _direct_ft(run, "direct_ft", base, None)
+        _direct_ft(run, "direct_ft", base, _stage_steps(run, 1))
     if "direct_ft_same_pairs" in wanted:
         _direct_ft(run, "direct_ft_same_pairs", base, steps_of_same_pairs(run))
     if "base_ft_moe" in wanted:
@@ -40,18 +39,21 @@ def make_baselines(run: Run) -> None:
 
 
 def steps_of_same_pairs(run: Run) -> int:
-    """Steps of direct fine-tuning that see as many pairs as all of DMU."""
-    num_pairs, config = len(run.pairs("train")), run.config
-
-    def pairs_seen(section) -> int:
-        phase = configs.phase_config(section)
-        return phase.length(num_pairs // phase.batch_size) * phase.batch_size
-
-    total = config.mcl.num_stages * pairs_seen(config.mcl) + pairs_seen(config.router)
-    return math.ceil(total / config.mcl.batch_size)
+    """Steps of direct fine-tuning that see as many pairs as all stages and the router training saw."""
+    config = run.config
+    routers = artifacts.require(run.workdir / "moe" / "params", "router")
+    pairs = artifacts.measured(routers)["num_steps"] * config.router.batch_size
+    for stage in range(1, config.mcl.num_stages + 1):
+        pairs += _stage_steps(run, stage) * config.mcl.batch_size
+    return math.ceil(pairs / config.mcl.batch_size)
 
 
-def _direct_ft(run: Run, name: str, base: epath.Path, num_steps: int | None) -> None:
+def _stage_steps(run: Run, stage: int) -> int:
+    path = artifacts.require(stages.stage_path(run, stage), stages.stage_name(stage))
+    return artifacts.measured(path)["num_steps"]
+
+
+def _direct_ft(run: Run, name: str, base: epath.Path, num_steps: int) -> None:
     def build(folder: epath.Path) -> dict:
         config, params = run.load(base)
         section = run.config.mcl
@@ -66,7 +68,7 @@ def _direct_ft(run: Run, name: str, base: epath.Path, num_steps: int | None) -> 
             num_steps=num_steps,
         )
 
-    fields = run.fields(*stages.STAGE_FIELDS) | {"num_steps": num_steps}
+    fields = run.fields(*stages.STAGE_FIELDS, without=stages.STAGE_COUNT) | {"num_steps": num_steps}
     artifacts.make(baseline_path(run, name), fields, build)
 
 

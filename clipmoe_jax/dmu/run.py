@@ -1,22 +1,23 @@
 """What the stages of one run share: its config, folder, mesh, numbers and data."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import checkpoints, sharding, trees
+from clipmoe_jax import artifacts, checkpoints, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.samplers import SequentialSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.models.encoder import Encoder
 from clipmoe_jax.train.loop import fit
 from clipmoe_jax.train.step import LossConfig
 
@@ -26,22 +27,27 @@ TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
 TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Run:
-    """One seed's run. Hashable by identity, so that its data is opened once."""
+    """One seed's run. Data is opened once and kept as long as the run."""
 
     config: ConfigDict
     seed: int
     workdir: epath.Path
     mesh: Mesh
     metrics: Metrics
+    _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def fields(self, *prefixes: str) -> dict[str, Any]:
-        """The config fields (by dotted name) under some prefixes, and the seed: what an artifact depends
-        on."""
+    def fields(self, *prefixes: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+        """What an artifact depends on: the seed, the config fields (by dotted name) under some prefixes, and
+        where data.train is among them, which data that is. What changes no result (accumulation) is left
+        out."""
         flat = trees.flatten(self.config.to_dict())
         names = {name.replace("/", "."): value for name, value in flat.items()}
-        chosen = {n: v for n, v in names.items() if n.startswith(prefixes)}
+        left_out = (*without, "mcl.accumulation_steps", "router.accumulation_steps")
+        chosen = {n: v for n, v in names.items() if n.startswith(prefixes) and n not in left_out}
+        if "data.train" in chosen and not self.config.data.digit_scenes:
+            chosen["contents of data.train"] = self.records("train").fingerprint
         return {"seed": self.seed, **chosen}
 
     def data_path(self, name: str) -> str:
@@ -50,20 +56,42 @@ class Run:
             return str(self.workdir / "data" / name)
         return self.config.data[name]
 
-    @functools.cache  # noqa: B019 (a run lives as long as the program)
     def records(self, name: str) -> Records:
         """The prepared data set itself."""
-        split = (
-            "train" if self.config.data.digit_scenes or name == "base" else self.config.data[f"{name}_split"]
-        )
-        return Records(self.data_path(name), split)
+        made_here = self.config.data.digit_scenes or name == "base"
+        split = "train" if made_here else self.config.data[f"{name}_split"]
+        return self._once(f"records {name}", lambda: Records(self.data_path(name), split))
 
-    @functools.cache  # noqa: B019
     def pairs(self, name: str) -> loader.StreamedPairs | loader.DecodedPairs:
         """Images and tokens of a data set, at the base's sizes."""
-        architecture = configs.architecture(self.config)
         kind = loader.DecodedPairs if self.config.data.in_memory else loader.StreamedPairs
-        return kind(self.records(name), self.tokenizer(), architecture.vision.image_size)
+        image_size = configs.architecture(self.config).vision.image_size
+        return self._once(f"pairs {name}", lambda: kind(self.records(name), self.tokenizer(), image_size))
+
+    def encode(
+        self,
+        name: str,
+        encoder: Encoder,
+        first: int = 0,
+        stop: int | None = None,
+        towers: Sequence[str] = ("image", "text"),
+    ) -> dict[str, np.ndarray]:
+        """{tower: (N, embed) float32 unit features} of records `first` to `stop` of a data set, in order."""
+        pairs = self.pairs(name)
+        sampler = SequentialSampler(len(pairs) if stop is None else stop, encoder.batch_size, first)
+        with loader.batches(
+            pairs,
+            sampler,
+            start_step=0,
+            num_steps=sampler.num_steps,
+            num_workers=self.config.data.num_workers,
+        ) as batches:
+            return encoder.batches(batches, towers)
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._opened:
+            self._opened[key] = make()
+        return self._opened[key]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer at the base's context length; captions are data and cannot place special tokens."""
@@ -72,8 +100,7 @@ class Run:
 
     def model(self, config: ClipConfig, *, training_routers: bool = False) -> Clip:
         """A module for this platform."""
-        platform = jax.default_backend()
-        run = configs.run_config(self.config, platform, training_routers=training_routers)
+        run = configs.run_config(self.config, sharding.platform(), training_routers=training_routers)
         return Clip(config, run)
 
     def load(self, path: epath.Path) -> tuple[ClipConfig, dict]:
@@ -114,7 +141,7 @@ class Run:
             seed=self.seed,
             mesh=self.mesh,
             metrics=self.metrics,
-            checkpoint_folder=folder / "checkpoints",
+            checkpoint_folder=folder / artifacts.CHECKPOINTS,
             checkpoint_every=config.checkpoint.every_steps,
             max_to_keep=config.checkpoint.max_to_keep,
             log_every=config.log_every,
@@ -123,7 +150,6 @@ class Run:
             num_steps=num_steps,
         )
         checkpoints.save_model(folder, model.config, params)
-        (folder / "checkpoints").rmtree()
         return measured
 
 

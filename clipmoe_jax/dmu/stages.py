@@ -20,7 +20,7 @@ from etils import epath
 
 from clipmoe_jax import artifacts, checkpoints, sharding, trees
 from clipmoe_jax import config as configs
-from clipmoe_jax.data import digit_scenes, loader, samplers
+from clipmoe_jax.data import digit_scenes, samplers
 from clipmoe_jax.data.sources import ShareGPT4V
 from clipmoe_jax.dmu.clustering import accumulate_labels, kmeans_labels
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run, experts_from
@@ -36,8 +36,9 @@ PART_ROWS = (
 BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "run.frozen_dtype")
-MOE_FIELDS = (*STAGE_FIELDS, "moe.")
-ROUTER_FIELDS = (*MOE_FIELDS, "router.")
+STAGE_COUNT = ("mcl.num_stages",)  # a further stage changes nothing in those before it
+MOE_FIELDS = (*STAGE_FIELDS, "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev")
+ROUTER_FIELDS = (*STAGE_FIELDS, "moe.", "router.")
 
 
 def stage_path(run: Run, stage: int) -> epath.Path:
@@ -110,7 +111,12 @@ def make_base(run: Run) -> None:
 
 def _import_base(run: Run) -> tuple[dict, dict]:
     config, checkpoint = configs.architecture(run.config), run.config.base.checkpoint
-    found = read_model(checkpoint, context_length=config.text.context_length, activation=config.activation)
+    is_file = epath.Path(checkpoint).is_file()  # and does not say its activation
+    found = read_model(
+        checkpoint,
+        context_length=config.text.context_length,
+        activation=config.activation if is_file else None,
+    )
     if found.config.moe:
         raise ValueError(f"base.checkpoint={checkpoint} is a {found.source}; the base must be a dense CLIP")
     shapes = {name: leaf.shape for name, leaf in trees.flatten(found.params).items()}
@@ -132,41 +138,25 @@ def _import_base(run: Run) -> tuple[dict, dict]:
 def embed(run: Run, stage: int) -> None:
     """stage_s/features: image-*.npy and text-*.npy, (rows, embed) float16 unit vectors in record order."""
     source = artifacts.require(stage_path(run, stage - 1), stage_name(stage - 1))
-    fields = run.fields(*(STAGE_FIELDS if stage > 1 else FIRST_STAGE_FIELDS))
+    fields = run.fields(*(STAGE_FIELDS if stage > 1 else FIRST_STAGE_FIELDS), without=STAGE_COUNT)
 
     def build(folder: epath.Path) -> dict:
         config, params = run.load(source)
         encoder = Encoder(run.model(config), params, run.mesh, run.config.embed.batch_size)
-        pairs = run.pairs("train")
-        sampler = samplers.SequentialSampler(len(pairs), encoder.batch_size)
-        steps_per_part = max(1, PART_ROWS // encoder.batch_size)
-        starts = range(0, sampler.num_steps, steps_per_part)
-        with run.metrics.progress(f"embed_{stage}", 0, sampler.num_steps) as progress:
+        num_pairs = len(run.pairs("train"))
+        starts = range(0, num_pairs, PART_ROWS)  # whatever the batch size is when a killed pass goes on
+        with run.metrics.progress(f"embed_{stage}", 0, num_pairs, unit="pair") as progress:
             for part, start in enumerate(starts):
-                steps = min(steps_per_part, sampler.num_steps - start)
+                stop = min(start + PART_ROWS, num_pairs)
                 text_file = folder / f"text-{part:05d}.npy"  # written last
                 if not text_file.exists():
-                    images, texts = _embed_part(run, encoder, sampler, start, steps)
-                    _save_array(folder / f"image-{part:05d}.npy", images)
-                    _save_array(text_file, texts)
-                progress.update(steps)
-        return {"num_pairs": len(pairs), "num_parts": len(starts)}
+                    features = run.encode("train", encoder, start, stop)
+                    _save_array(folder / f"image-{part:05d}.npy", features["image"].astype(np.float16))
+                    _save_array(text_file, features["text"].astype(np.float16))
+                progress.update(stop - progress.n)
+        return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
     artifacts.make(run.workdir / f"stage_{stage}" / "features", fields, build)
-
-
-def _embed_part(
-    run: Run, encoder: Encoder, sampler: samplers.SequentialSampler, start: int, steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    with loader.batches(
-        run.pairs("train"),
-        sampler,
-        start_step=start,
-        num_steps=steps,
-        num_workers=run.config.data.num_workers,
-    ) as batches:
-        features = encoder.batches(batches)
-    return features["image"].astype(np.float16), features["text"].astype(np.float16)
 
 
 def cluster(run: Run, stage: int) -> None:
@@ -204,7 +194,9 @@ def cluster(run: Run, stage: int) -> None:
         )
         return measured
 
-    fields = run.fields(*(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")))
+    fields = run.fields(
+        *(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")), without=STAGE_COUNT
+    )
     artifacts.make(folder / "clusters", fields, build)
 
 
@@ -238,7 +230,7 @@ def mcl(run: Run, stage: int) -> None:
         )
         return measured | report
 
-    artifacts.make(stage_path(run, stage), run.fields(*STAGE_FIELDS), build)
+    artifacts.make(stage_path(run, stage), run.fields(*STAGE_FIELDS, without=STAGE_COUNT), build)
 
 
 def _describe(report: dict[str, int]) -> str:
@@ -296,7 +288,6 @@ def train_routers(run: Run, name: str, upcycled: epath.Path, out: epath.Path, fi
 
     def build(folder: epath.Path) -> dict:
         config, params = run.load(upcycled)
-        params = sharding.put_params(run.mesh, params)
         section = run.config.router
         sampler = samplers.ShuffledSampler(len(run.pairs("train")), section.batch_size, run.seed)
         return run.train(

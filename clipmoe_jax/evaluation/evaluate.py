@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax import artifacts, trees
-from clipmoe_jax.data import digit_scenes, loader, samplers
+from clipmoe_jax.data import digit_scenes
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import baseline_path
 from clipmoe_jax.dmu.run import Run
@@ -32,49 +32,60 @@ class Captions(NamedTuple):
     image_of_text: np.ndarray
 
 
-def models_of(run: Run) -> dict[str, epath.Path]:
-    """{title: model folder} of everything this run's config makes, in the order of the table."""
-    rows = {"base": stages.stage_path(run, 0)}
+class Model(NamedTuple):
+    """A row of the table: where it lies, which --stage makes it, which expert it became, if any."""
+
+    path: epath.Path
+    made_by: str
+    expert: int | None = None
+
+
+def models_of(run: Run) -> dict[str, Model]:
+    """{title: model} of everything this run's config makes, in the order of the table."""
+    rows = {"base": Model(stages.stage_path(run, 0), "base", 0)}
     for name, title in BASELINE_TITLES.items():
         if name in run.config.baselines:
-            rows[title] = baseline_path(run, name)
+            rows[title] = Model(baseline_path(run, name), "baselines")
     for stage in range(1, run.config.mcl.num_stages + 1):
-        rows[f"stage {stage} alone"] = stages.stage_path(run, stage)
-    rows[CLIP_MOE] = run.workdir / "moe" / "params"
+        rows[f"stage {stage} alone"] = Model(stages.stage_path(run, stage), stages.stage_name(stage), stage)
+    rows[CLIP_MOE] = Model(run.workdir / "moe" / "params", "router")
     return rows
 
 
 def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """{title: numbers} of every model, from eval/results.json or computed now.
 
-    Numbers: image_to_text_r1 … text_to_image_r10, parameters, active_parameters; of digit scenes also
-    zero_shot, {attribute: accuracy}. The feature ensemble joins the features of the base and all stages.
+    Numbers: image_to_text_r1 … text_to_image_r10, parameters, active_parameters, expert (which expert of the
+    CLIP-MoE a dense model became, or None); of digit scenes also zero_shot, {attribute: accuracy}. The
+    feature ensemble joins the features of the base and all stages.
     """
     rows = models_of(run)
-    for title, path in rows.items():
-        artifacts.require(path, "baselines" if path.parent.name == "baselines" else _stage_of(title))
+    for model in rows.values():
+        artifacts.require(model.path, model.made_by)
 
     def build(folder: epath.Path) -> dict:
         captions = read_captions(run)
         results, dense_features = {}, []
-        for title, path in rows.items():
-            config, params = run.load(path)
+        for title, model in rows.items():
+            config, params = run.load(model.path)
             encoder = Encoder(run.model(config), params, run.mesh, run.config.embed.batch_size)
-            features = _image_features(run, encoder), encoder.texts(captions.tokens)
-            if path in [stages.stage_path(run, s) for s in range(run.config.mcl.num_stages + 1)]:
-                dense_features.append(features)
-            results[title] = retrieval_recall(*features, captions.image_of_text) | {
+            images = run.encode("test", encoder, towers=["image"])["image"]
+            texts = encoder.texts(captions.tokens)
+            if model.expert is not None:
+                dense_features.append((images, texts))
+            results[title] = retrieval_recall(images, texts, captions.image_of_text) | {
                 "parameters": trees.count_parameters(params),
                 "active_parameters": count_active_parameters(params, config),
+                "expert": model.expert,
             }
             if run.config.data.digit_scenes:
-                results[title]["zero_shot"] = _zero_shot_by_attribute(run, encoder, features[0])
+                results[title]["zero_shot"] = _zero_shot_by_attribute(run, encoder, images)
         if "feature_ensemble" in run.config.baselines:
             size = len(dense_features) * results["base"]["parameters"]
             # Joined unit vectors: the inner product is the sum of the models' similarities.
             joined = [np.concatenate(parts, axis=1) for parts in zip(*dense_features, strict=True)]
             ensemble = retrieval_recall(*joined, captions.image_of_text)
-            ensemble |= {"parameters": size, "active_parameters": size}
+            ensemble |= {"parameters": size, "active_parameters": size, "expert": None}
             moe = results.pop(CLIP_MOE)
             results |= {ENSEMBLE: ensemble, CLIP_MOE: moe}
         artifacts.write_json(folder / "results.json", results)
@@ -94,20 +105,6 @@ def read_captions(run: Run) -> Captions:
     return Captions(tokens, image_of_text)
 
 
-def _image_features(run: Run, encoder: Encoder) -> np.ndarray:
-    """(I, embed) unit features of the test images."""
-    pairs = run.pairs("test")
-    sampler = samplers.SequentialSampler(len(pairs), encoder.batch_size)
-    with loader.batches(
-        pairs,
-        sampler,
-        start_step=0,
-        num_steps=sampler.num_steps,
-        num_workers=run.config.data.num_workers,
-    ) as batches:
-        return encoder.batches(batches, ["image"])["image"]
-
-
 def _zero_shot_by_attribute(run: Run, encoder: Encoder, image_features: np.ndarray) -> dict[str, float]:
     """How well each attribute of a digit scene is told from a phrase for each of its values."""
     file = run.workdir / "data" / "scenes" / "test" / "attributes.json"
@@ -119,9 +116,3 @@ def _zero_shot_by_attribute(run: Run, encoder: Encoder, image_features: np.ndarr
         labels = [values.index(scene[attribute]) for scene in scenes]
         accuracy[attribute] = zero_shot_accuracy(image_features, classes, labels)
     return accuracy
-
-
-def _stage_of(title: str) -> str:
-    if title == CLIP_MOE:
-        return "router"
-    return "base" if title == "base" else f"mcl_{title.split()[1]}"

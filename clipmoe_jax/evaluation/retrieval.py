@@ -21,8 +21,8 @@ def retrieval_recall(
 
     image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int,
     the image that each caption belongs to. An image's rank is that of its best caption. Ties count against: a
-    wrong answer that scores as high as the right one stands before it. Memory is chunk_size * max(I, T)
-    floats.
+    wrong answer that scores as high as the right one stands before it. Memory is a few
+    arrays of chunk_size x max(I, T).
     Raises ValueError for features that are not finite, and for an image without caption.
     """
     num_images, image_of_text = len(image_features), np.asarray(image_of_text)

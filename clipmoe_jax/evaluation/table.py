@@ -99,8 +99,11 @@ def draw_figure(seeds: Sequence[Results], path: epath.Path) -> None:
 
 def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> None:
     """A heat map: rows are the experts, each as the dense model it came from, and the CLIP-MoE."""
-    experts = {"base": "expert 0 (base)"}
-    experts |= {t: f"expert {t.split()[1]} ({t[:7]})" for t in seeds[0] if t.startswith("stage ")}
+    experts = {
+        title: f"expert {results['expert']} ({title.removesuffix(' alone')})"
+        for title, results in seeds[0].items()
+        if results["expert"] is not None
+    }
     experts[CLIP_MOE] = CLIP_MOE
     values = 100 * np.mean(
         [[[r[title]["zero_shot"][a] for a in attributes] for title in experts] for r in seeds], axis=0

@@ -37,15 +37,16 @@ class Loaded(NamedTuple):
 def read_model(
     path: str,
     *,
-    num_selected_experts: int = 2,
-    activation: str = "quick_gelu",
+    num_selected_experts: int | None = None,
+    activation: str | None = None,
     context_length: int | None = None,
 ) -> Loaded:
     """Reads a model, recognised by content.
 
     path: a model folder of a run; a folder of transformers' CLIPModel (config.json and model.safetensors);
     or a `.pt` state dict of the released code (or of OpenAI's names).
-    num_selected_experts, activation: for a `.pt`, which does not say (open_clip's LAION models have "gelu").
+    num_selected_experts: K of an MoE; None is what the file says, 2 for a `.pt`, which does not say.
+    activation: of a `.pt`, which does not say; None is quick_gelu (open_clip's LAION models have "gelu").
     context_length: stretches a text tower of 77 positions to 248 when asked for 248; None keeps what there
     is.
     Raises FileNotFoundError, or ValueError naming what does not fit.
@@ -69,9 +70,14 @@ def read_model(
                 "config.json and model.safetensors of transformers"
             )
     else:
-        config, leaves = _read_state_dict(path, num_selected_experts)
-        config = dataclasses.replace(config, activation=activation)
+        config, leaves = _read_state_dict(path, num_selected_experts or 2)
+        config = dataclasses.replace(config, activation=activation or config.activation)
         params, source = trees.unflatten(leaves), f"{_kind(config)} in the released code's format"
+    if activation not in (None, config.activation):
+        raise ValueError(f"{path} says that its activation is {config.activation}, not {activation}")
+    if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
+        moe = dataclasses.replace(config.moe, num_selected_experts=num_selected_experts)
+        config = dataclasses.replace(config, moe=moe)
     if context_length is not None:
         config, params = _with_context_length(config, params, context_length, path)
     return Loaded(config, params, source)

@@ -98,8 +98,10 @@ VARIANTS: dict[str, ClipConfig] = {
 
 def normalize(images: Array) -> Array:
     """uint8 pixels (B, H, W, 3) to CLIP's float32 input; float images are taken as already normalised."""
-    if images.dtype != jnp.uint8:
+    if jnp.issubdtype(images.dtype, jnp.floating):
         return images
+    if images.dtype != jnp.uint8:
+        raise TypeError(f"images are {images.dtype}: give uint8 pixels or normalised floats")
     return (images.astype(jnp.float32) / 255 - MEAN) / STD
 
 

@@ -65,9 +65,9 @@ def ragged(
     row_expert = slot_expert[order]
     rows = _rows_from_tokens(x, order, position)
     h = grouped_matmul(rows, experts.fc_kernel, group_sizes)
-    h = hidden(h + experts.fc_bias.at[row_expert].get(mode="clip"))
+    h = hidden(h + _bias_of_rows(experts.fc_bias, row_expert))
     y = grouped_matmul(h, experts.proj_kernel, group_sizes)
-    y = y + experts.proj_bias.at[row_expert].get(mode="clip")
+    y = y + _bias_of_rows(experts.proj_bias, row_expert)
     y = jnp.where(row_expert[:, None] < num_experts, y, 0)
 
     y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1)
@@ -83,14 +83,16 @@ def capacity(
     hidden: Hidden,
     *,
     capacity_factor: float,
+    total_experts: int,
 ) -> tuple[Array, Array]:
-    """Gives each expert a buffer of C = ceil(capacity_factor * N * K / E) rows; what overflows is dropped.
+    """Gives each expert a buffer of C = ceil(capacity_factor * N * K / total_experts) rows; what overflows is
+    dropped. total_experts: of the layer, of which `experts` may be one device's share.
 
     First choices of all tokens take their places before second choices (GShard, arXiv 2006.16668).
-    A factor of at least E / K can never drop.
+    A factor of at least total_experts / K can never drop.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    rows = math.ceil(capacity_factor * num_tokens * num_selected / num_experts)
+    rows = math.ceil(capacity_factor * num_tokens * num_selected / total_experts)
     rows = min(rows, num_tokens)
     slot_expert = expert_ids.T.reshape(-1)  # all first choices, then all second choices
     one_hot = jax.nn.one_hot(slot_expert, num_experts, dtype=jnp.int32)
@@ -113,15 +115,22 @@ def capacity(
     return y, dropped
 
 
-def make_dispatch(name: str, capacity_factor: float) -> Callable[..., tuple[Array, Array]]:
-    """The dispatch function called `name`."""
+def make_dispatch(
+    name: str, capacity_factor: float, total_experts: int
+) -> Callable[..., tuple[Array, Array]]:
+    """The dispatch function called `name`, for a layer of `total_experts`."""
     if name == "dense":
         return dense
     if name == "ragged":
         return ragged
     if name == "capacity":
-        return functools.partial(capacity, capacity_factor=capacity_factor)
+        return functools.partial(capacity, capacity_factor=capacity_factor, total_experts=total_experts)
     raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
+
+
+def _bias_of_rows(bias: Array, row_expert: Array) -> Array:
+    """(E, F), (R,) -> (R, F); a row of no expert gets zero, and its gradient goes nowhere."""
+    return bias.at[row_expert].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp

@@ -91,7 +91,7 @@ class MoeMlp(nn.Module):
             dropout_key=self.make_rng("dropout") if dropping else None,
             dropout_rate=self.dropout_rate,
             activation=self.activation,
-            dispatch_fn=dispatch.make_dispatch(self.dispatch, self.capacity_factor),
+            dispatch_fn=dispatch.make_dispatch(self.dispatch, self.capacity_factor, num_experts),
         )
         aux = {
             "router_logits": router_logits,

@@ -53,12 +53,14 @@ class RunConfig:
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
     remat: recompute each block in the backward pass instead of keeping its activations.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
+    attention: "xla" or "cudnn" (NVIDIA GPUs from compute capability 8.0, half precision).
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     """
 
     dtype: str = "float32"
     remat: bool = False
     dispatch: str = "ragged"
+    attention: str = "xla"
     capacity_factor: float = 1.25
     expert_dropout_rate: float = 0.0
 
@@ -87,6 +89,7 @@ class Attention(nn.Module):
 
     num_heads: int
     causal: bool
+    implementation: str
     dtype: jnp.dtype
 
     @nn.compact
@@ -95,13 +98,12 @@ class Attention(nn.Module):
         normal = nn.initializers.normal(width**-0.5)
         qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="in_proj")(x)
         qkv = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        fused = jax.default_backend() == "gpu" and qkv.dtype in (jnp.bfloat16, jnp.float16)
         y = jax.nn.dot_product_attention(
             qkv[:, :, 0],
             qkv[:, :, 1],
             qkv[:, :, 2],
             is_causal=self.causal,
-            implementation="cudnn" if fused else "xla",
+            implementation=self.implementation,
         )
         y = y.reshape(batch, length, width)
         return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="out_proj")(y)
@@ -121,7 +123,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
         dtype = jnp.dtype(self.run.dtype)
-        x = x + Attention(self.num_heads, self.causal, dtype, name="attn")(
+        x = x + Attention(self.num_heads, self.causal, self.run.attention, dtype, name="attn")(
             layer_norm(self.layer_norm_eps, dtype, "ln_1")(x)
         )
         h = layer_norm(self.layer_norm_eps, dtype, "ln_2")(x)

@@ -1,5 +1,6 @@
 """The training loop, the only one: every phase differs by what it passes in."""
 
+import contextlib
 import math
 import time
 
@@ -42,8 +43,8 @@ def fit(
 
     params: placed on the mesh; with another frozen_dtype than float32 its frozen leaves are given up, the
     device then holds them in that type alone. Batches, learning rates and dropout depend on the step and the
-    seed alone, so an interrupted phase ends with the params of an uninterrupted one. measured: the last
-    step's numbers and the rate.
+    seed alone, so an interrupted phase ends with the params of an uninterrupted one. measured: how many
+    steps, how many of them now and in what time, and the last step's numbers.
     Raises ValueError naming step and last good checkpoint if the loss stops being finite.
     """
     num_steps = num_steps or phase.length(sampler.num_steps)
@@ -52,46 +53,46 @@ def fit(
     metrics.say(f"{name}: {trees.describe(trainable_rules, params)}")
     held = frozen
     if frozen_dtype != "float32":
-        held = trees.cast_floating(frozen, frozen_dtype)
+        held = trees.cast_matrices(frozen, frozen_dtype)
         on_device, frozen = frozen, jax.device_get(frozen)
         jax.tree.map(lambda leaf: leaf.delete(), on_device)
     state = init_state(mesh, phase, trainable)
-    checkpointer = Checkpointer(checkpoint_folder, checkpoint_every, max_to_keep)
-    if (restored := checkpointer.restore(state)) is not None:
-        state = restored
-        metrics.say(f"{name}: resumed at step {int(state.step)}")
-
     train_step = make_train_step(model, loss, phase)
     rates = phase.learning_rates(num_steps)
     key = jax.random.key(seed)
-    start = int(state.step)
     numbers: dict[str, float] = {}
     began = time.perf_counter()
 
     def read(step: int, device_metrics: dict) -> dict[str, float]:
-        """Waits for a step's numbers and stops if they are not finite."""
+        """Waits for a step's numbers and stops if one is not finite."""
         found = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
-        if not math.isfinite(found["loss"]):
+        if odd := [f"{k} is {v}" for k, v in found.items() if not math.isfinite(v)]:
             raise ValueError(
-                f"{name}: the loss is {found['loss']} at step {step}; the last good checkpoint is step "
+                f"{name}: {odd[0]} at step {step + 1}; the last good checkpoint is step "
                 f"{checkpointer.latest_step() or 0} in {checkpoint_folder}. Lower the learning rate "
                 f"({phase.learning_rate}) or look at the data of that step"
             )
         return found
 
-    with (
-        jax.set_mesh(mesh),
-        metrics.progress(name, start, num_steps) as progress,
-        loader.batches(
-            pairs,
-            sampler,
-            start_step=start,
-            num_steps=num_steps - start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_workers=num_workers,
-        ) as batches,
-    ):
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(checkpoint_folder, max_to_keep))
+        if (restored := checkpointer.restore(state)) is not None:
+            state, meta = restored
+            metrics.say(f"{name}: goes on from step {int(state.step)}, loss {meta['loss']:.3f}")
+        start = int(state.step)
+        stack.enter_context(jax.set_mesh(mesh))
+        progress = stack.enter_context(metrics.progress(name, start, num_steps))
+        batches = stack.enter_context(
+            loader.batches(
+                pairs,
+                sampler,
+                start_step=start,
+                num_steps=num_steps - start,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                num_workers=num_workers,
+            )
+        )
         reporter = _Reporter(name, metrics, progress, start, num_steps, log_every, phase.batch_size)
         pending = None
         for step, batch in enumerate(batches, start):
@@ -109,9 +110,8 @@ def fit(
         if pending is not None:
             numbers = read(*pending)
             reporter.step(num_steps, numbers)
-    checkpointer.close()
-    seconds = time.perf_counter() - began
-    measured = {"num_steps": num_steps, "seconds": round(seconds, 2), **numbers}
+    seconds = round(time.perf_counter() - began, 2)
+    measured = {"num_steps": num_steps, "steps_now": num_steps - start, "seconds_now": seconds, **numbers}
     return trees.merge(state.trainable, frozen), measured
 
 

@@ -83,7 +83,7 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
         differentiate the loss with respect to all outputs, then encode again and pull that back one
         microbatch at a time."""
         num = phase.accumulation_steps
-        micro = jax.tree.map(lambda a: a.reshape(num, a.shape[0] // num, *a.shape[1:]), batch)
+        micro = jax.tree.map(lambda a: _deal(a, num), batch)
         keys = jax.random.split(key, num)
 
         def encode_micro(trainable, part):
@@ -91,11 +91,11 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
 
         parts = {"batch": micro, "key": keys}
         stacked = jax.lax.map(functools.partial(encode_micro, trainable), parts)
-        outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
+        outputs = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), stacked)
         found, (direct, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True, allow_int=True)(
             trainable, outputs, frozen, batch
         )
-        cotangents = jax.tree.map(lambda a, like: a.reshape(like.shape), cotangents, stacked)
+        cotangents = jax.tree.map(lambda a: _deal(a, num), cotangents)
 
         def pull_back(total, part_and_cotangent):
             part, cotangent = part_and_cotangent
@@ -124,6 +124,11 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return train_step
+
+
+def _deal(array: jax.Array, num: int) -> jax.Array:
+    """(B, …) -> (A, b, …), row i to microbatch i mod A: a device's rows stay on it in every microbatch."""
+    return array.reshape(-1, num, *array.shape[1:]).swapaxes(0, 1)
 
 
 def init_state(mesh: Mesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmoe_jax.data.preprocess import UnreadableImageError, normalize, preprocess_image
+from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -102,16 +102,6 @@ def test_an_animation_gives_its_first_frame():
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
     assert preprocess_image(file.getvalue(), 32)[0, 0].tolist() == [255, 0, 0]
-
-
-def test_normalize():
-    images = np.array([[[[0, 128, 255]]]], np.uint8)
-    # (0 - 0.48145466) / 0.26862954 = -1.792263
-    # (128/255 - 0.4578275) / 0.26130258 = 0.168897
-    # (1 - 0.40821073) / 0.27577711 = 2.145897
-    normalized = normalize(images)
-    assert normalized.shape == (1, 1, 1, 3) and normalized.dtype == np.float32
-    np.testing.assert_allclose(normalized[0, 0, 0], [-1.792263, 0.168897, 2.145897], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,9 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     x = jnp.ones((3, D))
     gates, expert_ids = jnp.full((3, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (3, 1))
     experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
-    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, lambda h: h, capacity_factor=1.0)
+    y, dropped = dispatch.capacity(
+        x, gates, expert_ids, experts, lambda h: h, capacity_factor=1.0, total_experts=E
+    )
     np.testing.assert_array_equal(dropped, [0, 0, 2])
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
 

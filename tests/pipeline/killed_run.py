@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from clipmoe_jax import checkpoints, main
+from clipmoe_jax import artifacts, checkpoints, main
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.train import loop
 
@@ -76,7 +76,13 @@ PLACES = {
     "upcycle, model written, stage not done": lambda: kill_at_call(
         checkpoints, "save_model", 1, after=True, match="upcycled"
     ),
+    "upcycle, done but not renamed": lambda: kill_at_call(
+        artifacts, "write_json", 2, after=True, match="upcycled"
+    ),
     "router, after a checkpoint": lambda: kill_at_step("router", 6),
+    "router, whole, its checkpoints half deleted": lambda: kill_at_call(
+        artifacts, "_tidy", 1, after=False, match="moe/params"
+    ),
 }
 
 

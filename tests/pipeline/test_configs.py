@@ -100,14 +100,16 @@ def test_config_arguments():
 
 BAD_FIELDS = {
     "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
-    "unknown dispatch": ("moe.dispatch", "scatter", "'dense', 'ragged' or 'capacity'"),
+    "unknown dispatch": ("moe.dispatch", "scatter", "choose one of , ragged, dense, capacity"),
     "unknown init_from": ("mcl.init_from", "last", "base, previous"),
     "unknown balance": ("router.balance", "none", "paper, released"),
     "unknown baseline": ("baselines", ("lora",), "direct_ft"),
     "baseline without its source": ("baselines", ("base_ft_moe",), "made from 'direct_ft'"),
     "no training data": ("data.train", "", "clipmoe_jax.prepare"),
     "no base": ("base.checkpoint", "", "base.checkpoint is empty"),
-    "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must be at least 1"),
+    "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must lie between 1 and"),
+    "dropout of everything": ("moe.expert_dropout_rate", 1.5, "must lie between 0.0 and 0.99"),
+    "no such type": ("run.dtype", "bf16", "float32, bfloat16, float16"),
     "no seed": ("seeds", (), "give at least one"),
     "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
 }

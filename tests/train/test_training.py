@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import chex
 import jax
@@ -20,6 +21,7 @@ from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_RO
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.train import step as step_module
 from clipmoe_jax.train.loop import fit
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
@@ -123,6 +125,21 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(kind, batches, on_on
     params, losses = run_steps(*KINDS[kind], one_device(), batches, phase=phase)
     np.testing.assert_allclose(losses, on_one_device(kind)[1], rtol=1e-5)
     chex.assert_trees_all_close(params, on_one_device(kind)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_on_several_devices_splits_every_microbatch(batches, on_one_device):
+    """Eight devices, 16 pairs in two microbatches: each device computes one row of each."""
+    phase, mesh = dataclasses.replace(PHASE, accumulation_steps=2), sharding.make_mesh()
+    params, losses = run_steps(*KINDS["everything"], mesh, batches, phase=phase)
+    np.testing.assert_allclose(losses, on_one_device("everything")[1], rtol=1e-5)
+    chex.assert_trees_all_close(params, on_one_device("everything")[0], rtol=1e-4, atol=1e-5)
+    trainable, frozen = trees.partition(init_params(DENSE, mesh), TRAIN_EVERYTHING)
+    state, arrays = init_state(mesh, phase, trainable), sharding.put_batch(mesh, batches[0])
+    step = make_train_step(Clip(DENSE), LOSS, phase)
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, frozen, arrays, np.float32(0), jax.random.key(0)).compile().as_text()
+    # The image tower's attention scores: (rows, 2 heads, 5 tokens, 5 tokens).
+    assert {int(rows) for rows in re.findall(r"f32\[(\d+),2,5,5\]", compiled)} == {1}
 
 
 def test_expert_dropout_is_random_by_step_and_repeatable(batches):
@@ -229,6 +246,15 @@ def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(pairs, tmp_path):
-    message = "router: the loss is nan at step 0; the last good checkpoint is step 0"
+    message = "router: loss is nan at step 1; the last good checkpoint is step 0"
     with pytest.raises(ValueError, match=message):
         fit_routers(pairs, tmp_path, scale=float("nan"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(pairs, tmp_path, monkeypatch):
+    """The loss of that step is still finite; the parameters after it are not."""
+    real = step_module.optax.tree.norm
+    monkeypatch.setattr(step_module.optax.tree, "norm", lambda grads: real(grads) * jnp.nan)
+    message = "router: gradient_norm is nan at step 1; the last good checkpoint is step 0"
+    with pytest.raises(ValueError, match=message):
+        fit_routers(pairs, tmp_path, phase=dataclasses.replace(PHASE, num_steps=3, clip_norm=0.5))
