@@ -39,7 +39,10 @@ class Records:
         # What prepare wrote about the data tells one data set from another at the same path.
         report = (epath.Path(path) / "report.json").read_text()
         self.fingerprint = hashlib.sha256(f"{split} {report}".encode()).hexdigest()[:16]
-        self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        try:
+            self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"{path} has no split {split!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._source)

@@ -206,3 +206,8 @@ def test_an_unreadable_record_is_named(records, tokenizer):
         take(StreamedPairs(Damaged(records), tokenizer, SIZE))
     with pytest.raises(ValueError, match=message):
         DecodedPairs(Damaged(records), tokenizer, SIZE)
+
+
+def test_a_slice_that_is_longer_than_the_data_set(scenes):
+    with pytest.raises(ValueError, match=r"has no split 'train\[:97\]': .*96 examples"):
+        Records(scenes, "train[:97]")

@@ -77,7 +77,7 @@ PLACES = {
         checkpoints, "save_model", 1, after=True, match="upcycled"
     ),
     "upcycle, done but not renamed": lambda: kill_at_call(
-        artifacts, "write_json", 2, after=True, match="upcycled"
+        artifacts, "write_json", 1, after=True, match="upcycled.unfinished/done.json"
     ),
     "router, after a checkpoint": lambda: kill_at_step("router", 6),
     "router, whole, its checkpoints half deleted": lambda: kill_at_call(

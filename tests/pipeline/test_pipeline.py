@@ -170,7 +170,7 @@ def users_config(folder):
         TINY, text=dataclasses.replace(TINY.text, context_length=248)
     ).to_dict()
     config.data.train = config.data.test = str(folder / "prepared")
-    config.data.test_split = "train"
+    config.data.train_split = config.data.test_split = "train"
     config.mcl.num_stages = 2
     config.moe.num_moe_layers = 1
     config.moe.dispatch, config.moe.capacity_factor = "capacity", 1.5
