@@ -55,7 +55,7 @@ def fit(
     if frozen_dtype != "float32":
         held = trees.cast_matrices(frozen, frozen_dtype)
         on_device, frozen = frozen, jax.device_get(frozen)
-        jax.tree.map(lambda leaf: leaf.delete(), on_device)
+        jax.tree.map(lambda leaf, kept: leaf is kept or leaf.delete(), on_device, held)
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
     rates = phase.learning_rates(num_steps)

@@ -138,8 +138,8 @@ def test_accumulation_on_several_devices_splits_every_microbatch(batches, on_one
     step = make_train_step(Clip(DENSE), LOSS, phase)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, frozen, arrays, np.float32(0), jax.random.key(0)).compile().as_text()
-    # The image tower's attention scores: (rows, 2 heads, 5 tokens, 5 tokens).
-    assert {int(rows) for rows in re.findall(r"f32\[(\d+),2,5,5\]", compiled)} == {1}
+    # The image tower's fused queries, keys and values: (rows, 5 tokens, 3 * 16).
+    assert {int(rows) for rows in re.findall(r"f32\[(\d+),5,48\]", compiled)} == {1}
 
 
 def test_expert_dropout_is_random_by_step_and_repeatable(batches):
@@ -246,7 +246,7 @@ def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(pairs, tmp_path):
-    message = "router: loss is nan at step 1; the last good checkpoint is step 0"
+    message = "router: contrastive_loss is nan at step 1; the last good checkpoint is step 0"
     with pytest.raises(ValueError, match=message):
         fit_routers(pairs, tmp_path, scale=float("nan"))
 
