@@ -66,7 +66,7 @@ def param_shardings(mesh: Mesh, params: trees.Params) -> dict:
 
 
 def platform() -> str:
-    """ "cpu", "tpu" or "gpu"; "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
+    """One of "cpu", "tpu" and "gpu", or "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
     backend = jax.default_backend()
     if backend != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
         return backend

@@ -29,9 +29,8 @@ from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.encoder import Encoder
 from clipmoe_jax.prepare import prepare
 
-PART_ROWS = (
-    65536  # features are written in parts of about so many rows; a killed pass goes on with the next part
-)
+# Features are written in parts of so many rows; a killed pass goes on with the next part.
+PART_ROWS = 65536
 
 BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
@@ -203,9 +202,8 @@ def cluster(run: Run, stage: int) -> None:
 def mcl(run: Run, stage: int) -> None:
     """stage_s/params: the feed-forward layers trained on batches that each come from one cluster."""
     section = run.config.mcl
-    start = stage_path(run, stage - 1 if section.init_from == "previous" else 0)
-    start_stage = stage_name(stage - 1 if section.init_from == "previous" else 0)
-    artifacts.require(start, start_stage)
+    first = stage - 1 if section.init_from == "previous" else 0
+    start = artifacts.require(stage_path(run, first), stage_name(first))
     clusters = artifacts.require(run.workdir / f"stage_{stage}" / "clusters", f"cluster_{stage}")
 
     def build(folder: epath.Path) -> dict:
