@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from clipmoe_jax.data.preprocess import preprocess_image
-from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features
 from clipmoe_jax.models.encoder import make_encode
@@ -24,7 +24,6 @@ class LoadedClip:
     def __init__(self, config: ClipConfig, params: dict, source: str, run: RunConfig):
         self.config, self.params, self.source = config, params, source
         self.model = Clip(config, run)
-        self._tokenizer = Tokenizer(config.text.context_length)
 
     def encode_image(
         self, images: Sequence[Image.Image] | Image.Image | np.ndarray | jax.Array, *, normalize: bool = False
@@ -42,8 +41,20 @@ class LoadedClip:
     def encode_text(
         self, texts: str | Sequence[str] | np.ndarray | jax.Array, *, normalize: bool = False
     ) -> jax.Array:
-        """Features (B, embed) float32 of strings, or of token ids (B, L) int32."""
-        tokens = texts if hasattr(texts, "shape") else self._tokenizer(texts)
+        """Features (B, embed) float32 of strings, or of token ids (B, L) int32.
+
+        Raises ValueError for a vision tower alone, and for strings if the vocabulary is not CLIP's."""
+        text = self.config.text
+        if text is None:
+            raise ValueError(f"{self!r} cannot encode text")
+        if hasattr(texts, "shape"):
+            tokens = texts
+        elif text.vocab_size > END_ID and text.eos_token_id in (None, END_ID):
+            tokens = Tokenizer(text.context_length)(texts)
+        else:
+            raise ValueError(
+                f"{self!r} has {text.vocab_size:,} tokens of its own, not CLIP's 49,408: give token ids"
+            )
         return self._encode("encode_text", jnp.asarray(tokens, jnp.int32), normalize)
 
     def __repr__(self) -> str:
@@ -60,12 +71,14 @@ def load(
     num_selected_experts: int | None = None,
     activation: str | None = None,
     context_length: int | None = None,
+    image_size: int | None = None,
     dtype: str = "float32",
 ) -> LoadedClip:
-    """Loads a model folder of a run, a folder of transformers' CLIPModel or a `.pt`, and says which it found.
+    """Loads a CLIP or CLIP-MoE from any of the formats in docs/interop.md, and says which it found.
 
-    num_selected_experts: K of an MoE; None is what the file says, 2 for a `.pt`. activation: of a `.pt`; None
-    is quick_gelu. context_length: 248 stretches a text tower of 77 positions. dtype: of the computation.
+    num_selected_experts: K of an MoE; None is what the file says, or 2 where it does not. activation: of a
+    bare state dict; None is quick_gelu. context_length: 248 stretches a text tower of 77 positions.
+    image_size: resizes the vision tower's grid of positions. dtype: of the computation.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     found = read_model(
@@ -73,7 +86,8 @@ def load(
         num_selected_experts=num_selected_experts,
         activation=activation,
         context_length=context_length,
+        image_size=image_size,
+        place=jnp.asarray,
     )
     print(f"{path}: {found.source}")
-    params = jax.tree.map(jnp.asarray, found.params)
-    return LoadedClip(found.config, params, found.source, RunConfig(dtype=dtype))
+    return LoadedClip(found.config, found.params, found.source, RunConfig(dtype=dtype))

@@ -5,10 +5,11 @@ measured while making it. It is written as `NAME.unfinished`, which a killed run
 on with, and renamed when whole. Its `checkpoints/` serve until then and are deleted last.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -68,6 +69,28 @@ def require(path: epath.Path, stage: str) -> epath.Path:
     if not is_done(path):
         raise FileNotFoundError(f"{path} is not there yet: run the same command with --stage={stage} first")
     return path
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.Path, *, keep_failed: bool = False) -> Iterator[epath.Path]:
+    """A folder to fill, `path`.unfinished, which becomes `path` when the block ends without an error.
+
+    What a killed process left of an earlier attempt is thrown away; what an error leaves, unless keep_failed.
+    Raises ValueError if `path` is there.
+    """
+    path = epath.Path(path)
+    if path.exists():
+        raise ValueError(f"--out={path} exists already: delete it or pick another --out.")
+    unfinished = path.parent / f"{path.name}.unfinished"
+    _delete(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        if not keep_failed:
+            _delete(unfinished)
+        raise
+    unfinished.rename(path)
 
 
 def write_json(path: epath.Path, content: Any) -> None:

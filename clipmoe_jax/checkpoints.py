@@ -4,6 +4,7 @@ A model is a folder with `model.json` (the architecture) and `params/`. Training
 items `trainable`, `opt_state` and `meta`.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,13 @@ def load_model(
 
 def abstract_params(config: ClipConfig) -> dict:
     """The model's param tree as ShapeDtypeStructs; nothing is allocated."""
-    vision, text = config.vision, config.text
-    images = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), np.float32)
-    tokens = jax.ShapeDtypeStruct((1, text.context_length), np.int32)
-    return jax.eval_shape(Clip(config).init, jax.random.key(0), images, tokens)["params"]
+    model, size = Clip(config), config.vision.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    if config.text is None:
+        init = functools.partial(model.init, method="encode_image")
+        return jax.eval_shape(init, jax.random.key(0), images)["params"]
+    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), np.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), images, tokens)["params"]
 
 
 def check_params(config: ClipConfig, shapes: dict[str, tuple[int, ...]], source: str) -> None:

@@ -23,7 +23,7 @@ from absl import flags, logging
 from etils import epath
 from tqdm import tqdm
 
-from clipmoe_jax import cli
+from clipmoe_jax import artifacts, cli
 from clipmoe_jax.data import records, sources
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources import BadRecord, Pair
@@ -65,24 +65,15 @@ def prepare(
         raise ValueError(f"--num_shards={num_shards} is too few: use 1 or more.")
     if not split.isidentifier() or split == "all":
         raise ValueError(f"--split={split} cannot name a split: use a word such as train.")
-    out = epath.Path(out)
-    if out.exists():
-        state = "is a data set already" if (out / "report.json").exists() else "exists already"
-        raise ValueError(f"--out={out} {state}: delete it or pick another --out.")
     if not len(source):
         raise ValueError("The source is empty: check --source.")
-
-    unfinished = out.parent / f"{out.name}.unfinished"
-    if unfinished.exists():
-        unfinished.rmtree()
-    unfinished.mkdir(parents=True)
     report = {"pairs": 0, "captions": 0, "image_bytes": 0}
-    with (unfinished / "bad_records.jsonl").open("w") as log:
-        bad = _BadRecords(log, len(source), max_bad_fraction)
-        _write(_good_pairs(source, bad, report), unfinished, split, num_shards)
-    report |= {"bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
-    (unfinished / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.rename(out)
+    with artifacts.new_folder(epath.Path(out), keep_failed=True) as folder:  # its log tells why
+        with (folder / "bad_records.jsonl").open("w") as log:
+            bad = _BadRecords(log, len(source), max_bad_fraction)
+            _write(_good_pairs(source, bad, report), folder, split, num_shards)
+        report |= {"bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
+        artifacts.write_json(folder / "report.json", report)
     return report
 
 

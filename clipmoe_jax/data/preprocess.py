@@ -4,6 +4,8 @@ Axis letters: H, W image height and width.
 """
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -49,6 +51,16 @@ def preprocess_image(image: Image.Image | bytes, image_size: int) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except ValueError as error:  # a few modes have no conversion, LAB in older Pillows
         raise UnreadableImageError(str(error)) from error
+
+
+def check_normalisation(fields: Mapping[str, Any], names: tuple[str, str], source: str) -> None:
+    """Raises ValueError if a checkpoint says a mean and deviation of its own, not MEAN and STD."""
+    for name, constant in zip(names, (MEAN, STD), strict=True):
+        if name in fields and not np.allclose(fields[name], constant, atol=1e-3):
+            raise ValueError(
+                f"{source} normalises pixels by {name}={fields[name]}; this program does it by OpenAI's, "
+                f"{constant.tolist()}"
+            )
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 START_ID = 49406
 END_ID = 49407
 PAD_ID = 0
-_SPECIAL_IDS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
+SPECIAL_IDS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
 
 # CLIP splits words with `regex`, ignoring case. There the long s matches "'s", and U+0345, a
 # combining iota that folds to a letter, matches nothing; the tokenizers library has to be told.
@@ -66,10 +66,10 @@ class Tokenizer:
                 raise TypeError(f"Caption {i} is a {type(text).__name__}, expected a string.")
         ids = np.full((len(texts), self.context_length), PAD_ID, np.int32)
         texts = [clean(text) for text in texts]
-        encodings = _backend().encode_batch_fast(texts)
+        encodings = backend().encode_batch_fast(texts)
         for row, text, encoding in zip(ids, texts, encodings, strict=True):
             words = encoding.ids
-            if self.parse_special_tokens and any(special in text for special in _SPECIAL_IDS):
+            if self.parse_special_tokens and any(special in text for special in SPECIAL_IDS):
                 words = _parse_special_tokens(text)
             words = words[: self.context_length - 2]
             row[0] = START_ID
@@ -97,13 +97,13 @@ def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [byte + "</w>" for byte in alphabet]
     tokens += ["".join(pair) for pair in merges]
-    tokens += _SPECIAL_IDS
+    tokens += SPECIAL_IDS
     return {token: i for i, token in enumerate(tokens)}
 
 
 @functools.lru_cache(maxsize=1)
-def _backend() -> Backend:
-    """Built once a process: it takes a moment and is not worth sending to workers."""
+def backend() -> Backend:
+    """The byte-pair encoder alone, without special tokens, for text that is clean; built once a process."""
     merges = read_merges()
     vocabulary = build_vocabulary(merges)
     backend = Backend(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
@@ -118,9 +118,9 @@ def _backend() -> Backend:
 
 def _parse_special_tokens(text: str) -> list[int]:
     """Ids of a clean text whose special words count; one that follows punctuation does not."""
-    special = "|".join(re.escape(word) for word in _SPECIAL_IDS)
+    special = "|".join(re.escape(word) for word in SPECIAL_IDS)
     split = pre_tokenizers.Split(Regex(f"{special}|{_WORDS}"), behavior="removed", invert=True)
     ids = []
     for word, _ in split.pre_tokenize_str(text):
-        ids += [_SPECIAL_IDS[word]] if word in _SPECIAL_IDS else _backend().encode(word).ids
+        ids += [SPECIAL_IDS[word]] if word in SPECIAL_IDS else backend().encode(word).ids
     return ids

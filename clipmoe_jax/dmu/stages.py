@@ -110,14 +110,16 @@ def make_base(run: Run) -> None:
 
 def _import_base(run: Run) -> tuple[dict, dict]:
     config, checkpoint = configs.architecture(run.config), run.config.base.checkpoint
-    is_file = epath.Path(checkpoint).is_file()  # and does not say its activation
     found = read_model(
         checkpoint,
+        activation=config.activation,
         context_length=config.text.context_length,
-        activation=config.activation if is_file else None,
+        image_size=config.vision.image_size,
     )
-    if found.config.moe:
-        raise ValueError(f"base.checkpoint={checkpoint} is a {found.source}; the base must be a dense CLIP")
+    if found.config.moe or found.config.text is None:
+        raise ValueError(
+            f"base.checkpoint={checkpoint} is a {found.source}; the base must be a dense CLIP of both towers"
+        )
     shapes = {name: leaf.shape for name, leaf in trees.flatten(found.params).items()}
     checkpoints.check_params(config, shapes, f"base.checkpoint={checkpoint} ({found.source})")
     if found.config != config:  # same shapes, another meaning: activation, head width, eps

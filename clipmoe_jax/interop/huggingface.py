@@ -1,9 +1,9 @@
-"""Transformers' CLIPModel: the state dict in `model.safetensors`, the sizes in `config.json`; dense alone.
+"""Transformers' formats: CLIPModel, CLIPVisionModelWithProjection, and the CLIP-MoE that we write for it.
 
 Against OpenAI's names: q, k and v are three linear layers, not one `in_proj`; both projections are linear
 layers, so transposed; the vision tower's first norm is spelled `pre_layrnorm`. Old files hold `position_ids`,
 which are counted numbers and no parameters. `eos_token_id` 2 in a config is a mark of old files and means
-"the highest id", which is where this program reads the text feature too.
+"the highest id" of a row. A MoE block's experts are stacked; `modeling_clip_moe.py` computes them.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 
 from clipmoe_jax import trees
-from clipmoe_jax.interop.nametable import CONV, LINEAR, Arrays, Row, to_foreign, to_ours
+from clipmoe_jax.data.tokenizer import START_ID
+from clipmoe_jax.interop.nametable import CONV, LINEAR, STACKED_LINEAR, Row, to_foreign
+from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.transformer import MoeConfig
+
+CLIP, CLIP_MOE, VISION_ALONE = "clip", "clip_moe", "clip_vision_model"  # model_type in a config.json
+MODELING_FILE = "modeling_clip_moe.py"
 
 # What a config.json means by a field that it leaves out.
 TEXT_DEFAULTS = {
@@ -38,6 +44,7 @@ VISION_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 LEGACY_EOS_ID = 2
+PAD_ID = 1  # what OpenAI's own configs say; padding is after the end token, where nothing looks
 
 
 def _norm_rows(foreign: str, ours: str) -> list[Row]:
@@ -62,6 +69,11 @@ def _block_rows(foreign: str, ours: str) -> list[Row]:
         *_norm_rows(f"{block}.layer_norm2", f"{our_block}/ln_2"),
         *_linear_rows(f"{block}.mlp.fc1", f"{our_block}/mlp/c_fc"),
         *_linear_rows(f"{block}.mlp.fc2", f"{our_block}/mlp/c_proj"),
+        Row(f"{block}.mlp.router.weight", f"{our_block}/moe/router/kernel", LINEAR),
+        Row(f"{block}.mlp.experts.fc1.weight", f"{our_block}/moe/c_fc/kernel", STACKED_LINEAR),
+        Row(f"{block}.mlp.experts.fc1.bias", f"{our_block}/moe/c_fc/bias"),
+        Row(f"{block}.mlp.experts.fc2.weight", f"{our_block}/moe/c_proj/kernel", STACKED_LINEAR),
+        Row(f"{block}.mlp.experts.fc2.bias", f"{our_block}/moe/c_proj/bias"),
     ]
 
 
@@ -82,30 +94,14 @@ TABLE = [
 ]
 
 
-def import_state_dict(arrays: Arrays, config: Mapping[str, Any]) -> tuple[ClipConfig, dict[str, np.ndarray]]:
-    """A state dict of numpy arrays to (config, {our name: float32 array}); checks nothing against a model.
-
-    config: the contents of config.json. Raises ValueError for names that a CLIPModel does not have, and as
-    `import_config` does.
-    """
-    arrays = {name: array for name, array in arrays.items() if not name.endswith(".position_ids")}
-    leaves, unknown = to_ours(TABLE, arrays)
-    if unknown:
-        raise ValueError(f"the checkpoint has {len(unknown)} names that a CLIPModel does not: {unknown[:10]}")
-    return import_config(config), {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
+def has_these_names(names: Mapping[str, Any]) -> bool:
+    """Whether a state dict is one of these formats."""
+    return "vision_model.embeddings.class_embedding" in names
 
 
-def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
-    """A dense model's params to CLIPModel's names and layout, contiguous arrays.
-
-    Raises ValueError for a CLIP-MoE, which CLIPModel cannot hold.
-    """
-    leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
-    arrays, unknown = to_foreign(TABLE, leaves)
-    if unknown:
-        raise ValueError(f"transformers' CLIPModel has no names for {unknown[:10]}: export a dense model")
-    # safetensors writes memory as it lies; np.ascontiguousarray would give logit_scale an axis.
-    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
+def normalise(tensors: Tensors) -> Tensors:
+    """Without what old files hold beside the parameters."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
 
 
 def import_config(config: Mapping[str, Any]) -> ClipConfig:
@@ -113,46 +109,134 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
 
     Raises ValueError for another kind of model, and for what this program's towers do not do.
     """
-    if config.get("model_type") != "clip":
+    kind = config.get("model_type")
+    if kind not in (CLIP, CLIP_MOE, VISION_ALONE):
         raise ValueError(
-            f"config.json has model_type={config.get('model_type')!r}: give a CLIPModel with both towers, "
-            "whose model_type is 'clip'"
+            f"config.json has model_type={kind!r}: give a CLIP ({CLIP!r}), a CLIP-MoE ({CLIP_MOE!r}) or a "
+            f"CLIPVisionModelWithProjection ({VISION_ALONE!r})"
         )
-    text = TEXT_DEFAULTS | (config.get("text_config") or {})
-    vision = VISION_DEFAULTS | (config.get("vision_config") or {})
+    towers = {"vision_config": VISION_DEFAULTS | (config.get("vision_config") or {})}
+    if kind == VISION_ALONE:
+        towers = {"vision_config": VISION_DEFAULTS | config}
+    else:
+        towers["text_config"] = TEXT_DEFAULTS | (config.get("text_config") or {})
+        _check_shared(towers)
+    vision, text = towers["vision_config"], towers.get("text_config")
+    return ClipConfig(
+        embed_dim=config.get("projection_dim", 512),
+        vision=VisionConfig(
+            image_size=vision["image_size"], patch_size=vision["patch_size"], **_tower_fields(vision)
+        ),
+        text=text
+        and TextConfig(
+            vocab_size=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            eos_token_id=_import_eos(text),
+            **_tower_fields(text),
+        ),
+        activation=vision["hidden_act"],
+        layer_norm_eps=vision["layer_norm_eps"],
+        moe=MoeConfig(vision["num_experts"], vision["num_experts_per_tok"], vision["num_moe_layers"])
+        if kind == CLIP_MOE
+        else None,
+    )
+
+
+def export_config(config: ClipConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of an architecture, the inverse of `import_config`; dtype: of the weights beside it."""
+    shared = {
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.layer_norm_eps,
+        "projection_dim": config.embed_dim,
+    }
+    if config.moe:
+        shared |= {
+            "num_experts": config.moe.num_experts,
+            "num_experts_per_tok": config.moe.num_selected_experts,
+            "num_moe_layers": config.moe.num_moe_layers,
+        }
+    vision = shared | {
+        "model_type": "clip_moe_vision_model" if config.moe else VISION_ALONE,
+        "image_size": config.vision.image_size,
+        "patch_size": config.vision.patch_size,
+        **_export_tower(config.vision),
+    }
+    if config.text is None:
+        return {"architectures": ["CLIPVisionModelWithProjection"], "dtype": dtype, **vision}
+    eos_token_id = config.text.eos_token_id
+    text = shared | {
+        "model_type": "clip_moe_text_model" if config.moe else "clip_text_model",
+        "vocab_size": config.text.vocab_size,
+        "max_position_embeddings": config.text.context_length,
+        "bos_token_id": START_ID,
+        "eos_token_id": config.text.vocab_size - 1 if eos_token_id is None else eos_token_id,
+        "pad_token_id": PAD_ID,
+        **_export_tower(config.text),
+    }
+    both = {
+        "dtype": dtype,
+        "projection_dim": config.embed_dim,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    if config.moe is None:
+        return {"architectures": ["CLIPModel"], "model_type": CLIP, **both}
+    module = MODELING_FILE.removesuffix(".py")
+    model = f"{module}.CLIPMoEModel"
+    auto_map = {
+        "AutoConfig": f"{module}.CLIPMoEConfig",
+        "AutoModel": model,
+        "AutoModelForZeroShotImageClassification": model,
+    }
+    return {"architectures": ["CLIPMoEModel"], "model_type": CLIP_MOE, "auto_map": auto_map, **both}
+
+
+def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
+    """Our params to these names and layouts, views of them where that can be.
+
+    Raises ValueError for names that are no CLIP's.
+    """
+    leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
+    arrays, unknown = to_foreign(TABLE, leaves)
+    if unknown:
+        raise ValueError(f"transformers' CLIP has no names for {unknown[:10]}")
+    return arrays
+
+
+def _check_shared(towers: Mapping[str, Mapping[str, Any]]) -> None:
+    text, vision = towers["text_config"], towers["vision_config"]
     for field in ("hidden_act", "layer_norm_eps"):
         if text[field] != vision[field]:
             raise ValueError(
                 f"text_config.{field}={text[field]!r} is not vision_config.{field}={vision[field]!r}: this "
                 "program's towers share it"
             )
-    for name, tower in (("text_config", text), ("vision_config", vision)):
-        if tower["intermediate_size"] != 4 * tower["hidden_size"]:
-            raise ValueError(
-                f"{name}.intermediate_size={tower['intermediate_size']} is not 4 times its hidden_size="
-                f"{tower['hidden_size']}, as this program's feed-forward layers are"
-            )
-    if text["eos_token_id"] not in (LEGACY_EOS_ID, text["vocab_size"] - 1):
-        raise ValueError(
-            f"text_config.eos_token_id={text['eos_token_id']} is not the highest id "
-            f"({text['vocab_size'] - 1}), by which this program finds the end of a caption"
-        )
-    return ClipConfig(
-        embed_dim=config.get("projection_dim", 512),
-        vision=VisionConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["hidden_size"],
-            num_layers=vision["num_hidden_layers"],
-            head_width=vision["hidden_size"] // vision["num_attention_heads"],
-        ),
-        text=TextConfig(
-            vocab_size=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            num_layers=text["num_hidden_layers"],
-            head_width=text["hidden_size"] // text["num_attention_heads"],
-        ),
-        activation=text["hidden_act"],
-        layer_norm_eps=text["layer_norm_eps"],
-    )
+
+
+def _tower_fields(tower: Mapping[str, Any]) -> dict[str, Any]:
+    width, mlp_width = tower["hidden_size"], tower["intermediate_size"]
+    return {
+        "width": width,
+        "num_layers": tower["num_hidden_layers"],
+        "head_width": width // tower["num_attention_heads"],
+        "mlp_width": None if mlp_width == 4 * width else mlp_width,
+    }
+
+
+def _export_tower(tower: VisionConfig | TextConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_width or 4 * tower.width,
+        "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.width // tower.head_width,
+    }
+
+
+def _import_eos(text: Mapping[str, Any]) -> int | None:
+    """The end token's id; None where the highest id of a row is meant, or is the same."""
+    eos_token_id = text["eos_token_id"]
+    if eos_token_id in (LEGACY_EOS_ID, text["vocab_size"] - 1):
+        return None
+    if not isinstance(eos_token_id, int):
+        raise ValueError(f"text_config.eos_token_id={eos_token_id!r}: this program looks for a single id")
+    return eos_token_id

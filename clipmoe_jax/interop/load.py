@@ -1,36 +1,54 @@
 """Reading a model from whatever it was saved as, recognised by content."""
 
 import dataclasses
-import json
-import pickle
-import zipfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 from etils import epath
 
 from clipmoe_jax import checkpoints, trees
-from clipmoe_jax.interop import huggingface, released
+from clipmoe_jax.data.preprocess import check_normalisation
+from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
+from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig
-from clipmoe_jax.models.positions import stretch_positions, stretched_length
+from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretched_length
 
-POSITIONS = "text/positional_embedding"
-SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-}
+TEXT_POSITIONS, VISION_POSITIONS = "text/positional_embedding", "visual/positional_embedding"
+
+# A state dict for the released code as we write it, and beside it what such a file does not say.
+RELEASED_FILE, RELEASED_CONFIG = "model.pt", "clipmoe.json"
+
+# Where a folder keeps its weights, the most telling name first.
+HUGGINGFACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+OPENCLIP_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.safetensors",
+    *HUGGINGFACE_FILES,
+)
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 class Loaded(NamedTuple):
-    """A model in numpy: params float32; source says in words what was found."""
+    """A model in numpy; source says in words what was found."""
 
     config: ClipConfig
     params: dict
+    source: str
+
+
+class _Found(NamedTuple):
+    """A file's tensors under the names of a table, what architecture they are, and what that is in words."""
+
+    table: list[nametable.Row]
+    config: ClipConfig
+    tensors: Tensors
     source: str
 
 
@@ -40,133 +58,179 @@ def read_model(
     num_selected_experts: int | None = None,
     activation: str | None = None,
     context_length: int | None = None,
+    image_size: int | None = None,
+    dtype: str | None = "float32",
+    place: Callable[[np.ndarray], Any] = np.asarray,
 ) -> Loaded:
-    """Reads a model, recognised by content.
+    """Reads a model, recognised by content (docs/interop.md lists what it takes).
 
-    path: a model folder of a run; a folder of transformers' CLIPModel (config.json and model.safetensors);
-    or a `.pt` state dict of the released code (or of OpenAI's names).
-    num_selected_experts: K of an MoE; None is what the file says, 2 for a `.pt`, which does not say.
-    activation: of a `.pt`, which does not say; None is quick_gelu (open_clip's LAION models have "gelu").
+    num_selected_experts: K of an MoE; None is what the file says, or 2 where it does not.
+    activation: "quick_gelu" or "gelu" for a bare state dict, which does not say; None is quick_gelu.
     context_length: stretches a text tower of 77 positions to 248 when asked for 248; None keeps what there
-    is.
+    is. image_size: resizes the vision tower's grid of positions; None keeps it.
+    dtype: of the params; None keeps each tensor's own. place: makes each leaf what it shall be while it is
+    read, so that a model never lies in memory twice.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
-    folder = epath.Path(path)
-    if not folder.exists():
+    location = epath.Path(path)
+    if not location.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: give a model folder of a run or of transformers, or a .pt file"
+            f"{path} does not exist: give a file or a folder of OpenAI's CLIP, transformers, open_clip, the "
+            "released CLIP-MoE, or a model folder of a run"
         )
-    if folder.is_dir():
-        found = next((f for f in (folder, folder / "params") if (f / "model.json").exists()), None)
-        if found is not None:
-            config, params = checkpoints.load_model(found)
-            source = f"{_kind(config)} of a run"
-        elif "model_type" in (described := _read_config_json(folder)):
-            config, leaves = _read_huggingface(folder, described)
-            params, source = trees.unflatten(leaves), f"{_kind(config)} in transformers' format"
-        else:
-            raise ValueError(
-                f"{path} is not a model: it has neither a model.json (give RUN/base, RUN/moe/params, …) nor "
-                "config.json and model.safetensors of transformers"
-            )
+    run_folder = next((f for f in (location, location / "params") if (f / "model.json").exists()), None)
+    if run_folder is not None:
+        config, params = checkpoints.load_model(run_folder)
+        leaves = trees.flatten(params)
+        del params
+        leaves = {name: place(np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
+        params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
-        config, leaves = _read_state_dict(path, num_selected_experts or 2)
-        config = dataclasses.replace(config, activation=activation or config.activation)
-        params, source = trees.unflatten(leaves), f"{_kind(config)} in the released code's format"
+        is_folder = location.is_dir()
+        found = (_open_folder if is_folder else _open_file)(location, num_selected_experts, activation)
+        expected = trees.flatten(checkpoints.abstract_params(found.config))
+        shapes = {name: leaf.shape for name, leaf in expected.items()}
+        nametable.check_shapes(found.table, shapes, found.tensors, path)
+        leaves = nametable.to_ours(found.table, found.tensors, lambda leaf: place(np.asarray(leaf, dtype)))
+        config, params, source = found.config, trees.unflatten(leaves), found.source
     if activation not in (None, config.activation):
         raise ValueError(f"{path} says that its activation is {config.activation}, not {activation}")
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
         moe = dataclasses.replace(config.moe, num_selected_experts=num_selected_experts)
         config = dataclasses.replace(config, moe=moe)
     if context_length is not None:
-        config, params = _with_context_length(config, params, context_length, path)
+        config, params = _with_context_length(config, params, context_length, path, place)
+    if image_size is not None:
+        config, params = _with_image_size(config, params, image_size, place)
     return Loaded(config, params, source)
 
 
-def _read_state_dict(path: str, num_selected_experts: int) -> tuple[ClipConfig, dict[str, np.ndarray]]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a PyTorch file and PyTorch is not installed: pip install torch"
-        ) from error
-    try:
-        # OpenAI's own files are TorchScript archives, which hold no pickled Python.
-        if zipfile.is_zipfile(path) and _has_torchscript_code(path):
-            state = dict(torch.jit.load(path, map_location="cpu").state_dict())
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a PyTorch state dict: {reason}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__}")
-    arrays = {name.removeprefix("module."): tensor.float().numpy() for name, tensor in state.items()}
-    if not released.is_released(arrays):
-        raise ValueError(
-            f"{path} is not a ViT CLIP in the released code's names (visual.conv1.weight, …); its first "
-            f"names are {list(arrays)[:3]}"
+def describe(config: ClipConfig) -> str:
+    """What kind of model an architecture is, in words."""
+    kind = "CLIP" if config.text else "CLIP vision tower"
+    if config.moe is None:
+        return f"dense {kind}"
+    return f"{kind}-MoE ({config.moe.num_experts} experts, {config.moe.num_selected_experts} selected)"
+
+
+def _open_folder(folder: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Found:
+    weights = _first(folder, HUGGINGFACE_FILES)
+    described = _read_described(folder / "config.json")
+    if "model_type" in described and not (
+        weights is None and _first(folder, OPENCLIP_FILES) and (folder / openclip.CONFIG_FILE).exists()
+    ):
+        config = huggingface.import_config(described)  # a wrong kind of model, before its file is missed
+        if weights is None:
+            raise ValueError(f"{folder} has a config.json of transformers and none of {HUGGINGFACE_FILES}")
+        return _huggingface(_open_weights(weights), config, folder)
+    if (folder / openclip.CONFIG_FILE).exists():
+        weights = _first(folder, OPENCLIP_FILES)
+        if weights is None:
+            raise ValueError(f"{folder} has an {openclip.CONFIG_FILE} and none of {OPENCLIP_FILES}")
+        return _openclip(_open_weights(weights), folder)
+    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    if len(files) == 1:
+        return _open_file(files[0], num_selected_experts, activation)
+    several = f": give one of its files {[f.name for f in files][:10]}" if files else ""
+    raise ValueError(
+        f"{folder} is not a model{several}: it has neither model.json (a run's; give RUN/base, "
+        f"RUN/moe/params, …), nor config.json of transformers, nor {openclip.CONFIG_FILE}"
+    )
+
+
+def _open_file(path: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Found:
+    tensors = _open_weights(path)
+    if huggingface.has_these_names(tensors):
+        described = _read_described(path.parent / "config.json")
+        if "model_type" not in described:
+            raise ValueError(
+                f"{path} has transformers' names; the config.json with its sizes is not beside it"
+            )
+        return _huggingface(tensors, huggingface.import_config(described), path)
+    if released.has_these_names(tensors):
+        if (path.parent / openclip.CONFIG_FILE).exists():
+            return _openclip(tensors, path.parent)
+        tensors, kind = released.normalise(tensors)
+        beside = path.parent / RELEASED_CONFIG
+        said = tensor_files.read_json(beside) if beside.exists() else {}
+        config = released.infer_config(
+            tensors,
+            activation=said.get("activation") or activation or "quick_gelu",
+            num_selected_experts=num_selected_experts or said.get("num_selected_experts", 2),
         )
-    config, leaves = released.import_state_dict(arrays, num_selected_experts=num_selected_experts)
-    checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, path)
-    return config, leaves
+        assumed = " taken to be quick_gelu, which the file does not say" if kind == released.BARE else ""
+        told = "" if activation or said or not assumed else f" (activation{assumed})"
+        return _Found(released.TABLE, config, tensors, f"{describe(config)} in {kind}{told}")
+    raise ValueError(f"{path} is not a ViT CLIP: {_what_else(tensors)}")
 
 
-def _has_torchscript_code(path: str) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
-def _read_config_json(folder: epath.Path) -> dict:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _read_huggingface(folder: epath.Path, described: dict) -> tuple[ClipConfig, dict[str, np.ndarray]]:
-    path = folder / "model.safetensors"
-    huggingface.import_config(described)  # a wrong kind of model, before its file is read or missed
-    if not path.exists():
+def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Found:
+    folder = source if source.is_dir() else source.parent
+    preprocessing = _read_described(folder / "preprocessor_config.json")
+    check_normalisation(preprocessing, ("image_mean", "image_std"), f"{folder}/preprocessor_config.json")
+    tensors = huggingface.normalise(tensors)
+    if "embeddings.class_embedding" in tensors:
         raise ValueError(
-            f"{folder} has a config.json of transformers and no model.safetensors: write it in one piece "
-            "with save_pretrained(…, safe_serialization=True)"
+            f"{source} is a vision tower without its projection: give the whole CLIPModel, or "
+            "CLIPVisionModelWithProjection"
         )
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
-    # The package's own numpy loader does not know bfloat16, which JAX gives to numpy.
-    arrays = {}
-    for name, tensor in tensors:
-        dtype = jnp.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
-        arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-    config, leaves = huggingface.import_state_dict(arrays, described)
-    checkpoints.check_params(config, {name: leaf.shape for name, leaf in leaves.items()}, str(folder))
-    return config, leaves
+    return _Found(huggingface.TABLE, config, tensors, f"{describe(config)} in transformers' format")
+
+
+def _openclip(tensors: Tensors, folder: epath.Path) -> _Found:
+    config = openclip.import_config(tensor_files.read_json(folder / openclip.CONFIG_FILE))
+    tensors, _ = released.normalise(tensors)
+    return _Found(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
+
+
+def _what_else(tensors: Tensors) -> str:
+    if "visual.layer1.0.conv1.weight" in tensors:
+        return "its image tower is a ResNet"
+    if "logit_bias" in tensors:
+        return "it has a logit_bias, as SigLIP does"
+    if any(name.startswith("visual.trunk.") for name in tensors):
+        return "its image tower is one of timm's"
+    return f"its first names are {list(tensors)[:3]}"
+
+
+def _open_weights(path: epath.Path) -> Tensors:
+    is_index = path.name.endswith(".index.json")
+    return (tensor_files.open_sharded if is_index else tensor_files.open_tensors)(path)
+
+
+def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _read_described(path: epath.Path) -> dict[str, Any]:
+    """A JSON file's contents; empty if there is none."""
+    return tensor_files.read_json(path) if path.exists() else {}
 
 
 def _with_context_length(
-    config: ClipConfig, params: dict, context_length: int, path: str
+    config: ClipConfig, params: dict, context_length: int, path: str, place: Callable[[np.ndarray], Any]
 ) -> tuple[ClipConfig, dict]:
-    have = config.text.context_length
-    if have == context_length:
+    if config.text is None or config.text.context_length == context_length:
         return config, params
+    have = config.text.context_length
     if stretched_length(have) != context_length:
         raise ValueError(
             f"{path} has {have} text positions and the config asks for {context_length}: they can be kept "
             f"({have}) or stretched ({stretched_length(have)})"
         )
     leaves = trees.flatten(params)
-    leaves[POSITIONS] = stretch_positions(leaves[POSITIONS])
+    leaves[TEXT_POSITIONS] = place(stretch_positions(leaves[TEXT_POSITIONS]))
     text = dataclasses.replace(config.text, context_length=context_length)
     return dataclasses.replace(config, text=text), trees.unflatten(leaves)
 
 
-def _kind(config: ClipConfig) -> str:
-    if config.moe is None:
-        return "dense CLIP"
-    return f"CLIP-MoE ({config.moe.num_experts} experts, {config.moe.num_selected_experts} selected)"
+def _with_image_size(
+    config: ClipConfig, params: dict, image_size: int, place: Callable[[np.ndarray], Any]
+) -> tuple[ClipConfig, dict]:
+    if config.vision.image_size == image_size:
+        return config, params
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
+    leaves = trees.flatten(params)
+    resized = resize_grid(leaves[VISION_POSITIONS], image_size // config.vision.patch_size)
+    leaves[VISION_POSITIONS] = place(resized)
+    return config, trees.unflatten(leaves)

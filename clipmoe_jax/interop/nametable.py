@@ -10,11 +10,14 @@ stacked leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last ax
 throughout.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from clipmoe_jax.interop.tensor_files import Tensors
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,6 +31,7 @@ class Layout(NamedTuple):
 
 SAME = Layout(None, None)
 LINEAR = Layout((1, 0), (1, 0))  # (out, in) <-> (in, out)
+STACKED_LINEAR = Layout((0, 2, 1), (0, 2, 1))  # (E, out, in) <-> (E, in, out)
 CONV = Layout((2, 3, 1, 0), (3, 2, 0, 1))  # (out, in, H, W) <-> (H, W, in, out)
 
 
@@ -37,23 +41,63 @@ class Row(NamedTuple):
     layout: Layout = SAME
 
 
-def to_ours(table: Sequence[Row], arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Foreign arrays to {our name: array}, and the foreign names that no row knows.
+def to_ours(table: Sequence[Row], tensors: Tensors, finish: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """Foreign tensors to {our name: finish(array)}.
 
-    Raises ValueError if slices of a stacked leaf are missing.
+    Takes the tensors out of the dict, reads those of one leaf at a time and lets them go when it is
+    finished. Raises ValueError for names that no row knows, which `check_shapes` tells better.
     """
     patterns = [(_pattern(row.foreign), row) for row in table]
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    unknown = []
-    for name, array in arrays.items():
-        for pattern, row in patterns:
-            if match := pattern.fullmatch(name):
-                ours, part = _split(row.ours.format(**match.groupdict()))
-                parts.setdefault(ours, {})[part] = _permuted(array, row.layout.to_ours)
-                break
-        else:
-            unknown.append(name)
-    return {ours: _join(ours, pieces) for ours, pieces in parts.items()}, unknown
+    parts: dict[str, dict[str, tuple[str, Layout]]] = {}
+    for name in tensors:
+        match, row = next(
+            ((match, row) for pattern, row in patterns if (match := pattern.fullmatch(name))), (None, None)
+        )
+        if match is None:
+            raise ValueError(f"the format has no name {name}")
+        ours, part = _split(row.ours.format(**match.groupdict()))
+        parts.setdefault(ours, {})[part] = name, row.layout
+
+    def size(ours: str) -> int:
+        return sum(math.prod(tensors[name].shape) for name, _ in parts[ours].values())
+
+    leaves = {}
+    for ours in sorted(parts, key=size, reverse=True):  # the largest while little lies beside them
+        sources = parts[ours]
+        pieces = {
+            part: _permuted(tensors.pop(name).read(), layout.to_ours)
+            for part, (name, layout) in sources.items()
+        }
+        leaves[ours] = finish(_join(pieces))
+    return leaves
+
+
+def check_shapes(
+    table: Sequence[Row], expected: Mapping[str, tuple[int, ...]], tensors: Tensors, source: str
+) -> None:
+    """Raises ValueError naming, in the file's own words, the tensors in which it differs from our shapes.
+
+    expected: {our name: shape} of the architecture. At most ten names of each kind are told.
+    """
+    # Views of a single zero have shapes and no memory.
+    stand_ins = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
+    wanted = {name: array.shape for name, array in to_foreign(table, stand_ins)[0].items()}
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} is {tensors[name].shape}, not {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:10])}" + (", …" if len(names) > 10 else "")
+            for kind, names in problems.items()
+            if names
+        )
+        raise ValueError(f"{source} does not fit the architecture that it says it has: {lists}")
 
 
 def to_foreign(table: Sequence[Row], arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -91,17 +135,12 @@ def _permuted(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
     return array if axes is None else array.transpose(axes)
 
 
-def _join(name: str, pieces: dict[str, np.ndarray]) -> np.ndarray:
+def _join(pieces: dict[str, np.ndarray]) -> np.ndarray:
     if "" in pieces:
         return pieces[""]
-    if set(pieces) <= set("qkv"):
-        if missing := set("qkv") - set(pieces):
-            raise ValueError(f"{name}: the checkpoint lacks its part(s) {sorted(missing)} of q, k, v")
-        return np.concatenate([pieces[p] for p in "qkv"], axis=-1)
-    indices = sorted(int(p) for p in pieces)
-    if indices != list(range(len(indices))):
-        raise ValueError(f"{name}: the checkpoint has experts {indices}, not 0 to {max(indices)}")
-    return np.stack([pieces[str(e)] for e in indices])
+    if "q" in pieces:
+        return np.concatenate([pieces[part] for part in "qkv"], axis=-1)
+    return np.stack([pieces[str(e)] for e in range(len(pieces))])
 
 
 def _pieces(array: np.ndarray, part: str):

@@ -1,25 +1,41 @@
-"""The released CLIP-MoE code's state dicts, dense and MoE; OpenAI CLIP's names are the dense part of them.
+"""OpenAI CLIP's state dicts and those that kept its names: open_clip's, Long-CLIP's, the released CLIP-MoE's.
 
 The text tower has no prefix. Long-CLIP's two position tables become one: rows 0 to 19 come from
-`positional_embedding`, rows from 20 on from `positional_embedding_res`; both are written on export. The
-number of selected experts is not in the file.
+`positional_embedding`, rows from 20 on from `positional_embedding_res`, as its code reads them; both are
+written on export. Such a file says neither its activation nor its head width nor how many experts it selects.
 """
 
-import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from clipmoe_jax import trees
-from clipmoe_jax.interop.nametable import CONV, LINEAR, Arrays, Row, to_foreign, to_ours
+from clipmoe_jax.interop.nametable import CONV, LINEAR, Row, to_foreign
+from clipmoe_jax.interop.tensor_files import Tensor, Tensors
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.positions import KEPT_POSITIONS
 from clipmoe_jax.models.transformer import MoeConfig
 
+# Head widths that open_clip's model configs give to vision towers of these widths (H, g, bigG, e); else 64.
+VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 HEAD_WIDTH = 64
+
 POSITIONS, POSITIONS_RES = "positional_embedding", "positional_embedding_res"
-KEY_NAMES = ("visual.conv1.weight", "token_embedding.weight", "visual.proj")
-SIZE_NAMES = (*KEY_NAMES, POSITIONS, "visual.positional_embedding")  # what the architecture is read from
+VISION_POSITIONS = "visual.positional_embedding"
+# What the architecture is read from.
+SIZE_NAMES = (
+    "visual.conv1.weight",
+    VISION_POSITIONS,
+    "visual.proj",
+    "token_embedding.weight",
+    POSITIONS,
+    "visual.transformer.resblocks.0.ln_1.weight",
+    "transformer.resblocks.0.ln_1.weight",
+)
+OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
+BARE = "OpenAI's names"  # of a state dict that does not say whose it is
+CUSTOM_TEXT = "text."  # open_clip's CustomTextCLIP puts the text tower under it
 
 
 def _tower_rows(foreign: str, ours: str) -> list[Row]:
@@ -67,30 +83,65 @@ TABLE = [
 ]
 
 
-def is_released(names: Mapping) -> bool:
-    """Whether a state dict has this format's (or OpenAI's) names."""
-    return set(KEY_NAMES) <= set(names)
+def has_these_names(names: Mapping[str, Any]) -> bool:
+    """Whether a state dict is one of these formats."""
+    return "visual.conv1.weight" in names and ("visual.proj" in names or "ln_final.weight" in names)
 
 
-def import_state_dict(
-    arrays: Arrays, *, num_selected_experts: int = 2
-) -> tuple[ClipConfig, dict[str, np.ndarray]]:
-    """A state dict of numpy arrays to (config, {our name: float32 array}); checks nothing against a model.
+def normalise(tensors: Tensors) -> tuple[Tensors, str]:
+    """One form of the names for all who kept them, and whose form it was, in words."""
+    tensors = {name.removeprefix(CUSTOM_TEXT): tensor for name, tensor in tensors.items()}
+    kind = BARE
+    if any(name in tensors for name in OPENAI_SCALARS):
+        kind = "OpenAI's format"
+    if POSITIONS_RES in tensors or any(".experts." in name for name in tensors):
+        kind = "the released code's format"
+    for name in (*OPENAI_SCALARS, "attn_mask"):
+        tensors.pop(name, None)
+    if (tail := tensors.pop(POSITIONS_RES, None)) is not None and POSITIONS in tensors:
+        head = tensors[POSITIONS]
+        tensors[POSITIONS] = Tensor(
+            head.shape, lambda: np.concatenate([head.read()[:KEPT_POSITIONS], tail.read()[KEPT_POSITIONS:]])
+        )
+    return tensors, kind
 
-    Raises ValueError for names that CLIP-MoE does not have, and for lack of those that give the sizes.
+
+def infer_config(
+    tensors: Tensors, *, activation: str = "quick_gelu", num_selected_experts: int = 2
+) -> ClipConfig:
+    """The architecture that tensors of these names and shapes belong to.
+
+    Raises ValueError for lack of those that give the sizes.
     """
-    arrays = dict(arrays)
-    for entry in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's files carry these scalars
-        arrays.pop(entry, None)
-    if missing := [name for name in SIZE_NAMES if name not in arrays]:
-        raise ValueError(f"the checkpoint lacks {missing}")
-    if (tail := arrays.pop(POSITIONS_RES, None)) is not None:
-        arrays[POSITIONS] = np.concatenate([arrays[POSITIONS][:KEPT_POSITIONS], tail[KEPT_POSITIONS:]])
-    leaves, unknown = to_ours(TABLE, arrays)
-    if unknown:
-        raise ValueError(f"the checkpoint has {len(unknown)} names that CLIP-MoE does not: {unknown[:10]}")
-    leaves = {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
-    return infer_config(leaves, num_selected_experts), leaves
+    if missing := [name for name in SIZE_NAMES if name not in tensors]:
+        raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
+    shapes = {name: tensors[name].shape for name in tensors}
+    vision_width, _, patch, _ = shapes["visual.conv1.weight"]
+    vocab_size, text_width = shapes["token_embedding.weight"]
+    grid = round((shapes[VISION_POSITIONS][0] - 1) ** 0.5)
+    vision = VisionConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=vision_width,
+        num_layers=_count_blocks(tensors, "visual."),
+        head_width=VISION_HEAD_WIDTHS.get(vision_width, HEAD_WIDTH),
+        mlp_width=_infer_mlp_width(shapes, "visual.", vision_width),
+    )
+    text = TextConfig(
+        vocab_size=vocab_size,
+        context_length=shapes[POSITIONS][0],
+        width=text_width,
+        num_layers=_count_blocks(tensors, ""),
+        head_width=HEAD_WIDTH,
+        mlp_width=_infer_mlp_width(shapes, "", text_width),
+    )
+    return ClipConfig(
+        embed_dim=shapes["visual.proj"][1],
+        vision=vision,
+        text=text,
+        activation=activation,
+        moe=_infer_moe(shapes, vision, text, num_selected_experts),
+    )
 
 
 def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
@@ -100,49 +151,37 @@ def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
     )
     if unknown:
         raise ValueError(f"the released format has no names for {unknown[:10]}")
-    if len(arrays[POSITIONS]) > 77:
+    if POSITIONS in arrays and len(arrays[POSITIONS]) > 77:
         arrays[POSITIONS_RES] = arrays[POSITIONS].copy()
     return arrays
 
 
-def infer_config(leaves: Arrays, num_selected_experts: int) -> ClipConfig:
-    """The architecture that leaves of our names and shapes belong to; quick-GELU, head width 64."""
-    patch, _, _, vision_width = leaves["visual/conv1/kernel"].shape
-    grid = round((len(leaves["visual/positional_embedding"]) - 1) ** 0.5)
-    vocab_size, text_width = leaves["text/token_embedding/embedding"].shape
-    return ClipConfig(
-        embed_dim=leaves["visual/proj"].shape[1],
-        vision=VisionConfig(
-            image_size=grid * patch,
-            patch_size=patch,
-            width=vision_width,
-            num_layers=_count_blocks(leaves, "visual"),
-            head_width=HEAD_WIDTH,
-        ),
-        text=TextConfig(
-            vocab_size=vocab_size,
-            context_length=len(leaves["text/positional_embedding"]),
-            width=text_width,
-            num_layers=_count_blocks(leaves, "text"),
-            head_width=HEAD_WIDTH,
-        ),
-        moe=_infer_moe(leaves, num_selected_experts),
-    )
+def _count_blocks(tensors: Tensors, tower: str) -> int:
+    count = 0
+    while f"{tower}transformer.resblocks.{count}.ln_1.weight" in tensors:
+        count += 1
+    return count
 
 
-def _count_blocks(leaves: Arrays, tower: str) -> int:
-    return len({m[1] for name in leaves if (m := re.match(rf"{tower}/(resblocks_\d+)/", name))})
+def _infer_mlp_width(shapes: Mapping[str, tuple[int, ...]], tower: str, width: int) -> int | None:
+    block = f"{tower}transformer.resblocks.0."
+    for name in (f"{block}mlp.c_fc.bias", f"{block}experts.0.c_fc.bias"):
+        if name in shapes and shapes[name][0] != 4 * width:
+            return shapes[name][0]
+    return None
 
 
-def _infer_moe(leaves: Arrays, num_selected_experts: int) -> MoeConfig | None:
-    routers = [name for name in leaves if name.endswith("moe/router/kernel")]
+def _infer_moe(
+    shapes: Mapping[str, tuple[int, ...]], vision: VisionConfig, text: TextConfig, num_selected_experts: int
+) -> MoeConfig | None:
+    routers = [name for name in shapes if name.endswith(".gate.weight")]
     if not routers:
         return None
-    num_experts = leaves[routers[0]].shape[1]
-    blocks = {tower: sum(name.startswith(tower) for name in routers) for tower in ("visual", "text")}
-    everywhere = all(count == _count_blocks(leaves, tower) for tower, count in blocks.items())
+    in_vision = sum(name.startswith("visual.") for name in routers)
+    in_text = len(routers) - in_vision
+    everywhere = in_vision == vision.num_layers and in_text == text.num_layers
     return MoeConfig(
-        num_experts=num_experts,
+        num_experts=shapes[routers[0]][0],
         num_selected_experts=num_selected_experts,
-        num_moe_layers=None if everywhere else max(blocks.values()),
+        num_moe_layers=None if everywhere else max(in_vision, in_text),
     )

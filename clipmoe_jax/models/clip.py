@@ -24,29 +24,40 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
+    """mlp_width: of the feed-forward layers; None is four times the width."""
+
     image_size: int = 224
     patch_size: int = 32
     width: int = 768
     num_layers: int = 12
     head_width: int = 64
+    mlp_width: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
+    """mlp_width: as in the vision tower. eos_token_id: whose first place gives the text feature; None is the
+    highest id of a row, as in OpenAI's CLIP, where that is the end token."""
+
     vocab_size: int = 49408
     context_length: int = 77
     width: int = 512
     num_layers: int = 12
     head_width: int = 64
+    mlp_width: int | None = None
+    eos_token_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """The architecture: everything that the shapes and the meaning of the parameters depend on."""
+    """The architecture: everything that the shapes and the meaning of the parameters depend on.
+
+    text: None is a vision tower alone, without `logit_scale`.
+    """
 
     embed_dim: int = 512
     vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
+    text: TextConfig | None = TextConfig()
     activation: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     moe: MoeConfig | None = None
@@ -55,7 +66,7 @@ class ClipConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
         for name, tower in (("vision", self.vision), ("text", self.text)):
-            if tower.width % tower.head_width:
+            if tower is not None and tower.width % tower.head_width:
                 raise ValueError(
                     f"{name}.width={tower.width} is not a multiple of {name}.head_width={tower.head_width}"
                 )
@@ -74,7 +85,8 @@ class ClipConfig:
         """The inverse of `to_dict`."""
         fields = dict(fields)
         fields["vision"] = VisionConfig(**fields["vision"])
-        fields["text"] = TextConfig(**fields["text"])
+        if fields["text"] is not None:
+            fields["text"] = TextConfig(**fields["text"])
         if fields.get("moe") is not None:
             fields["moe"] = MoeConfig(**fields["moe"])
         return cls(**fields)
@@ -111,14 +123,14 @@ def normalize_features(features: Array) -> Array:
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def text_mask(tokens: Array) -> Array:
+def text_mask(tokens: Array, eos_token_id: int | None = None) -> Array:
     """True for tokens up to and including the end token. tokens (B, L) int32 -> (B, L) bool."""
-    return jnp.arange(tokens.shape[1]) <= end_position(tokens)[:, None]
+    return jnp.arange(tokens.shape[1]) <= end_position(tokens, eos_token_id)[:, None]
 
 
-def end_position(tokens: Array) -> Array:
-    """Where the end token stands: it has CLIP's highest id. (B, L) int32 -> (B,) int32."""
-    return jnp.argmax(tokens, axis=-1)
+def end_position(tokens: Array, eos_token_id: int | None = None) -> Array:
+    """Where the first end token stands; None takes the highest id for it. (B, L) int32 -> (B,) int32."""
+    return jnp.argmax(tokens if eos_token_id is None else tokens == eos_token_id, axis=-1)
 
 
 class VisionTower(nn.Module):
@@ -174,7 +186,7 @@ class TextTower(nn.Module):
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
         x = (embedding(tokens) + positions[:length]).astype(dtype)
         x, aux = _apply_blocks(x, config, text, self.run, causal=True, deterministic=deterministic)
-        x = x[jnp.arange(x.shape[0]), end_position(tokens)]
+        x = x[jnp.arange(x.shape[0]), end_position(tokens, text.eos_token_id)]
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux
@@ -183,7 +195,8 @@ class TextTower(nn.Module):
 class Clip(nn.Module):
     """Both towers and `logit_scale` (a logarithm). Features are not normalised to unit length.
 
-    A method returns `(features, aux)`; aux is empty for a dense tower, else as `apply_blocks` says.
+    A method returns `(features, aux)`; aux is empty for a dense tower, else as `apply_blocks` says. Of a
+    vision tower alone only `encode_image` can be called.
     """
 
     config: ClipConfig
@@ -191,8 +204,9 @@ class Clip(nn.Module):
 
     def setup(self):
         self.visual = VisionTower(self.config, self.run)
-        self.text = TextTower(self.config, self.run)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+        if self.config.text is not None:
+            self.text = TextTower(self.config, self.run)
+            self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_image(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
         """images (B, H, W, 3) uint8 or normalised float -> (B, embed) float32, aux."""
@@ -236,6 +250,7 @@ def _apply_blocks(
         x,
         num_layers=tower.num_layers,
         num_heads=tower.width // tower.head_width,
+        mlp_width=tower.mlp_width or 4 * tower.width,
         activation=config.activation,
         layer_norm_eps=config.layer_norm_eps,
         causal=causal,

@@ -1,5 +1,9 @@
-"""Stretching text positions for long captions (Long-CLIP, arXiv 2403.15378, section 3.1)."""
+"""Position tables for longer captions (Long-CLIP, arXiv 2403.15378, section 3.1) and larger images.
 
+Letters: D width, G patches along a side.
+"""
+
+import jax
 import numpy as np
 
 KEPT_POSITIONS = 20
@@ -29,3 +33,16 @@ def stretch_positions(positions: np.ndarray) -> np.ndarray:
 def stretched_length(context_length: int) -> int:
     """Number of positions after stretching: 77 -> 248."""
     return KEPT_POSITIONS + FACTOR * (context_length - KEPT_POSITIONS)
+
+
+def resize_grid(positions: np.ndarray, side: int) -> np.ndarray:
+    """Resizes a vision tower's grid of positions: (1 + G*G, D) -> (1 + side*side, D), same dtype.
+
+    The class token's row is kept. Bicubic with antialiasing, in float32, as open_clip does it by torch.
+    """
+    positions = np.asarray(positions)
+    old = round((len(positions) - 1) ** 0.5)
+    grid = positions[1:].astype(np.float32).reshape(old, old, -1)
+    shape, precision = (side, side, grid.shape[-1]), jax.lax.Precision.HIGHEST
+    resized = np.asarray(jax.image.resize(grid, shape, "cubic", precision=precision))
+    return np.concatenate([positions[:1], resized.reshape(side * side, -1).astype(positions.dtype)])

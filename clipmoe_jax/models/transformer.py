@@ -1,6 +1,6 @@
 """The pre-LayerNorm transformer of both CLIP towers; each block's feed-forward layer is dense or MoE.
 
-Letters: B batch, L length, D width, H heads, F feed-forward hidden width (4 D), M MoE blocks, E experts.
+Letters: B batch, L length, D width, H heads, F feed-forward hidden width, M MoE blocks, E experts.
 """
 
 import dataclasses
@@ -113,6 +113,7 @@ class Block(nn.Module):
     """One residual block. x (B, L, D) -> (x, aux); aux is MoeMlp's for a MoE block, else empty."""
 
     num_heads: int
+    mlp_width: int
     activation: str
     layer_norm_eps: float
     causal: bool
@@ -127,13 +128,13 @@ class Block(nn.Module):
             layer_norm(self.layer_norm_eps, dtype, "ln_1")(x)
         )
         h = layer_norm(self.layer_norm_eps, dtype, "ln_2")(x)
-        hidden_dim, activation = 4 * x.shape[-1], ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
         if self.moe is None:
-            return x + Mlp(hidden_dim, activation, dtype, name="mlp")(h), {}
+            return x + Mlp(self.mlp_width, activation, dtype, name="mlp")(h), {}
         y, aux = MoeMlp(
             num_experts=self.moe.num_experts,
             num_selected_experts=self.moe.num_selected_experts,
-            hidden_dim=hidden_dim,
+            hidden_dim=self.mlp_width,
             activation=activation,
             dispatch=self.run.dispatch,
             capacity_factor=self.run.capacity_factor,
@@ -150,6 +151,7 @@ def apply_blocks(
     *,
     num_layers: int,
     num_heads: int,
+    mlp_width: int,
     activation: str,
     layer_norm_eps: float,
     causal: bool,
@@ -168,6 +170,7 @@ def apply_blocks(
     for i in range(num_layers):
         block = block_class(
             num_heads=num_heads,
+            mlp_width=mlp_width,
             activation=activation,
             layer_norm_eps=layer_norm_eps,
             causal=causal,

@@ -64,8 +64,9 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
             loss.label_smoothing,
         )
         if model.config.moe:
+            mask = text_mask(batch["text"], model.config.text.eos_token_id)
             found |= losses.balance_losses(
-                outputs, text_mask(batch["text"]), num_selected, loss.balance_coefficient, loss.balance
+                outputs, mask, num_selected, loss.balance_coefficient, loss.balance
             )
             found["dropped_slots"] = sum(
                 outputs[tower]["dropped_slots"].sum() for tower in ("image_aux", "text_aux")

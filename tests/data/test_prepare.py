@@ -133,7 +133,7 @@ def test_nothing_usable(out, tmp_path):
 
 def test_out_is_never_overwritten(source, out):
     prepare(source, str(out))
-    with pytest.raises(ValueError, match=f"--out={out} is a data set already: delete it or pick"):
+    with pytest.raises(ValueError, match=f"--out={out} exists already: delete it or pick"):
         prepare(source, str(out))
     other = out.with_name("other")
     other.mkdir()

@@ -1,0 +1,177 @@
+"""open_clip's `open_clip_config.json`; its state dicts have OpenAI's names (`released.TABLE`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipmoe_jax.data.preprocess import MEAN, STD, check_normalisation
+from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+
+CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
+
+# Fields of open_clip's tower configs, each with the value that means what this program's towers do.
+# What is read, and what changes no feature of a trained model, is not listed.
+FIXED = {
+    "ls_init_value": None,
+    "attentional_pool": False,
+    "no_ln_pre": False,
+    "pos_embed_type": "learnable",
+    "final_ln_after_pool": False,
+    "act_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+    "timm_model_name": None,
+    "hf_model_name": None,
+    "embed_cls": False,
+    "no_causal_mask": False,
+    "proj_bias": False,
+    "proj_type": "linear",
+}
+READ = {
+    *("layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"),
+    *("context_length", "vocab_size", "pool_type", "eos_id"),
+}
+NO_MATTER = {
+    *("patch_dropout", "output_tokens", "pad_id", "attn_pooler_queries", "attn_pooler_heads"),
+    *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "hf_model_pretrained", "hf_proj_type"),
+    *("hf_pooler_type", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop"),
+    "timm_drop_path",
+}
+DEFAULT_EPS = 1e-5
+
+
+def import_config(config: Mapping[str, Any]) -> ClipConfig:
+    """The architecture that an open_clip_config.json, or one of open_clip's model configs, describes.
+
+    Raises ValueError naming the first field for which this program's towers have no equal.
+    """
+    model = config.get("model_cfg", config)
+    if missing := [name for name in ("embed_dim", "vision_cfg", "text_cfg") if name not in model]:
+        raise ValueError(f"{CONFIG_FILE} lacks {', '.join(missing)}")
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    if isinstance(vision.get("layers"), list):
+        raise ValueError(f"vision_cfg.layers={vision['layers']} is a ResNet, not a ViT: give a ViT CLIP")
+    if "init_logit_bias" in model:
+        raise ValueError(f"init_logit_bias={model['init_logit_bias']} is a SigLIP's, not a CLIP's")
+    if "multimodal_cfg" in model:
+        raise ValueError("multimodal_cfg is a CoCa's, not a CLIP's")
+    for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
+        for field, value in tower.items():
+            if field in FIXED and value != FIXED[field]:
+                raise ValueError(f"{name}.{field}={value!r}: this program's towers have {FIXED[field]!r}")
+            if field not in (FIXED.keys() | READ | NO_MATTER):
+                raise ValueError(f"{name}.{field}={value!r} is not known to this program")
+    if vision.get("pool_type", "tok") != "tok":
+        raise ValueError(f"vision_cfg.pool_type={vision['pool_type']!r}: this program pools the class token")
+    check_normalisation(config.get("preprocess_cfg", {}), ("mean", "std"), CONFIG_FILE)
+    if _eps(vision) != _eps(text):
+        raise ValueError(
+            f"vision_cfg has LayerNorms of eps {_eps(vision)}, text_cfg of {_eps(text)}: this program's "
+            "towers share it"
+        )
+    width, text_width = vision.get("width", 768), text.get("width", 512)
+    return ClipConfig(
+        embed_dim=model["embed_dim"],
+        vision=VisionConfig(
+            image_size=_side(vision, "image_size", 224),
+            patch_size=_side(vision, "patch_size", 16),
+            width=width,
+            num_layers=vision.get("layers", 12),
+            head_width=vision.get("head_width", 64),
+            mlp_width=_mlp_width(vision, width),
+        ),
+        text=TextConfig(
+            vocab_size=text.get("vocab_size", 49408),
+            context_length=text.get("context_length", 77),
+            width=text_width,
+            num_layers=text.get("layers", 12),
+            head_width=text_width // text.get("heads", 8),
+            mlp_width=_mlp_width(text, text_width),
+            eos_token_id=_eos_token_id(text),
+        ),
+        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+        layer_norm_eps=_eps(vision),
+    )
+
+
+def export_config(config: ClipConfig) -> dict[str, Any]:
+    """The open_clip_config.json of a dense model, the inverse of `import_config`.
+
+    Raises ValueError for what open_clip does not build: a CLIP-MoE, a vision tower alone.
+    """
+    if config.moe or config.text is None:
+        kind = "CLIP-MoE" if config.moe else "vision tower alone"
+        raise ValueError(f"open_clip builds no {kind}: convert it to huggingface")
+    vision = {
+        "image_size": config.vision.image_size,
+        "patch_size": config.vision.patch_size,
+        "head_width": config.vision.head_width,
+        **_export_tower(config.vision, config.layer_norm_eps),
+    }
+    text = {
+        "context_length": config.text.context_length,
+        "vocab_size": config.text.vocab_size,
+        "heads": config.text.width // config.text.head_width,
+        **_export_tower(config.text, config.layer_norm_eps),
+    }
+    if config.text.eos_token_id is not None:
+        text |= {"pool_type": "eos", "eos_id": config.text.eos_token_id}
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": vision,
+            "text_cfg": text,
+        },
+        "preprocess_cfg": {
+            "mean": [round(float(value), 8) for value in MEAN],
+            "std": [round(float(value), 8) for value in STD],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def _export_tower(tower: VisionConfig | TextConfig, eps: float) -> dict[str, Any]:
+    fields: dict[str, Any] = {"width": tower.width, "layers": tower.num_layers}
+    if tower.mlp_width is not None:
+        # open_clip rounds width * mlp_ratio down; half a unit more keeps it from falling short.
+        fields["mlp_ratio"] = (tower.mlp_width + 0.5) / tower.width
+    if eps != DEFAULT_EPS:
+        fields["norm_kwargs"] = {"eps": eps}
+    return fields
+
+
+def _eps(tower: Mapping[str, Any]) -> float:
+    kwargs = tower.get("norm_kwargs") or {}
+    if odd := sorted(kwargs.keys() - {"eps"}):
+        raise ValueError(f"norm_kwargs has {odd}: this program's LayerNorms have an eps alone")
+    return kwargs.get("eps", DEFAULT_EPS)
+
+
+def _mlp_width(tower: Mapping[str, Any], width: int) -> int | None:
+    mlp_width = int(width * tower.get("mlp_ratio", 4.0))
+    return None if mlp_width == 4 * width else mlp_width
+
+
+def _side(tower: Mapping[str, Any], field: str, default: int) -> int:
+    """A number of pixels, which open_clip may write as [height, width]."""
+    value = tower.get(field, default)
+    sides = set(value) if isinstance(value, list) else {value}
+    if len(sides) != 1:
+        raise ValueError(f"vision_cfg.{field}={value}: this program takes square images and patches")
+    return sides.pop()
+
+
+def _eos_token_id(text: Mapping[str, Any]) -> int | None:
+    """open_clip takes the highest id of a row, or of its pool_type "eos" the first `eos_id`."""
+    pool_type = text.get("pool_type", "argmax")
+    if pool_type == "argmax":
+        return None
+    if pool_type == "eos":
+        return text.get("eos_id", 2)
+    raise ValueError(f"text_cfg.pool_type={pool_type!r}: this program pools the end token ('argmax', 'eos')")
