@@ -39,6 +39,8 @@ def convert(
     """
     if to not in WRITERS:
         raise ValueError(f"--to={to} is not a format: choose one of {', '.join(WRITERS)}")
+    if "://" in out:
+        raise ValueError(f"--out={out}: safetensors are written to local disks alone: copy the folder then")
     with artifacts.new_folder(epath.Path(out)) as folder:
         model = read_model(
             source,

@@ -168,7 +168,7 @@ def export_config(config: ClipConfig, dtype: str) -> dict[str, Any]:
         "model_type": "clip_moe_text_model" if config.moe else "clip_text_model",
         "vocab_size": config.text.vocab_size,
         "max_position_embeddings": config.text.context_length,
-        "bos_token_id": START_ID,
+        "bos_token_id": START_ID if config.text.vocab_size > START_ID else None,
         "eos_token_id": config.text.vocab_size - 1 if eos_token_id is None else eos_token_id,
         "pad_token_id": PAD_ID,
         **_export_tower(config.text),

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-from clipmoe_jax import losses, trees
+from clipmoe_jax import losses
 from clipmoe_jax.interop import released
+from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, text_mask
 from clipmoe_jax.models.positions import stretch_positions
 
@@ -23,9 +23,8 @@ def computed(golden_dir, golden):
     tokens = jnp.asarray(golden["tokens"])
     results = {}
     for name in CHECKPOINTS:
-        state = torch.load(golden_dir / f"{name}.pt", weights_only=True)
-        config, leaves = released.import_state_dict({k: v.numpy() for k, v in state.items()})
-        model, params = Clip(config), trees.unflatten(leaves)
+        found = read_model(str(golden_dir / f"{name}.pt"))
+        model, params = Clip(found.config), found.params
         outputs = jax.jit(model.apply)({"params": params}, images, tokens)
         results[name] = model, params, (images, tokens), outputs
     return results

@@ -1,0 +1,604 @@
+"""CLIP-MoE for PyTorch and transformers: two CLIP towers whose feed-forward layers are mixtures of experts.
+
+Method: arXiv 2409.19291. This file stands beside the weights it belongs to and needs torch and transformers
+alone; `clipmoe_jax` writes both. Licence: Apache-2.0.
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)      # a CLIPMoEModel
+    tower = CLIPMoEVisionModel.from_pretrained(folder)                     # its vision tower alone
+
+Letters: B batch, L length, D width, H heads, M MoE blocks, E experts, K selected experts, N tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ModelOutput
+
+LEGACY_EOS_ID = 2  # in old configs: the end token is the highest id of a row
+
+# An activation is f(s x) / s, so that the products before and after it can take the scaling over.
+ACTIVATIONS = {"quick_gelu": (functional.silu, 1.702), "gelu": (functional.gelu, 1.0)}
+
+
+class _TowerConfig(PretrainedConfig):
+    """What both towers have. num_moe_layers: the last n blocks are MoE; None is all."""
+
+    def __init__(
+        self,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        projection_dim=512,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        initializer_range=0.02,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_moe_layers=None,
+        **kwargs,
+    ):
+        if hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={hidden_act!r}: choose one of {sorted(ACTIVATIONS)}")
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={num_experts_per_tok} must lie between 1 and num_experts={num_experts}"
+            )
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.projection_dim = projection_dim
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.num_moe_layers = num_moe_layers
+        super().__init__(**kwargs)
+
+    def is_moe(self, layer):
+        """Whether block `layer`, counted from 0, is a mixture of experts."""
+        return self.num_moe_layers is None or layer >= self.num_hidden_layers - self.num_moe_layers
+
+
+class CLIPMoETextConfig(_TowerConfig):
+    """The text tower. Its feature is that of the first `eos_token_id` of a row."""
+
+    model_type = "clip_moe_text_model"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size=49408,
+        max_position_embeddings=77,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=1,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        super().__init__(**kwargs)
+
+
+class CLIPMoEVisionConfig(_TowerConfig):
+    """The vision tower."""
+
+    model_type = "clip_moe_vision_model"
+    base_config_key = "vision_config"
+
+    def __init__(self, image_size=224, patch_size=32, num_channels=3, **kwargs):
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        super().__init__(**kwargs)
+
+
+class CLIPMoEConfig(PretrainedConfig):
+    """Both towers, their common space, and how much the balance of the experts counts in the loss."""
+
+    model_type = "clip_moe"
+    sub_configs = {"text_config": CLIPMoETextConfig, "vision_config": CLIPMoEVisionConfig}
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        projection_dim=512,
+        logit_scale_init_value=2.6592,
+        router_aux_loss_coef=0.01,
+        output_router_logits=False,
+        **kwargs,
+    ):
+        for name, value in (("text_config", text_config), ("vision_config", vision_config)):
+            if not isinstance(value, PretrainedConfig):
+                value = self.sub_configs[name](**(value or {}))
+            setattr(self, name, value)
+        self.projection_dim = projection_dim
+        self.logit_scale_init_value = logit_scale_init_value
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.output_router_logits = output_router_logits
+        super().__init__(**kwargs)
+
+
+@dataclass
+class CLIPMoETowerOutput(ModelOutput):
+    """What a tower gives.
+
+    last_hidden_state (B, L, D); pooler_output (B, D), or (B, projection) from `get_image_features` and
+    `get_text_features`; hidden_states: after the embeddings and after each block, (B, L, D); attentions: of
+    each block, (B, H, L, L); router_logits: of each MoE block, (B, L, E) float32.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class CLIPMoEOutput(ModelOutput):
+    """What both towers give: CLIP's outputs, and `aux_loss` (), the balance of the experts, 1 at best."""
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_model_output: CLIPMoETowerOutput | None = None
+    vision_model_output: CLIPMoETowerOutput | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear: the feed-forward layer of a block that is not a mixture."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation, self.scale = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D), and None for the router logits that it has not."""
+        return self.fc2(self.activation(self.scale * self.fc1(x)) / self.scale), None
+
+
+class StackedLinear(nn.Module):
+    """The parameters of E linear layers: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, num_experts, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+
+
+class Experts(nn.Module):
+    """E feed-forward layers, of which each token visits K; none is dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation, self.scale = ACTIVATIONS[config.hidden_act]
+        self.fc1 = StackedLinear(config.num_experts, config.hidden_size, config.intermediate_size)
+        self.fc2 = StackedLinear(config.num_experts, config.intermediate_size, config.hidden_size)
+
+    def forward(self, x, gates, expert_ids):
+        """x (N, D), gates (N, K), expert_ids (N, K) int64 -> (N, D).
+
+        Slots are sorted by expert, so that each expert's rows lie together and are multiplied at once, and
+        the sum over a token's K experts is a gather, which has no additions to the same row in turn.
+        """
+        num_selected = expert_ids.shape[1]
+        slots = expert_ids.flatten()
+        order = slots.argsort()
+        counts = torch.bincount(slots, minlength=len(self.fc1.weight)).tolist()
+        groups = x[order // num_selected].split(counts)
+        y = torch.cat([self._run(expert, rows) for expert, rows in enumerate(groups)])
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return (y[place].view(*expert_ids.shape, -1) * gates.unsqueeze(-1)).sum(dim=1)
+
+    def _run(self, expert, rows):
+        fc1, fc2, scale = self.fc1, self.fc2, self.scale
+        h = torch.addmm(fc1.bias[expert], rows, fc1.weight[expert].t(), beta=scale, alpha=scale)
+        return torch.addmm(fc2.bias[expert], self.activation(h), fc2.weight[expert].t(), alpha=1 / scale)
+
+
+class MoE(nn.Module):
+    """A router and its experts: softmax over all experts, the K largest, divided by their sum."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_selected = config.num_experts_per_tok
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D), router logits (B, L, E) float32."""
+        tokens = x.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
+            logits = functional.linear(tokens.float(), self.router.weight.float())
+            gates, expert_ids = logits.softmax(dim=-1).topk(self.num_selected, dim=-1)
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+        y = self.experts(tokens, gates.to(x.dtype), expert_ids)
+        return y.view_as(x), logits.view(*x.shape[:2], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, mask, is_causal, with_probabilities):
+        """x (B, L, D), mask broadcast to (B, H, L, L) bool or None -> (B, L, D), probabilities or None."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        probabilities = None
+        if with_probabilities:
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            if mask is None and is_causal:
+                mask = _causal_mask(x)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+            y = probabilities @ v
+        else:
+            y = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal and mask is None
+            )
+        return self.out_proj(y.transpose(1, 2).flatten(2)), probabilities
+
+
+class Block(nn.Module):
+    """One residual block, LayerNorms first."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config)
+
+    def forward(self, x, mask, is_causal, with_probabilities):
+        """x (B, L, D) -> x, attention probabilities or None, router logits or None."""
+        y, probabilities = self.self_attn(self.layer_norm1(x), mask, is_causal, with_probabilities)
+        x = x + y
+        y, router_logits = self.mlp(self.layer_norm2(x))
+        return x + y, probabilities, router_logits
+
+
+class Encoder(nn.Module):
+    """The blocks of a tower."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(self, x, mask, is_causal, output_hidden_states, output_attentions, output_router_logits):
+        """x (B, L, D) -> a CLIPMoETowerOutput without pooler_output."""
+        hidden_states, attentions, router_logits = [x], [], []
+        for layer in self.layers:
+            arguments = (x, mask, is_causal, bool(output_attentions))
+            if self.gradient_checkpointing and self.training:
+                x, probabilities, logits = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                x, probabilities, logits = layer(*arguments)
+            hidden_states.append(x)
+            attentions.append(probabilities)
+            if logits is not None:
+                router_logits.append(logits)
+        # LLaVA asks for hidden states by naming the one that it wants.
+        wants_hidden_states = output_hidden_states is not None and output_hidden_states is not False
+        return CLIPMoETowerOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if wants_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+        )
+
+
+class VisionEmbeddings(nn.Module):
+    """Class token and patches, with their positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        width = config.hidden_size
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, width, kernel_size=self.patch_size, stride=self.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding((self.image_size // self.patch_size) ** 2 + 1, width)
+
+    def forward(self, pixel_values, interpolate_pos_encoding):
+        """(B, 3, height, width) -> (B, L, D)."""
+        size = tuple(pixel_values.shape[-2:])
+        if size != (self.image_size, self.image_size) and not interpolate_pos_encoding:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels; this model takes {self.image_size} x "
+                f"{self.image_size}, or others with interpolate_pos_encoding=True"
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        tokens = patches.flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(len(tokens), 1, -1)
+        return torch.cat([class_token, tokens], dim=1) + self._positions(*patches.shape[-2:])
+
+    def _positions(self, height, width):
+        positions, side = self.position_embedding.weight, self.image_size // self.patch_size
+        if (height, width) == (side, side):
+            return positions
+        grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)
+        grid = functional.interpolate(grid.float(), (height, width), mode="bicubic", antialias=True)
+        return torch.cat([positions[:1], grid[0].flatten(1).t().to(positions.dtype)])
+
+
+class TextEmbeddings(nn.Module):
+    """Tokens with their positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids, position_ids):
+        """(B, L) int64 -> (B, L, D)."""
+        length, most = input_ids.shape[1], self.position_embedding.num_embeddings
+        if length > most:
+            raise ValueError(f"input_ids have length {length}; this model takes at most {most} tokens")
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+class CLIPMoEPreTrainedModel(PreTrainedModel):
+    """What the three models share: how they are initialised, and what transformers may do with them."""
+
+    config_class = CLIPMoEConfig
+    base_model_prefix = "clip_moe"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block", "VisionEmbeddings", "TextEmbeddings"]
+
+    def _init_weights(self, module):
+        std = getattr(self.config, "initializer_range", 0.02)
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, StackedLinear)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, VisionEmbeddings):
+            nn.init.normal_(module.class_embedding, std=std)
+        elif isinstance(module, CLIPMoEModel):
+            nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
+    """The vision tower, with CLIPVisionModel's interface."""
+
+    config_class = CLIPMoEVisionConfig
+    base_model_prefix = "vision_model"  # so that a whole model's file loads here
+    main_input_name = "pixel_values"
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIPModel's name
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values=None,
+        interpolate_pos_encoding=False,
+        output_hidden_states=None,
+        output_attentions=None,
+        output_router_logits=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """pixel_values (B, 3, height, width), as the processor gives them -> CLIPMoETowerOutput."""
+        x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.encoder(x, None, False, output_hidden_states, output_attentions, output_router_logits)
+        outputs.pooler_output = self.post_layernorm(outputs.last_hidden_state[:, 0])
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+
+class CLIPMoETextModel(CLIPMoEPreTrainedModel):
+    """The text tower, with CLIPTextModel's interface."""
+
+    config_class = CLIPMoETextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.token_embedding
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        output_router_logits=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """input_ids, attention_mask (1 for tokens), position_ids (B, L) -> CLIPMoETowerOutput."""
+        x = self.embeddings(input_ids, position_ids)
+        mask = None
+        if attention_mask is not None and not attention_mask.all():
+            mask = _causal_mask(x) & attention_mask.bool()[:, None, None, :]
+            mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # no row without any
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.encoder(x, mask, True, output_hidden_states, output_attentions, output_router_logits)
+        outputs.last_hidden_state = self.final_layer_norm(outputs.last_hidden_state)
+        rows = torch.arange(len(x), device=x.device)
+        outputs.pooler_output = outputs.last_hidden_state[rows, self.end_position(input_ids)]
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+    def end_position(self, input_ids):
+        """Where the first end token of each row stands. (B, L) -> (B,) int64."""
+        if self.config.eos_token_id == LEGACY_EOS_ID:
+            return input_ids.argmax(dim=-1)
+        return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+
+
+class CLIPMoEModel(CLIPMoEPreTrainedModel):
+    """Both towers into one space, with CLIPModel's interface."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text_model = CLIPMoETextModel._from_config(config.text_config)
+        self.vision_model = CLIPMoEVisionModel._from_config(config.vision_config)
+        projection_dim = config.projection_dim
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    def get_image_features(self, pixel_values, **kwargs):
+        """As the vision tower; pooler_output is the image's features (B, projection), not normalised."""
+        outputs = self.vision_model(pixel_values, **kwargs | {"return_dict": True})
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        """As the text tower; pooler_output is the text's features (B, projection), not normalised."""
+        outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs | {"return_dict": True})
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        return_loss=None,
+        interpolate_pos_encoding=False,
+        output_hidden_states=None,
+        output_attentions=None,
+        output_router_logits=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Captions (T, L) and images (B, 3, height, width) -> CLIPMoEOutput.
+
+        return_loss: the symmetric cross-entropy of pairs in order, B = T; with output_router_logits (None:
+        the config's) plus router_aux_loss_coef times aux_loss, the mean of both towers' balance.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "output_router_logits": output_router_logits,
+        }
+        image = self.get_image_features(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs
+        )
+        text = self.get_text_features(input_ids, attention_mask, position_ids, **outputs)
+        image_embeds = functional.normalize(image.pooler_output, dim=-1)
+        text_embeds = functional.normalize(text.pooler_output, dim=-1)
+        logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.t()
+
+        loss = aux_loss = None
+        if output_router_logits:
+            up_to_end = torch.arange(input_ids.shape[1], device=input_ids.device)
+            mask = up_to_end <= self.text_model.end_position(input_ids)[:, None]
+            num_selected = self.config.text_config.num_experts_per_tok
+            aux_loss = load_balance(text.router_logits, num_selected, mask) / 2
+            num_selected = self.config.vision_config.num_experts_per_tok
+            aux_loss = aux_loss + load_balance(image.router_logits, num_selected) / 2
+        if return_loss:
+            target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+            rows, columns = logits_per_text.float(), logits_per_text.float().t()
+            loss = functional.cross_entropy(rows, target) / 2 + functional.cross_entropy(columns, target) / 2
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        found = CLIPMoEOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=image,
+            aux_loss=aux_loss,
+        )
+        return found if return_dict is not False else found.to_tuple()
+
+
+def load_balance(router_logits, num_selected, mask=None):
+    """E * sum_e f_e P_e, averaged over blocks: 1 when perfectly balanced (arXiv 2409.19291, eq. 6-9).
+
+    f_e is the share of routed slots that went to expert e, P_e its mean probability. router_logits: of each
+    MoE block, (B, L, E) float32; mask (B, L) bool leaves tokens out. Returns a scalar.
+    """
+    logits = torch.stack([block.flatten(0, 1) for block in router_logits])  # (M, N, E)
+    if mask is not None:
+        logits = logits[:, mask.flatten()]
+    probabilities = logits.softmax(dim=-1)
+    slots = functional.one_hot(probabilities.topk(num_selected, dim=-1).indices, logits.shape[-1])
+    fraction = slots.sum(dim=2).float().mean(dim=1) / num_selected
+    return logits.shape[-1] * (fraction * probabilities.mean(dim=1)).sum(dim=-1).mean()
+
+
+def _causal_mask(x):
+    """(L, L) bool: True where a token may look. x (B, L, D)."""
+    length = x.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+
+
+def register():
+    """Makes the three models known to transformers' Auto classes, also inside another model's config."""
+    for config, model in (
+        (CLIPMoEConfig, CLIPMoEModel),
+        (CLIPMoETextConfig, CLIPMoETextModel),
+        (CLIPMoEVisionConfig, CLIPMoEVisionModel),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    AutoModelForZeroShotImageClassification.register(CLIPMoEConfig, CLIPMoEModel, exist_ok=True)
