@@ -49,7 +49,7 @@ class LoadedClip:
             raise ValueError(f"{self!r} cannot encode text")
         if hasattr(texts, "shape"):
             tokens = texts
-        elif text.vocab_size > END_ID and text.eos_token_id in (None, END_ID):
+        elif text.vocab_size == END_ID + 1 and text.eos_token_id in (None, END_ID):
             tokens = Tokenizer(text.context_length)(texts)
         else:
             raise ValueError(

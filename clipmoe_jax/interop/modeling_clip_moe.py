@@ -202,20 +202,21 @@ class Experts(nn.Module):
         Slots are sorted by expert, so that each expert's rows lie together and are multiplied at once, and
         the sum over a token's K experts is a gather, which has no additions to the same row in turn.
         """
-        num_selected = expert_ids.shape[1]
         slots = expert_ids.flatten()
         order = slots.argsort()
         counts = torch.bincount(slots, minlength=len(self.fc1.weight)).tolist()
-        groups = x[order // num_selected].split(counts)
-        y = torch.cat([self._run(expert, rows) for expert, rows in enumerate(groups)])
+        groups = x.index_select(0, order // expert_ids.shape[1]).split(counts)
+        # Unbound rather than indexed: the gradient is then stacked once, not added up from E zero tensors.
+        linears = (p.unbind() for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
+        y = torch.cat([self._run(*group) for group in zip(groups, *linears, strict=True)])
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        return (y[place].view(*expert_ids.shape, -1) * gates.unsqueeze(-1)).sum(dim=1)
+        y = y.index_select(0, place).view(*expert_ids.shape, -1)
+        return torch.bmm(gates.unsqueeze(1), y).squeeze(1)
 
-    def _run(self, expert, rows):
-        fc1, fc2, scale = self.fc1, self.fc2, self.scale
-        h = torch.addmm(fc1.bias[expert], rows, fc1.weight[expert].t(), beta=scale, alpha=scale)
-        return torch.addmm(fc2.bias[expert], self.activation(h), fc2.weight[expert].t(), alpha=1 / scale)
+    def _run(self, rows, weight1, bias1, weight2, bias2):
+        h = torch.addmm(bias1, rows, weight1.t(), beta=self.scale, alpha=self.scale)
+        return torch.addmm(bias2, self.activation(h), weight2.t(), alpha=1 / self.scale)
 
 
 class MoE(nn.Module):

@@ -1,0 +1,129 @@
+"""The exported MoE layer in PyTorch: time against a masked loop, a dense layer, and its own products.
+
+    python -m benchmarks.torch_moe                       # the sizes of benchmarks/moe_block.py
+    python -m benchmarks.torch_moe --device=cuda --tokens=25700 --width=1024 --hidden=4096 --dtype=bfloat16
+
+The masked loop is the released code's way: for each expert a mask over tokens, rows gathered by it, and
+`index_add_`. "products alone" multiplies as many rows by the same matrices and does nothing else: what any
+implementation of these sizes must at least take. Runs are interleaved; the ratio is the median of the ratios
+of each round.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from clipmoe_jax.interop.modeling_clip_moe import MLP, CLIPMoEVisionConfig, MoE
+
+
+class MaskedLoop(nn.Module):
+    """The same layer and numbers, expert by expert, each with linear layers of its own."""
+
+    def __init__(self, moe: MoE):
+        super().__init__()
+        self.router, self.num_selected = moe.router, moe.num_selected
+        layers = (moe.experts.fc1.weight, moe.experts.fc1.bias, moe.experts.fc2.weight, moe.experts.fc2.bias)
+        self.experts = nn.ModuleList([_expert(*parts) for parts in zip(*layers, strict=True)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D)."""
+        probabilities = self.router(x).softmax(dim=-1, dtype=torch.float32)
+        gates, expert_ids = probabilities.topk(self.num_selected, dim=-1)
+        gates = (gates / gates.sum(dim=-1, keepdim=True)).to(x.dtype)
+        masks = functional.one_hot(expert_ids, len(self.experts)).permute(2, 1, 0)
+        y = torch.zeros_like(x)
+        for (fc1, fc2), mask in zip(self.experts, masks, strict=True):
+            place, token = torch.where(mask)
+            h = fc1(x[token])
+            y.index_add_(0, token, fc2(h * torch.sigmoid(1.702 * h)) * gates[token, place, None])
+        return y
+
+    def products_alone(self, x: torch.Tensor) -> torch.Tensor:
+        """N * K rows, split evenly over the experts, through both matrices of each."""
+        groups = x.repeat(self.num_selected, 1).chunk(len(self.experts))
+        both = zip(groups, self.experts, strict=True)
+        return sum((rows @ fc1.weight.t() @ fc2.weight.t()).sum() for rows, (fc1, fc2) in both)
+
+
+def _expert(*parts: torch.Tensor) -> nn.ModuleList:
+    (weight1, bias1, weight2, bias2) = (nn.Parameter(part.detach().clone()) for part in parts)
+    fc1, fc2 = nn.Linear(*weight1.t().shape), nn.Linear(*weight2.t().shape)
+    fc1.weight, fc1.bias, fc2.weight, fc2.bias = weight1, bias1, weight2, bias2
+    return nn.ModuleList([fc1, fc2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1600)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--selected", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = CLIPMoEVisionConfig(
+        hidden_size=args.width,
+        intermediate_size=args.hidden,
+        num_experts=args.experts,
+        num_experts_per_tok=args.selected,
+    )
+    moe, mlp = MoE(config), MLP(config)
+    for parameter in [*moe.parameters(), *mlp.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.02)
+    loop = MaskedLoop(moe)
+    x = torch.randn(args.tokens, args.width)
+    difference = (moe(x.unsqueeze(0))[0].squeeze(0) - loop(x)).abs().max().item()
+    where = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    moe, mlp, loop, x = (thing.to(**where) for thing in (moe, mlp, loop, x))
+    layers = {
+        "masked loop": loop,
+        "exported": lambda x: moe(x.unsqueeze(0))[0].squeeze(0),
+        "products alone": loop.products_alone,
+        "dense layer": lambda x: mlp(x)[0],
+    }
+
+    def forward(layer):
+        with torch.no_grad():
+            layer(x)
+
+    def forward_and_gradient(layer):
+        """For inputs and all parameters: the exported module trains whole."""
+        leaf = x.clone().requires_grad_()
+        layer(leaf).sum().backward()
+        for module in (moe, mlp, loop):
+            module.zero_grad()
+
+    print(
+        f"{args.device}, {torch.get_num_threads()} threads: N={args.tokens} D={args.width} F={args.hidden} "
+        f"E={args.experts} K={args.selected} {args.dtype}; largest difference in float32 {difference:.1e}"
+    )
+    results = {}
+    for run in (forward, forward_and_gradient):
+        seconds = {name: [] for name in layers}
+        for _ in range(args.rounds + 1):
+            for name, layer in layers.items():
+                began = time.perf_counter()
+                run(layer)
+                if args.device != "cpu":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - began)
+        for name, taken in seconds.items():
+            pairs = list(zip(seconds["masked loop"], taken, strict=True))[1:]  # without the first, a warm-up
+            ratio = statistics.median(loop / own for loop, own in pairs)
+            results[f"{run.__name__}: {name}"] = [statistics.median(taken[1:]) * 1e3, ratio]
+    print(f"{'':42}{'time':>12}{'faster than the masked loop':>30}")
+    for name, (milliseconds, ratio) in results.items():
+        print(f"{name:42}{milliseconds:>9.1f} ms{ratio:>29.2f}x")
+    print(json.dumps({"args": vars(args), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
