@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{name}"{remote})
-processor = AutoProcessor.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}"{remote})
 image, texts = Image.open("photo.jpg"), ["a dog", "a cat"]
 inputs = processor(text=texts, images=image, padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():

@@ -88,10 +88,8 @@ class CLIPMoETextConfig(_TowerConfig):
     ):
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.pad_token_id = pad_token_id
-        super().__init__(**kwargs)
+        special = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**special, **kwargs)
 
 
 class CLIPMoEVisionConfig(_TowerConfig):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -347,3 +348,33 @@ def test_another_image_size_on_request(dense_folder):
     assert np.isfinite(features).all()
     with pytest.raises(ValueError, match="vision.image_size=50 is not a multiple of vision.patch_size=8"):
         read_model(dense_folder, image_size=50)
+
+
+PREAMBLE = "import sys\nfor name in ('jax', 'clipmoe_jax', 'torchvision'):\n    sys.modules[name] = None\n"
+
+
+def code_of(card):
+    return "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
+
+
+@pytest.mark.parametrize("moe", [None, MoeConfig(4, 2)], ids=["dense", "moe"])
+def test_the_lines_of_the_card_run_in_transformers(tmp_path, moe):
+    """As they stand, beside the folder, in a process that has no JAX."""
+    save_random_model(tmp_path / "ours", moe=moe)
+    convert(str(tmp_path / "ours"), "huggingface", str(tmp_path / "exported"))
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "photo.jpg")
+    code = code_of((tmp_path / "exported" / "README.md").read_text())
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PREAMBLE + code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensor([[0.")
+    assert ("CLIPMoEVisionModel" in code) == (moe is not None)
+
+
+def test_the_lines_of_the_card_run_in_open_clip(dense_folder, tmp_path, monkeypatch, capsys):
+    convert(dense_folder, "openclip", str(tmp_path / "exported"))
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code_of((tmp_path / "exported" / "README.md").read_text()), {})
+    assert capsys.readouterr().out.startswith("tensor([[0.")
