@@ -21,18 +21,16 @@ def contrastive_loss(
     Returns contrastive_loss and batch_accuracy, the share of images that rank their own caption first.
     """
     images, texts = normalize_features(image_features), normalize_features(text_features)
-    similarity = jnp.einsum("id,td->it", images, texts, precision=jax.lax.Precision.HIGHEST)
-    logits = jnp.exp(logit_scale) * similarity
-    loss = (_cross_entropy(logits, label_smoothing) + _cross_entropy(logits.T, label_smoothing)) / 2
+    precision, scale = jax.lax.Precision.HIGHEST, jnp.exp(logit_scale)
+    logits = scale * jnp.einsum("id,td->it", images, texts, precision=precision)
+    # Of the (B, B) matrix only its two log-sums are needed: what a pair's own logit and the mean over a row
+    # (label smoothing spreads mass over all classes, the right one included) add up to is known without it.
+    own = scale * jnp.mean(jnp.sum(images * texts, axis=-1))
+    mean = scale * jnp.dot(images.mean(axis=0), texts.mean(axis=0), precision=precision)
+    log_sums = (jnp.mean(jax.nn.logsumexp(logits, axis=1)) + jnp.mean(jax.nn.logsumexp(logits, axis=0))) / 2
+    loss = log_sums - (1 - label_smoothing) * own - label_smoothing * mean
     accuracy = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0]))
     return {"contrastive_loss": loss, "batch_accuracy": accuracy}
-
-
-def _cross_entropy(logits: Array, label_smoothing: float) -> Array:
-    """Row i belongs to class i; smoothing spreads mass over all classes, the right one included."""
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    own, mean = jnp.diagonal(log_probabilities), log_probabilities.mean(axis=-1)
-    return -jnp.mean((1 - label_smoothing) * own + label_smoothing * mean)
 
 
 def load_balance(router_logits: Array, num_selected_experts: int, mask: Array | None = None) -> Array:
