@@ -14,6 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from clipmoe_jax import distributed
+
 CHECKPOINTS = "checkpoints"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
@@ -29,28 +31,34 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
     path = epath.Path(path)
     inputs = json.loads(json.dumps(dict(inputs)))
     unfinished = path.parent / f"{path.name}.unfinished"
-    if not is_done(path) and is_done(unfinished):  # killed between the last two lines below
-        unfinished.rename(path)
-    if is_done(path):
-        _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
-        _tidy(path)
+    if distributed.is_main() and not is_done(path) and is_done(unfinished):
+        unfinished.rename(path)  # killed between the last lines below
+    if distributed.agree(is_done(path)):
+        if distributed.is_main():
+            _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
+            _tidy(path)
         return False
-    if (unfinished / "inputs.json").exists():
-        _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
-    else:
-        _delete(unfinished)  # killed before it wrote what it is made from
-        unfinished.mkdir(parents=True)
-        write_json(unfinished / "inputs.json", inputs)
+    if distributed.is_main():
+        if (unfinished / "inputs.json").exists():
+            _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
+        else:
+            _delete(unfinished)  # killed before it wrote what it is made from
+            unfinished.mkdir(parents=True)
+            write_json(unfinished / "inputs.json", inputs)
+    distributed.barrier(f"{path} begins")
     measured = build(unfinished)
-    done = {
-        "inputs": inputs,
-        "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
-        "measured": measured,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    write_json(unfinished / "done.json", done)
-    unfinished.rename(path)
-    _tidy(path)
+    distributed.barrier(f"{path} is made")
+    if distributed.is_main():
+        done = {
+            "inputs": inputs,
+            "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+            "measured": measured,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+        write_json(unfinished / "done.json", done)
+        unfinished.rename(path)
+        _tidy(path)
+    distributed.barrier(f"{path} is whole")
     return True
 
 
@@ -94,7 +102,9 @@ def new_folder(path: epath.Path, *, keep_failed: bool = False) -> Iterator[epath
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; process 0 does."""
+    if not distributed.is_main():
+        return
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
-from clipmoe_jax import trees
+from clipmoe_jax import distributed, trees
 from clipmoe_jax.models.clip import Clip, ClipConfig
 
 
@@ -22,7 +23,8 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
     """Writes a model folder; `params` may be sharded. Replaces what a killed run left there."""
     path = epath.Path(path).resolve()
     path.mkdir(parents=True, exist_ok=True)
-    (path / "model.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    if distributed.is_main():
+        (path / "model.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params, force=True)
 
@@ -106,10 +108,24 @@ class Checkpointer:
         )
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """(newest state, shaped and placed as the given one; its meta); None if there is no checkpoint."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """(newest state, shaped and placed as the given one; its meta); None if there is no checkpoint.
+
+        One that cannot be read, truncated say, is deleted with a warning and the one before it taken.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found, reason = self._restore(step, like), ""
+            except (
+                Exception
+            ) as error:  # of tensorstore, JSON, the file system: whatever a broken file leads to
+                found, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
+            if distributed.all_are(found is not None):
+                return found
+            logging.warning("the checkpoint of step %d cannot be read and is deleted: %s", step, reason)
+            self._manager.delete(step)
+        return None
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step,

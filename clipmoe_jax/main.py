@@ -16,7 +16,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from clipmoe_jax import artifacts, cli, sharding
+from clipmoe_jax import artifacts, cli, distributed, sharding
 from clipmoe_jax import config as configs
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
@@ -61,6 +61,8 @@ def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> lis
         for name, function in table.items():
             if only in ("", name):
                 found = function(run)
+                if distributed.preempted():
+                    raise distributed.Preempted(f"after stage {name}")
         if not only or not (folder / "config.json").exists():  # every stage has agreed with this config
             artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
         run.metrics.close()
@@ -99,9 +101,12 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds and orbax tell every file they open
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
+    distributed.initialize(flags.FLAGS.distributed)
     began = time.perf_counter()
     results = run_pipeline(config, workdir, flags.FLAGS.stage)
     if not results:
+        return
+    if not distributed.is_main():
         return
     figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
     draw_figure(results, figure)
@@ -110,7 +115,8 @@ def main(argv: list[str]) -> None:
         print(f"\n{format_differences(results)}")
     print(
         f"\n{figure}: the same as a picture. "
-        f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)."
+        f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)"
+        f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}."
     )
 
 
@@ -118,5 +124,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A file of configs/, with its arguments after a colon.")
     flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
     flags.DEFINE_string("stage", "", "One stage alone; all of them if empty.")
+    flags.DEFINE_enum(
+        "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

@@ -4,6 +4,8 @@ Axes: `data` splits the batch; `fsdp` splits the batch and large parameters; `ex
 leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the same code.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +89,46 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     """This host's slice of a global batch, as global arrays."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """The whole of each array on every device, so that every process can read it."""
+    return _replicate(mesh)(tree)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class HostCopy:
+    """This process's part of an array, in its memory: {index: numpy array}."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    parts: dict[str, np.ndarray]
+
+
+def to_host(tree: Any) -> Any:
+    """Copies what this process's devices hold; nobody holds the whole of a sharded array."""
+
+    def copy(array: jax.Array) -> HostCopy:
+        parts = {str(shard.index): np.asarray(shard.data) for shard in array.addressable_shards}
+        return HostCopy(array.shape, array.sharding, parts)
+
+    return jax.tree.map(copy, tree)
+
+
+def to_devices(tree: Any) -> Any:
+    """The inverse of `to_host`; leaves that are on devices stay as they are."""
+
+    def place(leaf: Any) -> jax.Array:
+        if not isinstance(leaf, HostCopy):
+            return leaf
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: leaf.parts[str(i)])
+
+    return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, HostCopy))
 
 
 def put_params(mesh: Mesh, params: trees.Params) -> dict:

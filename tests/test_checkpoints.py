@@ -1,6 +1,7 @@
 """Models and training state on disk: what comes back is what went in, on this mesh or another."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,33 @@ def test_old_checkpoints_are_deleted(saved):
 def test_latest_step(saved):
     with Checkpointer(saved[0], max_to_keep=2) as checkpointer:
         assert checkpointer.latest_step() == 3
+
+
+def cut_files(folder):
+    """Each to its half, as a full disk or lost writes would."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    cut_files(folder / "3" / "trainable")
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        found, meta = checkpointer.restore(saved[1])
+        assert found.step == 2 and meta == {"loss": 1.0}
+        assert "the checkpoint of step 3 cannot be read and is deleted" in caplog.text
+        checkpointer.save(3, found, {"loss": 7.0})  # takes the broken one's place
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(saved[1])[1] == {"loss": 7.0}
+
+
+def test_no_checkpoint_that_can_be_read_is_none(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    cut_files(folder / "2" / "opt_state")
+    (folder / "3" / "meta" / "metadata").write_text('{"loss"')
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(saved[1]) is None
 
 
 def test_nothing_to_restore(tmp_path):

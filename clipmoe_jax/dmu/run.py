@@ -1,9 +1,10 @@
 """What the stages of one run share: its config, folder, mesh, numbers and data."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -84,6 +85,8 @@ class Run:
             sampler,
             start_step=0,
             num_steps=sampler.num_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
             num_workers=self.config.data.num_workers,
         ) as batches:
             return encoder.batches(batches, towers)
@@ -151,9 +154,3 @@ class Run:
         )
         checkpoints.save_model(folder, model.config, params)
         return measured
-
-
-def experts_from(run: Run, paths: Sequence[epath.Path]) -> tuple[ClipConfig, list[Mapping[str, Any]]]:
-    """The dense models to stack, and their common architecture."""
-    loaded = [run.load(path) for path in paths]
-    return loaded[0][0], [params for _, params in loaded]

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clipmoe_jax import artifacts, checkpoints, sharding, trees
+from clipmoe_jax import artifacts, checkpoints, distributed, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.data import digit_scenes, samplers
 from clipmoe_jax.data.sources import ShareGPT4V
-from clipmoe_jax.dmu.clustering import accumulate_labels, kmeans_labels
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run, experts_from
+from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
+from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
 from clipmoe_jax.dmu.upcycling import count_active_parameters, stack_experts
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.encoder import Encoder
@@ -54,6 +54,8 @@ def make_scenes(run: Run) -> None:
     """data/: digit scenes as images and JSON, prepared as a user's data would be."""
 
     def build(folder: epath.Path) -> dict:
+        if not distributed.is_main():
+            return {}
         run.metrics.say(
             f"data: drawing {run.config.data.digit_scenes} training scenes and an eighth for test"
         )
@@ -150,7 +152,7 @@ def embed(run: Run, stage: int) -> None:
             for part, start in enumerate(starts):
                 stop = min(start + PART_ROWS, num_pairs)
                 text_file = folder / f"text-{part:05d}.npy"  # written last
-                if not text_file.exists():
+                if not distributed.agree(text_file.exists()):
                     features = run.encode("train", encoder, start, stop)
                     _save_array(folder / f"image-{part:05d}.npy", features["image"].astype(np.float16))
                     _save_array(text_file, features["text"].astype(np.float16))
@@ -170,15 +172,9 @@ def cluster(run: Run, stage: int) -> None:
     settings = run.config.cluster
 
     def build(out: epath.Path) -> dict:
-        labels = {
-            kind: kmeans_labels(
-                _load_parts(features, kind),
-                settings.num_clusters,
-                seed=run.seed,
-                max_fit=settings.max_fit_pairs,
-            )
-            for kind in ("image", "text")
-        }
+        labels = {kind: _label(run, features, kind, out) for kind in ("image", "text")}
+        if not distributed.is_main():
+            return {}
         previous = _load_array(before / "pseudo_labels.npy") if stage > 1 else None
         accumulated = accumulate_labels(previous, labels["image"], labels["text"], settings.num_clusters)
         _save_array(out / "pseudo_labels.npy", accumulated)
@@ -199,6 +195,27 @@ def cluster(run: Run, stage: int) -> None:
         *(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")), without=STAGE_COUNT
     )
     artifacts.make(folder / "clusters", fields, build)
+
+
+def _label(run: Run, features: epath.Path, kind: str, out: epath.Path) -> np.ndarray:
+    """k-means labels (N,) of one modality's features. Process 0 finds the centres; all of them label parts,
+    each its own, and no process holds the features of all."""
+    settings = run.config.cluster
+    parts = [_map_array(part) for part in sorted(features.glob(f"{kind}-*.npy"))]
+    shape = (settings.num_clusters, parts[0].shape[1])
+    centres = np.zeros(shape, np.float32)
+    if distributed.is_main():
+        centres = fit_centres(parts, settings.num_clusters, seed=run.seed, max_fit=settings.max_fit_pairs)
+    centres = distributed.broadcast(centres)
+    for i in range(jax.process_index(), len(parts), jax.process_count()):
+        with (out / f"{kind}-{i:05d}.npy").open("wb") as file:
+            np.save(file, nearest_centre(parts[i], centres))
+    distributed.barrier(f"labels of {kind}s")
+    labels = np.concatenate([_load_array(out / f"{kind}-{i:05d}.npy") for i in range(len(parts))])
+    distributed.barrier(f"labels of {kind}s are read")
+    for i in range(jax.process_index(), len(parts), jax.process_count()):
+        (out / f"{kind}-{i:05d}.npy").unlink()
+    return labels
 
 
 def mcl(run: Run, stage: int) -> None:
@@ -255,7 +272,8 @@ def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dic
     """Writes the MoE whose experts are the models of some folders, with random routers."""
 
     def build(folder: epath.Path) -> dict:
-        dense, experts = experts_from(run, paths)
+        loaded = [run.load(path) for path in paths]
+        dense, experts = loaded[0][0], [params for _, params in loaded]
         moe = dataclasses.replace(
             configs.moe_config(run.config),
             num_experts=len(paths),
@@ -266,6 +284,7 @@ def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dic
             jax.random.fold_in(jax.random.key(run.seed), len(paths)),
             num_moe_layers=moe.num_moe_layers,
             router_stddev=run.config.moe.router_stddev,
+            place=lambda tree: sharding.param_shardings(run.mesh, tree),
         )
         config = dataclasses.replace(dense, moe=moe)
         checkpoints.save_model(folder, config, params)
@@ -304,14 +323,10 @@ def train_routers(run: Run, name: str, upcycled: epath.Path, out: epath.Path, fi
     artifacts.make(out, fields, build)
 
 
-def _load_parts(folder: epath.Path, kind: str) -> np.ndarray:
-    """(N, embed) float32 from the parts of one modality."""
-    parts = sorted(folder.glob(f"{kind}-*.npy"))
-    return np.concatenate([_load_array(part) for part in parts]).astype(np.float32)
-
-
 def _save_array(path: epath.Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; process 0 does."""
+    if not distributed.is_main():
+        return
     temporary = path.parent / f"{path.name}.tmp"
     with temporary.open("wb") as file:
         np.save(file, array)
@@ -321,3 +336,10 @@ def _save_array(path: epath.Path, array: np.ndarray) -> None:
 def _load_array(path: epath.Path) -> np.ndarray:
     with path.open("rb") as file:
         return np.load(file)
+
+
+def _map_array(path: epath.Path) -> np.ndarray:
+    """Rows are read from disk as they are used, where the disk is a local one."""
+    if path.as_uri().startswith("file:"):
+        return np.load(path, mmap_mode="r")
+    return _load_array(path)

@@ -1,7 +1,8 @@
 """Upcycling: the feed-forward layers of several dense models become the experts of one MoE."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,29 @@ def stack_experts(
     *,
     num_moe_layers: int | None = None,
     router_stddev: float = 0.02,
+    place: Callable[[trees.Params], Any] = lambda _: None,
 ) -> dict:
     """Params of a MoE whose expert e is the feed-forward layer of tree e, in every MoE block; pure.
 
     trees_of_params: E dense trees of one architecture, equal outside their feed-forward layers; tree 0, the
     base, gives everything shared, and the feed-forward layers of blocks that stay dense. num_moe_layers: the
-    last n blocks of each tower; None is all. Routers are drawn from a normal distribution.
+    last n blocks of each tower; None is all. Routers are drawn from a normal distribution. place: from the
+    result as ShapeDtypeStructs to the shardings that it is born with.
     Raises ValueError naming the first leaf outside the feed-forward layers that is not equal, with the
     largest difference; and any leaf that one of the trees lacks.
     """
-    base, *others = flat = [trees.flatten(tree) for tree in trees_of_params]
+    flat = [trees.flatten(tree) for tree in trees_of_params]
+    _check(flat)
+
+    def stack(flat: list, router_key: jax.Array) -> dict:
+        return _stack(flat, router_key, num_moe_layers, router_stddev)
+
+    where = place(jax.eval_shape(stack, flat, router_key))
+    return jax.jit(stack, out_shardings=where)(flat, router_key)
+
+
+def _check(flat: Sequence[dict[str, Any]]) -> None:
+    base, *others = flat
     for e, tree in enumerate(others, 1):
         if odd := sorted(base.keys() ^ tree.keys()):
             raise ValueError(
@@ -38,13 +52,24 @@ def stack_experts(
         for name, leaf in base.items():
             if leaf.shape != tree[name].shape:
                 raise ValueError(f"{name} is {tree[name].shape} in tree {e}, {leaf.shape} in the base")
-            if not MLP_LEAF.fullmatch(name) and not np.array_equal(leaf, tree[name]):
-                difference = float(np.max(np.abs(np.asarray(leaf) - np.asarray(tree[name]))))
+            if not MLP_LEAF.fullmatch(name) and not _equal(leaf, tree[name]):
+                difference = float(jnp.max(jnp.abs(jnp.asarray(leaf) - jnp.asarray(tree[name]))))
                 raise ValueError(
                     f"{name} of tree {e} is not the base's (largest difference {difference:.3g}): experts "
                     "may differ in their feed-forward layers alone"
                 )
 
+
+def _equal(one: Any, other: Any) -> bool:
+    """On the devices, where a leaf is spread over those of other processes."""
+    here = all(getattr(leaf, "is_fully_addressable", True) for leaf in (one, other))
+    return bool((np if here else jnp).array_equal(one, other))
+
+
+def _stack(
+    flat: Sequence[dict[str, Any]], router_key: jax.Array, num_moe_layers: int | None, router_stddev: float
+) -> dict:
+    base = flat[0]
     depth = {tower: _depth(base, tower) for tower in ("visual", "text")}
     moe = MoeConfig(len(flat), 1, num_moe_layers)
     leaves, routers = {}, []

@@ -6,6 +6,7 @@ which are counted numbers and no parameters. `eos_token_id` 2 in a config is a m
 "the highest id" of a row. A MoE block's experts are stacked; `modeling_clip_moe.py` computes them.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from clipmoe_jax.models.transformer import MoeConfig
 
 CLIP, CLIP_MOE, VISION_ALONE = "clip", "clip_moe", "clip_vision_model"  # model_type in a config.json
 MODELING_FILE = "modeling_clip_moe.py"
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers")  # those of MoeConfig, in its order
 
 # What a config.json means by a field that it leaves out.
 TEXT_DEFAULTS = {
@@ -115,13 +117,12 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
             f"config.json has model_type={kind!r}: give a CLIP ({CLIP!r}), a CLIP-MoE ({CLIP_MOE!r}) or a "
             f"CLIPVisionModelWithProjection ({VISION_ALONE!r})"
         )
-    towers = {"vision_config": VISION_DEFAULTS | (config.get("vision_config") or {})}
     if kind == VISION_ALONE:
-        towers = {"vision_config": VISION_DEFAULTS | config}
+        vision, text = VISION_DEFAULTS | config, None
     else:
-        towers["text_config"] = TEXT_DEFAULTS | (config.get("text_config") or {})
-        _check_shared(towers)
-    vision, text = towers["vision_config"], towers.get("text_config")
+        vision = VISION_DEFAULTS | _tower(config, "vision_config")
+        text = TEXT_DEFAULTS | _tower(config, "text_config")
+        _check_shared(text, vision, MOE_FIELDS if kind == CLIP_MOE else ())
     return ClipConfig(
         embed_dim=config.get("projection_dim", 512),
         vision=VisionConfig(
@@ -136,9 +137,7 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
         ),
         activation=vision["hidden_act"],
         layer_norm_eps=vision["layer_norm_eps"],
-        moe=MoeConfig(vision["num_experts"], vision["num_experts_per_tok"], vision["num_moe_layers"])
-        if kind == CLIP_MOE
-        else None,
+        moe=MoeConfig(*(vision[field] for field in MOE_FIELDS)) if kind == CLIP_MOE else None,
     )
 
 
@@ -150,11 +149,7 @@ def export_config(config: ClipConfig, dtype: str) -> dict[str, Any]:
         "projection_dim": config.embed_dim,
     }
     if config.moe:
-        shared |= {
-            "num_experts": config.moe.num_experts,
-            "num_experts_per_tok": config.moe.num_selected_experts,
-            "num_moe_layers": config.moe.num_moe_layers,
-        }
+        shared |= dict(zip(MOE_FIELDS, dataclasses.astuple(config.moe), strict=True))
     vision = shared | {
         "model_type": "clip_moe_vision_model" if config.moe else VISION_ALONE,
         "image_size": config.vision.image_size,
@@ -203,9 +198,14 @@ def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_shared(towers: Mapping[str, Mapping[str, Any]]) -> None:
-    text, vision = towers["text_config"], towers["vision_config"]
-    for field in ("hidden_act", "layer_norm_eps"):
+def _tower(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A tower's fields. Old files have `…_config_dict` too, which wins as a whole, as in transformers."""
+    described = config.get(f"{name}_dict")
+    return described if described is not None else config.get(name) or {}
+
+
+def _check_shared(text: Mapping[str, Any], vision: Mapping[str, Any], further: tuple[str, ...]) -> None:
+    for field in ("hidden_act", "layer_norm_eps", *further):
         if text[field] != vision[field]:
             raise ValueError(
                 f"text_config.{field}={text[field]!r} is not vision_config.{field}={vision[field]!r}: this "

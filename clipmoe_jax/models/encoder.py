@@ -34,33 +34,48 @@ class Encoder:
     ) -> dict[str, np.ndarray]:
         """{tower: (N, d) float32 unit features} of a loader's batches, rows that are not "valid" left out.
 
+        Each process gives its rows of a batch, and gets the features of all.
         A batch is read back when the next one is under way: the device neither waits nor piles up inputs.
         """
         features, pending = {tower: [] for tower in towers}, None
         for batch in batches:
-            started = {tower: self._start(METHODS[tower], batch[tower]) for tower in towers}
+            inputs = {tower: batch[tower] for tower in towers}
+            started = self._start(inputs, batch["valid"])
             self._finish(pending, features)
-            pending = started, batch["valid"]
+            pending = started
         self._finish(pending, features)
         return {tower: np.concatenate(parts) for tower, parts in features.items()}
 
     def texts(self, tokens: np.ndarray) -> np.ndarray:
-        """(N, L) int32 -> (N, d) float32, unit length."""
-        chunks = (tokens[i : i + self.batch_size] for i in range(0, len(tokens), self.batch_size))
-        valid = ({"text": chunk, "valid": np.ones(len(chunk), bool)} for chunk in chunks)
-        return self.batches(valid, ["text"])["text"]
+        """(N, L) int32, the same in every process -> (N, d) float32, unit length."""
+        num_batches = -(-len(tokens) // self.batch_size)
+        padding = [(0, num_batches * self.batch_size - len(tokens)), (0, 0)]
+        valid = np.arange(num_batches * self.batch_size) < len(tokens)
+        rows = self.batch_size // jax.process_count()
+        starts = [i * self.batch_size + jax.process_index() * rows for i in range(num_batches)]
+        tokens = np.pad(tokens, padding)
+        local = ({"text": tokens[i : i + rows], "valid": valid[i : i + rows]} for i in starts)
+        return self.batches(local, ["text"])["text"]
 
-    def _start(self, method: str, inputs: np.ndarray) -> jax.Array:
-        """At most one batch -> (batch_size, d) unit features on the device, not waited for."""
-        padding = [(0, self.batch_size - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
+    def _start(self, inputs: Mapping[str, np.ndarray], valid: np.ndarray) -> dict[str, jax.Array]:
+        """This process's rows of at most one batch -> features of the whole batch, not waited for."""
+        missing = self.batch_size // jax.process_count() - len(valid)
+        padded = {
+            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+            for name, array in {**inputs, "valid": valid}.items()
+        }
         with jax.set_mesh(self._mesh):
-            arrays = sharding.put_batch(self._mesh, {"inputs": np.pad(inputs, padding)})
-            return normalize_features(make_encode(self._model, method)(self._params, arrays["inputs"]))
+            arrays = sharding.put_batch(self._mesh, padded)
+            started = {"valid": arrays.pop("valid")}
+            for tower, array in arrays.items():
+                encode = make_encode(self._model, METHODS[tower])
+                started[tower] = normalize_features(encode(self._params, array))
+            return sharding.replicate(self._mesh, started)
 
     @staticmethod
-    def _finish(pending: tuple | None, features: dict[str, list[np.ndarray]]) -> None:
+    def _finish(pending: dict[str, jax.Array] | None, features: dict[str, list[np.ndarray]]) -> None:
         if pending is None:
             return
-        started, valid = pending
-        for tower, array in started.items():
-            features[tower].append(np.asarray(array)[: len(valid)][valid])
+        valid = np.asarray(pending.pop("valid"))
+        for tower, array in pending.items():
+            features[tower].append(np.asarray(array)[valid])

@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from clipmoe_jax import sharding, trees
+from clipmoe_jax import distributed, sharding, trees
 from clipmoe_jax.checkpoints import Checkpointer
 from clipmoe_jax.data import loader
 from clipmoe_jax.metrics import Metrics
@@ -45,7 +45,8 @@ def fit(
     device then holds them in that type alone. Batches, learning rates and dropout depend on the step and the
     seed alone, so an interrupted phase ends with the params of an uninterrupted one. measured: how many
     steps, how many of them now and in what time, and the last step's numbers.
-    Raises ValueError naming step and last good checkpoint if the loss stops being finite.
+    Raises ValueError naming step and last good checkpoint if the loss stops being finite, Preempted when
+    SIGTERM came and a checkpoint is written.
     """
     num_steps = num_steps or phase.length(sampler.num_steps)
     sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
@@ -54,7 +55,7 @@ def fit(
     held = frozen
     if frozen_dtype != "float32":
         held = trees.cast_matrices(frozen, frozen_dtype)
-        on_device, frozen = frozen, jax.device_get(frozen)
+        on_device, frozen = frozen, sharding.to_host(frozen)
         jax.tree.map(lambda leaf, kept: leaf is kept or leaf.delete(), on_device, held)
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
@@ -104,15 +105,18 @@ def fit(
                 reporter.step(pending[0] + 1, numbers)
             pending = step, found
             done = step + 1
-            if done % checkpoint_every == 0 and done < num_steps:
+            stop = distributed.preempted() and done < num_steps
+            if stop or (done % checkpoint_every == 0 and done < num_steps):
                 numbers = read(*pending)
                 checkpointer.save(done, state, {"phase": name, **numbers})
+            if stop:
+                raise distributed.Preempted(f"{name}, step {done}")
         if pending is not None:
             numbers = read(*pending)
             reporter.step(num_steps, numbers)
     seconds = round(time.perf_counter() - began, 2)
     measured = {"num_steps": num_steps, "steps_now": num_steps - start, "seconds_now": seconds, **numbers}
-    return trees.merge(state.trainable, frozen), measured
+    return trees.merge(state.trainable, sharding.to_devices(frozen)), measured
 
 
 class _Reporter:

@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 
-from clipmoe_jax.dmu.clustering import accumulate_labels, kmeans_labels
+from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 
 CENTRES = 10 * np.eye(3, 8, dtype=np.float32)
+
+
+def kmeans_labels(features, num_clusters, *, seed, max_fit, chunk_size=65536, num_parts=1):
+    parts = np.array_split(features, num_parts)
+    centres = fit_centres(parts, num_clusters, seed=seed, max_fit=max_fit)
+    return np.concatenate([nearest_centre(part, centres, chunk_size) for part in parts])
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,24 @@ def test_labels_do_not_depend_on_the_chunks(blobs):
     for chunk_size in (1, 64, 299, 300):
         labels = kmeans_labels(features, 5, seed=0, max_fit=100, chunk_size=chunk_size)
         np.testing.assert_array_equal(labels, expected)
+
+
+def test_labels_do_not_depend_on_the_parts(blobs):
+    """Parts as they lie on disk in half precision, of which a sample is drawn across their borders."""
+    features = blobs[0].astype(np.float16)
+    expected = kmeans_labels(features, 5, seed=0, max_fit=100)
+    for num_parts in (2, 7):
+        labels = kmeans_labels(features, 5, seed=0, max_fit=100, num_parts=num_parts)
+        np.testing.assert_array_equal(labels, expected)
+
+
+def test_the_nearest_centre_is_scikit_learns(blobs):
+    from sklearn.metrics import pairwise_distances_argmin
+
+    features = np.random.default_rng(1).normal(size=(500, 8)).astype(np.float32)
+    np.testing.assert_array_equal(
+        nearest_centre(features, CENTRES), pairwise_distances_argmin(features, CENTRES)
+    )
 
 
 def test_labels_are_a_function_of_the_seed():

@@ -284,6 +284,22 @@ def test_an_empty_config_means_openais_vit_b_32():
     assert config == huggingface.import_config(theirs.to_dict())
 
 
+def test_a_config_dict_of_old_files_wins():
+    """As in transformers, fields that it leaves out included."""
+    old = {
+        "model_type": "clip",
+        "projection_dim": 768,
+        "text_config": {"hidden_size": 512, "layer_norm_eps": 1e-3},
+        "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        "vision_config": {"num_hidden_layers": 3},
+        "vision_config_dict": None,
+    }
+    config = huggingface.import_config(old)
+    assert (config.text.width, config.vision.num_layers, config.layer_norm_eps) == (768, 3, 1e-5)
+    theirs = CLIPConfig.from_dict(old).to_dict()
+    assert config == huggingface.import_config(theirs)
+
+
 REFUSED = {
     "not a CLIP": ({"model_type": "siglip"}, r"model_type='siglip'.*give a CLIP \('clip'\)"),
     "one tower": ({"model_type": "clip_text_model"}, "model_type='clip_text_model'"),

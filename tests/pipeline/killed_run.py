@@ -1,6 +1,8 @@
-"""Runs a tiny pipeline and kills this process, without warning, at one place: a helper of test_resume.py.
+"""Runs a tiny pipeline and sends this process a signal at one place: a helper of the tests beside it.
 
-python killed_run.py WORKDIR PLACE      PLACE: a key of PLACES, or "nowhere"
+python killed_run.py WORKDIR PLACE [SIGNAL]      PLACE: a key of PLACES, or "nowhere"; SIGNAL: default SIGKILL
+
+Of several processes the last is the one.
 """
 
 import os
@@ -8,11 +10,14 @@ import signal
 import sys
 from collections.abc import Callable
 
+import jax
 from etils import epath
 
-from clipmoe_jax import artifacts, checkpoints, main
+from clipmoe_jax import artifacts, checkpoints, distributed, main
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.train import loop
+
+_signal = signal.SIGKILL
 
 
 def config():
@@ -33,6 +38,7 @@ def config():
     config.mcl.num_stages = 1
     config.embed.batch_size = 16
     config.checkpoint.every_steps = 2
+    config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
     return config
 
 
@@ -46,7 +52,7 @@ def kill_at_call(module, name: str, call: int, *, after: bool, match: str = "") 
         count += match in repr(args)
         result = original(*args, **kwargs) if count < call or after else None
         if count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), _signal)
         return result
 
     setattr(module, name, killing)
@@ -58,7 +64,7 @@ def kill_at_step(phase: str, step: int) -> None:
     def killing(self, done, numbers):
         original(self, done, numbers)
         if self._name == phase and done == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), _signal)
 
     loop._Reporter.step = killing
 
@@ -87,8 +93,10 @@ PLACES = {
 
 
 if __name__ == "__main__":
-    workdir, place = sys.argv[1:]
+    workdir, place, *name = sys.argv[1:]
+    _signal = signal.Signals[name[0]] if name else signal.SIGKILL
+    distributed.initialize()
     stages.PART_ROWS = 16  # four parts of features
-    if place != "nowhere":
+    if place != "nowhere" and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
     main.run_pipeline(config(), epath.Path(workdir))

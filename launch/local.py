@@ -1,0 +1,117 @@
+"""Starts a run as several processes on this machine, to try out what happens on several hosts.
+
+    python launch/local.py --processes=2 --devices=4 -- --config=configs/demo.py:small --workdir=runs/two
+
+What follows `--` goes to `python -m clipmoe_jax.main`. Each process has `--devices` CPU devices. Process 0
+writes to this console, process N to local-N.log in the folder --logs. When a process fails, the others are
+ended; SIGTERM and Ctrl-C reach all of them, and with --restarts they start again once they saved (exit code 75).
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+EXIT_PREEMPTED = 75  # clipmoe_jax.distributed.EXIT_PREEMPTED, without importing JAX
+GRACE_SECONDS = 90
+
+
+def commands(arguments: argparse.Namespace, port: int) -> list[tuple[dict[str, str], list[str]]]:
+    """For each process what it adds to the environment, and its command."""
+    command = [sys.executable, "-m", "clipmoe_jax.main", *arguments.main]
+    return [
+        (
+            {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.devices}",
+                "CLIPMOE_COORDINATOR": f"127.0.0.1:{port}",
+                "CLIPMOE_NUM_PROCESSES": str(arguments.processes),
+                "CLIPMOE_PROCESS_ID": str(process),
+            },
+            command,
+        )
+        for process in range(arguments.processes)
+    ]
+
+
+def run_once(arguments: argparse.Namespace) -> int:
+    """Starts all processes and waits; returns 0, 75, or the code of the first that failed."""
+    arguments.logs.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for i, (environment, command) in enumerate(commands(arguments, free_port())):
+            log = None
+            if i:
+                log = stack.enter_context((arguments.logs / f"local-{i}.log").open("a"))
+            started = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+            processes.append(stack.enter_context(started))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: [p.send_signal(signal.SIGTERM) for p in processes])
+        return wait(processes)
+
+
+def wait(processes: list[subprocess.Popen]) -> int:
+    """The code of the first process that failed, after the others have ended; 75 and 0 are no failures."""
+    failed = None
+    while any(process.poll() is None for process in processes):
+        codes = [process.returncode for process in processes]
+        failed = next((code for code in codes if code not in (None, 0, EXIT_PREEMPTED)), None)
+        if failed is not None:
+            print(
+                f"process {codes.index(failed)} failed with {failed}: the others are ended", file=sys.stderr
+            )
+            end(processes)
+            break
+        time.sleep(0.2)
+    codes = [process.wait() for process in processes]
+    return failed or max(codes, key=abs)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """SIGTERM, and SIGKILL to who waits for somebody dead."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + 5
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, deadline - time.monotonic()))
+        process.kill()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
+    parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("."), help="where local-N.log go")
+    parser.add_argument("--restarts", type=int, default=0, help="how often to start again after 75")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
+    parser.add_argument("main", nargs="*", help="after --: arguments of clipmoe_jax.main")
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        for environment, command in commands(arguments, port=12345):
+            print(
+                *(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)
+            )
+        return 0
+    for _ in range(arguments.restarts + 1):
+        code = run_once(arguments)
+        if code != EXIT_PREEMPTED:
+            return code
+    return EXIT_PREEMPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

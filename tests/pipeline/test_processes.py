@@ -1,0 +1,250 @@
+"""Several processes, each with devices of its own: the same numbers, killed, stopped and gone on with."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clipmoe_jax import checkpoints, trees
+
+SCRIPT = pathlib.Path(__file__).parent / "killed_run.py"
+REPOSITORY = SCRIPT.parents[2]
+MODELS = ("base", "stage_1/params", "moe/upcycled", "moe/params")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def environment(cache, num_devices: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CLIPMOE_")}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(REPOSITORY),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run(cache, *arguments, num_processes=2, num_devices=2, timeout=200) -> list[subprocess.CompletedProcess]:
+    """killed_run.py in every process; none outlives it."""
+    coordinator, started = f"127.0.0.1:{free_port()}", []
+    try:
+        for i in range(num_processes):
+            process = {
+                "CLIPMOE_COORDINATOR": coordinator,
+                "CLIPMOE_NUM_PROCESSES": str(num_processes),
+                "CLIPMOE_PROCESS_ID": str(i),
+            }
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(SCRIPT), *map(str, arguments)],
+                    env=environment(cache, num_devices) | (process if num_processes > 1 else {}),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, output)
+        for process, output in zip(started, outputs, strict=True)
+    ]
+
+
+def assert_finished(done):
+    assert [process.returncode for process in done] == [0] * len(done), done[0].stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory):
+    """The workdir of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert_finished(run(cache, workdir, "nowhere", num_processes=1, num_devices=1))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(cache, tmp_path_factory):
+    """The workdir of two processes with two devices each, never stopped."""
+    workdir = tmp_path_factory.mktemp("together")
+    assert_finished(run(cache, workdir, "nowhere"))
+    return workdir
+
+
+def params_of(workdir, model):
+    """Without the biases of attention keys: softmax does not see them, so that their gradients are rounding
+    alone, of which Adam makes steps."""
+    leaves = trees.flatten(checkpoints.load_model(workdir / model)[1])
+    for name, leaf in leaves.items():
+        if name.endswith("attn/in_proj/bias"):
+            width = len(leaf) // 3
+            leaves[name] = np.concatenate([leaf[:width], leaf[2 * width :]])
+    return leaves
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_train_what_one_trains(alone, together, model):
+    expected = params_of(alone, model)
+    for name, leaf in params_of(together, model).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_features_and_labels_too(alone, together):
+    arrays = sorted(path.relative_to(alone) for path in alone.glob("stage_1/*/*.npy"))
+    assert len(arrays) == 2 * 4 + 1
+    for array in arrays:
+        found, expected = np.load(together / array), np.load(alone / array)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=str(array))
+
+
+def test_only_process_0_writes_what_is_not_sharded(together):
+    """A line for each logged step, not two."""
+    lines = (together / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(line.split('"time"')[0] for line in lines)) > 0
+
+
+@pytest.fixture(scope="module")
+def interrupted(cache, tmp_path_factory):
+    """Killed and stopped in one process at several places, then finished; what each stop said."""
+    workdir, said = tmp_path_factory.mktemp("interrupted"), {}
+    for place, name in (
+        ("mcl, after a checkpoint", "SIGTERM"),
+        ("router, after a checkpoint", "SIGKILL"),
+    ):
+        said[place] = run(cache, workdir, place, name)
+    assert_finished(run(cache, workdir, "nowhere"))
+    return workdir, said
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stopped_and_gone_on_with_is_the_same_bit_for_bit(interrupted, together, model):
+    expected = params_of(together, model)
+    for name, leaf in params_of(interrupted[0], model).items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def test_a_process_that_is_killed_ends_the_other(interrupted):
+    """It neither hangs nor goes on alone."""
+    first, last = interrupted[1]["router, after a checkpoint"]
+    assert last.returncode == -signal.SIGKILL
+    assert first.returncode not in (0, 75)
+
+
+def test_sigterm_to_one_process_saves_and_stops_both(interrupted):
+    """Exit code 75: start again."""
+    done = interrupted[1]["mcl, after a checkpoint"]
+    assert [process.returncode for process in done] == [75, 75], done[0].stdout[-3000:]
+    assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
+
+
+def test_sigterm_to_a_single_process(cache, tmp_path, alone):
+    place = "mcl, after a checkpoint"
+    (done,) = run(cache, tmp_path, place, "SIGTERM", num_processes=1, num_devices=1)
+    assert done.returncode == 75, done.stdout[-3000:]
+    assert "mcl_1, step 5: stopped by SIGTERM" in done.stdout  # sent after 4 steps, seen by the next
+    assert_finished(run(cache, tmp_path, "nowhere", num_processes=1, num_devices=1))
+    expected = params_of(alone, "moe/params")
+    for name, leaf in params_of(tmp_path, "moe/params").items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def test_a_run_goes_on_with_other_processes_and_devices(cache, tmp_path, alone):
+    """Stopped on two processes with four devices, finished by one with one."""
+    done = run(cache, tmp_path, "mcl, after a checkpoint", "SIGTERM")
+    assert [process.returncode for process in done] == [75, 75]
+    assert_finished(run(cache, tmp_path, "nowhere", num_processes=1, num_devices=1))
+    expected = params_of(alone, "moe/params")
+    for name, leaf in params_of(tmp_path, "moe/params").items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+BARRIER = """
+import os, sys, time
+from clipmoe_jax import distributed
+distributed.initialize()
+if os.environ["CLIPMOE_PROCESS_ID"] == "0":
+    try:
+        distributed.barrier("all meet", seconds=3)
+    except TimeoutError as error:
+        print(error, flush=True)
+        os._exit(3)
+time.sleep(60)
+"""
+
+
+def test_a_barrier_names_the_host_that_is_late(cache):
+    port, started = free_port(), []
+    try:
+        for i in range(2):
+            process = {
+                "CLIPMOE_COORDINATOR": f"127.0.0.1:{port}",
+                "CLIPMOE_NUM_PROCESSES": "2",
+                "CLIPMOE_PROCESS_ID": str(i),
+            }
+            command = [sys.executable, "-c", BARRIER]
+            where = environment(cache, 1) | process
+            started.append(subprocess.Popen(command, env=where, stdout=subprocess.PIPE, text=True))
+        output, _ = started[0].communicate(timeout=60)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert started[0].returncode == 3
+    assert f"all meet: after 3 s these are missing: process 1 on {socket.gethostname()}" in output
+
+
+def test_variables_that_are_not_all_there(monkeypatch):
+    from clipmoe_jax import distributed
+
+    monkeypatch.setenv("CLIPMOE_COORDINATOR", "127.0.0.1:1234")
+    with pytest.raises(
+        ValueError, match="CLIPMOE_COORDINATOR are set and CLIPMOE_NUM_PROCESSES, CLIPMOE_PRO"
+    ):
+        distributed.initialize()
+
+
+def test_local_py_starts_what_it_says(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), "--processes=2", "--devices=4"]
+    done = subprocess.run(
+        [*command, "--dry-run", "--", "--config=configs/demo.py:small", "--workdir=two words"],
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and "CLIPMOE_PROCESS_ID=1" in lines[1]
+    assert lines[0].endswith("-m clipmoe_jax.main --config=configs/demo.py:small '--workdir=two words'")
+    assert "XLA_FLAGS=--xla_force_host_platform_device_count=4" in lines[0]
+
+
+def test_local_py_ends_the_others_when_one_fails(tmp_path):
+    """A wrong config: its one line is seen, and the code is that of the failure."""
+    command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), f"--logs={tmp_path}", "--"]
+    done = subprocess.run(
+        [*command, "--config=configs/demo.py:small", f"--workdir={tmp_path}/run", "--stage=nonsense"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment(tmp_path, 1),
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "--stage=nonsense is not a stage of this config" in done.stderr
