@@ -4,7 +4,7 @@
 
 What follows `--` goes to `python -m clipmoe_jax.main`. Each process has `--devices` CPU devices. Process 0
 writes to this console, process N to local-N.log in the folder --logs. When a process fails, the others are
-ended; SIGTERM and Ctrl-C reach all of them, and with --restarts they start again once they saved (exit code 75).
+ended. SIGTERM and Ctrl-C reach all of them; with --restarts they start again once they saved (exit code 75).
 """
 
 import argparse
