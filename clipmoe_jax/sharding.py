@@ -91,6 +91,11 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """A value that every process has, on every device."""
+    return jax.make_array_from_callback(np.shape(value), replicated(mesh), lambda _: value)
+
+
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """The whole of each array on every device, so that every process can read it."""
     return _replicate(mesh)(tree)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import losses
+from clipmoe_jax import losses, sharding
 
 LN = np.log
 
@@ -150,3 +150,25 @@ def test_an_unknown_balance_says_which_there_are():
 def test_only_keys_that_end_in_loss_are_summed():
     found = {"contrastive_loss": 2.0, "balance_loss": 0.5, "balance_image": 100.0, "loss_scale": 100.0}
     assert losses.total_loss(found) == 2.5
+
+
+def test_memory_of_the_global_loss_shrinks_with_the_devices():
+    """4,096 pairs: no device of eight holds the whole similarity matrix."""
+    pairs, width, peak = 4096, 16, {}
+    for num_devices in (1, 8):
+        mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+        rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+        def loss(images, texts, logit_scale):
+            return losses.contrastive_loss(images, texts, logit_scale, 0.1)["contrastive_loss"]
+
+        features = jax.ShapeDtypeStruct((pairs, width), jnp.float32, sharding=rows)
+        scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        step = jax.jit(
+            jax.value_and_grad(loss, (0, 1, 2)), out_shardings=(everywhere, (rows, rows, everywhere))
+        )
+        compiled = step.lower(features, features, scale).compile()
+        peak[num_devices] = compiled.memory_analysis().temp_size_in_bytes
+    whole = 4 * pairs**2
+    assert peak[1] > whole and peak[8] < peak[1] / 7
+    assert f"f32[{pairs},{pairs}]" not in compiled.as_text()

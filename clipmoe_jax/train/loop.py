@@ -98,7 +98,9 @@ def fit(
         pending = None
         for step, batch in enumerate(batches, start):
             arrays = sharding.put_batch(mesh, {k: batch[k] for k in ("image", "text")})
-            state, found = train_step(state, held, arrays, rates[step], key)
+            rate = sharding.put_replicated(mesh, rates[step])
+            with jax.transfer_guard("disallow"):  # nothing else goes to the devices or comes back
+                state, found = train_step(state, held, arrays, rate, key)
             # A step's numbers are read when the next one is under way, so that the device never waits.
             if pending is not None:
                 numbers = read(*pending)

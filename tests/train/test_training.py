@@ -107,15 +107,47 @@ def test_no_optimizer_state_for_frozen_leaves():
     assert trees.count_parameters(frozen) > trees.count_parameters(trainable)
 
 
-MESHES = {"everything": (2, 2, 2), "feed-forward layers": (8, 1, 1), "routers": (2, 1, 4)}
+# Every mesh, and every kind of training on one at least.
+MESHES = [
+    ("everything", (2, 2, 2)),
+    ("everything", (4, 2, 1)),
+    ("feed-forward layers", (8, 1, 1)),
+    ("routers", (2, 1, 4)),
+    ("routers and experts", (2, 2, 2)),
+    ("routers and experts", (2, 1, 4)),
+]
 
 
-@pytest.mark.parametrize(("kind", "sizes"), MESHES.items(), ids=MESHES)
+@pytest.mark.parametrize(("kind", "sizes"), MESHES, ids=str)
 def test_sharded_steps_equal_one_device(kind, sizes, batches, on_one_device):
     expected_params, expected_losses = on_one_device(kind)
     params, losses = run_steps(*KINDS[kind], sharding.make_mesh(*sizes), batches)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     chex.assert_trees_all_close(params, expected_params, rtol=1e-4, atol=1e-5)
+
+
+def test_eight_experts_on_eight_devices(batches):
+    config = dataclasses.replace(DENSE, moe=MoeConfig(8, 2))
+    expected_params, expected_losses = run_steps(config, TRAIN_MOE, one_device(), batches)
+    params, losses = run_steps(config, TRAIN_MOE, sharding.make_mesh(1, 1, 8), batches)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(params, expected_params, rtol=1e-4, atol=1e-5)
+
+
+def test_expert_weights_are_never_gathered(batches):
+    """Tokens go to the experts and come back: each device computes with the one expert that it holds."""
+    mesh = sharding.make_mesh(2, 1, 4)
+    trainable, frozen = trees.partition(init_params(MOE, mesh), TRAIN_MOE)
+    state, arrays = init_state(mesh, PHASE, trainable), sharding.put_batch(mesh, batches[0])
+    step = make_train_step(Clip(MOE), LOSS, PHASE)
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, frozen, arrays, np.float32(0), jax.random.key(0)).compile().as_text()
+    gathered = re.findall(r"= \S*?\[([\d,]*)\]\S* all-gather", compiled)
+    scattered = re.findall(r"= \S*?\[([\d,]*)\]\S* reduce-scatter", compiled)
+    # 16 images of 5 tokens on 2 x 4 devices: a group of 4 gathers its 40 tokens of width 16.
+    assert "40,16" in gathered and "10,16" in scattered
+    expert_shapes = {"4,16,64", "4,64,16", "4,64", "4,16"}
+    assert not expert_shapes & set(gathered), "expert weights are gathered"
 
 
 @pytest.mark.parametrize("kind", ["everything", "routers and experts"])
