@@ -94,7 +94,10 @@ def read_model(
         leaves = nametable.to_ours(found.table, found.tensors, lambda leaf: place(np.asarray(leaf, dtype)))
         config, params, source = found.config, trees.unflatten(leaves), found.source
     if activation not in (None, config.activation):
-        raise ValueError(f"{path} says that its activation is {config.activation}, not {activation}")
+        raise ValueError(
+            f"{path} says that its activation is {config.activation}, not {activation}: set "
+            f"base.architecture.activation={config.activation} in a config, leave it out elsewhere"
+        )
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
         moe = dataclasses.replace(config.moe, num_selected_experts=num_selected_experts)
         config = dataclasses.replace(config, moe=moe)

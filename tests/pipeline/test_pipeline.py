@@ -236,7 +236,10 @@ BAD_RUNS = {
     "wrong checkpoint": (wrong_checkpoint, "base.checkpoint=nowhere.pt does not exist"),
     "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
     "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
-    "truncated checkpoint": (truncated_checkpoint, "cut.pt cannot be read as a PyTorch state dict"),
+    "truncated checkpoint": (
+        truncated_checkpoint,
+        "cut.pt cannot be read as safetensors or as a PyTorch state dict",
+    ),
     "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
     "another head width": (other_head_width, "has text/head_width=64 and base.architecture says 32"),
     "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
