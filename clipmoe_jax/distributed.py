@@ -118,9 +118,11 @@ def preempted() -> bool:
 
     All processes must ask equally often, and get the same answer at the same time.
     """
-    if jax.process_count() == 1:
-        return _terminated
-    return multihost_utils.reached_preemption_sync_point(next(_sync_points))
+    global _terminated
+    if jax.process_count() > 1 and not _terminated:
+        # True at one point alone, the same in all processes: from then on it is known.
+        _terminated = multihost_utils.reached_preemption_sync_point(next(_sync_points))
+    return _terminated
 
 
 def _note_termination(*_) -> None:

@@ -157,6 +157,8 @@ def embed(run: Run, stage: int) -> None:
                     _save_array(folder / f"image-{part:05d}.npy", features["image"].astype(np.float16))
                     _save_array(text_file, features["text"].astype(np.float16))
                 progress.update(stop - progress.n)
+                if distributed.preempted():
+                    raise distributed.Preempted(f"embed_{stage}, {stop} pairs")
         return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
     artifacts.make(run.workdir / f"stage_{stage}" / "features", fields, build)

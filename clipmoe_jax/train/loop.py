@@ -60,7 +60,7 @@ def fit(
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
     rates = phase.learning_rates(num_steps)
-    key = jax.random.key(seed)
+    key = jax.jit(lambda: jax.random.key(seed), out_shardings=sharding.replicated(mesh))()
     numbers: dict[str, float] = {}
     began = time.perf_counter()
 
