@@ -162,8 +162,11 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     )
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises ValueError naming the first field whose value cannot work."""
+def validate(config: ConfigDict, paths: bool = True) -> None:
+    """Raises ValueError naming the first field whose value cannot work.
+
+    paths: whether the data and the base's checkpoint must be named, which a plan can do without.
+    """
     _check_fields(config, default_config())
     architecture(config)
     if not 1 <= config.moe.num_selected_experts <= config.mcl.num_stages + 1:
@@ -188,12 +191,12 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(
             f"data.digit_scenes={config.data.digit_scenes} makes the data: set it to 0 to use data.train"
         )
-    if not config.data.train and not config.data.digit_scenes:
+    if paths and not config.data.train and not config.data.digit_scenes:
         raise ValueError(
             "data.train is empty: set it to a folder made by "
             "python -m clipmoe_jax.prepare --source=KIND:PATH --out=FOLDER"
         )
-    if not config.base.checkpoint and not config.data.digit_scenes:
+    if paths and not config.base.checkpoint and not config.data.digit_scenes:
         raise ValueError("base.checkpoint is empty: set it to the dense CLIP to start from")
     for name, (least, most) in RANGES.items():
         value = config

@@ -5,7 +5,11 @@
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
 What is done is not done again; a run that was killed goes on. `--stage` runs one stage alone: data, base,
-embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
+embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. `--plan` runs nothing: it prints what the
+run would take on devices that need not be here (docs/scaling.md):
+
+    python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --plan --plan_accelerator=h100 \\
+        --plan_devices=8 --plan_pairs=1246000
 """
 
 import time
@@ -18,12 +22,15 @@ from ml_collections import ConfigDict, config_flags
 
 from clipmoe_jax import artifacts, cli, distributed, sharding
 from clipmoe_jax import config as configs
+from clipmoe_jax.accelerators import ACCELERATORS
+from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.evaluation.evaluate import evaluate
 from clipmoe_jax.evaluation.table import draw_figure, format_differences, format_table
 from clipmoe_jax.metrics import Metrics
+from clipmoe_jax.plan import format_plan, make_plan
 
 
 def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
@@ -96,10 +103,26 @@ def preflight(run: Run) -> None:
             raise ValueError(f"{name}: {error}") from error
 
 
+def print_plan(config: ConfigDict) -> None:
+    """What the run would take."""
+    given = flags.FLAGS
+    configs.validate(config, paths=False)
+    num_pairs = given.plan_pairs or config.data.digit_scenes
+    if not num_pairs:
+        if not config.data.train:
+            raise ValueError("how many pairs? Set --plan_pairs, or config.data.train to a prepared data set")
+        num_pairs = len(Records(config.data.train, config.data.train_split))
+    plan = make_plan(config, given.plan_accelerator, given.plan_devices, given.plan_mfu, num_pairs)
+    print(format_plan(plan))
+
+
 def main(argv: list[str]) -> None:
     """Runs the config and shows what came out."""
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds and orbax tell every file they open
+    if flags.FLAGS.plan:
+        print_plan(flags.FLAGS.config)
+        return
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
     distributed.initialize(flags.FLAGS.distributed)
     began = time.perf_counter()
@@ -127,5 +150,13 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
     )
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.DEFINE_bool("plan", False, "Print what the run would take, and stop.")
+    flags.DEFINE_enum("plan_accelerator", "h100", list(ACCELERATORS), "Whose peak, memory and links.")
+    flags.DEFINE_integer("plan_devices", 8, "How many of them.", lower_bound=1)
+    flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to expect.", lower_bound=0.01, upper_bound=1.0)
+    flags.DEFINE_integer("plan_pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "plan"], lambda given: given["workdir"] or given["plan"], "--workdir must be set"
+    )
     cli.run(main)

@@ -12,20 +12,20 @@ from typing import Any
 import jax
 import jax.extend
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clipmoe_jax import trees
 
 EXPERT_AXIS = "expert"
 BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)
 
-# First match wins. The fsdp axis takes an axis that every variant's width divides.
+# First match wins. The fsdp axis takes an axis that every variant's width divides. The token embedding is
+# whole on every device: looked up in parts, its rows would have to travel with the batch.
 PARAM_RULES = (
     (r".*/moe/c_(fc|proj)/kernel", PartitionSpec(EXPERT_AXIS, "fsdp", None)),
     (r".*/moe/c_(fc|proj)/bias", PartitionSpec(EXPERT_AXIS)),
     (r".*/moe/router/kernel", PartitionSpec()),
     (r".*/(mlp|attn)/\w+/kernel", PartitionSpec("fsdp", None)),
-    (r"text/token_embedding/embedding", PartitionSpec(None, "fsdp")),
     (r".*", PartitionSpec()),
 )
 
@@ -36,19 +36,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = 
     Raises ValueError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = _mesh_sizes(data, fsdp, expert, len(devices))
+    return Mesh(np.asarray(devices).reshape(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_abstract_mesh(data: int, fsdp: int, expert: int, *, num_devices: int) -> AbstractMesh:
+    """The mesh of devices that are not here, to plan with."""
+    sizes = _mesh_sizes(data, fsdp, expert, num_devices)
+    return AbstractMesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_sizes(data: int, fsdp: int, expert: int, num_devices: int) -> tuple[int, int, int]:
     if data == -1:
-        data = len(devices) // (fsdp * expert)
+        data = num_devices // (fsdp * expert)
     sizes = (data, fsdp, expert)
-    if min(sizes) < 1 or data * fsdp * expert != len(devices):
+    if min(sizes) < 1 or data * fsdp * expert != num_devices:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x expert={expert} does not use the {len(devices)} devices "
+            f"mesh data={data} x fsdp={fsdp} x expert={expert} does not use the {num_devices} devices "
             "there are exactly: choose sizes whose product is that"
         )
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return sizes
 
 
-def param_shardings(mesh: Mesh, params: trees.Params) -> dict:
+def param_shardings(mesh: Mesh | AbstractMesh, params: trees.Params) -> dict:
     """A tree of NamedSharding for a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
 
     Raises ValueError naming the first leaf whose axis a mesh axis does not divide.
@@ -75,14 +85,26 @@ def platform() -> str:
     return "cuda" if float(jax.local_devices()[0].compute_capability) >= 8.0 else "gpu"
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The leading axis of a batch, split over every device."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Says, inside a jitted function, that the leading axis is split over every device of the mesh in use.
+
+    Without it XLA may take up the sharding of the parameters that x meets, and move the activations of all
+    devices where it should gather a parameter.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return (
+        x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    )
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -147,7 +169,7 @@ def init_params(mesh: Mesh, init: Callable[[jax.Array], trees.Params], key: jax.
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def check_batch(mesh: Mesh, global_batch: int, accumulation_steps: int = 1) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, global_batch: int, accumulation_steps: int = 1) -> None:
     """Raises ValueError if a batch (or a microbatch of it) cannot be split evenly over the devices."""
     parts = mesh.size * accumulation_steps
     if global_batch % parts:

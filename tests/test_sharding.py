@@ -68,7 +68,7 @@ DENSE_SPECS = {
     "text/resblocks_0/attn/out_proj/kernel": P("fsdp", None),
     "text/resblocks_0/mlp/c_fc/kernel": P("fsdp", None),
     "text/resblocks_0/mlp/c_proj/bias": P(),
-    "text/token_embedding/embedding": P(None, "fsdp"),
+    "text/token_embedding/embedding": P(),
 }
 MOE_SPECS = {
     "visual/resblocks_0/moe/router/kernel": P(),

@@ -186,7 +186,8 @@ class TextTower(nn.Module):
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
         x = (embedding(tokens) + positions[:length]).astype(dtype)
         x, aux = _apply_blocks(x, config, text, self.run, causal=True, deterministic=deterministic)
-        x = x[jnp.arange(x.shape[0]), end_position(tokens, text.eos_token_id)]
+        end = end_position(tokens, text.eos_token_id)
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux

@@ -24,8 +24,17 @@ def route(router_logits: Array, num_selected_experts: int) -> tuple[Array, Array
     arXiv 2409.19291, section 3.1; ties go to the lower id.
     """
     probabilities = jax.nn.softmax(router_logits, axis=-1)
-    gates, expert_ids = lax.top_k(probabilities, num_selected_experts)
-    return gates / gates.sum(axis=-1, keepdims=True), expert_ids
+    # K times the largest of what is left: `lax.top_k` is not partitioned, every device would route the tokens
+    # of all.
+    left, gates, expert_ids = lax.stop_gradient(probabilities), [], []
+    for _ in range(num_selected_experts):
+        expert_id = jnp.argmax(left, axis=-1)
+        chosen = jax.nn.one_hot(expert_id, router_logits.shape[-1], dtype=probabilities.dtype)
+        gates.append(jnp.sum(probabilities * chosen, axis=-1))
+        expert_ids.append(expert_id)
+        left = jnp.where(chosen > 0, -1.0, left)
+    gates = jnp.stack(gates, axis=-1)
+    return gates / gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
 
 
 class StackedLinear(nn.Module):

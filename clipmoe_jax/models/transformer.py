@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clipmoe_jax.models.moe import MoeMlp
+from clipmoe_jax.sharding import split_batch
 
 Array = jax.Array
 
@@ -179,7 +180,7 @@ def apply_blocks(
             deterministic=deterministic,
             name=f"resblocks_{i}",
         )
-        x, aux = block(x)
+        x, aux = block(split_batch(x))
         if aux:
             block_aux.append(aux)
     if not block_aux:

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from clipmoe_jax import losses, sharding, trees
 from clipmoe_jax.models.clip import Clip, text_mask
@@ -132,22 +132,31 @@ def _deal(array: jax.Array, num: int) -> jax.Array:
     return array.reshape(-1, num, *array.shape[1:]).swapaxes(0, 1)
 
 
+def abstract_state(mesh: Mesh | AbstractMesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings: moments lie where their parameters do."""
+    tx, where = phase.direction(), sharding.param_shardings(mesh, trainable)
+    replicated = sharding.replicated(mesh)
+    opt_state = jax.eval_shape(tx.init, trainable)
+    opt_where = optax.tree.map_params(
+        tx, lambda _, leaf: leaf, opt_state, where, transform_non_params=lambda _: replicated
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        TrainState(step, trainable, opt_state),
+        TrainState(replicated, where, opt_where),
+    )
+
+
 def init_state(mesh: Mesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
     """The state before the first step, on the mesh: a copy of the trainable leaves, and their moments alone.
 
-    Moments lie where their parameters do. (A step gives its donated input away, hence the copy.)
+    (A step gives its donated input away, hence the copy.)
     """
-    tx, where = phase.direction(), sharding.param_shardings(mesh, trainable)
-    replicated = sharding.replicated(mesh)
-    opt_where = optax.tree.map_params(
-        tx,
-        lambda _, leaf_sharding: leaf_sharding,
-        jax.eval_shape(tx.init, trainable),
-        where,
-        transform_non_params=lambda _: replicated,
-    )
+    tx = phase.direction()
 
     def init(trainable):
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), tx.init(trainable))
 
-    return jax.jit(init, out_shardings=TrainState(replicated, where, opt_where))(trainable)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, phase, trainable))
+    return jax.jit(init, out_shardings=where)(trainable)

@@ -1,0 +1,29 @@
+"""What the vendors say of the accelerators that runs are planned for and measured against."""
+
+from typing import NamedTuple
+
+
+class Accelerator(NamedTuple):
+    """One device.
+
+    platform: "tpu" or "cuda". peak_flops: a second, dense, bfloat16. memory: bytes of HBM. link: bytes a
+    second to and from the other devices of its slice or node together (half of it each way).
+    """
+
+    name: str
+    platform: str
+    peak_flops: float
+    memory: float
+    link: float
+
+
+# TPUs: the system architecture pages of cloud.google.com/tpu/docs (v5e, v5p, v6e). GPUs: NVIDIA's data
+# sheets of the SXM modules, without sparsity; link is NVLink.
+ACCELERATORS = {
+    "v5e": Accelerator("TPU v5e", "tpu", 197e12, 16e9, 400e9),
+    "v5p": Accelerator("TPU v5p", "tpu", 459e12, 95 * 2**30, 1200e9),
+    "v6e": Accelerator("TPU v6e", "tpu", 918e12, 32e9, 800e9),
+    "a100": Accelerator("A100 80 GB", "cuda", 312e12, 80e9, 600e9),
+    "h100": Accelerator("H100 80 GB", "cuda", 989e12, 80e9, 900e9),
+    "h200": Accelerator("H200 141 GB", "cuda", 989e12, 141e9, 900e9),
+}

@@ -1,0 +1,91 @@
+"""FLOPs of a model's matrix products, counted by hand from its architecture.
+
+A product of (m, k) by (k, n) is 2 m k n FLOPs. Norms, activations and softmax are left out: at the sizes of
+CLIP they are one per cent of XLA's own count (tests/models/test_flops.py).
+
+Letters: L length, D width, F feed-forward hidden width, E experts, K selected experts, P patch size.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from clipmoe_jax.models.clip import ClipConfig, VisionConfig
+from clipmoe_jax.models.transformer import first_moe_layer
+
+
+class Layer(NamedTuple):
+    """A step of the forward pass of one image or caption. name: of its parameters, "" if it has none.
+
+    flops: of its products. num_operands: how many of each product's operands are activations, whose gradients
+    cost as much as the product itself.
+    """
+
+    name: str
+    flops: float
+    num_operands: int = 1
+
+
+def layers(config: ClipConfig, tower: str, length: int | None = None, slots: float = 0) -> Iterator[Layer]:
+    """The layers of a tower ("visual" or "text") in order.
+
+    length: of the captions, None is the context length. slots: how many experts compute on each token, 0 is K
+    (E for dense dispatch).
+    """
+    shape = config.vision if tower == "visual" else config.text
+    width, hidden = shape.width, shape.mlp_width or 4 * shape.width
+    if isinstance(shape, VisionConfig):
+        num_patches, pixels = (shape.image_size // shape.patch_size) ** 2, 3 * shape.patch_size**2
+        length = num_patches + 1
+        yield Layer("visual/conv1", 2 * num_patches * pixels * width, 0)
+        for name in ("class_embedding", "positional_embedding", "ln_pre"):
+            yield Layer(f"visual/{name}", 0)
+    else:
+        length = length or shape.context_length
+        yield Layer("text/token_embedding", 0)
+        yield Layer("text/positional_embedding", 0)
+    moe, first_moe = config.moe, first_moe_layer(shape.num_layers, config.moe)
+    for i in range(shape.num_layers):
+        block = f"{tower}/resblocks_{i}"
+        yield Layer(f"{block}/ln_1", 0)
+        yield Layer(f"{block}/attn/in_proj", 2 * length * width * 3 * width)
+        yield Layer("", 2 * 2 * length * length * width, 2)  # scores, and values by them
+        yield Layer(f"{block}/attn/out_proj", 2 * length * width * width)
+        yield Layer(f"{block}/ln_2", 0)
+        ffn, tokens = (
+            ("moe", length * (slots or moe.num_selected_experts)) if i >= first_moe else ("mlp", length)
+        )
+        yield Layer(f"{block}/{ffn}/c_fc", 2 * tokens * width * hidden)
+        yield Layer(f"{block}/{ffn}/c_proj", 2 * tokens * hidden * width)
+        if ffn == "moe":  # last, since the experts' inputs do not depend on it
+            yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
+    last = ("ln_post", "proj") if tower == "visual" else ("ln_final", "text_projection")
+    yield Layer(f"{tower}/{last[0]}", 0)
+    yield Layer(f"{tower}/{last[1]}", 2 * width * config.embed_dim)
+
+
+def forward(config: ClipConfig, length: int | None = None, slots: float = 0) -> float:
+    """FLOPs of encoding one pair, an image and a caption of `length` tokens."""
+    return sum(layer.flops for tower in _towers(config) for layer in layers(config, tower, length, slots))
+
+
+def forward_backward(
+    config: ClipConfig, trains: Mapping[str, bool], length: int | None = None, slots: float = 0
+) -> float:
+    """FLOPs of encoding one pair and differentiating with respect to the leaves that train.
+
+    trains: {leaf name: whether}. A product's gradient for its kernel costs as much as the product, and its
+    gradient for its input as well, which is needed only where something that trains lies before it.
+    """
+    trained = {name.rpartition("/")[0] for name, yes in trains.items() if yes and "/" in name}
+    trained |= {name for name, yes in trains.items() if yes}
+    total = 0.0
+    for tower in _towers(config):
+        reached = False  # whether something before this layer trains
+        for layer in layers(config, tower, length, slots):
+            total += layer.flops * (1 + layer.num_operands * reached + (layer.name in trained))
+            reached |= layer.name in trained
+    return total
+
+
+def _towers(config: ClipConfig) -> tuple[str, ...]:
+    return ("visual",) if config.text is None else ("visual", "text")
