@@ -87,7 +87,7 @@ def load(
         activation=activation,
         context_length=context_length,
         image_size=image_size,
-        place=jnp.asarray,
+        place=lambda _, leaf: jnp.asarray(leaf),
     )
     print(f"{path}: {found.source}")
     return LoadedClip(found.config, found.params, found.source, RunConfig(dtype=dtype))

@@ -64,17 +64,19 @@ def param_shardings(mesh: Mesh | AbstractMesh, params: trees.Params) -> dict:
     Raises ValueError naming the first leaf whose axis a mesh axis does not divide.
     """
     leaves = trees.flatten(params)
-    shardings = {}
-    for name, leaf in leaves.items():
-        spec = PARAM_RULES[trees.first_match(PARAM_RULES, name)][1]
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
-                    f"{name} has an axis of size {size}, which mesh.{axis}={mesh.shape[axis]} does not "
-                    f"divide: choose mesh.{axis} among {_divisors(size)[:12]}"
-                )
-        shardings[name] = NamedSharding(mesh, spec)
-    return trees.unflatten(shardings)
+    return trees.unflatten({name: param_sharding(mesh, name, leaf.shape) for name, leaf in leaves.items()})
+
+
+def param_sharding(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where one leaf lies, by PARAM_RULES. Raises ValueError if a mesh axis does not divide an axis of it."""
+    spec = PARAM_RULES[trees.first_match(PARAM_RULES, name)][1]
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name} has an axis of size {size}, which mesh.{axis}={mesh.shape[axis]} does not "
+                f"divide: choose mesh.{axis} among {_divisors(size)[:12]}"
+            )
+    return NamedSharding(mesh, spec)
 
 
 def platform() -> str:
@@ -158,9 +160,10 @@ def to_devices(tree: Any) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, HostCopy))
 
 
-def put_params(mesh: Mesh, params: trees.Params) -> dict:
-    """Places a tree of host or device arrays by PARAM_RULES."""
-    return jax.device_put(params, param_shardings(mesh, params))
+def put_param(mesh: Mesh, name: str, array: np.ndarray) -> jax.Array:
+    """Places one leaf that every process has read: each device keeps its part."""
+    where = param_sharding(mesh, name, array.shape)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def init_params(mesh: Mesh, init: Callable[[jax.Array], trees.Params], key: jax.Array) -> dict:

@@ -32,6 +32,11 @@ def random_params(config=CONFIG, seed=0):
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
+def place(mesh, params):
+    """On the mesh, by the rules."""
+    return jax.device_put(params, sharding.param_shardings(mesh, params))
+
+
 def assert_same(found, expected):
     """Every leaf, bit for bit, with its dtype."""
     found, expected = trees.flatten(found), trees.flatten(expected)
@@ -65,7 +70,7 @@ def test_a_model_comes_back_on_a_mesh(model_folder):
 
 def test_a_sharded_model_is_written_whole(tmp_path):
     mesh = sharding.make_mesh(2, 2, 2)
-    checkpoints.save_model(tmp_path, CONFIG, sharding.put_params(mesh, random_params()))
+    checkpoints.save_model(tmp_path, CONFIG, place(mesh, random_params()))
     assert_same(checkpoints.load_model(tmp_path)[1], random_params())
 
 
@@ -82,7 +87,7 @@ def test_a_folder_that_is_no_model(tmp_path):
 
 def state_on(mesh, seed=0):
     """Training state of the routers and experts with moments that are not zero, at step 3."""
-    params = sharding.put_params(mesh, random_params(seed=seed))
+    params = place(mesh, random_params(seed=seed))
     trainable, _ = trees.partition(params, [(".*/moe/.*", True), (".*", False)])
     state = init_state(mesh, PHASE, trainable)
     moments = jax.tree.map(

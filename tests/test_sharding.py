@@ -123,11 +123,10 @@ def test_params_are_born_sharded_and_the_same_on_every_mesh():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-def test_put_params_keeps_values_and_places_them():
+def test_put_param_keeps_values_and_places_them():
     mesh = sharding.make_mesh(fsdp=8)
     kernel = np.arange(16 * 48, dtype=np.float32).reshape(16, 48)
-    placed = sharding.put_params(mesh, {"text": {"attn": {"in_proj": {"kernel": kernel}}}})
-    placed = placed["text"]["attn"]["in_proj"]["kernel"]
+    placed = sharding.put_param(mesh, "text/attn/in_proj/kernel", kernel)
     np.testing.assert_array_equal(placed, kernel)
     np.testing.assert_array_equal(placed.addressable_shards[3].data, kernel[6:8])
 

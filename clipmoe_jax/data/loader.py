@@ -39,6 +39,9 @@ class Sampler(Protocol):
     def indices(self, step: int) -> np.ndarray:
         """int64 (global_batch,): record indices, -1 for padding. Steps count on over epochs."""
 
+    def origin(self, step: int) -> str:
+        """Where a step's records come from, in words."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamedPairs:

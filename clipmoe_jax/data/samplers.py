@@ -25,6 +25,10 @@ class SequentialSampler:
         indices = self._first + np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         return np.where(indices < self._num_records, indices, -1)
 
+    def origin(self, step: int) -> str:
+        """Where a step's records come from, in words."""
+        return f"records from {self._first + step * self.global_batch}"
+
 
 class ShuffledSampler:
     """Every record at most once an epoch, in a new order each epoch; the last N mod B are left out."""
@@ -40,6 +44,10 @@ class ShuffledSampler:
         epoch, k = divmod(step, self.num_steps)
         order = _permutation(self._num_records, self._seed, epoch)
         return order[k * self.global_batch : (k + 1) * self.global_batch]
+
+    def origin(self, step: int) -> str:
+        """Where a step's records come from, in words."""
+        return f"epoch {step // self.num_steps}, shuffled"
 
 
 class ClusterSampler:
@@ -80,6 +88,15 @@ class ClusterSampler:
         """int64 (B,), all from one cluster."""
         epoch, k = divmod(step, self.num_steps)
         return self._plan(epoch)[0][k]
+
+    def origin(self, step: int) -> str:
+        """Where a step's records come from, in words."""
+        epoch, k = divmod(step, self.num_steps)
+        batches, levels = self._plan(epoch)
+        node = self._labels[batches[k][0]] // self._labels_per_stage ** levels[k]
+        if not levels[k]:
+            return f"epoch {epoch}, cluster {node}"
+        return f"epoch {epoch}, what is left of the clusters under {node}, {levels[k]} level(s) up"
 
     def report(self) -> dict[str, int]:
         """How an epoch uses the records: pairs by level (0 is the clusters themselves, 1 their parents,

@@ -11,6 +11,7 @@ Each is skipped if it is there, and refuses to mix with another config's.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -117,6 +118,7 @@ def _import_base(run: Run) -> tuple[dict, dict]:
         activation=config.activation,
         context_length=config.text.context_length,
         image_size=config.vision.image_size,
+        place=functools.partial(sharding.put_param, run.mesh),
     )
     if found.config.moe or found.config.text is None:
         raise ValueError(
@@ -133,7 +135,8 @@ def _import_base(run: Run) -> tuple[dict, dict]:
         )
     params = found.params
     if run.config.base.logit_scale:
-        params["logit_scale"] = np.asarray(math.log(run.config.base.logit_scale), np.float32)
+        logit_scale = np.asarray(math.log(run.config.base.logit_scale), np.float32)
+        params["logit_scale"] = sharding.put_replicated(run.mesh, logit_scale)
     run.metrics.say(f"base: {checkpoint}: {found.source}")
     return params, {"source": found.source}
 

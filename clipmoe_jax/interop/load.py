@@ -32,6 +32,8 @@ OPENCLIP_FILES = (
     "open_clip_pytorch_model.safetensors",
     *HUGGINGFACE_FILES,
 )
+# What a leaf becomes: (our name, array) -> leaf.
+Place = Callable[[str, np.ndarray], Any]
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
@@ -60,7 +62,7 @@ def read_model(
     context_length: int | None = None,
     image_size: int | None = None,
     dtype: str | None = "float32",
-    place: Callable[[np.ndarray], Any] = np.asarray,
+    place: Place = lambda _, leaf: leaf,
 ) -> Loaded:
     """Reads a model, recognised by content (docs/interop.md lists what it takes).
 
@@ -68,8 +70,8 @@ def read_model(
     activation: "quick_gelu" or "gelu" for a bare state dict, which does not say; None is quick_gelu.
     context_length: stretches a text tower of 77 positions to 248 when asked for 248; None keeps what there
     is. image_size: resizes the vision tower's grid of positions; None keeps it.
-    dtype: of the params; None keeps each tensor's own. place: makes each leaf what it shall be while it is
-    read, so that a model never lies in memory twice.
+    dtype: of the params; None keeps each tensor's own. place: makes of a leaf's name and array what it shall
+    be before the others are read, so that a model never lies in memory twice, nor whole if it is split.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     location = epath.Path(path)
@@ -83,7 +85,7 @@ def read_model(
         config, params = checkpoints.load_model(run_folder)
         leaves = trees.flatten(params)
         del params
-        leaves = {name: place(np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
+        leaves = {name: place(name, np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
         is_folder = location.is_dir()
@@ -91,7 +93,9 @@ def read_model(
         expected = trees.flatten(checkpoints.abstract_params(found.config))
         shapes = {name: leaf.shape for name, leaf in expected.items()}
         nametable.check_shapes(found.table, shapes, found.tensors, path)
-        leaves = nametable.to_ours(found.table, found.tensors, lambda leaf: place(np.asarray(leaf, dtype)))
+        leaves = nametable.to_ours(
+            found.table, found.tensors, lambda name, leaf: place(name, np.asarray(leaf, dtype))
+        )
         config, params, source = found.config, trees.unflatten(leaves), found.source
     if activation not in (None, config.activation):
         raise ValueError(
@@ -211,7 +215,7 @@ def _read_described(path: epath.Path) -> dict[str, Any]:
 
 
 def _with_context_length(
-    config: ClipConfig, params: dict, context_length: int, path: str, place: Callable[[np.ndarray], Any]
+    config: ClipConfig, params: dict, context_length: int, path: str, place: Place
 ) -> tuple[ClipConfig, dict]:
     if config.text is None or config.text.context_length == context_length:
         return config, params
@@ -222,18 +226,19 @@ def _with_context_length(
             f"({have}) or stretched ({stretched_length(have)})"
         )
     leaves = trees.flatten(params)
-    leaves[TEXT_POSITIONS] = place(stretch_positions(leaves[TEXT_POSITIONS]))
+    leaves[TEXT_POSITIONS] = place(TEXT_POSITIONS, stretch_positions(np.asarray(leaves[TEXT_POSITIONS])))
     text = dataclasses.replace(config.text, context_length=context_length)
     return dataclasses.replace(config, text=text), trees.unflatten(leaves)
 
 
 def _with_image_size(
-    config: ClipConfig, params: dict, image_size: int, place: Callable[[np.ndarray], Any]
+    config: ClipConfig, params: dict, image_size: int, place: Place
 ) -> tuple[ClipConfig, dict]:
     if config.vision.image_size == image_size:
         return config, params
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
     leaves = trees.flatten(params)
-    resized = resize_grid(leaves[VISION_POSITIONS], image_size // config.vision.patch_size)
-    leaves[VISION_POSITIONS] = place(resized)
+    positions = np.asarray(leaves[VISION_POSITIONS])
+    resized = resize_grid(positions, image_size // config.vision.patch_size)
+    leaves[VISION_POSITIONS] = place(VISION_POSITIONS, resized)
     return config, trees.unflatten(leaves)

@@ -41,8 +41,10 @@ class Row(NamedTuple):
     layout: Layout = SAME
 
 
-def to_ours(table: Sequence[Row], tensors: Tensors, finish: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-    """Foreign tensors to {our name: finish(array)}.
+def to_ours(
+    table: Sequence[Row], tensors: Tensors, finish: Callable[[str, np.ndarray], Any]
+) -> dict[str, Any]:
+    """Foreign tensors to {our name: finish(our name, array)}.
 
     Takes the tensors out of the dict, reads those of one leaf at a time and lets them go when it is
     finished. Raises ValueError for names that no row knows, which `check_shapes` tells better.
@@ -68,7 +70,7 @@ def to_ours(table: Sequence[Row], tensors: Tensors, finish: Callable[[np.ndarray
             part: _permuted(tensors.pop(name).read(), layout.to_ours)
             for part, (name, layout) in sources.items()
         }
-        leaves[ours] = finish(_join(pieces))
+        leaves[ours] = finish(ours, _join(pieces))
     return leaves
 
 

@@ -45,8 +45,8 @@ def fit(
     device then holds them in that type alone. Batches, learning rates and dropout depend on the step and the
     seed alone, so an interrupted phase ends with the params of an uninterrupted one. measured: how many
     steps, how many of them now and in what time, and the last step's numbers.
-    Raises ValueError naming step and last good checkpoint if the loss stops being finite, Preempted when
-    SIGTERM came and a checkpoint is written.
+    Raises ValueError naming the step, its records and the last good checkpoint if the loss stops being
+    finite, Preempted when SIGTERM came and a checkpoint is written.
     """
     num_steps = num_steps or phase.length(sampler.num_steps)
     sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
@@ -68,10 +68,11 @@ def fit(
         """Waits for a step's numbers and stops if one is not finite."""
         found = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
         if odd := [f"{k} is {v}" for k, v in found.items() if not math.isfinite(v)]:
+            first = ", ".join(str(i) for i in sampler.indices(step)[:5])
             raise ValueError(
-                f"{name}: {odd[0]} at step {step + 1}; the last good checkpoint is step "
-                f"{checkpointer.latest_step() or 0} in {checkpoint_folder}. Lower the learning rate "
-                f"({phase.learning_rate}) or look at the data of that step"
+                f"{name}: {odd[0]} at step {step + 1} ({sampler.origin(step)}: records {first}, …); the "
+                f"last good checkpoint is step {checkpointer.latest_step() or 0} in {checkpoint_folder}. "
+                f"Lower the learning rate ({phase.learning_rate}) or look at those records"
             )
         return found
 

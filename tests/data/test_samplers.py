@@ -117,6 +117,17 @@ def test_report_of_drop_by_hand():
     assert sampler.report() == {"pairs_level_0": 4, "pairs_unused": 9, "num_clusters": 5}
 
 
+def test_origin_by_hand():
+    """Cluster 0 fills a batch; what is left of 0 and 1 fills one a level up; the rest one at the root."""
+    sampler = ClusterSampler(BY_HAND, 4, seed=0)
+    found = {sampler.origin(step) for step in range(sampler.num_steps)}
+    assert "epoch 0, cluster 0" in found
+    assert "epoch 0, what is left of the clusters under 0, 1 level(s) up" in found
+    assert sampler.origin(sampler.num_steps).startswith("epoch 1, ")
+    assert ShuffledSampler(20, 4, 0).origin(6) == "epoch 1, shuffled"
+    assert SequentialSampler(20, 4, 8).origin(2) == "records from 16"
+
+
 def test_batches_by_hand():
     """One batch inside cluster 0, one of clusters 0 and 1 (records 0 to 8), one of what is left."""
     records = {frozenset(batch.tolist()) for batch in epoch_of(ClusterSampler(BY_HAND, 4, seed=0))}

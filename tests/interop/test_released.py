@@ -46,7 +46,7 @@ def write(path, arrays):
 def to_params(state):
     """A state dict of numpy arrays to our params."""
     tensors, _ = released.normalise(from_arrays(state))
-    return trees.unflatten(to_ours(released.TABLE, tensors, np.asarray))
+    return trees.unflatten(to_ours(released.TABLE, tensors, lambda _, leaf: np.asarray(leaf)))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -143,7 +143,8 @@ def test_sharded_equals_one_device(params, name, sizes):
     expected = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
     mesh = sharding.make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        placed = sharding.put_params(mesh, {"visual": {"resblocks_0": {"moe": params}}})
+        params = {"visual": {"resblocks_0": {"moe": params}}}
+        placed = jax.device_put(params, sharding.param_shardings(mesh, params))
         found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
             placed["visual"]["resblocks_0"]["moe"], jax.device_put(x, sharding.batch_sharding(mesh))
         )

@@ -180,8 +180,11 @@ def users_config(folder):
 
 
 def test_a_users_checkpoint_and_images(users_files, tmp_path):
-    """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch."""
-    [results] = main.run_pipeline(users_config(users_files), epath.Path(tmp_path))
+    """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch; on
+    eight devices that split the parameters."""
+    config = users_config(users_files)
+    config.mesh.fsdp = 4
+    [results] = main.run_pipeline(config, epath.Path(tmp_path))
     assert list(results) == ["base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE"]
     clip = clipmoe_jax.load(str(tmp_path / "moe" / "params"))
     assert clip.config.text.context_length == 248 and clip.config.moe.num_experts == 3

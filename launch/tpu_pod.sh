@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice from a queued resource: asks for it, waits, copies this repository to every host, runs, and
+# asks for a new slice when the old one is preempted.
+#
+#     launch/tpu_pod.sh --name=l14 --zone=us-east5-a --type=v5p-512 --runtime=v2-alpha-tpuv5 --spot -- \
+#         --config=configs/vit_l14_sharegpt4v.py --workdir=gs://BUCKET/runs/l14 …
+#
+#     --name, --zone      of the slice
+#     --type, --runtime   accelerator type and software version (cloud.google.com/tpu/docs/runtimes)
+#     --spot              cheaper, and may be taken away at any moment
+#     --restarts=N        how often to run again after a preemption (default 20)
+#     --keep              leave the slice there at the end
+#     --dry-run           print the commands
+#
+# What follows -- goes to clipmoe_jax.main; workdir and data must lie in a bucket. gcloud must be logged in.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
+
+name="" zone="" type="" runtime="" restarts=20 spot=() keep=false dry_run=false
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+    --name=*) name="${1#*=}" ;;
+    --zone=*) zone="${1#*=}" ;;
+    --type=*) type="${1#*=}" ;;
+    --runtime=*) runtime="${1#*=}" ;;
+    --restarts=*) restarts="${1#*=}" ;;
+    --spot) spot=(--spot) ;;
+    --keep) keep=true ;;
+    --dry-run) dry_run=true ;;
+    --help) usage && exit 0 ;;
+    --) shift && break ;;
+    *) echo "unknown argument '$1': see $0 --help" >&2 && exit 2 ;;
+    esac
+    shift
+done
+for option in name zone type runtime; do
+    if [[ -z "${!option}" ]]; then
+        echo "--$option is missing: see $0 --help" >&2
+        exit 2
+    fi
+done
+
+do_it() {
+    if $dry_run; then
+        printf '%q ' "$@" && echo
+    else
+        "$@"
+    fi
+}
+
+state() {
+    if $dry_run; then
+        echo ACTIVE
+    else
+        gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' \
+            2>/dev/null || echo NONE
+    fi
+}
+
+create() {
+    do_it gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
+        --accelerator-type="$type" --runtime-version="$runtime" "${spot[@]}"
+    local now
+    while now=$(state) && [[ "$now" != ACTIVE ]]; do
+        if [[ "$now" == FAILED || "$now" == SUSPENDED || "$now" == NONE ]]; then
+            echo "the request for $name is $now" >&2
+            return 1
+        fi
+        echo "$name: $now"
+        sleep 30
+    done
+}
+
+install() {
+    on_all "rm -rf clipmoe"
+    do_it gcloud compute tpus tpu-vm scp --recurse . "$name:clipmoe" --zone="$zone" --worker=all
+    on_all "cd clipmoe && pip install --quiet -r requirements.txt 'jax[tpu]'"
+}
+
+on_all() {
+    do_it gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+}
+
+delete() {
+    do_it gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet
+}
+
+run="cd clipmoe && launch/node.sh --platform=tpu -- $(printf '%q ' "$@")"
+code=1
+for ((i = 0; i <= restarts; i++)); do
+    if $dry_run || [[ "$(state)" != ACTIVE ]]; then
+        if ! $dry_run && [[ "$(state)" != NONE ]]; then
+            delete
+        fi
+        create
+    fi
+    install
+    code=0
+    on_all "$run" || code=$?
+    # An error of the run itself leaves the slice there, and would come again.
+    if [[ $code -eq 0 || "$(state)" == ACTIVE ]]; then
+        break
+    fi
+    echo "$name was taken away; asking for another" >&2
+done
+if ! $keep; then
+    delete
+fi
+exit "$code"

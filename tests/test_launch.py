@@ -1,0 +1,224 @@
+"""The launch scripts: what they print, and what they do with programs that stand in for SLURM and gcloud."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
+TPU_POD = ["--name=l14", "--zone=z", "--type=v5p-512", "--runtime=v2-alpha-tpuv5"]
+
+
+def run(script, *arguments, **env):
+    command = ["bash", str(LAUNCH / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+
+
+def stand_in(folder, name, text):
+    """A program of this name, first on the PATH that is returned."""
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    command = [pathlib.Path(sys.executable).parent / "shellcheck", "--external-sources", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["node.sh", "tpu_pod.sh", "slurm.sbatch"])
+def test_help_is_the_comment_at_the_top(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert "clipmoe_jax.main" in done.stdout and "set -euo" not in done.stdout and "# " not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("node.sh", ["--config=a"], "unknown argument '--config=a'"),
+        ("node.sh", [], "--platform is missing"),
+        ("node.sh", ["--platform=npu"], "platform 'npu' is not known: choose tpu, gpu or cpu"),
+        ("tpu_pod.sh", ["--name=a", "--zone=b"], "--type is missing"),
+    ],
+)
+def test_wrong_arguments(script, arguments, message):
+    done = run(script, *arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_dry_runs():
+    config = ["--config=configs/demo.py", "--workdir=two words"]
+    node = run("node.sh", "--platform=gpu", "--dry-run", "--", *config, XLA_FLAGS="--xla_mine=1").stdout
+    assert re.search(r"XLA_FLAGS=--xla_gpu\S*latency\S*\\ --xla_mine=1", node)  # the user's comes last
+    assert node.rstrip().endswith(r"-m clipmoe_jax.main --config=configs/demo.py --workdir=two\ words")
+    slurm = run("slurm.sbatch", "--dry-run", *config).stdout
+    assert "srun --kill-on-bad-exit=1" in slurm and slurm.rstrip().endswith(r"--workdir=two\ words")
+    lines = run("tpu_pod.sh", *TPU_POD, "--spot", "--dry-run", "--", *config).stdout.splitlines()
+    assert lines[0].startswith("gcloud compute tpus queued-resources create l14") and "--spot" in lines[0]
+    assert "--worker=all" in lines[-2] and "clipmoe_jax.main" not in lines[-2] and "node.sh" in lines[-2]
+    assert "queued-resources delete l14" in lines[-1]
+
+
+def test_the_gpu_flags_are_known_to_the_installed_jaxlib():
+    flags = subprocess.run(
+        ["bash", "-c", "source launch/xla_flags.sh && set_xla_flags gpu && echo $XLA_FLAGS"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+    ).stdout.strip()
+    assert "latency_hiding" in flags
+    for given, fine in ((flags, True), ("--xla_gpu_no_such_flag=true", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            capture_output=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": given},
+        )
+        assert (done.returncode == 0) == fine, given
+
+
+def test_a_preempted_run_starts_again(tmp_path):
+    path = stand_in(
+        tmp_path, "run", f'echo "$@" >> {tmp_path}/log; [[ $(wc -l < {tmp_path}/log) == 3 ]] || exit 75'
+    )
+    done = run("node.sh", "--platform=cpu", "--", "--config=x", PYTHON=f"{tmp_path}/run", PATH=path)
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text() == 3 * "-m clipmoe_jax.main --config=x\n"
+
+
+@pytest.mark.parametrize(("code", "starts"), [(75, 2), (1, 1), (134, 1)])
+def test_other_codes_and_too_many_restarts_end_it(tmp_path, code, starts):
+    stand_in(tmp_path, "run", f"echo started >> {tmp_path}/log; exit {code}")
+    done = run("node.sh", "--platform=cpu", "--restarts=1", PYTHON=f"{tmp_path}/run")
+    assert done.returncode == code
+    assert (tmp_path / "log").read_text() == starts * "started\n"
+
+
+def test_sigterm_to_the_script_saves_and_ends_it(tmp_path):
+    text = f"trap 'sleep 0.5; exit 75' TERM; echo started >> {tmp_path}/log; while :; do sleep 0.1; done"
+    stand_in(tmp_path, "run", text)
+    command = ["bash", str(LAUNCH / "node.sh"), "--platform=cpu"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHON": f"{tmp_path}/run"})
+    while not (tmp_path / "log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "log").read_text() == "started\n"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
+def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
+    stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/requeued')
+    path = stand_in(tmp_path, "srun", f"exit {code}")
+    done = run("slurm.sbatch", "--config=x", PATH=path, SLURM_JOB_ID="12", SLURM_SUBMIT_DIR=str(ROOT))
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 12\n"
+
+
+# A slice that is taken away during the first run. Each call is logged; `slice` holds its state.
+GCLOUD = """
+echo "$3 $4 ${@: -1}" >> LOG/calls
+case "$3 $4" in
+"queued-resources describe") cat LOG/slice 2>/dev/null || exit 1 ;;
+"queued-resources create") echo ACTIVE > LOG/slice ;;
+"queued-resources delete") rm LOG/slice ;;
+"tpu-vm ssh")
+    if [[ "$*" == *node.sh* && ! -e LOG/taken ]]; then
+        touch LOG/taken
+        echo SUSPENDED > LOG/slice
+        exit 255
+    fi ;;
+esac
+"""
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path):
+    path = stand_in(tmp_path, "gcloud", GCLOUD.replace("LOG", str(tmp_path)))
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    did = [call.split()[1] for call in calls if not call.startswith("queued-resources describe")]
+    attempt = ["create", "ssh", "scp", "ssh", "ssh"]  # remove the old copy, copy, install, run
+    assert did == [*attempt, "delete", *attempt, "delete"]
+
+
+def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path):
+    path = stand_in(
+        tmp_path, "gcloud", GCLOUD.replace("LOG", str(tmp_path)).replace("echo SUSPENDED > ", ": ")
+    )
+    done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=path)
+    assert done.returncode == 255
+    assert (tmp_path / "slice").exists()  # kept
+
+
+# Fields of jobset.sigs.k8s.io/docs/reference/jobset (v1alpha2) and of Kubernetes' Job and Pod that are used.
+JOBSET = {"apiVersion", "kind", "metadata", "spec"}
+JOBSET_SPEC = {
+    "failurePolicy",
+    "network",
+    "replicatedJobs",
+    "successPolicy",
+    "suspend",
+    "ttlSecondsAfterFinished",
+}
+REPLICATED_JOB = {"name", "replicas", "template"}
+JOB_SPEC = {"parallelism", "completions", "completionMode", "backoffLimit", "template", "podFailurePolicy"}
+POD_SPEC = {
+    *("restartPolicy", "hostNetwork", "dnsPolicy", "terminationGracePeriodSeconds", "nodeSelector"),
+    *("containers", "serviceAccountName", "volumes", "tolerations"),
+}
+CONTAINER = {"name", "image", "workingDir", "ports", "env", "command", "args", "resources", "volumeMounts"}
+
+
+def test_the_jobset():
+    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and manifest["kind"] == "JobSet"
+    (job,) = manifest["spec"]["replicatedJobs"]
+    job_spec = job["template"]["spec"]
+    pod = job_spec["template"]["spec"]
+    (container,) = pod["containers"]
+    for found, known in (
+        (manifest, JOBSET),
+        (manifest["spec"], JOBSET_SPEC),
+        (job, REPLICATED_JOB),
+        (job_spec, JOB_SPEC),
+        (pod, POD_SPEC),
+        (container, CONTAINER),
+    ):
+        assert found.keys() <= known
+    # A failed pod fails its job, and that the JobSet.
+    assert job_spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
+    # As many pods as the slice has hosts, and each knows which it is.
+    env = {entry["name"]: entry for entry in container["env"]}
+    hosts = job_spec["parallelism"]
+    chips = 1
+    for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
+        chips *= int(size)
+    assert hosts * container["resources"]["limits"]["google.com/tpu"] == chips
+    assert job_spec["completions"] == hosts == int(env["CLIPMOE_NUM_PROCESSES"]["value"])
+    assert job_spec["completionMode"] == "Indexed"
+    # The first pod's name under the JobSet's headless service: JOBSET-JOB-REPLICA-INDEX.JOBSET.
+    name = manifest["metadata"]["name"]
+    port = container["ports"][0]["containerPort"]
+    assert env["CLIPMOE_COORDINATOR"]["value"] == f"{name}-{job['name']}-0-0.{name}:{port}"
+    # What it runs is there.
+    command = container["command"]
+    assert (ROOT / command[0]).exists()
+    (config,) = [word.partition("=")[2] for word in command if word.startswith("--config=")]
+    assert (ROOT / config).exists()
+    for word in command:
+        if word.endswith("batch_size=1024"):
+            assert 1024 % chips == 0
