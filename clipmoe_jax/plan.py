@@ -320,18 +320,26 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
         add(axes, "gradients", "all-reduce", size, 1)
 
     if config.moe:
+        experts_train = any(yes for name, yes in trains.items() if "/moe/c_fc/" in name)
         group = phase.batch_size // mesh.size * mesh.shape["expert"]  # pairs
         for what, tower, length in (
             ("patches", config.vision, (config.vision.image_size // config.vision.patch_size) ** 2 + 1),
             ("words", config.text, config.text.context_length),
         ):
             blocks = tower.num_layers - first_moe_layer(tower.num_layers, config.moe)
+            num_selected = config.moe.num_selected_experts
             x = group * length * tower.width * itemsize
-            gates = group * length * config.moe.num_selected_experts * FLOAT_BYTES
+            gates = group * length * num_selected * FLOAT_BYTES
+            # The first MoE block is the first to train: its inputs need no gradient.
+            if run.dispatch == "capacity":
+                buffers = run.capacity_factor * num_selected * x / mesh.shape["expert"]
+                backward = 2 * blocks - 1 if experts_train else 2 * (blocks - 1)
+                times = blocks * (2 * passes - run.remat) + backward
+                add(["expert"], f"{what} to experts and back", "all-to-all", times * buffers, 1)
+                continue
             add(["expert"], f"{what}, gates, ids", "all-gather", blocks * (x + 2 * gates), passes)
             add(["expert"], f"{what}' outputs", "reduce-scatter", blocks * x, passes - run.remat)
             add(["expert"], f"gradients of {what}' outputs", "all-gather", blocks * x, 1)
-            # The first MoE block is the first to train: its inputs need no gradient.
             scattered = (blocks - 1) * x + blocks * gates
             add(["expert"], f"gradients of {what}, gates", "reduce-scatter", scattered, 1)
     return found

@@ -109,23 +109,25 @@ def group_size(text: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"),
+    ("kind", "sizes", "name"),
     [
-        ("feed-forward layers", (8, 1, 1)),
-        ("everything", (8, 1, 1)),
-        ("routers", (2, 1, 4)),
-        ("routers and experts", (2, 1, 4)),
+        ("feed-forward layers", (8, 1, 1), "ragged"),
+        ("everything", (8, 1, 1), "ragged"),
+        ("routers", (2, 1, 4), "ragged"),
+        ("routers", (2, 1, 4), "capacity"),
+        ("routers and experts", (2, 1, 4), "ragged"),
+        ("routers and experts", (2, 1, 4), "capacity"),
     ],
     ids=str,
 )
-def test_what_travels(kind, sizes):
+def test_what_travels(kind, sizes, name):
     """The compiled step has the collectives of the plan, and otherwise only what is a few numbers for each
     pair: log-sums, shares of experts, metrics."""
     mesh = sharding.make_mesh(*sizes)
     planned = collections.Counter()
-    for transfer in plan.plan_transfers(abstract(mesh), training(kind)):
+    for transfer in plan.plan_transfers(abstract(mesh), training(kind, dispatch=name)):
         planned[transfer.operation] += transfer.num_bytes
-    found = sent(compiled_step(kind, mesh))
+    found = sent(compiled_step(kind, mesh, dispatch=name))
     assert found.keys() == planned.keys()
     for operation, num_bytes in planned.items():
         assert found[operation] == pytest.approx(num_bytes, abs=2000, rel=0.01), operation

@@ -4,8 +4,8 @@ Letters: N tokens, D width, F expert hidden width, E experts, K selected experts
 (N*K routed slots and some spare), C rows of an expert's buffer.
 
 Contract of a dispatch function `(x, gates, expert_ids, experts, hidden) -> (y, dropped)`:
-  x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where an id of E means "not an expert of
-  this device" and contributes nothing; experts as `Experts`; hidden (..., F) -> (..., F) is what
+  x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where to dense and ragged an id of E means "not an
+  expert of this device" and contributes nothing; experts as `Experts`; hidden (..., F) -> (..., F) is what
   happens between the two layers of an expert (activation, dropout).
   y (N, D) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the
   slots of each token that were thrown away, zero but for `capacity`.
@@ -83,49 +83,78 @@ def capacity(
     hidden: Hidden,
     *,
     capacity_factor: float,
-    total_experts: int,
+    expert_axis: str | None = None,
 ) -> tuple[Array, Array]:
-    """Gives each expert a buffer of C = ceil(capacity_factor * N * K / total_experts) rows; what overflows is
-    dropped. total_experts: of the layer, of which `experts` may be one device's share.
+    """Gives each expert a buffer of C = ceil(capacity_factor * N * K / E) rows; what overflows is dropped.
 
     First choices of all tokens take their places before second choices (GShard, arXiv 2006.16668).
-    A factor of at least total_experts / K can never drop.
+    A factor of at least E / K can never drop. expert_axis: inside shard_map, the mesh axis that splits the
+    experts. The buffers travel to them and back, and N counts a device's own tokens: what is dropped depends
+    on how many devices there are.
     """
-    (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    rows = math.ceil(capacity_factor * num_tokens * num_selected / total_experts)
+    num_tokens, num_selected = expert_ids.shape
+    num_devices = 1 if expert_axis is None else lax.axis_size(expert_axis)
+    num_experts = num_devices * experts.fc_kernel.shape[0]
+    rows = math.ceil(capacity_factor * num_tokens * num_selected / num_experts)
     rows = min(rows, num_tokens)
     slot_expert = expert_ids.T.reshape(-1)  # all first choices, then all second choices
     one_hot = jax.nn.one_hot(slot_expert, num_experts, dtype=jnp.int32)
     place = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=1)
-    local = slot_expert < num_experts
-    kept = local & (place < rows)
+    kept = place < rows
     destination = jnp.where(kept, slot_expert * rows + place, num_experts * rows)
 
     slot_token = jnp.tile(jnp.arange(num_tokens), num_selected)
     buffers = jnp.zeros((num_experts * rows, x.shape[1]), x.dtype)
     buffers = buffers.at[destination].set(x[slot_token], mode="drop", unique_indices=True)
     buffers = buffers.reshape(num_experts, rows, -1)
+    if expert_axis is not None:  # (E, C, D) of a device's tokens to (E / n, n * C, D) of its experts
+        buffers = lax.all_to_all(buffers, expert_axis, 0, 1, tiled=True)
     h = jnp.einsum("ecd,edf->ecf", buffers, experts.fc_kernel) + experts.fc_bias[:, None]
     y = jnp.einsum("ecf,efd->ecd", hidden(h), experts.proj_kernel) + experts.proj_bias[:, None]
+    if expert_axis is not None:
+        y = lax.all_to_all(y, expert_axis, 1, 0, tiled=True)
 
     y = y.reshape(num_experts * rows, -1).at[destination].get(mode="fill", fill_value=0)
     y = y.reshape(num_selected, num_tokens, -1)
     y = jnp.einsum("knd,nk->nd", y, gates.astype(y.dtype))
-    dropped = (local & ~kept).reshape(num_selected, num_tokens).sum(axis=0, dtype=jnp.int32)
+    dropped = (~kept).reshape(num_selected, num_tokens).sum(axis=0, dtype=jnp.int32)
     return y, dropped
 
 
+def gathered(
+    x: Array,
+    gates: Array,
+    expert_ids: Array,
+    experts: Experts,
+    hidden: Hidden,
+    *,
+    local: Callable[..., tuple[Array, Array]],
+    expert_axis: str,
+) -> tuple[Array, Array]:
+    """An exact dispatch over a mesh axis that splits the experts, inside shard_map.
+
+    Each device gathers the tokens of its group, runs the experts it holds (`local`: dense or ragged) on the
+    slots routed to them, and the partial sums are added and scattered back. An all-to-all that drops nothing
+    would need buffers of N rows for every expert and so move E / n times as much (docs/scaling.md).
+    """
+    num_here = experts.fc_kernel.shape[0]
+    x, gates, expert_ids = (lax.all_gather(a, expert_axis, tiled=True) for a in (x, gates, expert_ids))
+    expert_ids = expert_ids - lax.axis_index(expert_axis) * num_here
+    here = (expert_ids >= 0) & (expert_ids < num_here)
+    outputs = local(x, gates, jnp.where(here, expert_ids, num_here), experts, hidden)
+    return jax.tree.map(lambda a: lax.psum_scatter(a, expert_axis, tiled=True), outputs)
+
+
 def make_dispatch(
-    name: str, capacity_factor: float, total_experts: int
+    name: str, capacity_factor: float, expert_axis: str | None = None
 ) -> Callable[..., tuple[Array, Array]]:
-    """The dispatch function called `name`, for a layer of `total_experts`."""
-    if name == "dense":
-        return dense
-    if name == "ragged":
-        return ragged
+    """The dispatch function called `name`; inside shard_map over the axis that splits the experts."""
     if name == "capacity":
-        return functools.partial(capacity, capacity_factor=capacity_factor, total_experts=total_experts)
-    raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
+        return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
+    if name not in ("dense", "ragged"):
+        raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
+    local = dense if name == "dense" else ragged
+    return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
 
 
 def _bias_of_rows(bias: Array, row_expert: Array) -> Array:

@@ -100,7 +100,8 @@ class MoeMlp(nn.Module):
             dropout_key=self.make_rng("dropout") if dropping else None,
             dropout_rate=self.dropout_rate,
             activation=self.activation,
-            dispatch_fn=dispatch.make_dispatch(self.dispatch, self.capacity_factor, num_experts),
+            name=self.dispatch,
+            capacity_factor=self.capacity_factor,
         )
         aux = {
             "router_logits": router_logits,
@@ -118,15 +119,12 @@ def _run_experts(
     dropout_key: Array | None,
     dropout_rate: float,
     activation: Callable[[Array], Array],
-    dispatch_fn: Callable[..., tuple[Array, Array]],
+    name: str,
+    capacity_factor: float,
 ) -> tuple[Array, Array]:
-    """Dispatch on one device, or on each device's own tokens and experts under a mesh.
+    """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
 
-    Under a mesh each device gathers the tokens of its expert group, runs the experts it holds on the slots
-    routed to them, and the partial sums are added and scattered back: exact, with static shapes.
-    """
-
-    def local(x, gates, expert_ids, experts, key):
+    def run(x, gates, expert_ids, experts, key, expert_axis=None):
         def hidden(h):
             h = activation(h)
             if key is None:
@@ -134,21 +132,17 @@ def _run_experts(
             kept = jax.random.bernoulli(key, 1 - dropout_rate, h.shape)
             return jnp.where(kept, h / (1 - dropout_rate), 0)
 
-        return dispatch_fn(x, gates, expert_ids, experts, hidden)
+        run_experts = dispatch.make_dispatch(name, capacity_factor, expert_axis)
+        return run_experts(x, gates, expert_ids, experts, hidden)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(x, gates, expert_ids, experts, dropout_key)
+        return run(x, gates, expert_ids, experts, dropout_key)
 
     def on_device(x, gates, expert_ids, experts, key):
         if key is not None:
             key = jax.random.fold_in(key, lax.axis_index(BATCH_AXES))
-        num_local = experts.fc_kernel.shape[0]
-        x, gates, expert_ids = (lax.all_gather(a, EXPERT_AXIS, tiled=True) for a in (x, gates, expert_ids))
-        expert_ids = expert_ids - lax.axis_index(EXPERT_AXIS) * num_local
-        here = (expert_ids >= 0) & (expert_ids < num_local)
-        outputs = local(x, gates, jnp.where(here, expert_ids, num_local), experts, key)
-        return jax.tree.map(lambda a: lax.psum_scatter(a, EXPERT_AXIS, tiled=True), outputs)
+        return run(x, gates, expert_ids, experts, key, EXPERT_AXIS if mesh.shape[EXPERT_AXIS] > 1 else None)
 
     tokens, stacked = PartitionSpec(BATCH_AXES), PartitionSpec(EXPERT_AXIS)
     return jax.shard_map(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
@@ -113,9 +114,7 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     x = jnp.ones((3, D))
     gates, expert_ids = jnp.full((3, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (3, 1))
     experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
-    y, dropped = dispatch.capacity(
-        x, gates, expert_ids, experts, lambda h: h, capacity_factor=1.0, total_experts=E
-    )
+    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, lambda h: h, capacity_factor=1.0)
     np.testing.assert_array_equal(dropped, [0, 0, 2])
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
 
@@ -149,6 +148,29 @@ def test_sharded_equals_one_device(params, name, sizes):
             placed["visual"]["resblocks_0"]["moe"], jax.device_put(x, sharding.batch_sharding(mesh))
         )
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
+    """Each of eight devices has three tokens, which all go to experts 0 and 1 on two of them: the case by
+    hand above, eight times. Buffers travel, and nothing is gathered."""
+    x = jnp.ones((24, D))
+    gates, expert_ids = jnp.full((24, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (24, 1))
+    experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
+    tokens, stacked = PartitionSpec(sharding.BATCH_AXES), PartitionSpec("expert")
+    run = dispatch.make_dispatch("capacity", 1.0, "expert")
+    with jax.set_mesh(sharding.make_mesh(2, 1, 4)):
+        over_devices = jax.jit(
+            jax.shard_map(
+                lambda *arrays: run(*arrays, lambda h: h),
+                in_specs=(tokens, tokens, tokens, stacked),
+                out_specs=tokens,
+            )
+        )
+        y, dropped = over_devices(x, gates, expert_ids, experts)
+        compiled = over_devices.lower(x, gates, expert_ids, experts).compile().as_text()
+    np.testing.assert_array_equal(dropped, 8 * [0, 0, 2])
+    np.testing.assert_allclose(y[:, 0], 8 * [D * F, D * F, 0])
+    assert " all-to-all(" in compiled and " all-gather(" not in compiled
 
 
 def test_unknown_dispatch_says_which_there_are(params, x):
