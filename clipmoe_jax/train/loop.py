@@ -113,6 +113,7 @@ def fit(
                 numbers = read(*pending)
                 checkpointer.save(done, state, {"phase": name, **numbers})
             if stop:
+                reporter.step(done, numbers)
                 raise distributed.Preempted(f"{name}, step {done}")
         if pending is not None:
             numbers = read(*pending)

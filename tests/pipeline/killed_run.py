@@ -38,6 +38,7 @@ def config():
     config.mcl.num_stages = 1
     config.embed.batch_size = 16
     config.checkpoint.every_steps = 2
+    config.log_every = 1
     config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
     return config
 

@@ -1,8 +1,10 @@
 """Several processes, each with devices of its own: the same numbers, killed, stopped and gone on with."""
 
 import contextlib
+import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,24 +158,39 @@ def test_sigterm_to_one_process_saves_and_stops_both(interrupted):
     assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
 
 
-def test_sigterm_to_a_single_process(cache, tmp_path, alone):
-    place = "mcl, after a checkpoint"
-    (done,) = run(cache, tmp_path, place, "SIGTERM", num_processes=1, num_devices=1)
+@pytest.fixture(scope="module")
+def stopped(cache, tmp_path_factory):
+    """The workdir of one process with eight devices that SIGTERM stopped while a stage trained."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    (done,) = run(cache, workdir, "mcl, after a checkpoint", "SIGTERM", num_processes=1, num_devices=8)
     assert done.returncode == 75, done.stdout[-3000:]
     assert "mcl_1, step 5: stopped by SIGTERM" in done.stdout  # sent after 4 steps, seen by the next
-    assert_finished(run(cache, tmp_path, "nowhere", num_processes=1, num_devices=1))
-    expected = params_of(alone, "moe/params")
-    for name, leaf in params_of(tmp_path, "moe/params").items():
-        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+    return workdir
 
 
-def test_a_run_goes_on_with_other_processes_and_devices(cache, tmp_path, alone):
-    """Stopped on two processes with four devices, finished by one with one."""
-    done = run(cache, tmp_path, "mcl, after a checkpoint", "SIGTERM")
-    assert [process.returncode for process in done] == [75, 75]
-    assert_finished(run(cache, tmp_path, "nowhere", num_processes=1, num_devices=1))
+def losses_of(workdir) -> dict[tuple[str, int], float]:
+    """{(phase, step): loss}, of a step that was done again the later one."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["phase"], line["step"]): line["loss"] for line in lines}
+
+
+@pytest.mark.parametrize(("num_processes", "num_devices"), [(1, 4), (2, 2)])
+def test_a_run_goes_on_with_other_processes_and_devices(
+    cache, tmp_path, alone, stopped, num_processes, num_devices
+):
+    """Saved on eight devices; finished by four of one process, or of two."""
+    workdir = tmp_path / "workdir"
+    shutil.copytree(stopped, workdir)
+    before = losses_of(workdir)
+    assert max(step for phase, step in before if phase == "mcl_1") == 5
+    assert_finished(run(cache, workdir, "nowhere", num_processes=num_processes, num_devices=num_devices))
+    expected, found = losses_of(alone), losses_of(workdir)
+    after = expected.keys() - before.keys()
+    assert {("mcl_1", 6), ("mcl_1", 7), ("router", 7)} <= after and found.keys() == expected.keys()
+    for step in after:
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
     expected = params_of(alone, "moe/params")
-    for name, leaf in params_of(tmp_path, "moe/params").items():
+    for name, leaf in params_of(workdir, "moe/params").items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
