@@ -137,11 +137,16 @@ def gathered(
     slots routed to them, and the partial sums are added and scattered back. An all-to-all that drops nothing
     would need buffers of N rows for every expert and so move E / n times as much (docs/scaling.md).
     """
-    num_here = experts.fc_kernel.shape[0]
+    num_here, num_selected = experts.fc_kernel.shape[0], expert_ids.shape[1]
     x, gates, expert_ids = (lax.all_gather(a, expert_axis, tiled=True) for a in (x, gates, expert_ids))
     expert_ids = expert_ids - lax.axis_index(expert_axis) * num_here
     here = (expert_ids >= 0) & (expert_ids < num_here)
-    outputs = local(x, gates, jnp.where(here, expert_ids, num_here), experts, hidden)
+    expert_ids = jnp.where(here, expert_ids, num_here)
+    if num_here < num_selected:  # no token has more slots here than there are experts
+        one_hot = jax.nn.one_hot(expert_ids, num_here, dtype=gates.dtype)
+        gates = jnp.einsum("nk,nke->ne", gates, one_hot)
+        expert_ids = jnp.where(one_hot.any(axis=1), jnp.arange(num_here), num_here)
+    outputs = local(x, gates, expert_ids, experts, hidden)
     return jax.tree.map(lambda a: lax.psum_scatter(a, expert_axis, tiled=True), outputs)
 
 
