@@ -80,24 +80,31 @@ def require(path: epath.Path, stage: str) -> epath.Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: epath.Path, *, keep_failed: bool = False) -> Iterator[epath.Path]:
+def new_folder(
+    path: epath.Path, *, keep_failed: bool = False, inputs: Mapping[str, Any] | None = None
+) -> Iterator[epath.Path]:
     """A folder to fill, `path`.unfinished, which becomes `path` when the block ends without an error.
 
-    What a killed process left of an earlier attempt is thrown away; what an error leaves, unless keep_failed.
-    Raises ValueError if `path` is there.
+    What a killed process left of an earlier attempt is thrown away, unless it was made from the same
+    `inputs`; what an error leaves, unless keep_failed. Raises ValueError if `path` is there.
     """
     path = epath.Path(path)
     if path.exists():
         raise ValueError(f"--out={path} exists already: delete it or pick another --out.")
     unfinished = path.parent / f"{path.name}.unfinished"
-    _delete(unfinished)
-    unfinished.mkdir(parents=True)
+    made_from = unfinished / "inputs.json"
+    if inputs is None or not made_from.exists() or json.loads(made_from.read_text()) != inputs:
+        _delete(unfinished)
+        unfinished.mkdir(parents=True)
+    if inputs is not None:
+        write_json(made_from, dict(inputs))
     try:
         yield unfinished
     except BaseException:
         if not keep_failed:
             _delete(unfinished)
         raise
+    made_from.unlink(missing_ok=True)
     unfinished.rename(path)
 
 

@@ -55,6 +55,7 @@ def default_config() -> ConfigDict:
     config.data.test = ""  # for retrieval; "" evaluates nothing
     config.data.test_split = "test"
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
+    config.data.text_buckets = (64, 128)  # shorter lengths of text, for batches whose captions they hold
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
     config.data.digit_scenes = 0  # > 0: make so many training scenes (and an eighth for test) in WORKDIR
 

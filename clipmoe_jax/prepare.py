@@ -8,18 +8,20 @@ and so does `tfds.data_source("pairs", data_dir=OUT)`), with the images as they 
 `report.json` (counts) and `bad_records.jsonl` (every entry that was left out, and why).
 """
 
-import contextlib
-import io
+import collections
+import functools
 import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TextIO
+from typing import NamedTuple, Protocol, TextIO
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags, logging
+from array_record.python import array_record_module
 from etils import epath
 from tqdm import tqdm
 
@@ -27,10 +29,16 @@ from clipmoe_jax import artifacts, cli
 from clipmoe_jax.data import records, sources
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources import BadRecord, Pair
+from clipmoe_jax.data.tokenizer import word_ids
 
 
 class Source(Sized, Iterable, Protocol):
     """What `prepare` reads: its length, and Pair or BadRecord one at a time."""
+
+
+# Entries of the source in a file, unless `num_shards` says otherwise: some 600 MB of pixels or photographs. A
+# killed run goes on with the first file that is not whole.
+ENTRIES_PER_SHARD = 4096
 
 
 def prepare(
@@ -40,21 +48,27 @@ def prepare(
     split: str = "train",
     max_bad_fraction: float = 1e-3,
     num_shards: int | None = None,
+    pixels: int | None = None,
+    name: str = "",
 ) -> dict:
     """Writes the source's pairs to the folder `out`, in their order, leaving bad records out.
 
-    Every image is decoded once to make sure that it can be. The work happens in `out`.unfinished,
-    which becomes `out` when it is whole; what a killed run left there is thrown away.
+    Every image is decoded once to make sure that it can be, and every caption tokenised to know its
+    length. The work happens in `out`.unfinished, which becomes `out` when it is whole.
 
     Args:
         source: the pairs.
         out: a folder that does not exist yet.
         split: the name of the split to write.
         max_bad_fraction: of the source's entries, how many may be bad.
-        num_shards: files to write; None lets TFDS choose.
+        num_shards: files to write; None makes them of ENTRIES_PER_SHARD entries each.
+        pixels: writes images preprocessed at this size, pixels·pixels·3 bytes each, and captions
+            tokenised, which reads many times as fast; None writes image files as they came.
+        name: of the source. A killed run with the same name and arguments is gone on with, and the
+            result is the same byte for byte; without a name it starts anew.
 
     Returns:
-        The report: {"pairs", "captions", "image_bytes", "bad", "bad_by_kind"}.
+        The report: {"pairs", "captions", "image_bytes", "pixels", "bad", "bad_by_kind"}.
 
     Raises:
         ValueError: too many bad records, no usable pair, `out` taken, or an argument out of range.
@@ -63,18 +77,42 @@ def prepare(
         raise ValueError(f"--max_bad_fraction={max_bad_fraction} is not a fraction from 0 to 1.")
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"--num_shards={num_shards} is too few: use 1 or more.")
+    if pixels is not None and pixels < 1:
+        raise ValueError(f"--pixels={pixels} is no size: use that of the model, such as 224.")
     if not split.isidentifier() or split == "all":
         raise ValueError(f"--split={split} cannot name a split: use a word such as train.")
     if not len(source):
         raise ValueError("The source is empty: check --source.")
-    report = {"pairs": 0, "captions": 0, "image_bytes": 0}
-    with artifacts.new_folder(epath.Path(out), keep_failed=True) as folder:  # its log tells why
-        with (folder / "bad_records.jsonl").open("w") as log:
+    per_shard = -(-len(source) // num_shards) if num_shards else ENTRIES_PER_SHARD
+    num_shards = -(-len(source) // per_shard)
+    inputs = {"name": name, "entries": len(source), "per_shard": per_shard, "split": split, "pixels": pixels}
+    # A folder that an error leaves has a log that tells why.
+    with artifacts.new_folder(epath.Path(out), keep_failed=True, inputs=inputs if name else None) as folder:
+        data = folder / records.NAME / records.VERSION
+        data.mkdir(parents=True, exist_ok=True)
+        entries, parts = iter(source), []
+        with (folder / "bad_records.jsonl").open("w") as log, _progress(len(source)) as progress:
             bad = _BadRecords(log, len(source), max_bad_fraction)
-            _write(_good_pairs(source, bad, report), folder, split, num_shards)
-        report |= {"bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
+            for k in range(num_shards):
+                path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
+                shard = itertools.islice(entries, per_shard)
+                parts.append(_make_shard(shard, path, pixels, bad, progress))
+        report = {name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")}
+        if not report["pairs"]:
+            raise ValueError(f"No usable pair in {len(source):,} records: {bad.summary()}.")
+        report |= {"pixels": pixels, "bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
+        _write_metadata(data, split, pixels, parts)
+        token_counts = [count for part in parts for count in part["token_counts"]]
+        with (folder / f"token_counts-{split}.npy").open("wb") as file:
+            np.save(file, np.array(token_counts, np.uint16))
         artifacts.write_json(folder / "report.json", report)
+        for path in data.glob("*.done.json"):
+            path.unlink()
     return report
+
+
+def _progress(total: int) -> tqdm:
+    return tqdm(total=total, unit="pair", disable=None)
 
 
 class _BadRecords:
@@ -101,77 +139,113 @@ class _BadRecords:
         return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
 
 
-def _good_pairs(source: Source, bad: _BadRecords, report: dict) -> Iterator[Pair]:
-    """The pairs whose images decode; the rest goes to `bad`, counts to `report`."""
-    for record in tqdm(_decoded(source), total=len(source), unit="pair", disable=None):
-        if isinstance(record, BadRecord):
-            bad.add(record)
-            continue
-        report["pairs"] += 1
-        report["captions"] += len(record.captions)
-        report["image_bytes"] += len(record.image)
-        yield record
-    if not report["pairs"]:
-        raise ValueError(f"No usable pair in {len(source):,} records: {bad.summary()}.")
+def _make_shard(
+    entries: Iterable[Pair | BadRecord],
+    path: epath.Path,
+    pixels: int | None,
+    bad: _BadRecords,
+    progress: tqdm,
+) -> dict:
+    """Writes one file, whole or not at all, unless it is there.
+
+    Returns what it counted: {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records}.
+    """
+    done = path.parent / f"{path.name}.done.json"
+    if done.exists():
+        part = json.loads(done.read_text())
+        for fields in part["bad"]:
+            bad.add(BadRecord(**fields))
+        progress.update(sum(1 for _ in entries))  # read past them
+        return part
+    part = {"pairs": 0, "captions": 0, "image_bytes": 0, "token_counts": [], "bad": []}
+    serializer = tfds.core.example_serializer.ExampleSerializer(_features(pixels).get_serialized_info())
+    unfinished = path.parent / f"{path.name}.unfinished"
+    writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
+    try:
+        for record in _decoded(entries, pixels):
+            progress.update()
+            if isinstance(record, BadRecord):
+                part["bad"].append(record._asdict())
+                bad.add(record)
+                continue
+            example = serializer.get_tf_example(_features(pixels).encode_example(record.example))
+            writer.write(example.SerializeToString(deterministic=True))
+            part["pairs"] += 1
+            part["captions"] += record.num_captions
+            part["image_bytes"] += record.image_bytes
+            part["token_counts"].append(record.token_count)
+    finally:
+        writer.close()
+    unfinished.replace(path)
+    artifacts.write_json(done, part)
+    return part
 
 
-def _decoded(source: Source) -> Iterator[Pair | BadRecord]:
-    """Decodes images on all cores, in order; only one chunk is in memory at a time."""
-    unread = iter(source)
+class _Ready(NamedTuple):
+    """A pair as it is written, and what is counted of it."""
+
+    example: dict
+    num_captions: int
+    image_bytes: int
+    token_count: int
+
+
+def _decoded(entries: Iterable[Pair | BadRecord], pixels: int | None) -> Iterator[_Ready | BadRecord]:
+    """Decodes images on all cores, in order; only a few chunks are in memory at a time."""
+    entries = iter(entries)
+    decode = functools.partial(_decode, pixels=pixels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(itertools.islice(unread, 256)):
-            yield from pool.map(_check_image, chunk)
+        pending = collections.deque()
+        while True:
+            while len(pending) < 64 and (entry := next(entries, None)) is not None:
+                pending.append(pool.submit(decode, entry))
+            if not pending:
+                return
+            yield pending.popleft().result()
 
 
-def _check_image(record: Pair | BadRecord) -> Pair | BadRecord:
-    if isinstance(record, Pair):
-        try:
-            preprocess_image(record.image, image_size=32)
-        except UnreadableImageError as error:
-            return BadRecord(record.id, "unreadable image", str(error))
-    return record
+def _decode(record: Pair | BadRecord, pixels: int | None) -> _Ready | BadRecord:
+    if isinstance(record, BadRecord):
+        return record
+    try:
+        image = preprocess_image(record.image, pixels or 32)
+    except UnreadableImageError as error:
+        return BadRecord(record.id, "unreadable image", str(error))
+    words = word_ids(record.captions)
+    example = {"id": record.id, "captions": record.captions}
+    if pixels is None:
+        example["image"] = record.image
+    else:
+        ids = np.concatenate([[*of_one, records.CAPTION_END] for of_one in words])
+        example |= {"pixels": image.tobytes(), "tokens": ids.astype("<u2").tobytes()}
+    longest = min(2 + max(map(len, words)), np.iinfo(np.uint16).max)
+    return _Ready(example, len(words), len(record.image), longest)
 
 
-class _PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes pairs as they come; `disable_shuffling` keeps index i the i-th of them."""
-
-    name = records.NAME
-    code_path = None  # no checksums of downloads lie beside this file, so TFDS need not look
-    VERSION = tfds.core.Version(records.VERSION)
-
-    def __init__(self, pairs: Iterable[Pair], split: str, data_dir: epath.Path):
-        self._pairs, self._split = pairs, split
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        features = tfds.features.FeaturesDict(
-            {
-                "id": text,
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "captions": tfds.features.Sequence(text),
-            }
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager) -> dict:
-        return {self._split: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        for i, pair in enumerate(self._pairs):
-            yield i, pair._asdict()
+@functools.cache
+def _features(pixels: int | None) -> tfds.features.FeaturesDict:
+    text = tfds.features.Text()
+    features = {"id": text, "captions": tfds.features.Sequence(text)}
+    if pixels is None:
+        return tfds.features.FeaturesDict(features | {"image": tfds.features.Image(shape=(None, None, 3))})
+    raw = tfds.features.Tensor(shape=(), dtype=np.bytes_)  # uint8 (S, S, 3); uint16, CAPTION_END after each
+    return tfds.features.FeaturesDict(features | {"pixels": raw, "tokens": raw})
 
 
-def _write(pairs: Iterable[Pair], folder: epath.Path, split: str, num_shards: int | None) -> None:
-    builder = _PairsBuilder(pairs, split, folder)
-    downloads = folder / "downloads"  # TFDS wants the folder even though nothing is downloaded
-    tfds.disable_progress_bar()  # it has no total; ours has
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS names the unfinished folder there
-        builder.download_and_prepare(
-            download_dir=downloads,
-            download_config=tfds.download.DownloadConfig(num_shards=num_shards),
-        )
-    downloads.rmtree()
+def _write_metadata(data: epath.Path, split: str, pixels: int | None, parts: list[dict]) -> None:
+    """What makes the files a TFDS data set."""
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=data, dataset_name=records.NAME, split=split, filetype_suffix="array_record"
+    )
+    info = tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[part["pairs"] for part in parts],
+        num_bytes=sum(part["image_bytes"] for part in parts),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=data, features=_features(pixels), split_infos=[info], check_data=False
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -185,6 +259,8 @@ def main(argv: list[str]) -> None:
         split=options.split,
         max_bad_fraction=options.max_bad_fraction,
         num_shards=options.num_shards,
+        pixels=options.pixels,
+        name=f"{options.source} {options.images or ''}",
     )
     print(
         f"{options.out}: {report['pairs']:,} pairs with {report['captions']:,} captions, "
@@ -200,6 +276,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("split", "train", "The name of the split to write.")
     flags.DEFINE_float("max_bad_fraction", 1e-3, "Stop if a larger part of the records is bad.")
     flags.DEFINE_integer("num_shards", None, "Files to write; TFDS chooses if not given.")
+    flags.DEFINE_integer("pixels", None, "Store images preprocessed at this size, captions tokenised.")
     flags.mark_flags_as_required(["source", "out"])
 
 

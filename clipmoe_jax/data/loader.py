@@ -5,6 +5,9 @@ length.
 
 `StreamedPairs` reads and decodes what a batch needs; `DecodedPairs` does it once for the whole
 data set and keeps it in memory. `batches` takes either and gives the same arrays.
+
+Text is as long as the longest caption of the global batch needs, of the lengths in `text_buckets` and L. The
+text tower is causal and reads the end token, so features do not depend on the padding after it.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ from tqdm import tqdm
 
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -50,10 +53,18 @@ class StreamedPairs:
     records: Records
     tokenizer: Tokenizer
     image_size: int
+    text_buckets: tuple[int, ...] = ()
     num_threads: int = os.cpu_count()
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def text_length(self, indices: np.ndarray) -> int:
+        """The length of text that a global batch takes: every process finds the same."""
+        if not self.text_buckets:
+            return self.tokenizer.context_length
+        longest = self.records.token_counts[indices[indices >= 0]].max(initial=0)
+        return _bucket(longest, self.text_buckets, self.tokenizer.context_length)
 
     def gather(self, indices: np.ndarray, epoch: int) -> Batch:
         """Decodes some pairs, each with the caption that is its turn this epoch.
@@ -73,9 +84,12 @@ class StreamedPairs:
 
         def fill(row: int) -> None:
             record = self.records[indices[row]]
-            captions = record["captions"]
+            turn = epoch % len(record["captions"])
             image[row] = _decode(record, indices[row], self.image_size)
-            text[row] = self.tokenizer(captions[epoch % len(captions)])[0]
+            if "tokens" in record:
+                self.tokenizer.fill(text[row], record["tokens"][turn])
+            else:
+                text[row] = self.tokenizer(record["captions"][turn])[0]
 
         rows = np.flatnonzero(indices >= 0)
         list(_threads(self.num_threads).map(fill, rows))  # waits for all, raises the first error
@@ -88,7 +102,13 @@ class DecodedPairs:
     Takes N·H·W·3 bytes for the images and 4·L for each caption.
     """
 
-    def __init__(self, records: Records, tokenizer: Tokenizer, image_size: int):
+    def __init__(
+        self,
+        records: Records,
+        tokenizer: Tokenizer,
+        image_size: int,
+        text_buckets: tuple[int, ...] = (),
+    ):
         """Decodes everything, with a progress bar if it takes more than two seconds.
 
         Raises:
@@ -106,9 +126,17 @@ class DecodedPairs:
         self._num_captions = np.array([len(of_one) for of_one in captions])  # (N,)
         self._first_caption = np.cumsum(self._num_captions) - self._num_captions  # (N,) in _text
         self._text = tokenizer([caption for of_one in captions for caption in of_one])
+        lengths = np.argmax(self._text == END_ID, axis=1) + 1
+        self._longest = np.maximum.reduceat(lengths, self._first_caption)  # (N,) of a record's captions
+        self._text_buckets = text_buckets
 
     def __len__(self) -> int:
         return len(self._image)
+
+    def text_length(self, indices: np.ndarray) -> int:
+        """As `StreamedPairs.text_length`."""
+        longest = self._longest[indices[indices >= 0]].max(initial=0)
+        return _bucket(longest, self._text_buckets, self._text.shape[1])
 
     def gather(self, indices: np.ndarray, epoch: int) -> Batch:
         """As `StreamedPairs.gather`, without its errors."""
@@ -150,7 +178,7 @@ def batches(
             shared memory: /dev/shm must hold a few of them for each.
 
     Yields:
-        an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L), "index": int64 (B,)
+        an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L or a bucket), "index": int64 (B,)
         records, "valid": bool (B,)}. Padding rows are zero, -1 in "index", False in "valid".
 
     Raises:
@@ -185,9 +213,11 @@ class _LocalBatch:
 
     def __call__(self, step: int) -> Batch:
         indices = np.asarray(self.sampler.indices(step), np.int64)
+        length = self.pairs.text_length(indices)
         indices = np.split(indices, self.process_count)[self.process_index]
         epoch = step // self.sampler.num_steps
         batch = self.pairs.gather(indices, epoch)
+        batch["text"] = batch["text"][:, :length]
         return batch | {"index": indices, "valid": indices >= 0}
 
 
@@ -222,7 +252,19 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="decode")
 
 
+def _bucket(longest: int, text_buckets: tuple[int, ...], context_length: int) -> int:
+    """The least length that holds the longest caption; longer ones are cut."""
+    return min((size for size in text_buckets if longest <= size < context_length), default=context_length)
+
+
 def _decode(record: dict, index: int, image_size: int) -> np.ndarray:
+    if isinstance(record["image"], np.ndarray):
+        if len(record["image"]) != image_size:
+            raise ValueError(
+                f"The data set holds pixels of size {len(record['image'])} and the model takes {image_size}: "
+                f"prepare it with --pixels={image_size}, or without --pixels for every size."
+            )
+        return record["image"]
     try:
         return preprocess_image(record["image"], image_size)
     except UnreadableImageError as error:

@@ -1,11 +1,20 @@
-"""Random access over a prepared data set: encoded images and captions by index."""
+"""Random access over a prepared data set: images and captions by index.
 
+Images lie there as the files they came as, or as pixels that are ready for a model and captions as token
+ids. Beside the records of a split lies `token_counts-SPLIT.npy`: uint16 (N,), the tokens of each record's
+longest caption, start and end among them.
+"""
+
+import functools
 import hashlib
+import json
 
+import numpy as np
 from etils import epath
 
 NAME = "pairs"
 VERSION = "1.0.0"
+CAPTION_END = 49407  # separates captions in `tokens`: CLIP's end token, which no word has
 
 
 class Records:
@@ -17,6 +26,7 @@ class Records:
     Attributes:
         path: the data set's folder, what prepare was given as --out.
         split: its split, or a part of one in TFDS's notation ("train[:1000]").
+        image_size: of the pixels that are stored; None where image files are.
         fingerprint: changes when another data set is prepared there.
     """
 
@@ -39,19 +49,37 @@ class Records:
         # What prepare wrote about the data tells one data set from another at the same path.
         report = (epath.Path(path) / "report.json").read_text()
         self.fingerprint = hashlib.sha256(f"{split} {report}".encode()).hexdigest()[:16]
+        self.image_size = json.loads(report).get("pixels")
+        decoders = {} if self.image_size else {"image": tfds.decode.SkipDecoding()}
         try:
-            self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            self._source = builder.as_data_source(split, decoders=decoders)
         except (AssertionError, ValueError) as error:
             raise ValueError(f"{path} has no split {split!r}: {error}") from error
 
+        (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+        self._part = slice(part.from_, part.to)
+
     def __len__(self) -> int:
         return len(self._source)
+
+    @functools.cached_property
+    def token_counts(self) -> np.ndarray:
+        """uint16 (N,): tokens of each record's longest caption. Raises FileNotFoundError if the data set was
+        prepared without them."""
+        path = epath.Path(self.path) / f"token_counts-{self.split.partition('[')[0]}.npy"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: prepare the data set again, or set data.text_buckets=()"
+            )
+        with path.open("rb") as file:
+            return np.load(file)[self._part]
 
     def __getitem__(self, index: int) -> dict:
         """Reads one pair.
 
         Returns:
-            {"id": str, "image": bytes (the contents of an image file), "captions": list[str]}
+            {"id": str, "captions": list[str], "image": bytes (the contents of an image file)}, or of a data
+            set of pixels {…, "image": uint8 (S, S, 3), "tokens": list of uint16 (words of a caption,)}
 
         Raises:
             IndexError: index is not in 0 … len - 1.
@@ -66,8 +94,16 @@ class Records:
                 f"Record {index} of {self.path} cannot be read, its files have changed: prepare "
                 f"the data set again. ({error})"
             ) from error
-        return {
+        found = {
             "id": record["id"].decode("utf-8"),
-            "image": record["image"],
             "captions": [caption.decode("utf-8") for caption in record["captions"]],
+        }
+        if self.image_size is None:
+            return found | {"image": record["image"]}
+        tokens = np.frombuffer(record["tokens"], "<u2")
+        ends = np.flatnonzero(tokens == CAPTION_END)
+        image = np.frombuffer(record["pixels"], np.uint8)
+        return found | {
+            "image": image.reshape(self.image_size, self.image_size, 3),
+            "tokens": [part[:-1] for part in np.split(tokens, ends[:-1] + 1)],
         }

@@ -71,11 +71,20 @@ class Tokenizer:
             words = encoding.ids
             if self.parse_special_tokens and any(special in text for special in SPECIAL_IDS):
                 words = _parse_special_tokens(text)
-            words = words[: self.context_length - 2]
-            row[0] = START_ID
-            row[1 : len(words) + 1] = words
-            row[len(words) + 1] = END_ID
+            self.fill(row, words)
         return ids
+
+    def fill(self, row: np.ndarray, words: Sequence[int]) -> None:
+        """Writes start, as many of the words' ids as fit, and end into a row of padding, int32 (L,)."""
+        words = words[: self.context_length - 2]
+        row[0] = START_ID
+        row[1 : len(words) + 1] = words
+        row[len(words) + 1] = END_ID
+
+
+def word_ids(texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text's words, however many, without start and end; special words are plain text."""
+    return [encoding.ids for encoding in backend().encode_batch_fast([clean(text) for text in texts])]
 
 
 def clean(text: str) -> str:

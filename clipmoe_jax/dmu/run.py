@@ -67,7 +67,12 @@ class Run:
         """Images and tokens of a data set, at the base's sizes."""
         kind = loader.DecodedPairs if self.config.data.in_memory else loader.StreamedPairs
         image_size = configs.architecture(self.config).vision.image_size
-        return self._once(f"pairs {name}", lambda: kind(self.records(name), self.tokenizer(), image_size))
+        # The released code's load balance counts padding, of which there must then be as much as it has.
+        released = self.config.router.balance == "released"
+        buckets = () if released else tuple(self.config.data.text_buckets)
+        return self._once(
+            f"pairs {name}", lambda: kind(self.records(name), self.tokenizer(), image_size, buckets)
+        )
 
     def encode(
         self,

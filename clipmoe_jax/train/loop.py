@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -97,7 +98,7 @@ def fit(
         )
         reporter = _Reporter(name, metrics, progress, start, num_steps, log_every, phase.batch_size)
         pending = None
-        for step, batch in enumerate(batches, start):
+        for step, batch in enumerate(reporter.time_waits(batches), start):
             arrays = sharding.put_batch(mesh, {k: batch[k] for k in ("image", "text")})
             rate = sharding.put_replicated(mesh, rates[step])
             with jax.transfer_guard("disallow"):  # nothing else goes to the devices or comes back
@@ -138,7 +139,17 @@ class _Reporter:
     ):
         self._name, self._metrics, self._progress = name, metrics, progress
         self._num_steps, self._log_every, self._batch_size = num_steps, log_every, batch_size
-        self._logged, self._time = start, time.perf_counter()
+        self._logged, self._time, self._waited = start, time.perf_counter(), 0.0
+
+    def time_waits(self, batches: Iterator[loader.Batch]) -> Iterator[loader.Batch]:
+        """The same batches; how long each had to be waited for is counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def step(self, done: int, numbers: dict[str, float]) -> None:
         """`done` steps are done, and the last one's numbers are these."""
@@ -146,7 +157,10 @@ class _Reporter:
         if done % self._log_every and done != self._num_steps:
             return
         now = time.perf_counter()
-        rate = (done - self._logged) * self._batch_size / (now - self._time)
-        self._logged, self._time = done, now
-        self._metrics.log(self._name, done, {**numbers, "pairs_per_second": rate})
-        self._progress.set_postfix_str(f"loss {numbers['loss']:.3f}, {rate:.0f} pairs/s", refresh=False)
+        elapsed = now - self._time
+        rate, waited = (done - self._logged) * self._batch_size / elapsed, self._waited / elapsed
+        self._logged, self._time, self._waited = done, now, 0.0
+        speed = {"pairs_per_second": rate, "input_wait_fraction": waited}
+        self._metrics.log(self._name, done, {**numbers, **speed})
+        shown = f"loss {numbers['loss']:.3f}, {rate:.0f} pairs/s, input wait {waited:.0%}"
+        self._progress.set_postfix_str(shown, refresh=False)

@@ -36,6 +36,17 @@ class Shuffled:
         return order[step * self.global_batch :][: self.global_batch]
 
 
+@dataclasses.dataclass
+class InOrder:
+    """Records 0, 1, … each epoch."""
+
+    global_batch: int
+    num_steps: int
+
+    def indices(self, step):
+        return np.arange(self.global_batch) + step % self.num_steps * self.global_batch
+
+
 def make_pair(i):
     """Pair i has 1 + i % 3 captions: "red i", "green i", "blue i"."""
     pixels = np.random.default_rng(i).integers(0, 256, (20 + i, 24, 3), np.uint8)
@@ -99,6 +110,27 @@ def test_a_batch_by_hand(streamed, tokenizer):
     assert last_of_epoch["index"][2:].tolist() == [-1, -1]
     assert not last_of_epoch["image"][2:].any() and not last_of_epoch["text"][2:].any()
     assert last_of_epoch["image"][:2].any()
+
+
+def test_text_is_as_long_as_the_longest_caption_of_the_global_batch(tmp_path):
+    """Of all hosts', whichever rows are here; the lengths of captions that are not this epoch's count too."""
+    lengths = [3, 4, 9, 2, 3, 12]  # words; start and end come to them
+    texts = [tuple(" ".join(["a"] * n) for n in (1, count)) for count in lengths]
+    pairs = [make_pair(i)._replace(captions=texts[i]) for i in range(6)]
+    prepare(pairs, str(tmp_path / "out"))
+    records, tokenizer = Records(str(tmp_path / "out")), Tokenizer(13)
+    whole = StreamedPairs(records, tokenizer, SIZE)
+    sampler = InOrder(2, 3)
+    for kind in (StreamedPairs, DecodedPairs):
+        bucketed = kind(records, tokenizer, SIZE, text_buckets=(6, 11, 40))
+        for host in (0, 1):
+            found = take(bucketed, sampler, num_steps=6, process_index=host, process_count=2)
+            full = take(whole, sampler, num_steps=6, process_index=host, process_count=2)
+            # 3 and 4 words fit into 6, 9 words into 11, and 12 are cut to the context length.
+            assert [batch["text"].shape[1] for batch in found] == [6, 11, 13, 6, 11, 13]
+            for a, b in zip(found, full, strict=True):
+                assert not b["text"][:, a["text"].shape[1] :].any()
+                np.testing.assert_array_equal(a["text"], b["text"][:, : a["text"].shape[1]])
 
 
 @pytest.mark.parametrize("kind", ["streamed", "decoded"])

@@ -1,8 +1,11 @@
 """Preparing a data set and reading it back; what stops it, and what a killed run leaves."""
 
+import io
 import json
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +14,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from clipmoe_jax.data.loader import StreamedPairs
+from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import ImageFolder
+from clipmoe_jax.data.sources import ImageFolder, Pair
+from clipmoe_jax.data.tokenizer import Tokenizer, word_ids
 from clipmoe_jax.prepare import prepare
 
 
@@ -49,10 +55,49 @@ def test_prepared_records_come_back_in_order(source, out, tmp_path):
         captions = [f"caption {i}", f"second caption {i} é"]
         assert record == {"id": f"{i:02}.png", "image": image, "captions": captions}
     image_bytes = sum(path.stat().st_size for path in tmp_path.glob("pairs/*.png"))
-    expected = {"pairs": 6, "captions": 12, "image_bytes": image_bytes, "bad": 0, "bad_by_kind": {}}
+    expected = {"pairs": 6, "captions": 12, "image_bytes": image_bytes, "pixels": None}
+    expected |= {"bad": 0, "bad_by_kind": {}}
     assert report == expected == json.loads((out / "report.json").read_text())
-    assert sorted(os.listdir(out)) == ["bad_records.jsonl", "pairs", "report.json"]
+    files = ["bad_records.jsonl", "pairs", "report.json", "token_counts-train.npy"]
+    assert sorted(os.listdir(out)) == files
     assert os.listdir(out.parent) == ["out"]
+
+
+def test_token_counts_are_those_of_the_longest_caption(source, out):
+    prepare(source, str(out), split="val")
+    # start, "second", "caption", the digit, "é", end
+    assert Records(str(out), "val").token_counts.tolist() == 6 * [6]
+    assert Records(str(out), "val[1:4]").token_counts.tolist() == 3 * [6]
+    (out / "token_counts-val.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"prepare the data set again, or set data.text_buckets=\(\)"):
+        _ = Records(str(out), "val").token_counts
+
+
+def test_pixels_are_those_of_the_files(source, out, tmp_path):
+    """And tokens those of the captions; both forms give the same batch."""
+    report = prepare(source, str(out), pixels=24)
+    files = tmp_path / "files"
+    prepare(source, str(files))
+    assert report["pixels"] == 24
+    found, expected = Records(str(out)), Records(str(files))
+    assert found.image_size == 24 and expected.image_size is None
+    assert found.fingerprint != expected.fingerprint
+    assert found.token_counts.tolist() == expected.token_counts.tolist()
+    for i in range(6):
+        assert found[i]["id"] == expected[i]["id"] and found[i]["captions"] == expected[i]["captions"]
+        np.testing.assert_array_equal(found[i]["image"], preprocess_image(expected[i]["image"], 24))
+        assert [list(words) for words in found[i]["tokens"]] == word_ids(expected[i]["captions"])
+    for length in (5, 12):  # cut, and with room to spare
+        of_pixels, of_files = (StreamedPairs(r, Tokenizer(length), 24) for r in (found, expected))
+        for epoch in (0, 1):
+            for name, array in of_files.gather(np.arange(6), epoch).items():
+                np.testing.assert_array_equal(of_pixels.gather(np.arange(6), epoch)[name], array)
+
+
+def test_pixels_of_another_size_than_the_model_takes(source, out):
+    prepare(source, str(out), pixels=24)
+    with pytest.raises(ValueError, match="holds pixels of size 24 and the model takes 32: .*--pixels=32"):
+        StreamedPairs(Records(str(out)), Tokenizer(8), 32).gather(np.arange(2), 0)
 
 
 def test_tfds_reads_it_by_name_and_without_tensorflow(source, out):
@@ -176,6 +221,80 @@ def test_a_killed_run_leaves_nothing_that_reads_as_whole(source, out, tmp_path):
     prepare(source, str(out))
     assert len(Records(str(out))) == 6
     assert os.listdir(out.parent) == ["out"]
+
+
+def contents(folder):
+    """{path: bytes} of every file."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+KILLED = """
+import os, signal, sys
+from clipmoe_jax import prepare
+from clipmoe_jax.data.sources import ImageFolder
+
+place, call, root, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+original, count = getattr(prepare, place), 0
+
+def killing(*args, **kwargs):
+    global count
+    count += 1
+    if count == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(prepare, place, killing)
+prepare.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, pixels=64, name="it")
+"""
+
+
+def test_killed_at_random_moments_and_gone_on_with_is_the_same_byte_for_byte(out, tmp_path):
+    """In the middle of a file ten times, further each time, and before the last lines."""
+    root = tmp_path / "many"
+    source = make_folder(root, 120)
+    (root / "07.png").write_bytes(b"broken")
+    options = {"num_shards": 8, "max_bad_fraction": 0.1, "pixels": 64, "name": "it"}
+    whole = tmp_path / "whole"
+    prepare(source, str(whole), **options)
+    kept, rng = [], random.Random(0)
+    places = [("preprocess_image", rng.randrange(1, 40)) for _ in range(10)]
+    for place, call in [*places, ("_write_metadata", 1)]:
+        process = subprocess.run([sys.executable, "-c", KILLED, place, str(call), str(root), str(out)])
+        if process.returncode == 0:  # less was left to do
+            assert contents(out) == contents(whole)
+            shutil.rmtree(out)
+        kept.append(len(list(out.parent.rglob("*.done.json"))))
+    assert max(kept) == 8 and len(set(kept)) > 3  # what was whole was kept
+    prepare(source, str(out), **options)
+    assert contents(out) == contents(whole)
+    assert len(Records(str(out))) == 119
+
+
+def test_another_source_does_not_go_on_with_what_is_there(source, out, tmp_path):
+    unfinished = out.with_name("out.unfinished")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Interrupted(6, 4), str(out), num_shards=3, name="one")
+    assert len(list(unfinished.rglob("*.done.json"))) == 2
+    report = prepare(source, str(out), num_shards=3, name="another")
+    assert report["pairs"] == 6 and Records(str(out))[0]["id"] == "00.png"
+
+
+class Interrupted:
+    """A source that stops after some entries."""
+
+    def __init__(self, length, after):
+        self._length, self._after = length, after
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        image = io.BytesIO()
+        Image.new("RGB", (9, 8)).save(image, "PNG")
+        for i in range(self._length):
+            if i == self._after:
+                raise KeyboardInterrupt
+            yield Pair(f"other {i}", image.getvalue(), ("text",))
 
 
 def run_command(*arguments):
