@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from clipmoe_jax import checkpoints, sharding, trees
@@ -78,6 +79,15 @@ def test_saving_again_replaces(tmp_path):
     for seed in (0, 1):
         checkpoints.save_model(tmp_path, CONFIG, random_params(seed=seed))
     assert_same(checkpoints.load_model(tmp_path)[1], random_params(seed=1))
+
+
+def test_saving_leaves_the_question_whether_to_stop_to_the_loop(tmp_path, monkeypatch):
+    """Orbax would put its own count of steps where JAX keeps ours, and a SIGTERM would be lost."""
+    monkeypatch.setattr(ocp.utils, "reached_preemption", lambda step: pytest.fail("orbax asked"))
+    state = state_on(sharding.make_mesh(2, 2, 2))
+    with checkpoints.Checkpointer(tmp_path, 2) as checkpointer:
+        checkpointer.save(3, state, {"loss": 1.0})
+        assert checkpointer.latest_step() == 3
 
 
 def test_a_folder_that_is_no_model(tmp_path):
