@@ -1,11 +1,13 @@
 """Turns a source of image-caption pairs into a data set that can be read by index.
 
     python -m clipmoe_jax.prepare --source=sharegpt4v:captions.json --images=DIR --out=DIR
-    python -m clipmoe_jax.prepare --source=folder:DIR --out=DIR
+    python -m clipmoe_jax.prepare --source=folder:DIR --out=DIR --pixels=224
 
-The result is a TFDS data set in ArrayRecord files (`clipmoe_jax.data.records.Records` reads it,
-and so does `tfds.data_source("pairs", data_dir=OUT)`), with the images as they came. Beside it lie
-`report.json` (counts) and `bad_records.jsonl` (every entry that was left out, and why).
+docs/data.md has every kind of source. The result is a TFDS data set in ArrayRecord files
+(`clipmoe_jax.data.records.Records` reads it, and so does `tfds.data_source("pairs", data_dir=OUT)`), with the
+images as they came or, by --pixels, as a model takes them. Beside it lie `report.json` (counts),
+`bad_records.jsonl` (every entry that was left out, and why) and the captions' lengths. A run that was killed
+goes on with the file it was writing when the same command starts again.
 """
 
 import collections
@@ -270,8 +272,9 @@ def main(argv: list[str]) -> None:
 
 def _define_flags() -> None:
     """Called by the command alone: who imports this module has flags of their own."""
-    flags.DEFINE_string("source", None, "KIND:PATH: sharegpt4v:captions.json or folder:path.")
-    flags.DEFINE_string("images", None, "The folder that sharegpt4v's image paths are in.")
+    examples = ", ".join(known.example for known in sources.FORMATS.values())
+    flags.DEFINE_string("source", None, f"KIND:PATH, such as {examples}.")
+    flags.DEFINE_string("images", None, "The folder that image paths of the source start from.")
     flags.DEFINE_string("out", None, "The folder to make.")
     flags.DEFINE_string("split", "train", "The name of the split to write.")
     flags.DEFINE_float("max_bad_fraction", 1e-3, "Stop if a larger part of the records is bad.")

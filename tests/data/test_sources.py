@@ -107,7 +107,12 @@ def test_open_source(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "images", "error", "message"),
     [
-        ("coco:x", None, ValueError, "source=coco:x is not KIND:PATH: use sharegpt4v:.* or folder"),
+        (
+            "laion:x",
+            None,
+            ValueError,
+            "source=laion:x is not KIND:PATH: use one such as sharegpt4v:.*folder:DIR",
+        ),
         ("folder", None, ValueError, "source=folder is not KIND:PATH"),
         ("folder:/nowhere", None, FileNotFoundError, "--source=folder:/nowhere is not a folder"),
         ("folder:/", "x", ValueError, "--images=x has no use"),

@@ -1,0 +1,124 @@
+"""What every format shares: the records that sources yield, and the checks on them."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+class Pair(NamedTuple):
+    """An image and its captions; `image` is the contents of the image file, still encoded."""
+
+    id: str
+    image: bytes
+    captions: tuple[str, ...]
+
+
+class BadRecord(NamedTuple):
+    """An entry that cannot be used: `kind` is one of a few (to count), `detail` names the thing."""
+
+    id: str
+    kind: str
+    detail: str
+
+
+class Unique:
+    """A source whose ids come once: later records of the same id are bad. Keeps 16 bytes of each id."""
+
+    def __init__(self, source: Iterable[Pair | BadRecord]):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Pair | BadRecord]:
+        seen = set()
+        for record in self._source:
+            if isinstance(record, Pair):
+                digest = hashlib.blake2b(record.id.encode("utf-8"), digest_size=16).digest()
+                if digest in seen:
+                    record = BadRecord(record.id, "duplicate id", "an earlier record has this id")
+                seen.add(digest)
+            yield record
+
+
+class Images:
+    """The folder that image paths of a source start from. Links inside are followed."""
+
+    def __init__(self, root: str):
+        """Raises FileNotFoundError if root is not a folder."""
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"--images={root} is not a folder.")
+        self._root = os.path.abspath(root)
+
+    def pair(self, record_id: str, name: object, captions: Iterable[object]) -> Pair | BadRecord:
+        """The pair of the image at a path under the folder; a path that climbs out of it is a bad record."""
+        if not isinstance(name, str) or not name:
+            return BadRecord(record_id, "missing image", "no image path")
+        path = os.path.normpath(os.path.join(self._root, name))
+        if not Path(path).is_relative_to(self._root):
+            return BadRecord(record_id, "path outside the image folder", name)
+        return pair_of_file(record_id, path, captions)
+
+
+def pair_of_file(record_id: str, path: str, captions: Iterable[object]) -> Pair | BadRecord:
+    """The pair of an image file."""
+    try:
+        image = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        image = BadRecord(record_id, "missing image", f"{path} does not exist")
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        image = BadRecord(record_id, "unreadable image", f"{path}: {error}")
+    return make_pair(record_id, image, captions)
+
+
+def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[object]) -> Pair | BadRecord:
+    """Checks the captions first, then the image."""
+    captions = tuple(captions)
+    if not captions or any(caption is None for caption in captions):
+        return BadRecord(record_id, "missing caption", "there is no caption")
+    for caption in captions:
+        if not isinstance(caption, str):
+            return BadRecord(record_id, "malformed entry", f"a caption is a {type(caption).__name__}")
+    captions = tuple(caption.strip() for caption in captions)
+    captions = tuple(caption for caption in captions if caption)
+    if not captions:
+        return BadRecord(record_id, "empty caption", "no caption has any text")
+    try:
+        "".join((record_id, *captions)).encode("utf-8")
+    except UnicodeEncodeError as error:
+        return BadRecord(ascii(record_id), "invalid text", f"not valid Unicode: {error.reason}")
+    return image if isinstance(image, BadRecord) else Pair(record_id, image, captions)
+
+
+def find_file(path: str, kind: str) -> Path:
+    """The path, or FileNotFoundError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--source={kind}:{path} does not exist.")
+    return Path(path)
+
+
+def find_files(path: str, kind: str, suffix: str) -> list[Path]:
+    """Files of a suffix: the one given, those of a folder and its subfolders, or of a pattern with `*`, by
+    name. Raises FileNotFoundError if there are none."""
+    given = Path(path)
+    if given.is_dir():
+        found = sorted(given.rglob(f"*{suffix}"))
+    elif "*" in given.name:
+        found = sorted(given.parent.glob(given.name))
+    else:
+        found = [given] if given.is_file() else []
+    if not found:
+        raise FileNotFoundError(f"--source={kind}:{path} has no {suffix} file.")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises ValueError naming the byte that is not."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}.") from error

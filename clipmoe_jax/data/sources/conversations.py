@@ -1,0 +1,63 @@
+"""ShareGPT4V's captions: conversations about images."""
+
+import json
+from collections.abc import Iterator
+
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, read_text
+
+
+class ShareGPT4V:
+    """A JSON list of conversations about images, as ShareGPT4V publishes its captions, or JSONL.
+
+    An entry is {"id": str, "image": path under the image folder, "conversations": [{"from":
+    "human", "value": …}, {"from": "gpt", "value": caption}]}; the caption is the first "gpt" turn.
+    """
+
+    def __init__(self, path: str, images: str):
+        """Raises FileNotFoundError for a wrong path and ValueError for a malformed file."""
+        file = find_file(path, "sharegpt4v")
+        self._images = Images(images)
+        if file.suffix == ".jsonl":
+            # A line that is cut off is one bad record; in a list it would be the end of all.
+            self._entries = [_parse_line(line) for line in file.read_bytes().splitlines() if line.strip()]
+            return
+        try:
+            self._entries = json.loads(read_text(file))
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno} column {error.colno}"
+            raise ValueError(f"{path} is not valid JSON at {place}: {error.msg}.") from error
+        if not isinstance(self._entries, list):
+            raise ValueError(f"{path} holds a JSON {type(self._entries).__name__}, expected a list.")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Pair | BadRecord]:
+        for i, entry in enumerate(self._entries):
+            yield self._read(i, entry)
+
+    def _read(self, i: int, entry: object) -> Pair | BadRecord:
+        if isinstance(entry, BadRecord):
+            return entry._replace(id=f"entry {i}")
+        if not isinstance(entry, dict):
+            return BadRecord(f"entry {i}", "malformed entry", f"a {type(entry).__name__}")
+        name = entry.get("image")
+        record_id = str(entry.get("id") or name or f"entry {i}")
+        try:
+            caption = _first_answer(entry["conversations"])
+        except (KeyError, TypeError, AttributeError):
+            return BadRecord(record_id, "malformed entry", f'entry {i} has malformed "conversations"')
+        return self._images.pair(record_id, name, [caption])
+
+
+def _parse_line(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return BadRecord("", "malformed entry", f"not valid JSON: {error.msg}")
+    except UnicodeDecodeError as error:
+        return BadRecord("", "invalid text", f"not UTF-8 at byte {error.start} of the line")
+
+
+def _first_answer(conversations: list[dict]) -> object:
+    return next((turn["value"] for turn in conversations if turn.get("from") == "gpt"), None)

@@ -1,0 +1,57 @@
+"""Folders of image files with their captions beside them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipmoe_jax.data.sources.base import IMAGE_SUFFIXES, BadRecord, Pair, pair_of_file
+
+
+class ImageFolder:
+    """A folder of images, each with a .txt of the same stem beside it, one caption a line.
+
+    Subfolders count; the order is by path. A pair's id is the image's path under the folder.
+    """
+
+    kind = "folder"
+
+    def __init__(self, root: str):
+        """Raises FileNotFoundError if root is not a folder."""
+        self._root = Path(root)
+        if not self._root.is_dir():
+            raise FileNotFoundError(f"--source={self.kind}:{root} is not a folder.")
+        self._paths = sorted(path for path in self._root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Pair | BadRecord]:
+        for path in self._paths:
+            record_id = path.relative_to(self._root).as_posix()
+            try:
+                captions = self._captions(path)
+            except UnicodeDecodeError:
+                yield BadRecord(record_id, "invalid text", f"what lies beside {path} is not UTF-8")
+            except OSError as error:
+                yield BadRecord(record_id, "missing caption", f"{error.filename}: {error.strerror}")
+            except ValueError as error:
+                yield BadRecord(record_id, "malformed entry", f"{path.with_suffix('.json')}: {error}")
+            else:
+                yield pair_of_file(record_id, str(path), captions)
+
+    def _captions(self, path: Path) -> list:
+        lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig").split("\n")
+        return [line for line in lines if line.strip()] or [""]
+
+
+class Img2Dataset(ImageFolder):
+    """What img2dataset writes with `output_format=files`: 00000/000000000.jpg, with the caption in the .txt
+    beside it, all of it one, or else under "caption" in the .json."""
+
+    kind = "img2dataset"
+
+    def _captions(self, path: Path) -> list:
+        if path.with_suffix(".txt").exists():
+            return [path.with_suffix(".txt").read_text(encoding="utf-8-sig")]
+        fields = json.loads(path.with_suffix(".json").read_text(encoding="utf-8-sig"))
+        return [fields.get("caption") if isinstance(fields, dict) else None]
