@@ -63,13 +63,13 @@ def rate(count: int, work: Callable[[], object]) -> float:
     return count / (time.perf_counter() - began)
 
 
-def read_epochs(folder: str, num_epochs: int) -> Callable[[], object]:
-    """Reads a prepared data set through the loader, in batches of 64."""
+def read_epochs(folder: str) -> Callable[[int], None]:
+    """Reads so many epochs of a prepared data set through the loader, in batches of 64."""
     records = Records(folder)
     pairs = loader.StreamedPairs(records, Tokenizer(248), 224, text_buckets=(64, 128))
     sampler = ShuffledSampler(len(records), 64, seed=0)
 
-    def read():
+    def read(num_epochs: int) -> None:
         steps = num_epochs * sampler.num_steps
         with loader.batches(pairs, sampler, start_step=0, num_steps=steps) as batches:
             for batch in batches:
@@ -114,9 +114,10 @@ def main() -> None:
             found[f"prepare to {form}, images/s"] = rate(
                 args.images, lambda out=out, size=size: prepare(source, out, pixels=size)
             )
-            epochs = 1 if size is None else 8
-            read = read_epochs(out, epochs)
-            found[f"read {form}, images/s"] = rate(epochs * (args.images // 64 * 64), read)
+            epochs, read = 1 if size is None else 8, read_epochs(out)
+            read(1)  # imports what it needs
+            count = epochs * (args.images // 64 * 64)
+            found[f"read {form}, images/s"] = rate(count, lambda read=read, epochs=epochs: read(epochs))
     tokenizer = Tokenizer(248)
     for name, of_set in texts.items():
         tokenizer(of_set[:10])

@@ -186,6 +186,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         _check_choice("baselines", baseline, BASELINES)
     if "base_ft_moe" in config.baselines and "direct_ft" not in config.baselines:
         raise ValueError("baselines: 'base_ft_moe' is made from 'direct_ft': add it")
+    for length in config.data.text_buckets:
+        if not isinstance(length, int) or length < 3:
+            raise ValueError(f"data.text_buckets={config.data.text_buckets}: {length!r} is no length of text")
     if not config.seeds:
         raise ValueError("seeds=() runs nothing: give at least one")
     if config.data.digit_scenes and (config.data.train or config.data.test):

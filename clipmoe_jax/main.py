@@ -82,6 +82,8 @@ def preflight(run: Run) -> None:
     """Raises for what would fail later, before any device time is spent: data, batch sizes, schedules."""
     config = run.config
     num_pairs = config.data.digit_scenes or len(run.records("train"))
+    if config.data.text_buckets and not config.data.digit_scenes and not config.data.in_memory:
+        _ = run.records("train").token_counts  # is not there in data sets of an earlier version
     if config.data.test and not config.data.digit_scenes:
         run.records("test")
     if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():

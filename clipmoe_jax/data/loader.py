@@ -79,10 +79,13 @@ class StreamedPairs:
         Raises:
             ValueError: an image that does not decode, by record id and index.
         """
-        image = np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        image = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         text = np.zeros((len(indices), self.tokenizer.context_length), np.int32)
 
         def fill(row: int) -> None:
+            if indices[row] < 0:
+                image[row] = 0
+                return
             record = self.records[indices[row]]
             turn = epoch % len(record["captions"])
             image[row] = _decode(record, indices[row], self.image_size)
@@ -91,8 +94,13 @@ class StreamedPairs:
             else:
                 text[row] = self.tokenizer(record["captions"][turn])[0]
 
-        rows = np.flatnonzero(indices >= 0)
-        list(_threads(self.num_threads).map(fill, rows))  # waits for all, raises the first error
+        def fill_some(rows: np.ndarray) -> None:
+            for row in rows:
+                fill(row)
+
+        # A few rows at a time: to hand over a single one takes as long as to copy stored pixels.
+        parts = np.array_split(np.arange(len(indices)), min(len(indices), 4 * self.num_threads))
+        list(_threads(self.num_threads).map(fill_some, parts))  # waits for all, raises the first error
         return {"image": image, "text": text}
 
 

@@ -1,4 +1,4 @@
-"""Every format round trip: files of exactly that format, prepared, read by index, the same pixels and captions.
+"""Every format round trip: files of exactly that format, prepared, read by index, the same pixels and text.
 What is bad about them is counted.
 """
 
