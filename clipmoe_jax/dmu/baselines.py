@@ -13,7 +13,7 @@ from etils import epath
 from clipmoe_jax import artifacts
 from clipmoe_jax.data import samplers
 from clipmoe_jax.dmu import stages
-from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_MOE, Run
+from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS, Run
 
 
 def baseline_path(run: Run, name: str) -> epath.Path:
@@ -31,9 +31,10 @@ def make_baselines(run: Run) -> None:
         _direct_ft(run, "direct_ft_same_pairs", base, steps_of_same_pairs(run))
     if "base_ft_moe" in wanted:
         upcycled = baseline_path(run, "base_ft_moe_upcycled")
-        fields = run.fields(*stages.ROUTER_FIELDS)
-        stages.stack_models(run, upcycled, [base, baseline_path(run, "direct_ft")], fields)
-        stages.train_routers(run, "base_ft_moe", upcycled, baseline_path(run, "base_ft_moe"), fields)
+        models = [base, baseline_path(run, "direct_ft")]
+        stages.stack_models(run, upcycled, models, run.fields(*stages.ROUTER_FIELDS))
+        out = baseline_path(run, "base_ft_moe")
+        stages.train_moe(run, "base_ft_moe", upcycled, out, run.config.router, TRAIN_ROUTERS)
     if "sparse_upcycling" in wanted:
         _sparse_upcycling(run, base)
 
@@ -73,22 +74,7 @@ def _direct_ft(run: Run, name: str, base: epath.Path, num_steps: int) -> None:
 
 
 def _sparse_upcycling(run: Run, base: epath.Path) -> None:
-    fields = run.fields(*stages.ROUTER_FIELDS)
-    upcycled = baseline_path(run, "sparse_upcycling_upcycled")
-    stages.stack_models(run, upcycled, [base] * (run.config.mcl.num_stages + 1), fields)
-
-    def build(folder: epath.Path) -> dict:
-        config, params = run.load(upcycled)
-        section = run.config.mcl
-        return run.train(
-            "sparse_upcycling",
-            run.model(config, training_routers=True),
-            params,
-            folder,
-            rules=TRAIN_MOE,
-            sampler=samplers.ShuffledSampler(len(run.pairs("train")), section.batch_size, run.seed),
-            section=section,
-            balance=True,
-        )
-
-    artifacts.make(baseline_path(run, "sparse_upcycling"), fields, build)
+    upcycled, out = (baseline_path(run, f"sparse_upcycling{part}") for part in ("_upcycled", ""))
+    copies = [base] * (run.config.mcl.num_stages + 1)
+    stages.stack_models(run, upcycled, copies, run.fields(*stages.ROUTER_FIELDS))
+    stages.train_moe(run, "sparse_upcycling", upcycled, out, run.config.mcl, TRAIN_MOE)

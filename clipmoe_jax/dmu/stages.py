@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from clipmoe_jax import artifacts, checkpoints, distributed, sharding, trees
 from clipmoe_jax import config as configs
@@ -304,28 +305,30 @@ def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dic
 def router(run: Run) -> None:
     """moe/params: the routers trained on ordinary shuffled batches, with the load-balance loss."""
     upcycled = artifacts.require(run.workdir / "moe" / "upcycled", "upcycle")
-    train_routers(run, "router", upcycled, run.workdir / "moe" / "params", run.fields(*ROUTER_FIELDS))
+    out = run.workdir / "moe" / "params"
+    train_moe(run, "router", upcycled, out, run.config.router, TRAIN_ROUTERS)
 
 
-def train_routers(run: Run, name: str, upcycled: epath.Path, out: epath.Path, fields: dict) -> None:
-    """Router fine-tuning of an upcycled model."""
+def train_moe(
+    run: Run, name: str, upcycled: epath.Path, out: epath.Path, section: ConfigDict, rules: trees.Rules
+) -> None:
+    """Training of what the rules say of an upcycled model, on shuffled batches, with the load balance."""
 
     def build(folder: epath.Path) -> dict:
         config, params = run.load(upcycled)
-        section = run.config.router
         sampler = samplers.ShuffledSampler(len(run.pairs("train")), section.batch_size, run.seed)
         return run.train(
             name,
             run.model(config, training_routers=True),
             params,
             folder,
-            rules=TRAIN_ROUTERS,
+            rules=rules,
             sampler=sampler,
             section=section,
             balance=True,
         )
 
-    artifacts.make(out, fields, build)
+    artifacts.make(out, run.fields(*ROUTER_FIELDS), build)
 
 
 def _save_array(path: epath.Path, array: np.ndarray) -> None:
