@@ -1,6 +1,8 @@
 """What every format shares: the records that sources yield, and the checks on them."""
 
+import glob
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -101,19 +103,38 @@ def find_file(path: str, kind: str) -> Path:
     return Path(path)
 
 
-def find_files(path: str, kind: str, suffix: str) -> list[Path]:
-    """Files of a suffix: the one given, those of a folder and its subfolders, or of a pattern with `*`, by
-    name. Raises FileNotFoundError if there are none."""
-    given = Path(path)
-    if given.is_dir():
-        found = sorted(given.rglob(f"*{suffix}"))
-    elif "*" in given.name:
-        found = sorted(given.parent.glob(given.name))
+def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
+    """Files of a suffix: the one given, those of a folder and its subfolders, or of a pattern with `*`.
+
+    Returns them by name: the path under the folder, for subfolders may have files of the same name.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    if os.path.isdir(path):
+        root, found = path, sorted(Path(path).rglob(f"*{suffix}"))
     else:
-        found = [given] if given.is_file() else []
-    if not found:
+        found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
+        root = os.path.commonpath([file.parent for file in found]) if found else ""
+    files = {file.relative_to(root).as_posix(): file for file in found if file.is_file()}
+    if not files:
         raise FileNotFoundError(f"--source={kind}:{path} has no {suffix} file.")
-    return found
+    return files
+
+
+def as_text(value: object) -> object:
+    """Bytes as text; what is not UTF-8 in them becomes surrogates, which `make_pair` finds."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def parse_json(record_id: str, contents: bytes) -> object:
+    """The value of an entry's own JSON, or what is bad about it."""
+    try:
+        return json.loads(contents.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRecord(record_id, "invalid text", f"JSON that is not UTF-8 at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return BadRecord(record_id, "malformed entry", f"not valid JSON: {error}")
 
 
 def read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, re
 
 
 class Coco:
-    """All captions of an image together, in the order of "images".
+    """All captions of an image together, in the order of "images"; captions of no image are bad records.
 
     COCO's own: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}. Karpathy's
     (dataset_coco.json): {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}, of which
@@ -31,15 +31,15 @@ class Coco:
             raise ValueError(
                 f"{path} is neither COCO's captions nor Karpathy's splits: {error!r}."
             ) from error
-        if not self._entries:
+        if split and not self._entries:
             raise ValueError(f"--source=coco:{path}#{split}: no image of {path} is of that split.")
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        for name, captions in self._entries:
-            yield self._images.pair(str(name), name, captions)
+        for i, (name, captions) in enumerate(self._entries):
+            yield self._images.pair(f"entry {i}" if name is None else str(name), name, captions)
 
 
 def _coco(content: dict, split: str, path: str) -> list[tuple[object, list]]:
@@ -48,7 +48,8 @@ def _coco(content: dict, split: str, path: str) -> list[tuple[object, list]]:
     captions = defaultdict(list)
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation.get("caption"))
-    return [(entry.get("file_name"), captions[entry["id"]]) for entry in content["images"]]
+    entries = [(entry.get("file_name"), captions.pop(entry["id"], [])) for entry in content["images"]]
+    return entries + [(None, orphans) for orphans in captions.values()]
 
 
 def _karpathy(entries: list[dict], split: str) -> list[tuple[object, list]]:

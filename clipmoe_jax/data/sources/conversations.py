@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, read_text
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, parse_json, read_text
 
 
 class ShareGPT4V:
@@ -19,7 +19,8 @@ class ShareGPT4V:
         self._images = Images(images)
         if file.suffix == ".jsonl":
             # A line that is cut off is one bad record; in a list it would be the end of all.
-            self._entries = [_parse_line(line) for line in file.read_bytes().splitlines() if line.strip()]
+            lines = filter(bytes.strip, file.read_bytes().splitlines())
+            self._entries = [parse_json(f"entry {i}", line) for i, line in enumerate(lines)]
             return
         try:
             self._entries = json.loads(read_text(file))
@@ -38,7 +39,7 @@ class ShareGPT4V:
 
     def _read(self, i: int, entry: object) -> Pair | BadRecord:
         if isinstance(entry, BadRecord):
-            return entry._replace(id=f"entry {i}")
+            return entry
         if not isinstance(entry, dict):
             return BadRecord(f"entry {i}", "malformed entry", f"a {type(entry).__name__}")
         name = entry.get("image")
@@ -48,15 +49,6 @@ class ShareGPT4V:
         except (KeyError, TypeError, AttributeError):
             return BadRecord(record_id, "malformed entry", f'entry {i} has malformed "conversations"')
         return self._images.pair(record_id, name, [caption])
-
-
-def _parse_line(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        return BadRecord("", "malformed entry", f"not valid JSON: {error.msg}")
-    except UnicodeDecodeError as error:
-        return BadRecord("", "invalid text", f"not UTF-8 at byte {error.start} of the line")
 
 
 def _first_answer(conversations: list[dict]) -> object:

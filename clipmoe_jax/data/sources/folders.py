@@ -1,10 +1,9 @@
 """Folders of image files with their captions beside them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipmoe_jax.data.sources.base import IMAGE_SUFFIXES, BadRecord, Pair, pair_of_file
+from clipmoe_jax.data.sources.base import IMAGE_SUFFIXES, BadRecord, Pair, pair_of_file, parse_json
 
 
 class ImageFolder:
@@ -34,12 +33,11 @@ class ImageFolder:
                 yield BadRecord(record_id, "invalid text", f"what lies beside {path} is not UTF-8")
             except OSError as error:
                 yield BadRecord(record_id, "missing caption", f"{error.filename}: {error.strerror}")
-            except ValueError as error:
-                yield BadRecord(record_id, "malformed entry", f"{path.with_suffix('.json')}: {error}")
             else:
-                yield pair_of_file(record_id, str(path), captions)
+                bad = isinstance(captions, BadRecord)
+                yield captions._replace(id=record_id) if bad else pair_of_file(record_id, str(path), captions)
 
-    def _captions(self, path: Path) -> list:
+    def _captions(self, path: Path) -> list | BadRecord:
         lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig").split("\n")
         return [line for line in lines if line.strip()] or [""]
 
@@ -50,8 +48,10 @@ class Img2Dataset(ImageFolder):
 
     kind = "img2dataset"
 
-    def _captions(self, path: Path) -> list:
+    def _captions(self, path: Path) -> list | BadRecord:
         if path.with_suffix(".txt").exists():
             return [path.with_suffix(".txt").read_text(encoding="utf-8-sig")]
-        fields = json.loads(path.with_suffix(".json").read_text(encoding="utf-8-sig"))
+        fields = parse_json(path.name, path.with_suffix(".json").read_bytes())
+        if isinstance(fields, BadRecord):
+            return fields
         return [fields.get("caption") if isinstance(fields, dict) else None]

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,25 +24,26 @@ class Csv:
     def __init__(self, path: str, images: str):
         """Raises FileNotFoundError for a wrong path, ValueError for a table without these columns."""
         self._path, self._images = find_file(path, self.kind), Images(images)
+        # A row that cannot be used is a group of its own: its number makes its key another one.
         self._groups = [
-            (name, [caption for _, caption in rows])
-            for name, rows in itertools.groupby(self._rows(), key=lambda row: row[0])
+            (name, number, [caption for *_, caption in rows])
+            for (name, number), rows in itertools.groupby(
+                self._rows(), key=lambda row: (row[0], row[1] if row[0] is None else None)
+            )
         ]
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        for i, (name, captions) in enumerate(self._groups):
+        for name, number, captions in self._groups:
             if name is None:
-                yield BadRecord(f"row {i}", "malformed entry", f"{self._path}: a row has too few columns")
-            elif any("\ufffd" in caption for caption in captions):
-                yield BadRecord(name, "invalid text", f"{self._path}: a caption is not UTF-8")
+                yield BadRecord(f"line {number}", "malformed entry", f"{self._path}: {captions[0]}")
             else:
                 yield self._images.pair(name, name, captions)
 
-    def _rows(self) -> Iterator[tuple[str | None, str]]:
-        """(image path, caption) of each row; None for a row that is too short."""
+    def _rows(self) -> Iterator[tuple[str | None, int, str]]:
+        """(image path, line, caption) of each row; (None, line, what is wrong) for an unusable one."""
         with _open(self._path) as file:
             header = file.readline()
             separator = next((mark for mark in "\t|" if mark in header), ",")
@@ -55,11 +57,23 @@ class Csv:
                 )
             # Bars separate captions in which quotes mean nothing.
             quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-            for row in csv.reader(file, delimiter=separator, quoting=quoting):
+            rows = csv.reader(file, delimiter=separator, quoting=quoting)
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:  # a quote that never closes grows past csv's limit for a cell
+                    yield None, 1 + rows.line_num, f"{error}: is a quote not closed?"
+                    continue
+                number = 1 + rows.line_num
                 if len(row) <= max(image, caption):
-                    yield None, ""
+                    if row:  # not a blank line
+                        yield None, number, "a row has too few columns"
+                elif separator == "\t" and {"\t", "\n"} <= set(row[caption]):
+                    yield None, number, "the caption runs on over rows: a quote in it is not closed"
                 else:
-                    yield row[image].strip(), row[caption]
+                    yield row[image].strip(), number, row[caption]
 
 
 class Flickr30k(Csv):
@@ -68,18 +82,21 @@ class Flickr30k(Csv):
 
     kind = "flickr30k"
 
-    def _rows(self) -> Iterator[tuple[str | None, str]]:
+    def _rows(self) -> Iterator[tuple[str | None, int, str]]:
         with _open(self._path) as file:
             first = file.readline()
-        if "#0\t" not in first:
+        if not re.search(r"#\d+\t", first):
             yield from super()._rows()
             return
         with _open(self._path) as file:
-            for line in file:
-                name, tab, caption = line.rstrip("\n").partition("\t")
-                yield (name.rpartition("#")[0], caption) if tab else (None, "")
+            for number, line in enumerate(file, 1):
+                name, tab, caption = line.partition("\t")
+                if tab:
+                    yield name.rpartition("#")[0], number, caption
+                elif line.strip():
+                    yield None, number, "a line without a tab"
 
 
 def _open(path: Path):
-    # What is not UTF-8 becomes a mark that `Csv.__iter__` finds: one caption is bad, not the table.
-    return path.open(encoding="utf-8-sig", errors="replace", newline="")
+    # What is not UTF-8 becomes surrogates, which `make_pair` finds: one caption is bad, not the table.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")

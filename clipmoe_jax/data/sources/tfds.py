@@ -6,8 +6,9 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from etils import epath
+from google.protobuf.message import DecodeError
 
-from clipmoe_jax.data.sources.base import BadRecord, Pair, make_pair
+from clipmoe_jax.data.sources.base import BadRecord, Pair, as_text, make_pair
 
 OPTIONS = {"data_dir": None, "split": "train", "image": "image", "caption": "", "id": ""}
 CAPTION_FEATURES = ("captions", "caption", "text")
@@ -47,10 +48,10 @@ class Tfds:
         self._caption = options["caption"] or next((n for n in CAPTION_FEATURES if n in features), "")
         for option in ("image", "caption", "id"):
             name = getattr(self, f"_{option}")
-            if (name or option != "id") and not {name, name.split("/")[0]} & set(features):
+            names = _names(features)
+            if (name or option != "id") and name not in names:
                 raise ValueError(
-                    f"--source=tfds:{spec} has no feature {name!r}: set {option}= to one of "
-                    f"{sorted(features)}."
+                    f"--source=tfds:{spec} has no feature {name!r}: set {option}= to one of {sorted(names)}."
                 )
         if self._split.partition("[")[0] not in builder.info.splits:
             raise ValueError(f"--source=tfds:{spec} has the splits {sorted(builder.info.splits)}.")
@@ -65,16 +66,21 @@ class Tfds:
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
         for i in range(len(self)):
-            record = self._records[i]
-            found = list(_walk(record, self._id)) if self._id else []
-            record_id = _text(found[0]) if found else f"{self._split}:{i}"
-            record_id = record_id if isinstance(record_id, str) else str(record_id)
-            (image,) = _walk(record, self._image)
-            captions = [_text(caption) for caption in _walk(record, self._caption)]
-            if any(isinstance(caption, bytes) for caption in captions):
-                yield BadRecord(record_id, "invalid text", "a caption is not UTF-8")
+            try:
+                record = self._records[i]
+            except (DecodeError, RuntimeError, ValueError, KeyError, OSError) as error:
+                detail = str(error).partition("\n")[0]
+                yield BadRecord(f"{self._split}:{i}", "damaged record", detail)
             else:
-                yield make_pair(record_id, image, captions)
+                yield self._read(f"{self._split}:{i}", record)
+
+    def _read(self, place: str, record: dict) -> Pair | BadRecord:
+        found = list(_walk(record, self._id)) if self._id else []
+        record_id = str(as_text(found[0])) if found else place
+        images = list(_walk(record, self._image))
+        if len(images) != 1 or not isinstance(images[0], bytes):
+            return BadRecord(record_id, "malformed entry", f"{self._image!r} is not one image file")
+        return make_pair(record_id, images[0], map(as_text, _walk(record, self._caption)))
 
 
 class _TfRecords:
@@ -96,7 +102,7 @@ class _TfRecords:
 
     def __getitem__(self, i: int) -> dict:
         filename, offset, length = self._places[i]
-        with open(filename, "rb") as file:
+        with epath.Path(filename).open("rb") as file:
             file.seek(offset)
             return self._features.deserialize_example_np(file.read(length), decoders=self._decoders)
 
@@ -127,11 +133,9 @@ def _walk(value: Any, name: str) -> Iterator[Any]:
         yield value
 
 
-def _text(value: Any) -> Any:
-    """Bytes as text where they are UTF-8."""
-    if not isinstance(value, bytes):
-        return value
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
+def _names(features: Any) -> set[str]:
+    """Names of the features that hold values, `a/b` for those inside another."""
+    inside = getattr(features, "feature", features)  # of a sequence
+    if not hasattr(inside, "items"):
+        return {""}
+    return {f"{name}/{rest}".rstrip("/") for name, value in inside.items() for rest in _names(value)}
