@@ -13,7 +13,7 @@ import pytest
 from benchmarks.collectives import sent
 from clipmoe_jax import checkpoints, plan, sharding, trees
 from clipmoe_jax.accelerators import ACCELERATORS
-from clipmoe_jax.config import default_config, set_architecture
+from clipmoe_jax.config import default_config
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
@@ -27,6 +27,8 @@ DENSE = ClipConfig(
     text=TextConfig(vocab_size=512, context_length=24, width=48, num_layers=2, head_width=24),
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+# ViT-B/32's widths, two blocks a tower.
+WIDE = ClipConfig(vision=VisionConfig(num_layers=2), text=TextConfig(context_length=248, num_layers=2))
 PHASE = PhaseConfig(batch_size=64, learning_rate=1e-3, weight_decay=0.1)
 KINDS = {
     "everything": (DENSE, TRAIN_EVERYTHING),
@@ -82,11 +84,9 @@ def test_bytes_of_params_and_optimizer(kind, sizes):
     ("kind", "sizes", "name"),
     [
         ("feed-forward layers", (8, 1, 1), "ragged"),
-        ("everything", (8, 1, 1), "ragged"),
         ("routers", (2, 1, 4), "ragged"),
         ("routers", (2, 1, 4), "capacity"),
         ("routers and experts", (2, 1, 4), "ragged"),
-        ("routers and experts", (2, 1, 4), "capacity"),
     ],
     ids=str,
 )
@@ -154,9 +154,9 @@ def test_the_papers_time():
 
 def test_what_is_printed():
     config = default_config()
-    set_architecture(config, "ViT-B/32")
-    config.mcl.batch_size = config.router.batch_size = 4096
-    found = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
+    config.base.architecture = WIDE.to_dict()
+    config.mcl.batch_size = config.router.batch_size = 32768
+    found = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=100_000_000)
     lines = plan.format_plan(found).splitlines()
     assert lines[0].startswith(
         "8 × TPU v5e: 197 TFLOP/s in bfloat16, 16 GB each; mesh data 8 × fsdp 1 × expert 1"
@@ -165,7 +165,7 @@ def test_what_is_printed():
     assert stages == ["embed_1", "mcl_1", "embed_2", "mcl_2", "embed_3", "mcl_3", "router"]
     total = sum(stage.seconds for stage in found.stages) * 8 / 3600
     assert next(line for line in lines if line.startswith("all ")).endswith(f"{total:.2f}")
-    # 512 pairs a device are too many for 16 GB when nothing is computed again.
+    # 4,096 pairs a device are too many for 16 GB when nothing is computed again.
     tight = [line.split()[0] for line in lines if line.endswith("does not fit into 16 GB")]
     assert tight == ["mcl_1", "router"]
 

@@ -42,7 +42,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(cache, *arguments, num_processes=2, num_devices=2, timeout=200) -> list[subprocess.CompletedProcess]:
+def run(cache, *arguments, num_processes=2, num_devices=4, timeout=200) -> list[subprocess.CompletedProcess]:
     """killed_run.py in every process; none outlives it."""
     coordinator, started = f"127.0.0.1:{free_port()}", []
     try:
@@ -86,7 +86,7 @@ def alone(cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(cache, tmp_path_factory):
-    """The workdir of two processes with two devices each, never stopped."""
+    """The workdir of two processes with four devices each, never stopped."""
     workdir = tmp_path_factory.mktemp("together")
     assert_finished(run(cache, workdir, "nowhere"))
     return workdir
