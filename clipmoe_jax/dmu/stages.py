@@ -348,6 +348,6 @@ def _load_array(path: epath.Path) -> np.ndarray:
 
 def _map_array(path: epath.Path) -> np.ndarray:
     """Rows are read from disk as they are used, where the disk is a local one."""
-    if path.as_uri().startswith("file:"):
+    if path.resolve().as_uri().startswith("file:"):
         return np.load(path, mmap_mode="r")
     return _load_array(path)

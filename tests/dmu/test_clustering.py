@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from etils import epath
 
+from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 
 CENTRES = 10 * np.eye(3, 8, dtype=np.float32)
@@ -98,3 +100,11 @@ def test_every_pair_of_labels_has_its_own_number_and_its_parent():
     labels = accumulate_labels(previous, image, text, 2)
     assert sorted(labels.tolist()) == list(range(16))
     np.testing.assert_array_equal(labels // 4, previous)
+
+
+def test_features_of_a_relative_workdir_are_mapped(tmp_path, monkeypatch):
+    """As the README's own command has it: --workdir=runs/demo."""
+    monkeypatch.chdir(tmp_path)
+    np.save("image-00000.npy", np.arange(6.0))
+    found = stages._map_array(epath.Path("image-00000.npy"))
+    assert isinstance(found, np.memmap) and found.tolist() == list(range(6))
