@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from clipmoe_jax import distributed, trees
+from clipmoe_jax import artifacts, distributed, trees
 from clipmoe_jax.models.clip import Clip, ClipConfig
 
 
@@ -23,8 +23,7 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
     """Writes a model folder; `params` may be sharded. Replaces what a killed run left there."""
     path = epath.Path(path).resolve()
     path.mkdir(parents=True, exist_ok=True)
-    if distributed.is_main():
-        (path / "model.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    artifacts.write_json(path / "model.json", config.to_dict())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params, force=True)
 
@@ -126,9 +125,7 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found, reason = self._restore(step, like), ""
-            except (
-                Exception
-            ) as error:  # of tensorstore, JSON, the file system: whatever a broken file leads to
+            except Exception as error:  # of tensorstore, JSON, the file system: what a broken file leads to
                 found, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
             if distributed.all_are(found is not None):
                 return found

@@ -4,9 +4,10 @@ import json
 import time
 from collections.abc import Mapping
 
-import jax
 from etils import epath
 from tqdm import tqdm
+
+from clipmoe_jax import distributed
 
 
 class Metrics:
@@ -14,7 +15,7 @@ class Metrics:
     counts."""
 
     def __init__(self, workdir: epath.Path):
-        self._active = jax.process_index() == 0
+        self._active = distributed.is_main()
         if not self._active:
             return
         from tensorboardX import SummaryWriter  # here because it is slow to import

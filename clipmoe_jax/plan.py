@@ -117,16 +117,14 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
     mfu: the share of the peak that the products of the model get. Raises ValueError for what could not run:
     batches that do not split over the devices, parameters that do not split over the mesh.
     """
-    device, mesh = (
-        ACCELERATORS[accelerator],
-        sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices),
-    )
+    device = ACCELERATORS[accelerator]
+    mesh = sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices)
     dense, moe = models_of(config)
     models = {}
     for name, model in (("dense base", dense), (f"CLIP-MoE of {moe.moe.num_experts}", moe)):
-        params = checkpoints.abstract_params(model)
+        params = placed_params(mesh, model)
         active = count_active_parameters(params, model)
-        here = device_bytes(placed(mesh, params)) // FLOAT_BYTES
+        here = device_bytes(params) // FLOAT_BYTES
         models[name] = trees.count_parameters(params), active, here
 
     steps, stages = {}, []
@@ -197,8 +195,7 @@ def moe_of_two(config: ClipConfig) -> ClipConfig:
 def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
     """FLOPs, memory and transfers of one training step."""
     config, run, phase = training.config, training.run, training.phase
-    leaves = trees.flatten(checkpoints.abstract_params(config))
-    trains = trees.match_rules(training.rules, list(leaves))
+    trains = trees.match_rules(training.rules, list(trees.flatten(placed_params(mesh, config))))
     model_flops = flops.forward_backward(config, trains)
     experts = slots_of_token(config, run)
     computed = flops.forward_backward(config, trains, slots=experts)
@@ -224,7 +221,7 @@ def slots_of_token(config: ClipConfig, run: RunConfig) -> float:
 def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     """Bytes on each device."""
     config, run, phase = training.config, training.run, training.phase
-    params = placed(mesh, checkpoints.abstract_params(config))
+    params = placed_params(mesh, config)
     trainable, frozen = trees.partition(params, training.rules)
     state = abstract_state(mesh, phase, trainable)
     part = phase.batch_size // phase.accumulation_steps // mesh.size
@@ -289,7 +286,7 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     """What a device sends in one step on the usual rings: (n - 1) / n of what is gathered or scattered, twice
     that of what is reduced to all."""
     config, run, phase = training.config, training.run, training.phase
-    leaves = trees.flatten(placed(mesh, checkpoints.abstract_params(config)))
+    leaves = trees.flatten(placed_params(mesh, config))
     trains = trees.match_rules(training.rules, list(leaves))
     itemsize = jnp.dtype(run.dtype).itemsize
     passes = 1 + run.remat + (phase.accumulation_steps > 1)  # forward ones
@@ -348,7 +345,7 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
 def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
     run = dataclasses.replace(training.run, attention="xla")  # cuDNN's asks for a GPU
-    params = placed(mesh, checkpoints.abstract_params(training.config))
+    params = placed_params(mesh, training.config)
     trainable, frozen = trees.partition(params, training.rules)
     step = make_train_step(Clip(training.config, run), LossConfig(0.1, 0.01), training.phase)
     everywhere = sharding.replicated(mesh)
@@ -369,8 +366,10 @@ def abstract_batch(mesh: AbstractMesh, config: ClipConfig, num_pairs: int) -> di
     }
 
 
-def placed(mesh: AbstractMesh, params: trees.Params) -> dict:
-    """Shapes with the shardings that PARAM_RULES give them."""
+@functools.cache
+def placed_params(mesh: AbstractMesh, config: ClipConfig) -> dict:
+    """A model's parameters as shapes with the shardings that PARAM_RULES give them; traced once."""
+    params = checkpoints.abstract_params(config)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         params,

@@ -93,7 +93,8 @@ def prepare(
         data = folder / records.NAME / records.VERSION
         data.mkdir(parents=True, exist_ok=True)
         entries, parts = iter(source), []
-        with (folder / "bad_records.jsonl").open("w") as log, _progress(len(source)) as progress:
+        progress = tqdm(total=len(source), unit="pair", disable=None)
+        with (folder / "bad_records.jsonl").open("w") as log, progress:
             bad = _BadRecords(log, len(source), max_bad_fraction)
             for k in range(num_shards):
                 path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
@@ -111,10 +112,6 @@ def prepare(
         for path in data.glob("*.done.json"):
             path.unlink()
     return report
-
-
-def _progress(total: int) -> tqdm:
-    return tqdm(total=total, unit="pair", disable=None)
 
 
 class _BadRecords:

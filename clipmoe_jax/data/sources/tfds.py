@@ -46,9 +46,9 @@ class Tfds:
             ) from error
         features = builder.info.features
         self._caption = options["caption"] or next((n for n in CAPTION_FEATURES if n in features), "")
+        names = _names(features)
         for option in ("image", "caption", "id"):
             name = getattr(self, f"_{option}")
-            names = _names(features)
             if (name or option != "id") and name not in names:
                 raise ValueError(
                     f"--source=tfds:{spec} has no feature {name!r}: set {option}= to one of {sorted(names)}."
