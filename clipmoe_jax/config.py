@@ -175,6 +175,11 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
             f"of experts, {config.mcl.num_stages + 1} (mcl.num_stages + 1)"
         )
+    if config.cluster.num_clusters ** (2 * config.mcl.num_stages) >= 2**63:
+        raise ValueError(
+            f"cluster.num_clusters={config.cluster.num_clusters} makes more than 2^63 clusters in "
+            f"mcl.num_stages={config.mcl.num_stages}: choose fewer"
+        )
     _check_choice("moe.dispatch", config.moe.dispatch, ("", "ragged", "dense", "capacity"))
     _check_choice("run.attention", config.run.attention, ("", "xla", "cudnn"))
     _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))

@@ -12,6 +12,8 @@ import json
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.data.npy import map_array
+
 NAME = "pairs"
 VERSION = "1.0.0"
 CAPTION_END = 49407  # separates captions in `tokens`: CLIP's end token, which no word has
@@ -71,8 +73,11 @@ class Records:
             raise FileNotFoundError(
                 f"{path} does not exist: prepare the data set again, or set data.text_buckets=()"
             )
-        with path.open("rb") as file:
-            return np.load(file)[self._part]
+        return map_array(path)[self._part]
+
+    def __getstate__(self) -> dict:
+        """Without the lengths of captions, which a worker process maps for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "token_counts"}
 
     def __getitem__(self, index: int) -> dict:
         """Reads one pair.

@@ -1,13 +1,14 @@
 """Which records each step of training uses: pure functions of (seed, step), the same on every host.
 
-Letters: N records, B records of a global batch, S steps of an epoch. Steps count on over epochs:
-epoch = step // S.
+Letters: N records, B records of a global batch, S steps of an epoch, C clusters. Steps count on over epochs:
+epoch = step // S. An order is never stored: a keyed permutation gives the records of a step alone, so that a
+sampler over a billion pairs opens at once.
 """
 
-import collections
-import functools
-
 import numpy as np
+
+from clipmoe_jax.data.clusters import ClusterIndex
+from clipmoe_jax.data.permutation import make_key, permute
 
 
 class SequentialSampler:
@@ -42,8 +43,8 @@ class ShuffledSampler:
     def indices(self, step: int) -> np.ndarray:
         """int64 (B,)."""
         epoch, k = divmod(step, self.num_steps)
-        order = _permutation(self._num_records, self._seed, epoch)
-        return order[k * self.global_batch : (k + 1) * self.global_batch]
+        places = np.arange(k * self.global_batch, (k + 1) * self.global_batch)
+        return permute(places, self._num_records, make_key(self._seed, epoch))
 
     def origin(self, step: int) -> str:
         """Where a step's records come from, in words."""
@@ -57,86 +58,102 @@ class ClusterSampler:
     cluster leaves over, having fewer records than a batch, backs off: it joins what its siblings leave over
     in the parent, up to the root. So an epoch has N // B steps, and no more than N mod B records (new ones
     each epoch) stay out. With small_clusters="drop", as in the released code, leftovers are not used.
-
-    labels (N,) int, this stage's accumulated pseudo-labels.
     """
 
     def __init__(
         self,
-        labels: np.ndarray,
+        clusters: ClusterIndex,
         global_batch: int,
         seed: int,
         *,
         labels_per_stage: int = 9,
         small_clusters: str = "backoff",
     ):
-        _check_batch(len(labels), global_batch)
+        """clusters: of this stage's accumulated pseudo-labels. Raises ValueError if no batch fills."""
+        _check_batch(len(clusters), global_batch)
         if small_clusters not in ("backoff", "drop"):
             raise ValueError(f"small_clusters={small_clusters!r}: choose 'backoff' or 'drop'")
         self.global_batch = global_batch
-        self._labels, self._seed = np.asarray(labels), seed
-        self._labels_per_stage, self._small_clusters = labels_per_stage, small_clusters
-        _, self._levels = self._plan(0)
-        self.num_steps = len(self._levels)
+        self._clusters, self._seed = clusters, seed
+        self._levels = [_Level(clusters.labels, clusters.sizes, global_batch)]
+        while small_clusters == "backoff" and self._levels[-1].nodes.any():  # the root is node 0 alone
+            self._levels.append(self._levels[-1].parents(labels_per_stage, global_batch))
+        self._first_batch = np.cumsum([0, *(level.num_batches for level in self._levels)])
+        self.num_steps = int(self._first_batch[-1])
         if not self.num_steps:
             raise ValueError(
-                f"no cluster has as many as {global_batch} pairs (the largest has "
-                f"{np.bincount(self._labels).max()}): choose a smaller batch or small_clusters='backoff'"
+                f"no cluster has as many as {global_batch} pairs (the largest has {clusters.sizes.max()}): "
+                "choose a smaller batch or small_clusters='backoff'"
             )
 
     def indices(self, step: int) -> np.ndarray:
         """int64 (B,), all from one cluster."""
-        epoch, k = divmod(step, self.num_steps)
-        return self._plan(epoch)[0][k]
+        epoch, level, node, batch = self._find(step)
+        # A place in the node's order of this epoch -> a place in its pool -> the same one level down, where
+        # each pool is what a child's own batches have left over, down to the clusters themselves.
+        places = np.arange(batch * self.global_batch, (batch + 1) * self.global_batch)
+        nodes = np.full(len(places), node)
+        for depth in range(level, -1, -1):
+            here = self._levels[depth]
+            keys = make_key(self._seed, epoch, depth, here.nodes[nodes])
+            pool = here.starts[nodes] + permute(places, here.sizes[nodes], keys)
+            if depth:
+                below = self._levels[depth - 1]
+                nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
+                places = below.used[nodes] + pool - below.left_starts[nodes]
+        return self._clusters.order[pool].astype(np.int64)
 
     def origin(self, step: int) -> str:
         """Where a step's records come from, in words."""
-        epoch, k = divmod(step, self.num_steps)
-        batches, levels = self._plan(epoch)
-        node = self._labels[batches[k][0]] // self._labels_per_stage ** levels[k]
-        if not levels[k]:
-            return f"epoch {epoch}, cluster {node}"
-        return f"epoch {epoch}, what is left of the clusters under {node}, {levels[k]} level(s) up"
+        epoch, level, node, _ = self._find(step)
+        label = self._levels[level].nodes[node]
+        if not level:
+            return f"epoch {epoch}, cluster {label}"
+        return f"epoch {epoch}, what is left of the clusters under {label}, {level} level(s) up"
 
     def report(self) -> dict[str, int]:
         """How an epoch uses the records: pairs by level (0 is the clusters themselves, 1 their parents,
         …)."""
-        counts = collections.Counter(self._levels.tolist())
-        report = {f"pairs_level_{level}": n * self.global_batch for level, n in sorted(counts.items())}
-        report["pairs_unused"] = len(self._labels) - self.num_steps * self.global_batch
-        report["num_clusters"] = len(np.unique(self._labels))
+        counts = {k: level.num_batches * self.global_batch for k, level in enumerate(self._levels)}
+        report = {f"pairs_level_{k}": count for k, count in counts.items() if count}
+        report["pairs_unused"] = len(self._clusters) - self.num_steps * self.global_batch
+        report["num_clusters"] = len(self._clusters.labels)
         return report
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (samplers live as long as the program)
-    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's batches (S, B) int64 and the level of each, (S,) int."""
-        rng = np.random.default_rng((self._seed, epoch))
-        records = rng.permutation(len(self._labels))
-        nodes, level = self._labels[records], 0
-        batches, levels = [], []
-        while True:
-            # Records of one node side by side, in random order within it.
-            order = np.argsort(nodes, kind="stable")
-            records, nodes = records[order], nodes[order]
-            _, starts, sizes = np.unique(nodes, return_index=True, return_counts=True)
-            rank = np.arange(len(nodes)) - np.repeat(starts, sizes)
-            used = rank < np.repeat(sizes // self.global_batch * self.global_batch, sizes)
-            batches.append(records[used].reshape(-1, self.global_batch))
-            levels.append(np.full(len(batches[-1]), level))
-            if self._small_clusters == "drop" or not nodes.any():  # the root has the label 0 alone
-                break
-            records, nodes = records[~used], nodes[~used] // self._labels_per_stage
-            level += 1
-            if not len(nodes):
-                break
-        batches, levels = np.concatenate(batches), np.concatenate(levels)
-        order = rng.permutation(len(batches))
-        return batches[order], levels[order]
+    def _find(self, step: int) -> tuple[int, int, int, int]:
+        """Epoch, level, position of the node in it, and which of the node's batches."""
+        epoch, k = divmod(step, self.num_steps)
+        batch = int(permute(np.array([k]), self.num_steps, make_key(self._seed, epoch))[0])
+        level = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
+        batch -= self._first_batch[level]
+        first = self._levels[level].first_batch
+        node = int(np.searchsorted(first, batch, side="right")) - 1
+        return epoch, level, node, int(batch - first[node])
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_records)
+class _Level:
+    """The nodes of one level of the tree of clusters, each with a pool of records.
+
+    nodes (M,): their labels, ascending. sizes (M,): records in each pool; starts (M,): where it begins among
+    all pools of this level. used (M,): how many of a pool fill batches; the others, in the order of nodes,
+    are the pools of the next level, where those of a node begin at left_starts (M,). first_batch (M,): of a
+    node, among the batches of this level.
+    """
+
+    def __init__(self, nodes: np.ndarray, sizes: np.ndarray, global_batch: int):
+        self.nodes, self.sizes = nodes, sizes
+        self.starts = np.cumsum(sizes) - sizes
+        self.used = sizes // global_batch * global_batch
+        self._left = sizes - self.used
+        self.left_starts = np.cumsum(self._left) - self._left
+        batches = sizes // global_batch
+        self.first_batch = np.cumsum(batches) - batches
+        self.num_batches = int(batches.sum())
+
+    def parents(self, labels_per_stage: int, global_batch: int) -> "_Level":
+        """One level up: what is left over."""
+        nodes, first = np.unique(self.nodes // labels_per_stage, return_index=True)
+        return _Level(nodes, np.add.reduceat(self._left, first), global_batch)
 
 
 def _check_not_empty(num_records: int) -> None:

@@ -34,9 +34,9 @@ def fit_centres(parts: Sequence[np.ndarray], num_clusters: int, *, seed: int, ma
 
 
 def nearest_centre(features: np.ndarray, centres: np.ndarray, chunk_size: int = 65536) -> np.ndarray:
-    """Labels (N,) int64 of features (N, d): which of the centres (k, d) is nearest, the first of equals."""
+    """Labels (N,) uint16 of features (N, d): which of the centres (k, d) is nearest, the first of equals."""
     half_norms = np.sum(centres**2, axis=1) / 2
-    labels = np.empty(len(features), np.int64)
+    labels = np.empty(len(features), np.uint16)
     for start in range(0, len(features), chunk_size):
         chunk = np.asarray(features[start : start + chunk_size], np.float32)
         labels[start : start + chunk_size] = np.argmax(chunk @ centres.T - half_norms, axis=1)
@@ -44,8 +44,9 @@ def nearest_centre(features: np.ndarray, centres: np.ndarray, chunk_size: int = 
 
 
 def accumulate_labels(
-    previous: np.ndarray | None, image_labels: np.ndarray, text_labels: np.ndarray, num_clusters: int
+    previous: np.ndarray, image_labels: np.ndarray, text_labels: np.ndarray, num_clusters: int
 ) -> np.ndarray:
-    """pseudo_label_s = pseudo_label_{s-1} * k^2 + text_label * k + image_label, all (N,) int64."""
-    labels = text_labels * num_clusters + image_labels
-    return labels if previous is None else previous * num_clusters**2 + labels
+    """pseudo_label_s = pseudo_label_{s-1} * k^2 + text_label * k + image_label, (N,) int64; previous is zeros
+    for the first stage."""
+    labels = text_labels.astype(np.int64) * num_clusters + image_labels
+    return previous.astype(np.int64) * num_clusters**2 + labels

@@ -23,6 +23,8 @@ from ml_collections import ConfigDict
 from clipmoe_jax import artifacts, checkpoints, distributed, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.data import digit_scenes, samplers
+from clipmoe_jax.data.clusters import ClusterIndex
+from clipmoe_jax.data.npy import load_array, map_array
 from clipmoe_jax.data.sources import ShareGPT4V
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
@@ -169,33 +171,48 @@ def embed(run: Run, stage: int) -> None:
 
 
 def cluster(run: Run, stage: int) -> None:
-    """stage_s/clusters: pseudo_labels.npy (N,) int64."""
+    """stage_s/clusters: pseudo_labels.npy (N,) int32 (int64 if there are that many), and the records of each
+    cluster as a ClusterIndex. Neither features nor labels of all pairs are in memory at once."""
     folder = run.workdir / f"stage_{stage}"
     features = artifacts.require(folder / "features", f"embed_{stage}")
     before = run.workdir / f"stage_{stage - 1}" / "clusters"
     if stage > 1:
         artifacts.require(before, f"cluster_{stage - 1}")
-    settings = run.config.cluster
+    num_clusters, kinds = run.config.cluster.num_clusters, ("image", "text")
 
     def build(out: epath.Path) -> dict:
-        labels = {kind: _label(run, features, kind, out) for kind in ("image", "text")}
+        sizes = [_label(run, features, kind, out) for kind in kinds][0]
+        if distributed.is_main():
+            previous = map_array(before / "pseudo_labels.npy") if stage > 1 else np.zeros(sum(sizes), np.int8)
+            dtype = np.int32 if num_clusters ** (2 * stage) <= 2**31 else np.int64
+            with (out / "pseudo_labels.npy").open("wb") as file:
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(sizes),)}
+                np.lib.format.write_array_header_1_0(file, header)
+                start = 0
+                for i, size in enumerate(sizes):
+                    labels = [load_array(_labels_file(out, kind, i)) for kind in kinds]
+                    labels = accumulate_labels(previous[start : start + size], *labels, num_clusters)
+                    file.write(labels.astype(dtype).tobytes())
+                    start += size
+            clusters = ClusterIndex.sort(map_array(out / "pseudo_labels.npy"))
+            clusters.write(out)
+        distributed.barrier("clusters are sorted")
+        for kind in kinds:
+            for i in range(jax.process_index(), len(sizes), jax.process_count()):
+                _labels_file(out, kind, i).unlink()
         if not distributed.is_main():
             return {}
-        previous = _load_array(before / "pseudo_labels.npy") if stage > 1 else None
-        accumulated = accumulate_labels(previous, labels["image"], labels["text"], settings.num_clusters)
-        _save_array(out / "pseudo_labels.npy", accumulated)
-        sizes = np.unique(accumulated, return_counts=True)[1]
-        measured = {
+        sizes = clusters.sizes
+        run.metrics.say(
+            f"cluster_{stage}: {len(sizes)} clusters of {sizes.min()} to {sizes.max()} pairs, "
+            f"median {np.median(sizes):.0f}"
+        )
+        return {
             "num_clusters": len(sizes),
             "smallest": int(sizes.min()),
             "median": float(np.median(sizes)),
             "largest": int(sizes.max()),
         }
-        run.metrics.say(
-            f"cluster_{stage}: {len(sizes)} clusters of {sizes.min()} to {sizes.max()} pairs, "
-            f"median {np.median(sizes):.0f}"
-        )
-        return measured
 
     fields = run.fields(
         *(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")), without=STAGE_COUNT
@@ -203,25 +220,25 @@ def cluster(run: Run, stage: int) -> None:
     artifacts.make(folder / "clusters", fields, build)
 
 
-def _label(run: Run, features: epath.Path, kind: str, out: epath.Path) -> np.ndarray:
-    """k-means labels (N,) of one modality's features. Process 0 finds the centres; all of them label parts,
-    each its own, and no process holds the features of all."""
+def _label(run: Run, features: epath.Path, kind: str, out: epath.Path) -> list[int]:
+    """Writes the k-means labels of one modality, a file for each part of the features; returns the parts'
+    sizes. Process 0 finds the centres; all of them label parts, each its own."""
     settings = run.config.cluster
-    parts = [_map_array(part) for part in sorted(features.glob(f"{kind}-*.npy"))]
+    parts = [map_array(part) for part in sorted(features.glob(f"{kind}-*.npy"))]
     shape = (settings.num_clusters, parts[0].shape[1])
     centres = np.zeros(shape, np.float32)
     if distributed.is_main():
         centres = fit_centres(parts, settings.num_clusters, seed=run.seed, max_fit=settings.max_fit_pairs)
     centres = distributed.broadcast(centres)
     for i in range(jax.process_index(), len(parts), jax.process_count()):
-        with (out / f"{kind}-{i:05d}.npy").open("wb") as file:
+        with _labels_file(out, kind, i).open("wb") as file:
             np.save(file, nearest_centre(parts[i], centres))
     distributed.barrier(f"labels of {kind}s")
-    labels = np.concatenate([_load_array(out / f"{kind}-{i:05d}.npy") for i in range(len(parts))])
-    distributed.barrier(f"labels of {kind}s are read")
-    for i in range(jax.process_index(), len(parts), jax.process_count()):
-        (out / f"{kind}-{i:05d}.npy").unlink()
-    return labels
+    return [len(part) for part in parts]
+
+
+def _labels_file(folder: epath.Path, kind: str, part: int) -> epath.Path:
+    return folder / f"{kind}-{part:05d}.npy"
 
 
 def mcl(run: Run, stage: int) -> None:
@@ -233,7 +250,7 @@ def mcl(run: Run, stage: int) -> None:
 
     def build(folder: epath.Path) -> dict:
         sampler = samplers.ClusterSampler(
-            _load_array(clusters / "pseudo_labels.npy"),
+            ClusterIndex.open(clusters),
             section.batch_size,
             run.seed,
             labels_per_stage=run.config.cluster.num_clusters**2,
@@ -339,15 +356,3 @@ def _save_array(path: epath.Path, array: np.ndarray) -> None:
     with temporary.open("wb") as file:
         np.save(file, array)
     temporary.replace(path)
-
-
-def _load_array(path: epath.Path) -> np.ndarray:
-    with path.open("rb") as file:
-        return np.load(file)
-
-
-def _map_array(path: epath.Path) -> np.ndarray:
-    """Rows are read from disk as they are used, where the disk is a local one."""
-    if path.resolve().as_uri().startswith("file:"):
-        return np.load(path, mmap_mode="r")
-    return _load_array(path)

@@ -6,9 +6,15 @@ import pickle
 import numpy as np
 import pytest
 
-from clipmoe_jax.data.samplers import ClusterSampler, SequentialSampler, ShuffledSampler
+from clipmoe_jax.data import samplers
+from clipmoe_jax.data.clusters import ClusterIndex
+from clipmoe_jax.data.samplers import SequentialSampler, ShuffledSampler
 
 LABELS_PER_STAGE = 9
+
+
+def ClusterSampler(labels, global_batch, seed, **options):
+    return samplers.ClusterSampler(ClusterIndex.sort(labels), global_batch, seed, **options)
 
 
 def epoch_of(sampler, epoch=0):

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from etils import epath
 
-from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 
 CENTRES = 10 * np.eye(3, 8, dtype=np.float32)
@@ -87,7 +85,7 @@ def test_fewer_pairs_than_clusters(blobs):
 def test_labels_of_three_stages_by_hand():
     # Stage 1: text 2, image 1 -> 2 * 3 + 1 = 7. Stage 2: text 0, image 2 -> 7 * 9 + 2 = 65.
     # Stage 3: text 1, image 0 -> 65 * 9 + 3 = 588.
-    labels = None
+    labels = np.zeros(2, int)
     expected = [7, 65, 588]
     for image, text, label in zip([1, 2, 0], [2, 0, 1], expected, strict=True):
         labels = accumulate_labels(labels, np.array([image, 0]), np.array([text, 0]), 3)
@@ -100,11 +98,3 @@ def test_every_pair_of_labels_has_its_own_number_and_its_parent():
     labels = accumulate_labels(previous, image, text, 2)
     assert sorted(labels.tolist()) == list(range(16))
     np.testing.assert_array_equal(labels // 4, previous)
-
-
-def test_features_of_a_relative_workdir_are_mapped(tmp_path, monkeypatch):
-    """As the README's own command has it: --workdir=runs/demo."""
-    monkeypatch.chdir(tmp_path)
-    np.save("image-00000.npy", np.arange(6.0))
-    found = stages._map_array(epath.Path("image-00000.npy"))
-    assert isinstance(found, np.memmap) and found.tolist() == list(range(6))

@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from clipmoe_jax import artifacts, checkpoints, distributed, main
+from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.train import loop
 
@@ -76,9 +77,7 @@ PLACES = {
     "base, while a checkpoint is written": lambda: kill_at_step("base", 5),
     "base, trained but not saved": lambda: kill_at_call(checkpoints, "save_model", 1, after=False),
     "embed, between two parts": lambda: kill_at_call(stages, "_save_array", 2, after=True, match="text-"),
-    "cluster, labelled but not saved": lambda: kill_at_call(
-        stages, "_save_array", 1, after=False, match="pseudo_labels"
-    ),
+    "cluster, sorted but not saved": lambda: kill_at_call(ClusterIndex, "write", 1, after=False),
     "mcl, after a checkpoint": lambda: kill_at_step("mcl_1", 4),
     "upcycle, model written, stage not done": lambda: kill_at_call(
         checkpoints, "save_model", 1, after=True, match="upcycled"

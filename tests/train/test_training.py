@@ -264,7 +264,7 @@ def test_frozen_leaves_held_in_bfloat16_come_back_as_they_were(pairs, tmp_path):
     _, frozen = trees.partition(found, TRAIN_ROUTERS)
     chex.assert_trees_all_equal(frozen, trees.partition(jax.device_get(expected), TRAIN_ROUTERS)[1])
     assert rounded["loss"] != measured["loss"]
-    assert rounded["loss"] == pytest.approx(measured["loss"], rel=5e-2)
+    assert rounded["loss"] == pytest.approx(measured["loss"], rel=1e-1)
 
 
 def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):
