@@ -112,7 +112,7 @@ def test_two_processes_train_what_one_trains(alone, together, model):
 
 def test_features_and_labels_too(alone, together):
     arrays = sorted(path.relative_to(alone) for path in alone.glob("stage_1/*/*.npy"))
-    assert len(arrays) == 2 * 4 + 1
+    assert len(arrays) == 2 * 4 + 3
     for array in arrays:
         found, expected = np.load(together / array), np.load(alone / array)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=str(array))
