@@ -116,7 +116,7 @@ def knn(
         votes = np.zeros((len(labels), num_classes))
         votes[:, neighbours.classes_] = neighbours.predict_proba(test_features[start : start + chunk_size])
         found = label_ranks(votes, labels)
-        ranks.append(np.where(votes[np.arange(len(labels)), labels] > 0, found, num_classes))
+        ranks.append(np.where(votes[np.arange(len(labels)), labels] > 0, found, np.inf))
     return metrics_of_ranks(np.concatenate(ranks), test_labels)
 
 
