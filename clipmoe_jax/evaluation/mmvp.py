@@ -4,11 +4,14 @@ Letters: P pairs, d embedding.
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from clipmoe_jax.data.sources.base import read_text
 
 COLUMNS = ("Question ID", "Type", "Statement")
 # The data set as it is published, and as its README has it.
@@ -83,10 +86,8 @@ def mmvp_accuracy(
 
 def _read_rows(table: Path) -> list[list[str]]:
     """(question id, type, statement) of each row."""
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        next(reader, None)  # the header
-        rows = [[cell.strip() for cell in row] for row in reader if any(row)]
+    table_rows = csv.reader(io.StringIO(read_text(table)))
+    rows = [[cell.strip() for cell in row] for row in table_rows if any(row)][1:]  # after the header
     if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
         raise ValueError(f"{table}: the row {wrong[0]} is not {', '.join(COLUMNS)}.")
     if not rows or len(rows) % 2:

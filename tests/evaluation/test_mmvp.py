@@ -55,6 +55,13 @@ def test_rows_that_are_no_pairs(tmp_path, rows, message):
         mmvp_pairs(str(tmp_path))
 
 
+def test_a_table_that_is_not_utf8(tmp_path):
+    (tmp_path / "MLLM_VLM Images").mkdir()
+    (tmp_path / "Questions.csv").write_bytes(b"a,b,c\n1,x,caf\xe9\n")
+    with pytest.raises(ValueError, match="Questions.csv is not UTF-8 at byte 13"):
+        mmvp_pairs(str(tmp_path))
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Questions.csv does not exist"):
         mmvp_pairs(str(tmp_path))
