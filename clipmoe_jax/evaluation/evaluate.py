@@ -13,7 +13,7 @@ from clipmoe_jax.dmu.baselines import baseline_path
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import count_active_parameters
 from clipmoe_jax.evaluation.retrieval import retrieval_recall
-from clipmoe_jax.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
+from clipmoe_jax.evaluation.zero_shot import class_embeddings, classification_metrics
 from clipmoe_jax.models.encoder import Encoder
 
 CLIP_MOE, ENSEMBLE = "CLIP-MoE", "feature ensemble"
@@ -55,9 +55,9 @@ def models_of(run: Run) -> dict[str, Model]:
 def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """{title: numbers} of every model, from eval/results.json or computed now.
 
-    Numbers: image_to_text_r1 … text_to_image_r10, parameters, active_parameters, expert (which expert of the
-    CLIP-MoE a dense model became, or None); of digit scenes also zero_shot, {attribute: accuracy}. The
-    feature ensemble joins the features of the base and all stages.
+    Numbers: those of `retrieval_recall`, parameters, active_parameters, expert (which expert of the CLIP-MoE
+    a dense model became, or None); of digit scenes also zero_shot, {attribute: accuracy}. The feature
+    ensemble joins the features of the base and all stages.
     """
     rows = models_of(run)
     for model in rows.values():
@@ -114,5 +114,5 @@ def _zero_shot_by_attribute(run: Run, encoder: Encoder, image_features: np.ndarr
         prompts = [digit_scenes.PROMPTS[attribute].format(value) for value in values]
         classes = class_embeddings(encoder.texts(run.tokenizer()(prompts)), range(len(values)))
         labels = [values.index(scene[attribute]) for scene in scenes]
-        accuracy[attribute] = zero_shot_accuracy(image_features, classes, labels)
+        accuracy[attribute] = classification_metrics(image_features, classes, labels)["top1"]
     return accuracy

@@ -1,11 +1,14 @@
-"""Image-caption retrieval: recall at 1, 5 and 10 in both directions.
+"""Image-caption retrieval: recall at 1, 5 and 10 in both directions, and ranks.
 
-Letters: I images, T captions, d embedding.
+Letters: I images, T captions, B queries of a chunk, d embedding.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 RANKS = (1, 5, 10)
+NO_QUERY = -1  # rows that fill up the last chunk
 
 
 def retrieval_recall(
@@ -14,37 +17,64 @@ def retrieval_recall(
     image_of_text: np.ndarray,
     *,
     ranks: tuple[int, ...] = RANKS,
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
 ) -> dict[str, float]:
     """Share of queries whose correct answer is among the first k, as `image_to_text_r1`, `text_to_image_r5`,
-    ….
+    …; mean and median rank, 1 if the answer comes first, as `image_to_text_mean_rank`, ….
 
     image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int,
     the image that each caption belongs to. An image's rank is that of its best caption. Ties count against: a
-    wrong answer that scores as high as the right one stands before it. Memory is a few
-    arrays of chunk_size x max(I, T).
-    Raises ValueError for features that are not finite, and for an image without caption.
+    wrong answer that scores as high as the right one stands before it. Runs on the default device; memory is
+    the features and a few arrays of chunk_size x max(I, T).
+    Raises ValueError for features that are not finite, an image without caption, and captions of an image
+    that is not there.
     """
     num_images, image_of_text = len(image_features), np.asarray(image_of_text)
     if not (np.isfinite(image_features).all() and np.isfinite(text_features).all()):
         raise ValueError("retrieval: some features are not finite")
     if without := sorted(set(range(num_images)) - set(image_of_text.tolist())):
         raise ValueError(f"retrieval: images {without[:10]} have no caption")
+    if beyond := sorted(set(image_of_text.tolist()) - set(range(num_images))):
+        raise ValueError(f"retrieval: captions are of images {beyond[:10]}, of {num_images} images")
 
-    image_ranks, text_ranks = [], []
-    for start in range(0, num_images, chunk_size):
-        scores = image_features[start : start + chunk_size] @ text_features.T
-        own = np.arange(start, start + len(scores))[:, None] == image_of_text[None, :]
-        best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
-        image_ranks.append(np.sum((scores >= best) & ~own, axis=1))
-    for start in range(0, len(text_features), chunk_size):
-        scores = text_features[start : start + chunk_size] @ image_features.T
-        own = image_of_text[start : start + chunk_size]
-        right = scores[np.arange(len(scores)), own][:, None]
-        text_ranks.append(np.sum(scores >= right, axis=1) - 1)
-
+    image_ids = np.arange(num_images)
     recall = {}
-    for name, found in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
-        position = np.concatenate(found)
+    for name, position in (
+        ("image_to_text", _positions(image_features, image_ids, text_features, image_of_text, chunk_size)),
+        ("text_to_image", _positions(text_features, image_of_text, image_features, image_ids, chunk_size)),
+    ):
         recall |= {f"{name}_r{k}": float(np.mean(position < k)) for k in ranks}
+        recall[f"{name}_mean_rank"] = float(np.mean(position + 1))
+        recall[f"{name}_median_rank"] = float(np.median(position + 1))
     return recall
+
+
+def _positions(
+    queries: np.ndarray,
+    image_of_query: np.ndarray,
+    answers: np.ndarray,
+    image_of_answer: np.ndarray,
+    chunk_size: int,
+) -> np.ndarray:
+    """How many wrong answers stand before each query's best right one, a chunk of queries at a time."""
+    chunk_size = min(chunk_size, len(queries))
+    answers, image_of_answer = jnp.asarray(answers), jnp.asarray(image_of_answer)
+    found = []
+    for start in range(0, len(queries), chunk_size):
+        chunk, images = queries[start : start + chunk_size], image_of_query[start : start + chunk_size]
+        missing = chunk_size - len(chunk)
+        chunk = np.pad(chunk, ((0, missing), (0, 0)))
+        images = np.pad(images, (0, missing), constant_values=NO_QUERY)
+        found.append(_positions_of_chunk(chunk, images, answers, image_of_answer))
+    return np.concatenate(found)[: len(queries)]
+
+
+@jax.jit
+def _positions_of_chunk(
+    queries: jax.Array, image_of_query: jax.Array, answers: jax.Array, image_of_answer: jax.Array
+) -> jax.Array:
+    """queries (B, d), image_of_query (B,), answers (A, d), image_of_answer (A,) -> (B,) int32."""
+    scores = jnp.einsum("bd,ad->ba", queries, answers, precision=jax.lax.Precision.HIGHEST)
+    own = image_of_query[:, None] == image_of_answer[None, :]
+    best = jnp.max(scores, axis=1, where=own, initial=-jnp.inf, keepdims=True)
+    return jnp.sum((scores >= best) & ~own, axis=1)

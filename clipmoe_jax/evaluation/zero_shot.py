@@ -1,6 +1,6 @@
 """Zero-shot classification: the class whose prompts are nearest.
 
-Letters: N images, C classes, d embedding.
+Letters: T prompts, N images, C classes, d embedding.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,62 @@ import numpy as np
 
 
 def class_embeddings(text_features: np.ndarray, class_of_text: Sequence[int]) -> np.ndarray:
-    """Mean of each class's prompt features, unit length: (T, d), (T,) int -> (C, d) float32."""
+    """Unit means of each class's unit prompt features: (T, d), (T,) int -> (C, d) float32.
+
+    As OpenAI's notebook Prompt_Engineering_for_ImageNet has it. Raises ValueError for a class, of those up to
+    the highest in class_of_text, that has no prompt.
+    """
     class_of_text = np.asarray(class_of_text)
-    means = np.stack([text_features[class_of_text == c].mean(axis=0) for c in range(class_of_text.max() + 1)])
-    return means / np.linalg.norm(means, axis=-1, keepdims=True)
+    counts = np.bincount(class_of_text)
+    if not counts.all():
+        raise ValueError(
+            f"class {np.argmin(counts)} of {len(counts)} has no prompt: give each class one or more"
+        )
+    sums = np.zeros((len(counts), text_features.shape[1]), np.float32)
+    np.add.at(sums, class_of_text, text_features / np.linalg.norm(text_features, axis=-1, keepdims=True))
+    return sums / np.linalg.norm(sums, axis=-1, keepdims=True)
 
 
-def zero_shot_accuracy(image_features: np.ndarray, classes: np.ndarray, labels: Sequence[int]) -> float:
-    """Share of images (N, d) whose nearest class embedding (C, d) is their label (N,)."""
-    return float(np.mean(np.argmax(image_features @ classes.T, axis=1) == np.asarray(labels)))
+def classification_metrics(
+    image_features: np.ndarray, classes: np.ndarray, labels: Sequence[int], *, chunk_size: int = 4096
+) -> dict[str, float]:
+    """top1, top5 and mean_per_class, as `metrics_of_ranks` says, of images by their nearest classes.
+
+    image_features (N, d), classes (C, d) float32, compared by inner product; labels (N,) int.
+    """
+    labels = np.asarray(labels)
+    ranks = []
+    for start in range(0, len(image_features), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        ranks.append(label_ranks(image_features[chunk] @ classes.T, labels[chunk]))
+    return metrics_of_ranks(np.concatenate(ranks), labels)
+
+
+def label_ranks(scores: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+    """How many classes stand before the right one: scores (N, C), labels (N,) int -> (N,) int.
+
+    Of classes with the same score the lower one stands first, as argmax has it: ImageNet has two classes
+    named missile and two named sunglasses, which have equal scores.
+    Raises ValueError for scores that are not finite and for labels that are no class.
+    """
+    labels, num_classes = np.asarray(labels), scores.shape[1]
+    if not np.isfinite(scores).all():
+        raise ValueError("classification: some scores are not finite")
+    if wrong := sorted(set(labels[(labels < 0) | (labels >= num_classes)].tolist())):
+        raise ValueError(f"classification: labels {wrong[:10]} are not among the {num_classes} classes")
+    own = scores[np.arange(len(labels)), labels][:, None]
+    before = np.arange(num_classes)[None, :] < labels[:, None]
+    return np.sum((scores > own) | ((scores == own) & before), axis=1)
+
+
+def metrics_of_ranks(ranks: np.ndarray, labels: Sequence[int]) -> dict[str, float]:
+    """top1, top5: shares of inputs whose label is first, among the first five; mean_per_class: top1 of each
+    class that labels has, averaged. ranks (N,) int from 0, labels (N,) int.
+    """
+    _, class_of_input, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    right_of_class = np.bincount(class_of_input, weights=ranks < 1)
+    return {
+        "top1": float(np.mean(ranks < 1)),
+        "top5": float(np.mean(ranks < 5)),
+        "mean_per_class": float(np.mean(right_of_class / counts)),
+    }

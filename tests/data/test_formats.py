@@ -4,6 +4,7 @@ What is bad about them is counted.
 
 import io
 import json
+import os
 import struct
 import tarfile
 
@@ -73,6 +74,14 @@ def img2dataset(folder):
         if i:
             stem.with_suffix(".txt").write_text(captions[0], encoding="utf-8")
     return "img2dataset", (f"img2dataset:{folder}", None, [captions[:1] for captions in CAPTIONS])
+
+
+def classes(folder):
+    # Sorted by path: the class's own subfolders count, its name alone is the caption.
+    for i, name in enumerate(("great shark/a.png", "n0144/val/0.png", "n0144/x.JPEG")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(i))
+    return "classes", (f"classes:{folder}", None, [["great shark"], ["n0144"], ["n0144"]])
 
 
 def add(tar, name, contents):
@@ -198,6 +207,7 @@ FORMATS = [
     jsonl,
     image_folder,
     img2dataset,
+    classes,
     webdataset,
     lambda folder: parquet(folder, "image"),
     lambda folder: parquet(folder, "image_bytes"),
@@ -299,6 +309,18 @@ def test_what_is_bad_in_tables(tmp_path):
     outside = "path outside the image folder"
     expected = ["invalid text", "malformed entry", outside, "missing image", "empty caption", "0.png"]
     assert kinds(open_source(f"csv:{tmp_path / 'x.tsv'}", images)) == expected
+
+
+def test_what_is_bad_in_class_folders(tmp_path):
+    for name in (b"0.png", b"caf\xe9/0.png", b"dog/0.png"):
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture(0))
+    (tmp_path / "dog" / "notes.txt").write_text("is no image")
+    alone, latin, good = open_source(f"classes:{tmp_path}")
+    assert (alone.id, alone.kind) == ("0.png", "missing caption") and "no class's subfolder" in alone.detail
+    assert latin.kind == "invalid text"
+    assert good == ("dog/0.png", picture(0), ("dog",))
 
 
 def test_what_is_bad_in_parquet(tmp_path):

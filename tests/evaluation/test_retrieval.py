@@ -1,4 +1,4 @@
-"""Recall of retrieval, by hand and against sorting."""
+"""Recall and ranks of retrieval, by hand and against sorting."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,16 @@ def test_several_captions_by_hand():
     # Caption 0 finds image 0 (0.1) second, 1 finds image 0 (0.8) first, 2 finds image 1 (0.6) second.
     found = recall_of_scores(SCORES, OF, ranks=(1, 2))
     assert found == pytest.approx(
-        {"image_to_text_r1": 0, "image_to_text_r2": 1, "text_to_image_r1": 1 / 3, "text_to_image_r2": 1}
+        {
+            "image_to_text_r1": 0,
+            "image_to_text_r2": 1,
+            "image_to_text_mean_rank": 2,
+            "image_to_text_median_rank": 2,
+            "text_to_image_r1": 1 / 3,
+            "text_to_image_r2": 1,
+            "text_to_image_mean_rank": 5 / 3,
+            "text_to_image_median_rank": 2,
+        }
     )
 
 
@@ -75,6 +84,31 @@ def test_recall_equals_sorting_all_answers(rank):
     assert (found[f"image_to_text_r{rank}"], found[f"text_to_image_r{rank}"]) == pytest.approx(expected)
 
 
+def test_ranks_equal_sorting_all_answers():
+    images, texts, of = random_pairs()
+    scores = images.astype(np.float64) @ texts.astype(np.float64).T
+    image_ranks = [1 + min(np.flatnonzero(of[np.argsort(-row)] == i)) for i, row in enumerate(scores)]
+    text_ranks = [1 + list(np.argsort(-column)).index(of[t]) for t, column in enumerate(scores.T)]
+    found = retrieval_recall(images, texts, of)
+    for name, ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
+        assert found[f"{name}_mean_rank"] == pytest.approx(np.mean(ranks))
+        assert found[f"{name}_median_rank"] == np.median(ranks)
+
+
+def test_answers_that_are_the_same_tie_wherever_they_stand():
+    """Eleven captions of unlike images have one image's own caption's features: it comes twelfth."""
+    rng = np.random.default_rng(1)
+    texts = rng.normal(size=(333, 512)).astype(np.float32)
+    copies = np.array([0, 1, 15, 16, 100, 127, 128, 200, 255, 256, 331])
+    texts[copies] = texts[332]
+    images = texts.copy()
+    images[copies] = -texts[332]  # far from the copies
+    found = retrieval_recall(images, texts, np.arange(333), ranks=(1, 11, 12))
+    first = (333 - len(copies) - 1) / 333
+    assert found["image_to_text_r1"] == pytest.approx(first)
+    assert found["image_to_text_r12"] - found["image_to_text_r11"] == pytest.approx(1 / 333)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 99])
 def test_chunks_change_nothing(chunk_size):
     pairs = random_pairs()
@@ -93,3 +127,8 @@ def test_features_that_are_not_finite(tower, value):
 def test_images_without_caption_are_named():
     with pytest.raises(ValueError, match=r"images \[1, 3\] have no caption"):
         retrieval_recall(np.eye(4), np.eye(4)[:2], np.array([0, 2]))
+
+
+def test_captions_of_images_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match=r"captions are of images \[-1, 2\], of 2 images"):
+        retrieval_recall(np.eye(2), np.ones((4, 2)), np.array([0, 1, 2, -1]))

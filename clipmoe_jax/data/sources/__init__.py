@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from clipmoe_jax.data.sources.base import BadRecord, Pair, Unique
 from clipmoe_jax.data.sources.coco import Coco
 from clipmoe_jax.data.sources.conversations import ShareGPT4V
-from clipmoe_jax.data.sources.folders import ImageFolder, Img2Dataset
+from clipmoe_jax.data.sources.folders import Classes, ImageFolder, Img2Dataset
 from clipmoe_jax.data.sources.parquet import Parquet
 from clipmoe_jax.data.sources.shards import WebDataset
 from clipmoe_jax.data.sources.tables import Csv, Flickr30k
@@ -33,6 +33,7 @@ FORMATS = {
     "sharegpt4v": _Format(ShareGPT4V, "yes", "sharegpt4v:captions.json"),
     "folder": _Format(ImageFolder, "no", "folder:DIR"),
     "img2dataset": _Format(Img2Dataset, "no", "img2dataset:DIR"),
+    "classes": _Format(Classes, "no", "classes:DIR"),
     "webdataset": _Format(WebDataset, "no", "webdataset:DIR"),
     "parquet": _Format(Parquet, "optional", "parquet:DIR"),
     "coco": _Format(Coco, "yes", "coco:captions_val2017.json"),

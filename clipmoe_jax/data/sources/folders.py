@@ -1,4 +1,4 @@
-"""Folders of image files with their captions beside them."""
+"""Folders of image files with their captions beside them, or named after their classes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +55,16 @@ class Img2Dataset(ImageFolder):
         if isinstance(fields, BadRecord):
             return fields
         return [fields.get("caption") if isinstance(fields, dict) else None]
+
+
+class Classes(ImageFolder):
+    """A folder of labelled images: a subfolder for each class, with its images at any depth. The one caption
+    of an image is the subfolder's name."""
+
+    kind = "classes"
+
+    def _captions(self, path: Path) -> list | BadRecord:
+        name, *inside = path.relative_to(self._root).parts
+        if not inside:
+            return BadRecord(path.name, "missing caption", f"{path} is in no class's subfolder")
+        return [name]

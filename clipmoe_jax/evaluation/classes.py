@@ -1,0 +1,79 @@
+"""Names and prompts of the classes of labelled data sets.
+
+The lists lie in class_names/, each with its source.
+"""
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+OWN_NAMES = "none"
+GENERIC_TEMPLATES = ("a photo of a {}.",)
+TEMPLATES = {
+    "imagenet": "imagenet",
+    "imagenet-v2": "imagenet",
+    "imagenet-o": "imagenet",
+    "cifar10": "cifar",
+    "cifar100": "cifar",
+}
+
+
+def class_table(name: str, labels: Iterable[str] = ()) -> dict[str, str]:
+    """{label: class name} of a data set, in the order of its class indices.
+
+    Labels are those that the data set's folders or files have: WordNet ids of imagenet and imagenet-o (the
+    200 classes of ImageNet that its images are taken for), "0" to "999" of imagenet-v2, names with
+    underscores of cifar10 and cifar100. name "none": the labels given, sorted, are their own names.
+    Raises ValueError for another name, for "none" without labels, and for labels that the table lacks.
+    """
+    labels = set(labels)
+    if name == OWN_NAMES:
+        if not labels:
+            raise ValueError('classes="none" names classes by their labels: there are no labels')
+        return {label: label for label in sorted(labels)}
+    _check(name)
+    imagenet = _read("imagenet.json")["names"]
+    if name == "imagenet":
+        table = imagenet
+    elif name == "imagenet-v2":
+        table = {str(i): class_name for i, class_name in enumerate(imagenet.values())}
+    elif name == "imagenet-o":
+        table = {wnid: imagenet[wnid] for wnid in _read("imagenet_o.json")["wnids"]}
+    else:
+        table = _read(f"{name}.json")["names"]
+    if unknown := sorted(labels - table.keys()):
+        raise ValueError(
+            f"labels {unknown[:5]} are none of {name}'s, such as {list(table)[:3]}: "
+            f'choose another table of {sorted(TEMPLATES)}, or "none" to take labels as names'
+        )
+    return dict(table)
+
+
+def templates(name: str) -> tuple[str, ...]:
+    """Sentences with {} in place of a class name, for a table of `class_table`: OpenAI's 80 for ImageNet, 18
+    for CIFAR, and a single one for "none"."""
+    if name == OWN_NAMES:
+        return GENERIC_TEMPLATES
+    _check(name)
+    return tuple(_read("templates.json")[TEMPLATES[name]])
+
+
+def make_prompts(names: Sequence[str], sentences: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Each class name in each sentence: T = C·len(sentences) prompts, and the class of each, (T,) int."""
+    prompts = [sentence.replace("{}", name) for name in names for sentence in sentences]
+    return prompts, np.repeat(np.arange(len(names)), len(sentences))
+
+
+def _check(name: str) -> None:
+    if name not in TEMPLATES:
+        raise ValueError(f"classes={name!r} is no table: choose one of {[*sorted(TEMPLATES), OWN_NAMES]}")
+
+
+@functools.cache
+def _read(file: str) -> Mapping[str, Any]:
+    folder = importlib.resources.files("clipmoe_jax.evaluation") / "class_names"
+    return json.loads((folder / file).read_text(encoding="utf-8"))

@@ -1,0 +1,74 @@
+"""Out-of-distribution detection: how well a score tells images of known classes from others.
+
+Letters: N images, C classes, d embedding. A score is higher for what looks like a known class.
+"""
+
+import numpy as np
+from scipy.special import entr, logsumexp, softmax
+
+CLIP_LOGIT_SCALE = 100.0
+
+
+def detection_metrics(known_scores: np.ndarray, unknown_scores: np.ndarray) -> dict[str, float]:
+    """auroc: chance that a known image scores higher than an unknown one, equal counting half; fpr95: share
+    of unknown images accepted by the highest threshold (score ≥ it) that accepts 95 % of the known ones.
+
+    known_scores (N,), unknown_scores (M,). Raises ValueError if one is empty or not finite.
+    """
+    from sklearn.metrics import roc_auc_score  # here because it is slow to import
+
+    known, unknown = np.asarray(known_scores), np.asarray(unknown_scores)
+    for name, scores in (("known", known), ("unknown", unknown)):
+        if not len(scores) or not np.isfinite(scores).all():
+            raise ValueError(f"detection: {len(scores)} scores of {name} images: none, or some not finite")
+    is_known = np.repeat([1, 0], [len(known), len(unknown)])
+    threshold = np.sort(known)[::-1][int(np.ceil(0.95 * len(known))) - 1]
+    return {
+        "auroc": float(roc_auc_score(is_known, np.concatenate([known, unknown]))),
+        "fpr95": float(np.mean(unknown >= threshold)),
+    }
+
+
+def max_probability(probabilities: np.ndarray) -> np.ndarray:
+    """MSP, the highest probability (arXiv 1610.02136): (N, C) -> (N,)."""
+    return probabilities.max(axis=1)
+
+
+def negative_entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Minus the entropy in nats: (N, C) -> (N,)."""
+    return -entr(probabilities).sum(axis=1)
+
+
+def negative_energy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """T·log Σ exp(logit / T), minus the energy of arXiv 2010.03759, eq. 4: (N, C) -> (N,)."""
+    return temperature * logsumexp(logits / temperature, axis=1)
+
+
+def zero_shot_probabilities(
+    image_features: np.ndarray, classes: np.ndarray, logit_scale: float = CLIP_LOGIT_SCALE
+) -> np.ndarray:
+    """Softmax over the scaled inner products of unit features: (N, d), (C, d) -> (N, C).
+
+    logit_scale is the factor itself, not its logarithm.
+    """
+    return softmax(logit_scale * (image_features @ classes.T), axis=1)
+
+
+def cooked_probabilities(classifier: np.ndarray, probe: np.ndarray, zero_shot: np.ndarray) -> np.ndarray:
+    """COOkeD (arXiv 2507.22576, https://github.com/glhr/COOkeD): the mean of the probabilities of a
+    classifier trained on the known classes alone, a linear probe of CLIP's image features, and zero-shot
+    CLIP at scale 100.
+
+    Each (N, C) -> (N, C). Its authors score it by `max_probability` (their demo.py) and by `negative_entropy`
+    (what their eval.py prints). Raises ValueError for shapes that differ and rows that do not sum to 1.
+    """
+    members = {"classifier": classifier, "probe": probe, "zero-shot": zero_shot}
+    for name, probabilities in members.items():
+        if probabilities.shape != classifier.shape:
+            raise ValueError(
+                f"COOkeD: {name} probabilities are {probabilities.shape}, those of the classifier "
+                f"{classifier.shape}: give all three the same images and classes"
+            )
+        if not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
+            raise ValueError(f"COOkeD: {name} probabilities do not sum to 1: give softmax, not logits")
+    return np.mean(list(members.values()), axis=0)
