@@ -40,6 +40,8 @@ RANGES = {
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.max_to_keep": (1, 1000),
     "data.num_workers": (0, 1000),
+    "data.max_caption_tokens": (0, _MANY),
+    "loss.short_caption_weight": (0.0, 1e3),
     "log_every": (1, _MANY),
 }
 
@@ -56,6 +58,7 @@ def default_config() -> ConfigDict:
     config.data.test_split = "test"
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.text_buckets = (64, 128)  # shorter lengths of text, for batches whose captions they hold
+    config.data.max_caption_tokens = 0  # cuts captions, start and end counted; 0 is the context length
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
     config.data.digit_scenes = 0  # > 0: make so many training scenes (and an eighth for test) in WORKDIR
 
@@ -95,6 +98,8 @@ def default_config() -> ConfigDict:
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
 
+    # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
+    config.loss = ConfigDict({"short_caption_weight": 0.0})
     config.baselines = ()  # of BASELINES
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
@@ -191,6 +196,11 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         _check_choice("baselines", baseline, BASELINES)
     if "base_ft_moe" in config.baselines and "direct_ft" not in config.baselines:
         raise ValueError("baselines: 'base_ft_moe' is made from 'direct_ft': add it")
+    if 0 < config.data.max_caption_tokens < 3:
+        raise ValueError(
+            f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "
+            "end: use 3 or more, or 0 for the context length"
+        )
     for length in config.data.text_buckets:
         if not isinstance(length, int) or length < 3:
             raise ValueError(f"data.text_buckets={config.data.text_buckets}: {length!r} is no length of text")

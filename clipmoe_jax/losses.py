@@ -20,7 +20,38 @@ def contrastive_loss(
     image_features, text_features (B, embed), any scale; logit_scale () a logarithm. Float32 throughout.
     Returns contrastive_loss and batch_accuracy, the share of images that rank their own caption first.
     """
-    images, texts = normalize_features(image_features), normalize_features(text_features)
+    return _symmetric(
+        normalize_features(image_features), normalize_features(text_features), logit_scale, label_smoothing
+    )
+
+
+def short_caption_loss(
+    image_features: Array,
+    short_text_features: Array,
+    logit_scale: Array,
+    label_smoothing: float = 0.0,
+    num_components: int = 32,
+) -> Array:
+    """The contrastive loss of short captions with the coarse part of the images (Long-CLIP, arXiv 2403.15378,
+    section 3.3): unit image features projected onto the batch's `num_components` principal components.
+
+    image_features, short_text_features (B, embed), any scale. Returns a scalar. As in Long-CLIP's code the
+    projected features are not of unit length; unlike there the components are constants for the gradient,
+    whose own gradient is infinite where two of them explain the same variance.
+    """
+    images = normalize_features(image_features)
+    mean = images.mean(axis=0)
+    centred, precision = images - mean, jax.lax.Precision.HIGHEST
+    covariance = jax.lax.stop_gradient(jnp.einsum("bd,be->de", centred, centred, precision=precision))
+    components = jnp.linalg.eigh(covariance)[1][:, -num_components:]  # (embed, components)
+    reduced = jnp.einsum("bd,dc->bc", centred, components, precision=precision)
+    coarse = mean + jnp.einsum("bc,dc->bd", reduced, components, precision=precision)
+    texts = normalize_features(short_text_features)
+    return _symmetric(coarse, texts, logit_scale, label_smoothing)["contrastive_loss"]
+
+
+def _symmetric(images: Array, texts: Array, logit_scale: Array, label_smoothing: float) -> dict[str, Array]:
+    """`contrastive_loss` of features as they are."""
     precision, scale = jax.lax.Precision.HIGHEST, jnp.exp(logit_scale)
     logits = scale * jnp.einsum("id,td->it", images, texts, precision=precision)
     # Of the (B, B) matrix only its two log-sums are needed: what a pair's own logit and the mean over a row

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from clipmoe_jax import checkpoints, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.accelerators import ACCELERATORS, Accelerator
+from clipmoe_jax.data.loader import SHORT_LENGTH
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.dmu.upcycling import count_active_parameters
 from clipmoe_jax.models import flops
@@ -38,7 +39,8 @@ SIMILARITY_COPIES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A stage that trains: the model it trains, by which rules, for how long."""
+    """A stage that trains: the model it trains, by which rules, for how long. short_length: of the short
+    captions that it sees beside the long ones."""
 
     name: str
     config: ClipConfig
@@ -46,11 +48,13 @@ class Training:
     rules: trees.Rules
     phase: PhaseConfig
     num_steps: int
+    short_length: int = 0
 
     @property
     def kind(self) -> tuple:
         """Stages of one kind compile to one step."""
-        return self.config, self.run, tuple(self.rules), dataclasses.replace(self.phase, num_steps=0)
+        phase = dataclasses.replace(self.phase, num_steps=0)
+        return self.config, self.run, tuple(self.rules), phase, self.short_length
 
 
 class Memory(NamedTuple):
@@ -134,7 +138,10 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
 
     embedding = flops.forward(dense)
     planned: dict[tuple, StepPlan] = {}
+    short_length = min(SHORT_LENGTH, dense.text.context_length) if config.loss.short_caption_weight else 0
     for training in trainings(config, device.platform, num_pairs):
+        if training.name != "base":
+            training = dataclasses.replace(training, short_length=short_length)
         try:
             sharding.check_batch(mesh, training.phase.batch_size, training.phase.accumulation_steps)
         except ValueError as error:
@@ -199,6 +206,11 @@ def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
     model_flops = flops.forward_backward(config, trains)
     experts = slots_of_token(config, run)
     computed = flops.forward_backward(config, trains, slots=experts)
+    if training.short_length:
+        of_text = functools.partial(
+            flops.forward_backward, config, trains, training.short_length, towers=["text"]
+        )
+        model_flops, computed = model_flops + of_text(), computed + of_text(slots=experts)
     computed += flops.forward(config, slots=experts) * (run.remat + (phase.accumulation_steps > 1))
     return StepPlan(
         flops=model_flops,
@@ -226,6 +238,9 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     state = abstract_state(mesh, phase, trainable)
     part = phase.batch_size // phase.accumulation_steps // mesh.size
     kept = sum(kept_bytes(mesh, config, run, params, training.rules, tower) for tower in METHODS)
+    if training.short_length:
+        of_text = kept_bytes(mesh, config, run, params, training.rules, "text")
+        kept += of_text * training.short_length / config.text.context_length
     if run.remat:  # one block at a time is there in full
         whole = dataclasses.replace(run, remat=False)
         kept += max(
@@ -347,11 +362,15 @@ def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     run = dataclasses.replace(training.run, attention="xla")  # cuDNN's asks for a GPU
     params = placed_params(mesh, training.config)
     trainable, frozen = trees.partition(params, training.rules)
-    step = make_train_step(Clip(training.config, run), LossConfig(0.1, 0.01), training.phase)
+    loss = LossConfig(0.1, 0.01, short_caption_weight=float(training.short_length > 0))
+    step = make_train_step(Clip(training.config, run), loss, training.phase)
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
     batch = abstract_batch(mesh, training.config, training.phase.batch_size)
+    if training.short_length:
+        shape = training.phase.batch_size, training.short_length
+        batch["short_text"] = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
     state = abstract_state(mesh, training.phase, trainable)
     with jax.sharding.use_abstract_mesh(mesh):
         step.trace(state, frozen, batch, rate, key).lower(lowering_platforms=(platform,))

@@ -172,3 +172,48 @@ def test_memory_of_the_global_loss_shrinks_with_the_devices():
     whole = 4 * pairs**2
     assert peak[1] > whole and peak[8] < peak[1] / 7
     assert f"f32[{pairs},{pairs}]" not in compiled.as_text()
+
+
+def test_short_captions_see_the_principal_components_of_the_images():
+    """Against scikit-learn's PCA, cross-entropy by torch-like sums: features keep the length that they have
+    after the projection."""
+    from scipy.special import log_softmax
+    from sklearn.decomposition import PCA
+
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(12, 8)), rng.normal(size=(12, 8))
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    pca = PCA(3).fit(images)
+    logits = 20 * pca.inverse_transform(pca.transform(images)) @ texts.T
+    own = np.arange(12)
+    expected = -(log_softmax(logits, 1)[own, own] + log_softmax(logits, 0)[own, own]).mean() / 2
+    found = losses.short_caption_loss(
+        5 * jnp.asarray(images, jnp.float32),
+        jnp.asarray(texts, jnp.float32),
+        jnp.log(20.0),
+        num_components=3,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_with_every_component_short_captions_have_the_contrastive_loss_and_its_gradient():
+    rng = np.random.default_rng(1)
+    images, texts = (jnp.asarray(rng.normal(size=(12, 8)), jnp.float32) for _ in range(2))
+
+    def short(images):
+        return losses.short_caption_loss(images, texts, jnp.log(20.0), 0.1)
+
+    def long(images):
+        return losses.contrastive_loss(images, texts, jnp.log(20.0), 0.1)["contrastive_loss"]
+
+    found, expected = jax.value_and_grad(short)(images), jax.value_and_grad(long)(images)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+def test_the_gradient_of_short_captions_is_finite_for_fewer_images_than_components():
+    """Where all but a few components explain nothing at all, which a derivative of them could not bear."""
+    images = jnp.eye(4, 16)
+    grad = jax.grad(lambda x: losses.short_caption_loss(x, jnp.eye(4, 16), jnp.log(20.0)))(images)
+    assert np.isfinite(grad).all() and np.abs(grad).max() > 0

@@ -204,3 +204,19 @@ def test_the_command():
         [*command[:-2], "--config=configs/vit_b32.py", "--plan"], capture_output=True, text=True
     )
     assert missing.returncode == 1 and missing.stderr.startswith("error: how many pairs? Set --plan_pairs")
+
+
+def test_short_captions_cost_a_second_pass_of_the_text_tower():
+    """64 of 248 positions; the step lowers."""
+    config = default_config()
+    config.base.architecture = WIDE.to_dict()
+    before = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
+    config.loss.short_caption_weight = 1.0
+    after = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
+    for name in ("mcl_1", "router"):
+        training, step = after.steps[name]
+        names = list(trees.flatten(checkpoints.abstract_params(training.config)))
+        trains = trees.match_rules(training.rules, names)
+        more = flops.forward_backward(training.config, trains, 64, towers=["text"])
+        assert step.flops - before.steps[name][1].flops == pytest.approx(more) and more > 0
+        assert step.memory.activations > 1.05 * before.steps[name][1].memory.activations

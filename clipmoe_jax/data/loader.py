@@ -8,6 +8,9 @@ data set and keeps it in memory. `batches` takes either and gives the same array
 
 Text is as long as the longest caption of the global batch needs, of the lengths in `text_buckets` and L. The
 text tower is causal and reads the end token, so features do not depend on the padding after it.
+
+With `short_captions` there is also "short_text", int32 (B, L'): the first sentence of each caption, for
+`losses.short_caption_loss`.
 """
 
 import contextlib
@@ -23,9 +26,12 @@ from tqdm import tqdm
 
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
+from clipmoe_jax.data.tokenizer import END_ID, Tokenizer, first_sentence
 
 Batch = dict[str, np.ndarray]
+
+# L', or the context length where that is less: longer first sentences lose their last words.
+SHORT_LENGTH = 64
 
 
 class Sampler(Protocol):
@@ -54,6 +60,7 @@ class StreamedPairs:
     tokenizer: Tokenizer
     image_size: int
     text_buckets: tuple[int, ...] = ()
+    short_captions: bool = False
     num_threads: int = os.cpu_count()
 
     def __len__(self) -> int:
@@ -74,13 +81,15 @@ class StreamedPairs:
             epoch: chooses among a record's captions, in turn.
 
         Returns:
-            "image" uint8 (B, H, W, 3) and "text" int32 (B, L).
+            "image" uint8 (B, H, W, 3), "text" int32 (B, L) and with short_captions "short_text".
 
         Raises:
             ValueError: an image that does not decode, by record id and index.
         """
         image = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         text = np.zeros((len(indices), self.tokenizer.context_length), np.int32)
+        shorten = _short_tokenizer(self.tokenizer)
+        short_text = np.zeros((len(indices), shorten.context_length), np.int32)
 
         def fill(row: int) -> None:
             if indices[row] < 0:
@@ -93,6 +102,8 @@ class StreamedPairs:
                 self.tokenizer.fill(text[row], record["tokens"][turn])
             else:
                 text[row] = self.tokenizer(record["captions"][turn])[0]
+            if self.short_captions:
+                short_text[row] = shorten(first_sentence(record["captions"][turn]))[0]
 
         def fill_some(rows: np.ndarray) -> None:
             for row in rows:
@@ -101,7 +112,8 @@ class StreamedPairs:
         # A few rows at a time: to hand over a single one takes as long as to copy stored pixels.
         parts = np.array_split(np.arange(len(indices)), min(len(indices), 4 * self.num_threads))
         list(_threads(self.num_threads).map(fill_some, parts))  # waits for all, raises the first error
-        return {"image": image, "text": text}
+        batch = {"image": image, "text": text}
+        return batch | {"short_text": short_text} if self.short_captions else batch
 
 
 class DecodedPairs:
@@ -116,6 +128,7 @@ class DecodedPairs:
         tokenizer: Tokenizer,
         image_size: int,
         text_buckets: tuple[int, ...] = (),
+        short_captions: bool = False,
     ):
         """Decodes everything, with a progress bar if it takes more than two seconds.
 
@@ -133,7 +146,10 @@ class DecodedPairs:
         captions = list(tqdm(decoding, "decoding", len(records), delay=2, disable=None))
         self._num_captions = np.array([len(of_one) for of_one in captions])  # (N,)
         self._first_caption = np.cumsum(self._num_captions) - self._num_captions  # (N,) in _text
-        self._text = tokenizer([caption for of_one in captions for caption in of_one])
+        captions = [caption for of_one in captions for caption in of_one]
+        self._text, self._short_text = tokenizer(captions), None
+        if short_captions:
+            self._short_text = _short_tokenizer(tokenizer)(map(first_sentence, captions))
         lengths = np.argmax(self._text == END_ID, axis=1) + 1
         self._longest = np.maximum.reduceat(lengths, self._first_caption)  # (N,) of a record's captions
         self._text_buckets = text_buckets
@@ -150,6 +166,8 @@ class DecodedPairs:
         """As `StreamedPairs.gather`, without its errors."""
         captions = self._first_caption[indices] + epoch % self._num_captions[indices]
         batch = {"image": self._image[indices], "text": self._text[captions]}
+        if self._short_text is not None:
+            batch["short_text"] = self._short_text[captions]
         for array in batch.values():
             array[indices < 0] = 0
         return batch
@@ -187,7 +205,8 @@ def batches(
 
     Yields:
         an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L or a bucket), "index": int64 (B,)
-        records, "valid": bool (B,)}. Padding rows are zero, -1 in "index", False in "valid".
+        records, "valid": bool (B,)}, and "short_text" if the pairs have it. Padding rows are zero, -1 in
+        "index", False in "valid".
 
     Raises:
         ValueError: hosts that do not divide the batch; from the iterator, an unreadable record.
@@ -258,6 +277,10 @@ def _own(batch: Batch) -> Batch:
 def _threads(count: int) -> ThreadPoolExecutor:
     """One pool a process, kept from batch to batch."""
     return ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+
+def _short_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer(min(SHORT_LENGTH, tokenizer.context_length), tokenizer.parse_special_tokens)
 
 
 def _bucket(longest: int, text_buckets: tuple[int, ...], context_length: int) -> int:

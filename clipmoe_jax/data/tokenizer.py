@@ -27,6 +27,8 @@ _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 # ftfy changes plain ASCII only where there are control characters.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
+
 
 class Tokenizer:
     """Turns captions into CLIP's token ids.
@@ -85,6 +87,12 @@ class Tokenizer:
 def word_ids(texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text's words, however many, without start and end; special words are plain text."""
     return [encoding.ids for encoding in backend().encode_batch_fast([clean(text) for text in texts])]
+
+
+def first_sentence(text: str) -> str:
+    """A text up to its first full stop, question or exclamation mark that white space follows, or its first
+    line; all of it if there is none."""
+    return _SENTENCE_END.split(text.strip(), maxsplit=1)[0]
 
 
 def clean(text: str) -> str:

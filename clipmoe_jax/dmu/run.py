@@ -71,7 +71,14 @@ class Run:
         released = self.config.router.balance == "released"
         buckets = () if released else tuple(self.config.data.text_buckets)
         return self._once(
-            f"pairs {name}", lambda: kind(self.records(name), self.tokenizer(), image_size, buckets)
+            f"pairs {name}",
+            lambda: kind(
+                self.records(name),
+                self.tokenizer(),
+                image_size,
+                buckets,
+                short_captions=self.config.loss.short_caption_weight > 0,
+            ),
         )
 
     def encode(
@@ -102,9 +109,11 @@ class Run:
         return self._opened[key]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer at the base's context length; captions are data and cannot place special tokens."""
+        """The tokenizer at the base's context length, or data.max_caption_tokens where that is less; captions
+        are data and cannot place special tokens."""
         context_length = self.config.base.architecture.text.context_length
-        return Tokenizer(context_length, parse_special_tokens=False)
+        most = self.config.data.max_caption_tokens or context_length
+        return Tokenizer(min(most, context_length), parse_special_tokens=False)
 
     def model(self, config: ClipConfig, *, training_routers: bool = False) -> Clip:
         """A module for this platform."""
@@ -132,11 +141,12 @@ class Run:
         """Trains what the rules say and writes the model to `folder`, beside its checkpoints while it
         runs."""
         config = self.config
-        loss = LossConfig(label_smoothing=section.label_smoothing)
-        if balance:
-            loss = LossConfig(
-                section.label_smoothing, config.router.balance_coefficient, config.router.balance
-            )
+        loss = LossConfig(
+            label_smoothing=section.label_smoothing,
+            balance_coefficient=config.router.balance_coefficient if balance else 0.0,
+            balance=config.router.balance,
+            short_caption_weight=0.0 if name == "base" else config.loss.short_caption_weight,
+        )
         params, measured = fit(
             name,
             model,

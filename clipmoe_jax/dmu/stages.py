@@ -36,9 +36,9 @@ from clipmoe_jax.prepare import prepare
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
 PART_ROWS = 65536
 
-BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes")
+BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
-STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "run.frozen_dtype")
+STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "run.frozen_dtype")
 STAGE_COUNT = ("mcl.num_stages",)  # a further stage changes nothing in those before it
 MOE_FIELDS = (*STAGE_FIELDS, "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev")
 ROUTER_FIELDS = (*STAGE_FIELDS, "moe.", "router.")

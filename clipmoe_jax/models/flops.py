@@ -6,7 +6,7 @@ CLIP they are one per cent of XLA's own count (tests/models/test_flops.py).
 Letters: L length, D width, F feed-forward hidden width, E experts, K selected experts, P patch size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from clipmoe_jax.models.clip import ClipConfig, VisionConfig
@@ -69,17 +69,22 @@ def forward(config: ClipConfig, length: int | None = None, slots: float = 0) -> 
 
 
 def forward_backward(
-    config: ClipConfig, trains: Mapping[str, bool], length: int | None = None, slots: float = 0
+    config: ClipConfig,
+    trains: Mapping[str, bool],
+    length: int | None = None,
+    slots: float = 0,
+    towers: Sequence[str] | None = None,
 ) -> float:
     """FLOPs of encoding one pair and differentiating with respect to the leaves that train.
 
-    trains: {leaf name: whether}. A product's gradient for its kernel costs as much as the product, and its
-    gradient for its input as well, which is needed only where something that trains lies before it.
+    trains: {leaf name: whether}. towers: of "visual" and "text", None is what the model has. A product's
+    gradient for its kernel costs as much as the product, and its gradient for its input as well, which is
+    needed only where something that trains lies before it.
     """
     trained = {name.rpartition("/")[0] for name, yes in trains.items() if yes and "/" in name}
     trained |= {name for name, yes in trains.items() if yes}
     total = 0.0
-    for tower in _towers(config):
+    for tower in towers or _towers(config):
         reached = False  # whether something before this layer trains
         for layer in layers(config, tower, length, slots):
             total += layer.flops * (1 + layer.num_operands * reached + (layer.name in trained))

@@ -16,7 +16,7 @@ from clipmoe_jax.data import loader
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
+from clipmoe_jax.train.step import INPUTS, LossConfig, init_state, make_train_step
 
 
 def fit(
@@ -99,7 +99,7 @@ def fit(
         reporter = _Reporter(name, metrics, progress, start, num_steps, log_every, phase.batch_size)
         pending = None
         for step, batch in enumerate(reporter.time_waits(batches), start):
-            arrays = sharding.put_batch(mesh, {k: batch[k] for k in ("image", "text")})
+            arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
             with jax.transfer_guard("disallow"):  # nothing else goes to the devices or comes back
                 state, found = train_step(state, held, arrays, rate, key)

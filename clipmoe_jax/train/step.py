@@ -20,15 +20,18 @@ from clipmoe_jax.models.clip import Clip, text_mask
 from clipmoe_jax.train.phase import PhaseConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound
+INPUTS = ("image", "text", "short_text")  # of a batch, what a step takes
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """label_smoothing of the contrastive loss; coefficient and kind of the load balance (MoE alone)."""
+    """label_smoothing of the contrastive losses; coefficient and kind of the load balance (MoE alone);
+    short_caption_weight of Long-CLIP's second loss, which asks for short_text in a batch."""
 
     label_smoothing: float = 0.0
     balance_coefficient: float = 0.0
     balance: str = "paper"
+    short_caption_weight: float = 0.0
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -43,17 +46,24 @@ class TrainState(flax.struct.PyTreeNode):
 def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callable[..., Any]:
     """The jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
-    frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8 and text (B, L)
-    int32. learning_rate: () float32. key: the phase's random key; the step folds in its number. metrics:
-    float32 scalars. The state is donated. Equal arguments give the same function, so its compilation is
-    shared.
+    frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
+    int32, with a short_caption_weight short_text (B, L') int32. learning_rate: () float32. key: the phase's
+    random key; the step folds in its number. metrics: float32 scalars. The state is donated. Equal arguments
+    give the same function, so its compilation is shared.
     """
     tx = phase.direction()
     num_selected = model.config.moe.num_selected_experts if model.config.moe else 0
 
     def encode(trainable, frozen, batch, key):
         params = trees.merge(trainable, frozen)
-        return model.apply({"params": params}, batch["image"], batch["text"], False, rngs={"dropout": key})
+        apply = functools.partial(model.apply, {"params": params}, deterministic=False)
+        outputs = apply(batch["image"], batch["text"], rngs={"dropout": key})
+        if loss.short_caption_weight:
+            key = jax.random.fold_in(key, 1)
+            outputs["short_text_features"], _ = apply(
+                batch["short_text"], method="encode_text", rngs={"dropout": key}
+            )
+        return outputs
 
     def loss_of(trainable, outputs, frozen, batch):
         params = trees.merge(trainable, frozen)
@@ -63,6 +73,13 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
             params["logit_scale"],
             loss.label_smoothing,
         )
+        if loss.short_caption_weight:
+            found["short_caption_loss"] = loss.short_caption_weight * losses.short_caption_loss(
+                outputs["image_features"],
+                outputs["short_text_features"],
+                params["logit_scale"],
+                loss.label_smoothing,
+            )
         if model.config.moe:
             mask = text_mask(batch["text"], model.config.text.eos_token_id)
             found |= losses.balance_losses(

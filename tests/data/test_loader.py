@@ -133,6 +133,20 @@ def test_text_is_as_long_as_the_longest_caption_of_the_global_batch(tmp_path):
                 np.testing.assert_array_equal(a["text"], b["text"][:, : a["text"].shape[1]])
 
 
+@pytest.mark.parametrize("pixels", [None, SIZE], ids=["files", "pixels"])
+def test_short_captions_are_first_sentences_of_the_same_captions(tmp_path, pixels, tokenizer):
+    captions = [("red 0. it is big.", "blue 0? so"), ("green\nof 1",), ("black 2.5 m",), ("white",)]
+    pairs = [make_pair(i)._replace(captions=captions[i]) for i in range(4)]
+    prepare(pairs, str(tmp_path / "out"), pixels=pixels)
+    for kind in (StreamedPairs, DecodedPairs) if pixels is None else (StreamedPairs,):
+        found = kind(Records(str(tmp_path / "out")), tokenizer, SIZE, short_captions=True)
+        for epoch, first in ((0, "red 0."), (1, "blue 0?")):
+            (batch,) = take(found, InOrder(4, 1), start_step=epoch, num_steps=1)
+            np.testing.assert_array_equal(
+                batch["short_text"], tokenizer([first, "green", "black 2.5 m", "white"])
+            )
+
+
 @pytest.mark.parametrize("kind", ["streamed", "decoded"])
 def test_captions_take_turns_by_epoch(kind, request, tokenizer):
     pairs = request.getfixturevalue(kind)

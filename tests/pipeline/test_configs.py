@@ -110,6 +110,8 @@ BAD_FIELDS = {
     "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must lie between 1 and"),
     "dropout of everything": ("moe.expert_dropout_rate", 1.5, "must lie between 0.0 and 0.99"),
     "no such type": ("run.dtype", "bf16", "float32, bfloat16, float16"),
+    "no room for a word": ("data.max_caption_tokens", 2, "use 3 or more, or 0"),
+    "labels beyond 64 bits": ("cluster.num_clusters", 1000, "more than 2.63 clusters in mcl.num_stages=4"),
     "no seed": ("seeds", (), "give at least one"),
     "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
 }
@@ -124,6 +126,7 @@ def test_bad_value_is_named_with_the_fix(field, value, message):
         section = section[group]
     with section.ignore_type():
         section[last] = value
+    config.mcl.num_stages = 4 if field == "cluster.num_clusters" else 3
     with pytest.raises(ValueError, match=message):
         configs.validate(config)
 

@@ -175,13 +175,14 @@ def users_config(folder):
     config.moe.num_moe_layers = 1
     config.moe.dispatch, config.moe.capacity_factor = "capacity", 1.5
     config.router.balance = "released"
+    config.loss.short_caption_weight, config.data.max_caption_tokens = 0.5, 12
     config.baselines = ("feature_ensemble",)
     return config
 
 
 def test_a_users_checkpoint_and_images(users_files, tmp_path):
-    """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch; on
-    eight devices that split the parameters."""
+    """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch, short
+    captions; on eight devices that split the parameters."""
     config = users_config(users_files)
     config.mesh.fsdp = 4
     [results] = main.run_pipeline(config, epath.Path(tmp_path))
@@ -192,6 +193,9 @@ def test_a_users_checkpoint_and_images(users_files, tmp_path):
     assert float(clip.params["logit_scale"]) == pytest.approx(np.log(100), rel=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any(line["phase"] == "router" and line["balance_image"] > 1.5 for line in lines)  # about K = 2
+    for line in lines:  # label smoothing and all
+        parts = line["contrastive_loss"] + line["short_caption_loss"] + line.get("balance_loss", 0)
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
 
 def truncated_checkpoint(config, folder, tmp_path):

@@ -67,12 +67,12 @@ def batches(pairs):
     return [pairs.gather(sampler.indices(step), 0) for step in range(3)]
 
 
-def run_steps(config, rules, mesh, batches, phase=PHASE, run=RunConfig()):  # noqa: B008 (frozen)
+def run_steps(config, rules, mesh, batches, phase=PHASE, run=RunConfig(), loss=LOSS):  # noqa: B008 (frozen)
     """(params, list of losses) after a step on each batch."""
     params = init_params(config, mesh)
     trainable, frozen = trees.partition(params, rules)
     state = init_state(mesh, phase, trainable)
-    step, losses = make_train_step(Clip(config, run), LOSS, phase), []
+    step, losses = make_train_step(Clip(config, run), loss, phase), []
     with jax.set_mesh(mesh):
         for batch in batches:
             arrays = sharding.put_batch(mesh, batch)
@@ -157,6 +157,20 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(kind, batches, on_on
     params, losses = run_steps(*KINDS[kind], one_device(), batches, phase=phase)
     np.testing.assert_allclose(losses, on_one_device(kind)[1], rtol=1e-5)
     chex.assert_trees_all_close(params, on_one_device(kind)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_short_captions_accumulated_and_sharded(batches, pairs):
+    """The second loss counts with its weight, and is that of the whole batch too."""
+    weighted = dataclasses.replace(LOSS, short_caption_weight=0.5)
+    short = [batch | {"short_text": np.ascontiguousarray(batch["text"][:, :12])} for batch in batches]
+    expected = run_steps(MOE, TRAIN_MOE, one_device(), short, loss=weighted)
+    params, plain = run_steps(MOE, TRAIN_MOE, one_device(), batches)
+    assert expected[1][0] > plain[0] + 1
+    accumulating = dataclasses.replace(PHASE, accumulation_steps=2)
+    for mesh, phase in ((one_device(), accumulating), (sharding.make_mesh(2, 2, 2), PHASE)):
+        params, losses = run_steps(MOE, TRAIN_MOE, mesh, short, phase=phase, loss=weighted)
+        np.testing.assert_allclose(losses, expected[1], rtol=1e-5)
+        chex.assert_trees_all_close(params, expected[0], rtol=1e-4, atol=1e-5)
 
 
 def test_accumulation_on_several_devices_splits_every_microbatch(batches, on_one_device):
