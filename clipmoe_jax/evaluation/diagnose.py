@@ -105,9 +105,10 @@ def neighbours(
 
     Features: (I, d) and (T, d) float32, compared by inner product; image_of_text (T,) int. A model's margin
     on an image is the score of its best own caption less that of the best other one; the model is right where
-    that is above 0 (a tie is not). First come the images on which the two margins are furthest apart. An
-    example is {"image": number, "caption": the own caption that the right model ranks first, "base",
-    "clip_moe": [the caption that the model ranks first, its score]}.
+    that is above 0 (a tie is not). First come the images on which the two margins are furthest apart; those
+    for which the wrong model's first caption is an own one's text, word for word, are left out. An example is
+    {"image": number, "caption": the own caption that the right model ranks first, "base", "clip_moe": [the
+    caption that the model ranks first, its score]}.
     """
     image_of_text = np.asarray(image_of_text)
     ranked = {

@@ -153,7 +153,7 @@ def linear_cka(sums: OutputSums, name: str = "the layer") -> np.ndarray:
 
 
 def js_divergence(sums: OutputSums) -> np.ndarray:
-    """(E, E): mean over tokens, in bits, 0 on the diagonal."""
+    """(E, E): mean over tokens, in bits."""
     found = np.zeros((len(sums.y), len(sums.y)))
     first, second = pairs_of_experts(len(found))
     found[first, second] = found[second, first] = sums.divergence / sums.num_tokens
