@@ -9,7 +9,7 @@ import pytest
 
 from clipmoe_jax import trees
 from clipmoe_jax.checkpoints import abstract_params
-from clipmoe_jax.dmu.upcycling import count_active_parameters, stack_experts
+from clipmoe_jax.dmu.upcycling import count_active_parameters, expert_as_dense, stack_experts
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 
@@ -169,6 +169,42 @@ def test_a_leaf_of_another_shape_is_named(dense):
     name = "visual/resblocks_1/mlp/c_fc/bias"
     with pytest.raises(ValueError, match=rf"{name} is \(9,\) in tree 1, \(64,\) in the base"):
         stack_experts([dense, changed(dense, name, np.zeros(9))], KEY)
+
+
+@pytest.mark.parametrize("num_moe_layers", [None, 1])
+def test_expert_e_as_a_dense_model_is_the_one_it_came_from(dense, num_moe_layers):
+    """Bit for bit where every block is MoE; blocks that are not are the base's."""
+    leaves, rng = trees.flatten(dense), np.random.default_rng(2)
+    models = [dense] + [
+        trees.unflatten(
+            {
+                name: rng.normal(size=leaf.shape).astype(leaf.dtype) if "/mlp/" in name else leaf
+                for name, leaf in leaves.items()
+            }
+        )
+        for _ in range(1, E)
+    ]
+    config = dataclasses.replace(DENSE, moe=MoeConfig(E, K, num_moe_layers))
+    stacked = stack_experts(models, KEY, num_moe_layers=num_moe_layers)
+    for e, model in enumerate(models):
+        of_expert, params = expert_as_dense(stacked, config, e)
+        found, expected = trees.flatten(params), trees.flatten(model)
+        assert of_expert == DENSE and found.keys() == expected.keys()
+        for name, leaf in expected.items():
+            base = num_moe_layers == 1 and "/resblocks_0/" in name
+            wanted = leaves[name] if base else leaf
+            assert found[name].dtype == wanted.dtype
+            np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+
+
+def test_an_expert_that_there_is_not(dense):
+    config = dataclasses.replace(DENSE, moe=MoeConfig(E, K))
+    stacked = stack_experts([dense] * E, KEY)
+    for e in (-1, E):
+        with pytest.raises(ValueError, match=f"there is no expert {e}: choose one of 0 to 3"):
+            expert_as_dense(stacked, config, e)
+    with pytest.raises(ValueError, match="expert 1 of a dense model was asked for"):
+        expert_as_dense(dense, DENSE, 1)
 
 
 def test_active_parameters_by_hand(dense):
