@@ -36,8 +36,8 @@ def costs(
     Numbers: parameters, active_parameters; flops_per_image and flops_per_caption (of L tokens) of the experts
     that a token visits, by hand; xla_flops_per_image (`xla_flops`); latency_ms, an image and a caption
     together, median of the rounds; pairs_per_second at best_batch, the fastest of the batch sizes; peak_bytes
-    at best_batch: arguments, results and temporaries of the compiled program (`memory_analysis`), the
-    parameters among them.
+    at the largest of them, the same for all models: arguments (the parameters among them), results and
+    temporaries of the compiled program.
     """
     device, encoders, results = jax.local_devices()[0], {}, {}
     for title, (model, params) in models.items():
@@ -47,7 +47,7 @@ def costs(
             "active_parameters": count_active_parameters(params, model.config),
             "flops_per_image": hand_flops(model.config, "visual"),
             "flops_per_caption": hand_flops(model.config, "text", tokens.shape[1]),
-            "xla_flops_per_image": xla_flops(model.config, "visual", model.run.dtype),
+            "xla_flops_per_image": xla_flops(model.config, "visual"),
             "pairs_per_second": 0.0,
         }
     for size in sorted({1, *batch_sizes}):
@@ -62,8 +62,8 @@ def costs(
             if size == 1:
                 found["latency_ms"] = 1e3 * median
             if size in batch_sizes and size / median > found["pairs_per_second"]:
-                peak = peak_bytes(programs[title])
-                found |= {"pairs_per_second": size / median, "best_batch": size, "peak_bytes": peak}
+                found |= {"pairs_per_second": size / median, "best_batch": size}
+            found["peak_bytes"] = peak_bytes(programs[title])  # the last size is the largest
     return results
 
 
@@ -72,14 +72,15 @@ def hand_flops(config: ClipConfig, tower: str, length: int | None = None) -> flo
     return float(sum(layer.flops for layer in flops.layers(config, tower, length)))
 
 
-def xla_flops(config: ClipConfig, tower: str, dtype: str = "float32", length: int | None = None) -> float:
+def xla_flops(config: ClipConfig, tower: str, length: int | None = None) -> float:
     """FLOPs of an image or caption by XLA's own count of the compiled program, norms and softmax included.
 
     XLA counts what a dispatch computes. That is the active path for buffers of C = N K / E rows an expert
     ("capacity", factor 1): K products to a token, as if routing were even. "dense" computes E of them, and of
-    the loops of "ragged" XLA counts one turn. Attention is XLA's, since it does not see into cuDNN's.
+    the loops of "ragged" XLA counts one turn. Attention is XLA's, since it does not see into cuDNN's, and
+    everything float32, so that no conversions are counted.
     """
-    model = Clip(config, RunConfig(dtype=dtype, dispatch="capacity", capacity_factor=1.0))
+    model = Clip(config, RunConfig(dispatch="capacity", capacity_factor=1.0))
     if tower == "visual":
         size = config.vision.image_size
         inputs = jax.ShapeDtypeStruct((COUNTED_BATCH, size, size, 3), np.uint8)
@@ -105,7 +106,8 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> 
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Arguments, results and temporaries; an argument that a result takes the place of counts once."""
+    """Arguments, results and temporaries, by `memory_analysis`; an argument whose place a result takes counts
+    once."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes

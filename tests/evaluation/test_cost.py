@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from clipmoe_jax.evaluation import cost
@@ -37,7 +39,7 @@ def test_two_experts_cost_one_more_feed_forward_layer_and_the_routers():
 
 def test_a_shorter_caption_is_counted_at_its_length():
     found = cost.hand_flops(DENSE, "text", 32)
-    assert found == pytest.approx(cost.xla_flops(DENSE, "text", length=32), rel=0.03)
+    assert found == pytest.approx(cost.xla_flops(DENSE, "text", 32), rel=0.03)
     assert found < cost.hand_flops(DENSE, "text") / 2
 
 
@@ -47,6 +49,13 @@ def test_calls_take_turns():
     seconds = cost.interleaved_seconds(calls, rounds=3)
     assert "".join(order) == "ab" + 3 * "ab"  # one untimed call each, then the rounds
     assert [len(seconds[name]) for name in "ab"] == [3, 3]
+
+
+def test_peak_bytes_by_hand():
+    # Two arguments of 1,000 float32 and a result of as many; 4,000 bytes fewer where that takes x's place.
+    x = jax.ShapeDtypeStruct((1000,), np.float32)
+    assert cost.peak_bytes(jax.jit(lambda x, y: x + y).lower(x, x).compile()) == 12_000
+    assert cost.peak_bytes(jax.jit(lambda x, y: x + y, donate_argnums=0).lower(x, x).compile()) == 8_000
 
 
 @pytest.fixture(scope="module")
