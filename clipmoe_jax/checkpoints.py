@@ -28,6 +28,13 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
         checkpointer.save(path / "params", params, force=True)
 
 
+def read_config(path: epath.Path) -> ClipConfig:
+    """The architecture of a model folder. Raises FileNotFoundError if it is none."""
+    if not (path / "model.json").exists():
+        raise FileNotFoundError(f"{path} is not a model folder: it has no model.json")
+    return ClipConfig.from_dict(json.loads((path / "model.json").read_text()))
+
+
 def load_model(
     path: epath.Path, place: Callable[[trees.Params], dict] | None = None
 ) -> tuple[ClipConfig, dict]:
@@ -37,9 +44,7 @@ def load_model(
     Raises FileNotFoundError if the folder is not a model.
     """
     path = epath.Path(path).resolve()
-    if not (path / "model.json").exists():
-        raise FileNotFoundError(f"{path} is not a model folder: it has no model.json")
-    config = ClipConfig.from_dict(json.loads((path / "model.json").read_text()))
+    config = read_config(path)
     abstract = abstract_params(config)
     with ocp.StandardCheckpointer() as checkpointer:
         if place is None:

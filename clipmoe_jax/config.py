@@ -54,7 +54,7 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = ""  # folder made by clipmoe_jax.prepare
     config.data.train_split = "train"  # or a slice: "train[:1000]"
-    config.data.test = ""  # for retrieval; "" evaluates nothing
+    config.data.test = ""  # for retrieval and for looking into the CLIP-MoE
     config.data.test_split = "test"
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.text_buckets = (64, 128)  # shorter lengths of text, for batches whose captions they hold
@@ -101,6 +101,7 @@ def default_config() -> ConfigDict:
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
     config.baselines = ()  # of BASELINES
+    config.evaluations = ()  # of each model: lines such as "zero_shot:data/imagenet?classes=imagenet"
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
     config.log_every = 10

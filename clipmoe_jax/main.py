@@ -27,8 +27,14 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.evaluation.evaluate import evaluate
-from clipmoe_jax.evaluation.table import draw_figure, format_differences, format_table
+from clipmoe_jax.evaluation.evaluate import evaluate, evaluate_stage, is_wanted, read_evaluations
+from clipmoe_jax.evaluation.table import (
+    draw_figure,
+    format_differences,
+    format_evaluations,
+    format_table,
+    has_retrieval,
+)
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.plan import format_plan, make_plan
 
@@ -47,7 +53,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
     table["router"] = stages.router
     if config.baselines:
         table["baselines"] = make_baselines
-    if config.data.test or config.data.digit_scenes:
+    if is_wanted(config):
         table["evaluate"] = evaluate
     return table
 
@@ -68,6 +74,8 @@ def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> lis
         for name, function in table.items():
             if only in ("", name):
                 found = function(run)
+                if is_wanted(config):
+                    evaluate_stage(run, name)
                 if distributed.preempted():
                     raise distributed.Preempted(f"after stage {name}")
         if not only or not (folder / "config.json").exists():  # every stage has agreed with this config
@@ -86,6 +94,7 @@ def preflight(run: Run) -> None:
         _ = run.records("train").token_counts  # is not there in data sets of an earlier version
     if config.data.test and not config.data.digit_scenes:
         run.records("test")
+    read_evaluations(run)
     if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
         raise FileNotFoundError(
             f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
@@ -133,13 +142,16 @@ def main(argv: list[str]) -> None:
         return
     if not distributed.is_main():
         return
-    figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
-    draw_figure(results, figure)
     print(f"\n{format_table(results)}")
-    if len(results) > 1:
-        print(f"\n{format_differences(results)}")
+    if tables := format_evaluations(results):
+        print(f"\n{tables}")
+    if has_retrieval(results):
+        if len(results) > 1:
+            print(f"\n{format_differences(results)}")
+        figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
+        draw_figure(results, figure)
+        print(f"\n{figure}: the same as a picture.")
     print(
-        f"\n{figure}: the same as a picture. "
         f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)"
         f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}."
     )

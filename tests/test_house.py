@@ -19,7 +19,7 @@ ROWS = [
     ["api", "prepare", "config"],
     ["dmu"],
     ["evaluation", "plan"],
-    ["main", "convert", "model_card"],
+    ["main", "convert", "evaluate", "model_card"],
 ]
 ROW_OF = {room: i for i, row in enumerate(ROWS) for room in row}
 

@@ -33,7 +33,8 @@ class Records:
     """
 
     def __init__(self, path: str, split: str = "train"):
-        """Raises FileNotFoundError for a wrong path and ValueError for an unknown split."""
+        """split: "" is the only one that there is. Raises FileNotFoundError for a wrong path and ValueError
+        for an unknown split."""
         import tensorflow_datasets as tfds  # here because it takes longest to import
 
         folder = epath.Path(path) / NAME / VERSION
@@ -43,6 +44,8 @@ class Records:
                 f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}"
             )
         builder = tfds.builder_from_directory(folder)
+        if not split and len(builder.info.splits) == 1:
+            (split,) = builder.info.splits
         if split.partition("[")[0] not in builder.info.splits:
             splits = ", ".join(builder.info.splits)
             raise ValueError(f"{path} has no split {split!r}: it has {splits}.")

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -14,7 +13,6 @@ from clipmoe_jax import artifacts, checkpoints, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.samplers import SequentialSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip, ClipConfig
@@ -61,7 +59,7 @@ class Run:
         """The prepared data set itself."""
         made_here = self.config.data.digit_scenes or name == "base"
         split = "train" if made_here else self.config.data[f"{name}_split"]
-        return self._once(f"records {name}", lambda: Records(self.data_path(name), split))
+        return self.once(f"records {name}", lambda: Records(self.data_path(name), split))
 
     def pairs(self, name: str) -> loader.StreamedPairs | loader.DecodedPairs:
         """Images and tokens of a data set, at the base's sizes."""
@@ -70,7 +68,7 @@ class Run:
         # The released code's load balance counts padding, of which there must then be as much as it has.
         released = self.config.router.balance == "released"
         buckets = () if released else tuple(self.config.data.text_buckets)
-        return self._once(
+        return self.once(
             f"pairs {name}",
             lambda: kind(
                 self.records(name),
@@ -90,20 +88,10 @@ class Run:
         towers: Sequence[str] = ("image", "text"),
     ) -> dict[str, np.ndarray]:
         """{tower: (N, embed) float32 unit features} of records `first` to `stop` of a data set, in order."""
-        pairs = self.pairs(name)
-        sampler = SequentialSampler(len(pairs) if stop is None else stop, encoder.batch_size, first)
-        with loader.batches(
-            pairs,
-            sampler,
-            start_step=0,
-            num_steps=sampler.num_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_workers=self.config.data.num_workers,
-        ) as batches:
-            return encoder.batches(batches, towers)
+        return encoder.pairs(self.pairs(name), first, stop, towers, self.config.data.num_workers)
 
-    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned when it was called under this key for the first time."""
         if key not in self._opened:
             self._opened[key] = make()
         return self._opened[key]

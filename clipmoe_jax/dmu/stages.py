@@ -160,8 +160,8 @@ def embed(run: Run, stage: int) -> None:
                 text_file = folder / f"text-{part:05d}.npy"  # written last
                 if not distributed.agree(text_file.exists()):
                     features = run.encode("train", encoder, start, stop)
-                    _save_array(folder / f"image-{part:05d}.npy", features["image"].astype(np.float16))
-                    _save_array(text_file, features["text"].astype(np.float16))
+                    save_array(folder / f"image-{part:05d}.npy", features["image"].astype(np.float16))
+                    save_array(text_file, features["text"].astype(np.float16))
                 progress.update(stop - progress.n)
                 if distributed.preempted():
                     raise distributed.Preempted(f"embed_{stage}, {stop} pairs")
@@ -348,7 +348,7 @@ def train_moe(
     artifacts.make(out, run.fields(*ROUTER_FIELDS), build)
 
 
-def _save_array(path: epath.Path, array: np.ndarray) -> None:
+def save_array(path: epath.Path, array: np.ndarray) -> None:
     """Whole or not at all; process 0 does."""
     if not distributed.is_main():
         return

@@ -22,26 +22,62 @@ HOW_TO_READ = (
 )
 
 
+def has_retrieval(seeds: Sequence[Results]) -> bool:
+    """Whether there was a test set for retrieval."""
+    return all(
+        key in numbers for results in seeds for numbers in results.values() for key in COLUMNS.values()
+    )
+
+
 def format_table(seeds: Sequence[Results]) -> str:
-    """One row a model: recall (mean ± standard deviation over seeds), parameters, active parameters."""
+    """One row a model: recall if there is any (mean ± standard deviation over seeds), parameters, active
+    parameters."""
     titles = list(seeds[0])
     width = max(len(title) for title in titles)
     cell = 7 if len(seeds) == 1 else 11
+    columns = COLUMNS if has_retrieval(seeds) else {}
     lines = [
         "  ".join(
-            [f"{'':{width}}"] + [f"{c:>{cell}}" for c in COLUMNS] + [f"{'params':>8}", f"{'active':>8}"]
+            [f"{'':{width}}"] + [f"{c:>{cell}}" for c in columns] + [f"{'params':>8}", f"{'active':>8}"]
         )
     ]
     for title in titles:
-        cells = []
-        for key in COLUMNS.values():
-            values = 100 * np.array([results[title][key] for results in seeds])
-            spread = f" ± {values.std(ddof=1):.1f}" if len(seeds) > 1 else ""
-            cells.append(f"{f'{values.mean():.1f}{spread}':>{cell}}")
+        cells = [
+            f"{_mean_and_spread([results[title][key] for results in seeds], 100, 1):>{cell}}"
+            for key in columns.values()
+        ]
         for key in ("parameters", "active_parameters"):
-            cells.append(f"{_short(seeds[0][title][key]):>8}")
+            cells.append(f"{short_count(seeds[0][title][key]):>8}")
         lines.append("  ".join([f"{title:{width}}", *cells]))
     return "\n".join([*lines, "", HOW_TO_READ])
+
+
+def format_evaluations(seeds: Sequence[Results]) -> str:
+    """A table for each of the config's evaluations: models by metrics, mean ± standard deviation."""
+    with_numbers = [title for title, numbers in seeds[0].items() if "evaluations" in numbers]
+    width, tables = max(map(len, with_numbers), default=0), []
+    for line in seeds[0][CLIP_MOE].get("evaluations", {}):
+        rows = {title: [results[title]["evaluations"][line] for results in seeds] for title in with_numbers}
+        metrics = list(rows[CLIP_MOE][0])
+        cells = {m: max(len(short_name(m)), 15 if len(seeds) > 1 else 6) for m in metrics}
+        names = (f"{short_name(m):>{cell}}" for m, cell in cells.items())
+        lines = [line, "  ".join([" " * width, *names])]
+        for title, found in rows.items():
+            numbers = [f"{_mean_and_spread([one[m] for one in found], 1, 3):>{cells[m]}}" for m in metrics]
+            lines.append("  ".join([f"{title:{width}}", *numbers]))
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def short_name(metric: str) -> str:
+    """image_to_text_r1 -> i2t_r1."""
+    return metric.replace("image_to_text", "i2t").replace("text_to_image", "t2i")
+
+
+def _mean_and_spread(values: Sequence[float], scale: float, digits: int) -> str:
+    values = scale * np.array(values)
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
 
 
 def format_differences(seeds: Sequence[Results]) -> str:
@@ -120,7 +156,8 @@ def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> N
     axis.set_title("Zero-shot accuracy by attribute (%)")
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
+    """3,562,000 -> 3.56M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.2f}{unit}"

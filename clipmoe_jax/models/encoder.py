@@ -4,13 +4,16 @@ Letters: N inputs, d embedding.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from clipmoe_jax import sharding, trees
+from clipmoe_jax.data import loader
+from clipmoe_jax.data.samplers import SequentialSampler
 from clipmoe_jax.models.clip import Clip, normalize_features
 
 METHODS = {"image": "encode_image", "text": "encode_text"}
@@ -46,16 +49,54 @@ class Encoder:
         self._finish(pending, features)
         return {tower: np.concatenate(parts) for tower, parts in features.items()}
 
+    def pairs(
+        self,
+        pairs: loader.StreamedPairs | loader.DecodedPairs,
+        first: int = 0,
+        stop: int | None = None,
+        towers: Sequence[str] = ("image", "text"),
+        num_workers: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """{tower: (N, d) float32 unit features} of records `first` to `stop` of a data set, in order."""
+        with self.open(pairs, first, stop, num_workers) as batches:
+            return self.batches(batches, towers)
+
+    def open(
+        self,
+        pairs: loader.StreamedPairs | loader.DecodedPairs,
+        first: int = 0,
+        stop: int | None = None,
+        num_workers: int = 0,
+    ) -> AbstractContextManager[Iterator[loader.Batch]]:
+        """This process's rows of the batches that records `first` to `stop` make, in order."""
+        sampler = SequentialSampler(len(pairs) if stop is None else stop, self.batch_size, first)
+        return loader.batches(
+            pairs,
+            sampler,
+            start_step=0,
+            num_steps=sampler.num_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=num_workers,
+        )
+
     def texts(self, tokens: np.ndarray) -> np.ndarray:
         """(N, L) int32, the same in every process -> (N, d) float32, unit length."""
-        num_batches = -(-len(tokens) // self.batch_size)
-        padding = [(0, num_batches * self.batch_size - len(tokens)), (0, 0)]
-        valid = np.arange(num_batches * self.batch_size) < len(tokens)
+        return self._array("text", tokens)
+
+    def images(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8, the same in every process -> (N, d) float32, unit length."""
+        return self._array("image", images)
+
+    def _array(self, tower: str, inputs: np.ndarray) -> np.ndarray:
+        num_batches = -(-len(inputs) // self.batch_size)
+        padding = [(0, num_batches * self.batch_size - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
+        valid = np.arange(num_batches * self.batch_size) < len(inputs)
         rows = self.batch_size // jax.process_count()
         starts = [i * self.batch_size + jax.process_index() * rows for i in range(num_batches)]
-        tokens = np.pad(tokens, padding)
-        local = ({"text": tokens[i : i + rows], "valid": valid[i : i + rows]} for i in starts)
-        return self.batches(local, ["text"])["text"]
+        inputs = np.pad(inputs, padding)
+        local = ({tower: inputs[i : i + rows], "valid": valid[i : i + rows]} for i in starts)
+        return self.batches(local, [tower])[tower]
 
     def _start(self, inputs: Mapping[str, np.ndarray], valid: np.ndarray) -> dict[str, jax.Array]:
         """This process's rows of at most one batch -> features of the whole batch, not waited for."""

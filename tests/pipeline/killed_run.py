@@ -76,7 +76,7 @@ PLACES = {
     "base, before its first checkpoint": lambda: kill_at_step("base", 1),
     "base, while a checkpoint is written": lambda: kill_at_step("base", 5),
     "base, trained but not saved": lambda: kill_at_call(checkpoints, "save_model", 1, after=False),
-    "embed, between two parts": lambda: kill_at_call(stages, "_save_array", 2, after=True, match="text-"),
+    "embed, between two parts": lambda: kill_at_call(stages, "save_array", 2, after=True, match="text-"),
     "cluster, sorted but not saved": lambda: kill_at_call(ClusterIndex, "write", 1, after=False),
     "mcl, after a checkpoint": lambda: kill_at_step("mcl_1", 4),
     "upcycle, model written, stage not done": lambda: kill_at_call(

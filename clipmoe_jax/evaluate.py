@@ -1,0 +1,115 @@
+"""Evaluates any model that `clipmoe_jax.load` takes.
+
+    python -m clipmoe_jax.evaluate --model=runs/demo/moe/params --data=runs/demo/data/test
+    python -m clipmoe_jax.evaluate --model=ViT-L-14.pt --data='zero_shot:data/imagenet?classes=imagenet' \\
+        --data=mmvp:MMVP_VLM --data='knn:data/cifar10_test?train=data/cifar10_train' --out=numbers.json
+
+--data is KIND:PATH?option=value, one of `clipmoe_jax.evaluation.evaluations`; a path alone is a prepared data
+set for retrieval. --experts evaluates each expert of a CLIP-MoE alone, too, as the dense model it came from.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from clipmoe_jax import artifacts, cli, sharding, trees
+from clipmoe_jax import config as configs
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.dmu.upcycling import expert_as_dense
+from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, parse_evaluation
+from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.table import short_name
+from clipmoe_jax.interop.load import Loaded, read_model
+from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.models.encoder import Encoder
+
+
+def evaluate(
+    model: Loaded,
+    evaluations: Sequence[Evaluation],
+    *,
+    experts: bool = False,
+    batch_size: int = 256,
+    config: ConfigDict | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{name: {line: {metric: value}}}: name is "model", with `experts` also "expert 0", ….
+
+    model: of both towers, its params on the mesh of all devices (`read`). config: how to compute; None is
+    what a run does. Raises ValueError for a model without text tower, and for experts of a dense one.
+    """
+    if model.config.text is None:
+        raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
+    config = config or configs.default_config()
+    mesh = sharding.make_mesh()
+    tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)
+    found = {}
+    for name, (architecture, params) in _models(model, experts):
+        clip = Clip(architecture, configs.run_config(config, sharding.platform()))
+        subject = Subject(Encoder(clip, params, mesh, batch_size), tokenizer, architecture.vision.image_size)
+        found[name] = {evaluation.line: evaluation.measure(subject) for evaluation in evaluations}
+    return found
+
+
+def _models(model: Loaded, experts: bool) -> Iterator[tuple[str, tuple[ClipConfig, trees.Params]]]:
+    yield "model", (model.config, model.params)
+    if experts:
+        if model.config.moe is None:
+            raise ValueError(f"--experts: the model is a {model.source} and has none")
+        for e in range(model.config.moe.num_experts):
+            yield f"expert {e}", expert_as_dense(model.params, model.config, e)
+
+
+def read(path: str, **options) -> Loaded:
+    """`read_model` with its options, params on the mesh of all devices."""
+    return read_model(path, **options, place=functools.partial(sharding.put_param, sharding.make_mesh()))
+
+
+def main(argv: list[str]) -> None:
+    """The command: reads flags, evaluates, prints a table for each line."""
+    del argv
+    logging.set_verbosity(logging.WARNING)  # tfds and orbax tell every file they open
+    given = flags.FLAGS
+    lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data]
+    evaluations = [parse_evaluation(line) for line in lines]
+    for evaluation in evaluations:
+        _ = evaluation.data  # what is not there is told before the model is read
+    model = read(
+        given.model,
+        num_selected_experts=given.num_selected_experts,
+        activation=given.activation,
+        context_length=given.context_length,
+        image_size=given.image_size,
+    )
+    print(f"{given.model}: {model.source}")
+    found = evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size)
+    width = max(map(len, found))
+    for line in lines:
+        metrics = found["model"][line]
+        cells = {m: max(6, len(short_name(m))) for m in metrics}
+        print(f"\n{line}\n" + "  ".join([" " * width, *(f"{short_name(m):>{n}}" for m, n in cells.items())]))
+        for name, numbers in found.items():
+            values = (f"{numbers[line][m]:>{n}.3f}" for m, n in cells.items())
+            print("  ".join([f"{name:{width}}", *values]))
+    if given.out:
+        artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **found})
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("model", None, "Any file or folder that clipmoe_jax.load takes.")
+    flags.DEFINE_multi_string("data", None, "KIND:PATH?option=value; may be given several times.")
+    flags.DEFINE_bool("experts", False, "Also each expert of a CLIP-MoE alone.")
+    flags.DEFINE_string("out", None, "A JSON file for the numbers.")
+    flags.DEFINE_integer("batch_size", 256, "Images or texts at a time.", lower_bound=1)
+    flags.DEFINE_integer("num_selected_experts", None, "K of a CLIP-MoE, where the file does not say it.")
+    flags.DEFINE_enum("activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say.")
+    flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
+    flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
+    flags.mark_flags_as_required(["model", "data"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    cli.run(main)
