@@ -19,7 +19,7 @@ from test_configs import get_config
 import clipmoe_jax
 from clipmoe_jax import main
 from clipmoe_jax.data.sources import ImageFolder
-from clipmoe_jax.evaluation.table import format_differences, format_table
+from clipmoe_jax.evaluation.table import format_differences, format_evaluations, format_table
 from clipmoe_jax.interop import released
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.prepare import prepare
@@ -110,6 +110,46 @@ def test_experts_are_the_base_and_the_stages(demo):
     np.testing.assert_array_equal(moe.params["visual"]["proj"], base.params["visual"]["proj"])
 
 
+def test_an_expert_alone_is_evaluated_as_its_stage_was(demo):
+    """By the command on the CLIP-MoE: the same numbers as those of the dense models of the stages."""
+    workdir, _ = demo
+    line = f"retrieval:{workdir / 'data' / 'test'}"
+    out = workdir.parent / "experts.json"
+    subprocess.run(
+        [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={workdir / 'moe' / 'params'}", "--experts"]
+        + [f"--data={line}", f"--out={out}", "--batch_size=500"],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    found, results = (json.loads(path.read_text()) for path in (out, workdir / "eval" / "results.json"))
+    for numbers in results.values():
+        if numbers["expert"] is not None:
+            alone = found[f"expert {numbers['expert']}"][line]
+            assert {name: numbers[name] for name in alone} == alone
+    assert found["model"][line] == {name: results["CLIP-MoE"][name] for name in found["model"][line]}
+
+
+def test_the_eval_folder_has_what_a_report_shows(demo):
+    folder = demo[0] / "eval"
+    routing, cost, experts = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("routing", "cost", "experts")
+    )
+    for tower in ("visual", "text"):
+        np.testing.assert_allclose(np.sum(routing[tower]["load"], axis=1), 1, rtol=1e-6)
+    assert 0 < experts["diversity"] < 1.2
+    assert cost["base"]["active_parameters"] < cost["CLIP-MoE"]["active_parameters"]
+    assert np.load(folder / "heat_maps.npz")["visual_experts"].shape == (8, 2, 2, 2)
+    assert set(json.loads((folder / "neighbours.json").read_text())) == {"clip_moe_right", "base_right"}
+
+
+def test_a_model_is_evaluated_when_its_stage_is_done(demo):
+    lines = demo[1].splitlines()
+    places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in (
+        "base: trains", "base: R@1", "mcl_1: trains", "stage 1 alone: R@1", "mcl_2: trains", "CLIP-MoE: R@1"
+    )]  # fmt: skip
+    assert places == sorted(places)
+
+
 def test_changed_config_is_refused_by_field(demo):
     config = get_config("demo", "small")
     config.router.num_steps = 25
@@ -177,6 +217,7 @@ def users_config(folder):
     config.router.balance = "released"
     config.loss.short_caption_weight, config.data.max_caption_tokens = 0.5, 12
     config.baselines = ("feature_ensemble",)
+    config.evaluations = (f"retrieval:{folder / 'prepared'}?split=train[:20]",)
     return config
 
 
@@ -191,6 +232,12 @@ def test_a_users_checkpoint_and_images(users_files, tmp_path):
     assert clip.config.text.context_length == 248 and clip.config.moe.num_experts == 3
     assert "mlp" in clip.params["visual"]["resblocks_0"] and "moe" in clip.params["visual"]["resblocks_1"]
     assert float(clip.params["logit_scale"]) == pytest.approx(np.log(100), rel=1e-6)
+    (line,) = config.evaluations
+    for title in ("base", "stage 1 alone", "CLIP-MoE"):
+        # 20 images are easier to tell apart than 48.
+        found = results[title]["evaluations"][line]
+        assert found["image_to_text_r10"] >= results[title]["image_to_text_r10"]
+    assert line in format_evaluations([results])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any(line["phase"] == "router" and line["balance_image"] > 1.5 for line in lines)  # about K = 2
     for line in lines:  # label smoothing and all
@@ -219,6 +266,10 @@ def other_head_width(config, folder, tmp_path):
     config.base.architecture.text.head_width = 32
 
 
+def wrong_evaluation(config, folder, tmp_path):
+    config.evaluations = ("mmvp:nowhere",)
+
+
 def few_pairs(config, folder, tmp_path):
     config.mcl.batch_size = 64
 
@@ -242,6 +293,7 @@ def moe_as_base(config, folder, tmp_path):
 BAD_RUNS = {
     "wrong checkpoint": (wrong_checkpoint, "base.checkpoint=nowhere.pt does not exist"),
     "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
+    "wrong evaluation": (wrong_evaluation, "evaluation mmvp:nowhere: nowhere/Questions.csv does not exist"),
     "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
     "truncated checkpoint": (
         truncated_checkpoint,

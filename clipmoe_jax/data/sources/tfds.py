@@ -18,8 +18,8 @@ class Tfds:
     """NAME or the folder of a version, then options: `coco_captions?data_dir=/data&caption=captions/text`.
 
     split: "train" unless told, or a slice of one. image, caption, id: names of features, a slash for one in
-    another; the caption feature is "captions", "caption" or "text" unless told, and may hold many. Without an
-    id feature, ids are SPLIT:NUMBER.
+    another; the caption feature is "captions", "caption" or "text" unless told, and may hold many, or a class
+    label ("label"), whose name is the caption. Without an id feature, ids are SPLIT:NUMBER.
     """
 
     def __init__(self, spec: str):
@@ -55,6 +55,8 @@ class Tfds:
                 )
         if self._split.partition("[")[0] not in builder.info.splits:
             raise ValueError(f"--source=tfds:{spec} has the splits {sorted(builder.info.splits)}.")
+        feature = features[self._caption] if self._caption in features else None
+        self._as_caption = getattr(feature, "int2str", as_text)  # a class label's number becomes its name
         decoders = {self._image: tfds.decode.SkipDecoding()}
         if builder.info.file_format.value == "array_record":
             self._records = builder.as_data_source(self._split, decoders=decoders)
@@ -80,7 +82,7 @@ class Tfds:
         images = list(_walk(record, self._image))
         if len(images) != 1 or not isinstance(images[0], bytes):
             return BadRecord(record_id, "malformed entry", f"{self._image!r} is not one image file")
-        return make_pair(record_id, images[0], map(as_text, _walk(record, self._caption)))
+        return make_pair(record_id, images[0], map(self._as_caption, _walk(record, self._caption)))
 
 
 class _TfRecords:

@@ -1,0 +1,224 @@
+"""Evaluations by their lines, on prepared data sets, with a tiny model."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipmoe_jax import checkpoints, evaluate
+from clipmoe_jax.data.preprocess import preprocess_image
+from clipmoe_jax.data.sources import open_source
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.evaluation import ood, probe
+from clipmoe_jax.evaluation.evaluations import parse_evaluation
+from clipmoe_jax.evaluation.mmvp import mmvp_accuracy
+from clipmoe_jax.evaluation.retrieval import retrieval_recall
+from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.zero_shot import class_embeddings, classification_metrics
+from clipmoe_jax.models.encoder import Encoder
+from clipmoe_jax.prepare import prepare
+
+COLOURS = {"red": (200, 40, 40), "sea_green": (40, 180, 120), "blue": (40, 40, 220)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """train and test: images of three colours, in a folder each, prepared; odd: noise; captions; MMVP's
+    layout. The classes' order is that of their labels: blue, red, sea_green."""
+    root = tmp_path_factory.mktemp("evaluations")
+    rng = np.random.default_rng(0)
+
+    def draw(path, colour):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.clip(np.array(colour) + rng.normal(0, 60, (40, 36, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    for split, count in (("train", 8), ("test", 3)):
+        for name, colour in COLOURS.items():
+            for i in range(count):
+                draw(root / split / name / f"{i}.png", colour)
+    for i in range(5):
+        draw(root / "odd" / "noise" / f"{i}.png", rng.integers(0, 256, 3))
+    for name in ("train", "test", "odd"):
+        prepare(open_source(f"classes:{root / name}"), str(root / f"{name}_set"))
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        draw(root / "captioned" / f"{i}.png", colour)
+        (root / "captioned" / f"{i}.txt").write_text(f"a {name} square\nsomething {name}\n")
+    prepare(open_source(f"folder:{root / 'captioned'}"), str(root / "captioned_set"))
+    rows = ["Question ID,Type,Statement"]
+    for i, name in enumerate(["red", "blue", "blue", "sea_green"]):
+        kind = ("Colour", "Shade")[i // 2]
+        draw(root / "mmvp" / "MLLM_VLM Images" / kind / f"{i + 1}.jpg", COLOURS[name])
+        rows.append(f"{i + 1},{kind},a {name} square")
+    (root / "mmvp" / "Questions.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def subject(trained):
+    return Subject(Encoder(trained.model, trained.params, trained.mesh, 4), Tokenizer(64), 32)
+
+
+def images_of(root, name):
+    """Features by another way, and labels: through the files themselves, in the order of their ids."""
+    files = sorted((root / name).rglob("*.png"))
+    pixels = np.stack([preprocess_image(file.read_bytes(), 32) for file in files])
+    return pixels, [sorted(COLOURS).index(file.parent.name) if name != "odd" else -1 for file in files]
+
+
+def test_zero_shot_is_classification_by_prompts(folder, subject):
+    found = parse_evaluation(f"zero_shot:{folder}/test_set").measure(subject)
+    pixels, labels = images_of(folder, "test")
+    texts = subject.texts([f"a photo of a {name}." for name in sorted(COLOURS)])
+    expected = classification_metrics(
+        subject.encoder.images(pixels), class_embeddings(texts, range(3)), labels
+    )
+    assert found == pytest.approx(expected) and found["top5"] == 1.0
+
+
+def test_probe_and_neighbours_see_the_training_images(folder, subject):
+    train, test = (images_of(folder, name) for name in ("train", "test"))
+    arrays = subject.encoder.images(train[0]), train[1], subject.encoder.images(test[0]), np.array(test[1])
+    line = f"{folder}/test_set?train={folder}/train_set"
+    expected = probe.linear_probe(*arrays, 3)[0]
+    assert parse_evaluation(f"linear_probe:{line}").measure(subject) == pytest.approx(expected)
+    expected = probe.knn(*arrays, 3)
+    assert parse_evaluation(f"knn:{line}").measure(subject) == pytest.approx(expected)
+
+
+def test_retrieval_takes_every_caption(folder, subject):
+    found = parse_evaluation(f"retrieval:{folder}/captioned_set?split=train").measure(subject)
+    pixels = np.stack(
+        [preprocess_image((folder / "captioned" / f"{i}.png").read_bytes(), 32) for i in range(3)]
+    )
+    texts = [text for name in COLOURS for text in (f"a {name} square", f"something {name}")]
+    images, of_image = subject.encoder.images(pixels), np.repeat(np.arange(3), 2)
+    assert found == pytest.approx(retrieval_recall(images, subject.texts(texts), of_image))
+
+
+def test_mmvp_by_attribute(folder, subject):
+    found = parse_evaluation(f"mmvp:{folder}/mmvp").measure(subject)
+    files = [folder / "mmvp" / "MLLM_VLM Images" / k / f"{i}.jpg" for k, i in
+             (("Colour", 1), ("Colour", 2), ("Shade", 3), ("Shade", 4))]  # fmt: skip
+    images = subject.encoder.images(np.stack([preprocess_image(file.read_bytes(), 32) for file in files]))
+    names = ["red", "blue", "blue", "sea_green"]
+    texts = subject.texts([f"a photo of a {name} square" for name in names])
+    expected = mmvp_accuracy(images.reshape(2, 2, -1), texts.reshape(2, 2, -1), ["Colour", "Shade"])
+    assert found == expected and list(found) == ["Colour", "Shade", "average"]
+
+
+def test_unknown_images_are_told_by_each_and_by_the_ensemble(folder, subject, tmp_path):
+    rng = np.random.default_rng(0)
+    classifier = {"known": rng.dirichlet(np.ones(3), 9), "unknown": rng.dirichlet(np.ones(3), 5)}
+    np.savez(tmp_path / "classifier.npz", **classifier)
+    line = f"ood:{folder}/test_set?unknown={folder}/odd_set"
+    alone = parse_evaluation(line).measure(subject)
+    assert list(alone) == ["zero_shot_auroc", "zero_shot_fpr95"]
+    found = parse_evaluation(f"{line}&train={folder}/train_set&classifier={tmp_path}/classifier.npz").measure(
+        subject
+    )
+    assert {name: found[name] for name in alone} == alone
+    known, unknown = (subject.encoder.images(images_of(folder, name)[0]) for name in ("test", "odd"))
+    train = images_of(folder, "train")
+    fitted = probe.fit_linear_probe(subject.encoder.images(train[0]), train[1], 3)
+    classes = class_embeddings(subject.texts([f"a photo of a {name}." for name in sorted(COLOURS)]), range(3))
+    scores = {}
+    for name, features in (("known", known), ("unknown", unknown)):
+        logits = 100 * features @ classes.T
+        zero_shot = np.exp(logits - logits.max(axis=1, keepdims=True))
+        zero_shot /= zero_shot.sum(axis=1, keepdims=True)
+        scores[name] = (classifier[name] + fitted.probabilities(features) + zero_shot).max(axis=1) / 3
+    expected = ood.detection_metrics(scores["known"], scores["unknown"])
+    assert found["cooked_auroc"] == pytest.approx(expected["auroc"])
+    assert found["cooked_fpr95"] == pytest.approx(expected["fpr95"])
+    assert 0 <= found["probe_auroc"] <= 1 and "zero_shot_and_probe_auroc" in found
+
+
+BAD_LINES = {
+    "no kind": ("data/coco", "is not KIND:PATH: choose a kind of retrieval, zero_shot"),
+    "unknown kind": ("depth:data/x", "is not KIND:PATH"),
+    "unknown option": ("knn:x?train=y&k=3", "no option k; knn has split, train, train_split"),
+    "missing option": ("linear_probe:x", "train= must be given"),
+    "no value": ("zero_shot:x?classes", r"options are written \?name=value"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_line_that_is_none(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_evaluation(line)
+
+
+MISSING = {
+    "data set": ("retrieval:{0}/nowhere", FileNotFoundError, "nowhere is not a prepared data set"),
+    "split": ("retrieval:{0}/test_set?split=val", ValueError, "has no split 'val': it has train"),
+    "MMVP": ("mmvp:{0}/test", FileNotFoundError, "Questions.csv does not exist"),
+    "labels": ("zero_shot:{0}/captioned_set", ValueError, "has 2 captions, and labelled images have one"),
+    "table": ("zero_shot:{0}/test_set?classes=cifar10", ValueError, "labels .* are none of cifar10's"),
+    "classes": ("knn:{0}/odd_set?train={0}/train_set", ValueError, "labels that are no classes: noise"),
+    "probe of COOkeD": (
+        "ood:{0}/test_set?unknown={0}/odd_set&classifier=x.npz",
+        ValueError,
+        "give train= beside classifier=",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "error", "message"), MISSING.values(), ids=MISSING)
+def test_data_that_is_missing_or_does_not_fit(folder, line, error, message):
+    with pytest.raises(error, match=f"evaluation .*{message}"):
+        _ = parse_evaluation(line.format(folder)).data
+
+
+def test_an_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_path):
+    """Exactly: the same parameters, the same program."""
+    evaluations = [
+        parse_evaluation(f"retrieval:{folder}/captioned_set"),
+        parse_evaluation(f"mmvp:{folder}/mmvp"),
+        parse_evaluation(f"zero_shot:{folder}/test_set"),
+    ]
+    checkpoints.save_model(tmp_path / "moe", trained.model.config, trained.params)
+    found = evaluate.evaluate(evaluate.read(str(tmp_path / "moe")), evaluations, experts=True, batch_size=8)
+    assert list(found) == ["model", "expert 0", "expert 1", "expert 2", "expert 3"]
+    for e, params in enumerate(trained.dense_params):
+        checkpoints.save_model(tmp_path / f"dense_{e}", trained.dense, params)
+        alone = evaluate.evaluate(evaluate.read(str(tmp_path / f"dense_{e}")), evaluations, batch_size=8)
+        assert found[f"expert {e}"] == alone["model"]
+    assert len({json.dumps(numbers) for numbers in found.values()}) > 1
+
+
+def test_the_command(folder, trained, tmp_path):
+    """On this one model: a table for each line, and a file; what is missing is told in one line."""
+    checkpoints.save_model(tmp_path / "moe", trained.model.config, trained.params)
+    command = [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={tmp_path / 'moe'}"]
+    done = subprocess.run(
+        [*command, f"--data={folder}/captioned_set", f"--data=mmvp:{folder}/mmvp", "--experts",
+         f"--out={tmp_path / 'numbers.json'}"],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    recall = numbers["model"][f"retrieval:{folder}/captioned_set"]["image_to_text_r1"]
+    lines = done.stdout.splitlines()
+    header = next(i for i, line in enumerate(lines) if "i2t_r1" in line)
+    assert lines[header + 1].split()[:2] == ["model", f"{recall:.3f}"]
+    assert [line.split("  ")[0] for line in lines[header + 2 : header + 6]] == [
+        f"expert {e}" for e in range(4)
+    ]
+    missing = subprocess.run([*command, "--data=mmvp:nowhere"], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert missing.stderr.strip().startswith("error: evaluation mmvp:nowhere: nowhere/Questions.csv")
+
+
+def test_models_that_cannot_be_evaluated_so(trained):
+    dense = evaluate.Loaded(trained.dense, trained.dense_params[0], "dense CLIP")
+    with pytest.raises(ValueError, match="--experts: the model is a dense CLIP and has none"):
+        evaluate.evaluate(dense, [], experts=True)
+    vision = dataclasses.replace(trained.dense, text=None)
+    with pytest.raises(ValueError, match="evaluations need a text tower"):
+        evaluate.evaluate(evaluate.Loaded(vision, {}, "a vision tower"), [])
