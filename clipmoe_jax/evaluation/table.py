@@ -39,7 +39,7 @@ def format_table(seeds: Sequence[Results]) -> str:
             spread = f" ± {values.std(ddof=1):.1f}" if len(seeds) > 1 else ""
             cells.append(f"{f'{values.mean():.1f}{spread}':>{cell}}")
         for key in ("parameters", "active_parameters"):
-            cells.append(f"{_short(seeds[0][title][key]):>8}")
+            cells.append(f"{short_count(seeds[0][title][key]):>8}")
         lines.append("  ".join([f"{title:{width}}", *cells]))
     return "\n".join([*lines, "", HOW_TO_READ])
 
@@ -120,7 +120,8 @@ def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> N
     axis.set_title("Zero-shot accuracy by attribute (%)")
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
+    """3,562,000 -> 3.56M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.2f}{unit}"
