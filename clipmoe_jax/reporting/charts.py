@@ -49,7 +49,8 @@ def draw_curves(
     log_x: bool = False,
 ) -> Markup:
     """Lines by label; reference: a level to compare with, and its label."""
-    figure, axis = _panel(WIDTH, 2.9)
+    columns = 1 if max(map(len, curves)) > 20 else 3  # of the legend
+    figure, axis = _panel(WIDTH, 2.7 + 0.2 * -(-len(curves) // columns))
     for label, curve in curves.items():
         xs, ys = _thin(np.asarray(curve.x)), _thin(np.asarray(curve.y))
         if curve.noisy and len(ys) > 12:
@@ -69,7 +70,7 @@ def draw_curves(
     if from_zero:
         axis.set_ylim(bottom=0)
     if len(curves) + bool(reference) > 1:
-        _legend_above(axis, 1 if max(map(len, curves)) > 20 else 3)
+        _legend_above(axis, columns)
     return _svg(figure, name, alt)
 
 

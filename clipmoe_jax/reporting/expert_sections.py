@@ -32,7 +32,7 @@ def routing(folders: Sequence[Folder]) -> Context:
             "Entropy of the router",
             {tower: (found[tower]["layers"], found[tower]["entropy"]) for tower in TOWERS},
             y="nats",
-            reference=(f"even: ln {num_experts} = {even:.2f}", even),
+            reference=(f"even: {even:.2f}", even),
         ),
         "gate": _by_block(
             "gate",

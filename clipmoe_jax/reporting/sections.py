@@ -1,7 +1,7 @@
 """The report's sections on models and data: results, clusters, examples, cost, config.
 
-A section is a function (the seeds' folders) -> dict for the page's template. It raises NotThereError if what it
-is made from is not there. What is not a mean over seeds is shown of the first.
+A section is a function (the seeds' folders) -> dict for the page's template. It raises NotThereError if what
+it is made from is not there. What is not a mean over seeds is shown of the first.
 """
 
 import json
@@ -45,7 +45,7 @@ def summary(folders: Sequence[Folder]) -> Context:
 
 
 def results(folders: Sequence[Folder]) -> Context:
-    """The table, recall@1 as bars, zero-shot accuracy by attribute where there is one, further evaluations."""
+    """The table, recall@1 as bars, zero-shot accuracy by attribute if there is one, further evaluations."""
     seeds = read_results(folders)
     titles = list(seeds[0])
     pairs = {}
@@ -72,7 +72,7 @@ def read_results(folders: Sequence[Folder]) -> list[Results]:
 
 
 def _attributes(seeds: Sequence[Results]) -> charts.Markup | None:
-    """Zero-shot accuracy by attribute of the experts, each as the dense model it came from, and of CLIP-MoE."""
+    """Zero-shot accuracy by attribute: the experts, each as the dense model it came from, and CLIP-MoE."""
     experts = {title: r["expert"] for title, r in seeds[0].items() if r["expert"] is not None}
     labels = {title: f"expert {e}: {title.removesuffix(' alone')}" for title, e in experts.items()}
     labels[CLIP_MOE] = CLIP_MOE
@@ -88,7 +88,7 @@ def _attributes(seeds: Sequence[Results]) -> charts.Markup | None:
 
 
 def clusters(folders: Sequence[Folder]) -> Context:
-    """{"stages": {stage: sizes of its clusters, and what lies in the two largest}, "gone": why no examples}."""
+    """{"stages": {stage: its clusters' sizes, and what lies in the two largest}, "gone": why no examples}."""
     folder, gone, records = folders[0], None, None
     labels = read_labels(folder)
     try:
@@ -141,7 +141,8 @@ def neighbours(folders: Sequence[Folder]) -> Context:
 
     def answer(entry: dict, model: str, right: bool) -> Context:
         caption, score = entry[model]
-        return {"right": right, "words": _compare(caption, entry["caption"]), "score": score}
+        own = caption == entry["caption"]
+        return {"right": right, "own": own, "words": _compare(caption, entry["caption"]), "score": score}
 
     def show(entry: dict, right: str) -> Context:
         titles = {"base": "base", "clip_moe": CLIP_MOE}

@@ -133,6 +133,5 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
             Cell(form(cost[key]), f"{cost[key] / base[key]:.2f}×" if compared and key != "best_batch" else "")
             for key, (_, _, form) in forms.items()
         ]
-    return Table(
-        "Cost at inference, on the machine that evaluated. Latency: one image and one caption.", groups, rows
-    )
+    caption = "On the machine that evaluated. Latency: of one image and one caption together."
+    return Table(caption, groups, rows)

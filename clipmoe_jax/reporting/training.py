@@ -45,7 +45,7 @@ def _losses(name: str, phases: dict[str, tuple[str, dict]]) -> charts.Markup:
 
 
 def _balance(folder: Folder, curve: dict) -> charts.Markup:
-    """`losses.load_balance` of each tower, and, if the config says which balance it is, where it is perfect."""
+    """`losses.load_balance` of each tower, and its value for even loads, if the config says which it is."""
     reference = None
     if folder.has("config.json"):
         config = folder.config()
