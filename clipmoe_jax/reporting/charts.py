@@ -84,7 +84,7 @@ def draw_paired_bars(
     strong: str,
 ) -> Markup:
     """Two horizontal bars for each label: pairs {legend: (values (R,), standard deviations (R,) or None)}."""
-    figure, axis = _panel(7.6, 0.9 + 0.36 * len(labels))
+    figure, axis = _panel(5.2, 0.9 + 0.36 * len(labels))
     rows = np.arange(len(labels))
     for (label, (values, spread)), shift, alpha in zip(pairs.items(), (-0.19, 0.19), (1, 0.5), strict=True):
         axis.barh(rows + shift, values, 0.34, color=ACCENT, alpha=alpha, linewidth=0, label=label)
@@ -95,12 +95,11 @@ def draw_paired_bars(
         for row, (value, end) in enumerate(zip(values, ends, strict=True)):
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axis.annotate(f"{value:.1f}", (end, row + shift), fontsize=FONT - 1, color=INK, **place)
-    axis.set_yticks(rows, labels)
+    axis.set_yticks(rows, [label.replace(", ", ",\n") for label in labels], color=INK)
     for tick in axis.get_yticklabels():
-        tick.set_color(INK)
         tick.set_fontweight("bold" if tick.get_text() == strong else "normal")
     axis.tick_params(axis="y", length=0)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(False)
     axis.set_xlabel(x)
     _legend_above(axis, 2)
@@ -178,7 +177,7 @@ def draw_shares(name: str, alt: str, rows: Sequence[str], shares: np.ndarray) ->
         axis.barh(range(len(rows)), 100 * share, 0.72, left=left, color=expert_colour(expert), edgecolor=PAGE)
         left += 100 * share
     axis.set_yticks(range(len(rows)), rows, color=INK)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, 100)
     axis.grid(False)
     axis.tick_params(axis="y", length=0)
