@@ -116,8 +116,6 @@ def draw_matrix(
     low: float,
     high: float,
     form: str = "{:.2f}",
-    x: str = "",
-    y: str = "",
     width: float = 3.6,
     strong: str = "",
 ) -> Markup:
@@ -129,9 +127,8 @@ def draw_matrix(
         if np.isfinite(value):
             strength = float(np.clip((value - low) / (high - low), 0, 1))
             cell = (column - 0.485, row - 0.47)
-            axis.add_patch(
-                Rectangle(cell, 0.97, 0.94, color=ACCENT, alpha=0.05 + 0.6 * strength, linewidth=0)
-            )
+            look = {"color": ACCENT, "alpha": 0.05 + 0.6 * strength, "linewidth": 0}
+            axis.add_patch(Rectangle(cell, 0.97, 0.94, **look))
             axis.text(column, row, form.format(value), ha="center", va="center", fontsize=FONT, color=INK)
     axis.set_xlim(-0.5, len(columns) - 0.5)
     axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -142,8 +139,6 @@ def draw_matrix(
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.grid(False)
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
     return _svg(figure, name, alt)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipmoe_jax.reporting import charts, pictures
 from clipmoe_jax.reporting.charts import ACCENT, INK, Curve
-from clipmoe_jax.reporting.read import Folder
+from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder
 
 Context = dict[str, Any]
 TOWERS = {"visual": "vision tower", "text": "text tower"}
@@ -21,7 +21,7 @@ DIGITS_UP_TO = 4  # patches a side: larger ones have room for the expert's numbe
 
 def routing(folders: Sequence[Folder]) -> Context:
     """Load, co-activation, load by place and by kind of word of each tower; entropy and largest gate."""
-    found = folders[0].json("eval/routing.json", "evaluate")
+    found = folders[0].json("eval/routing.json", DIAGNOSTICS)
     num_experts = len(found["visual"]["load"][0])
     even = math.log(num_experts)
     return {
@@ -78,9 +78,9 @@ def _routing_of(tower: str, found: dict) -> Context:
 def heat_maps(folders: Sequence[Folder]) -> Context:
     """Images and captions with the first expert of each patch and word, block by block."""
     folder = folders[0]
-    arrays = folder.array("eval/heat_maps.npz", "evaluate")
-    texts = folder.json("eval/heat_maps.json", "evaluate")
-    found = folder.json("eval/routing.json", "evaluate")
+    arrays = folder.array("eval/heat_maps.npz", DIAGNOSTICS)
+    texts = folder.json("eval/heat_maps.json", DIAGNOSTICS)
+    found = folder.json("eval/routing.json", DIAGNOSTICS)
     examples = []
     for i, text in enumerate(texts):
         visual, words = arrays["visual_experts"][i], arrays["text_experts"][i]
@@ -111,7 +111,7 @@ def heat_maps(folders: Sequence[Folder]) -> Context:
 
 def experts(folders: Sequence[Folder]) -> Context:
     """How different the experts are: outputs by CKA and divergence, weights by cosine."""
-    found = folders[0].json("eval/experts.json", "evaluate")
+    found = folders[0].json("eval/experts.json", DIAGNOSTICS)
     towers, by_depth = {}, {}
     for tower, title in TOWERS.items():
         cka = np.array(found[tower]["cka"])

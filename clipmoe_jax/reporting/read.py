@@ -14,6 +14,7 @@ from etils import epath
 from clipmoe_jax.data.records import Records
 
 Curves = dict[str, dict[str, np.ndarray]]
+DIAGNOSTICS = "evaluate"  # the stage that makes routing, heat maps, experts, neighbours and cost
 MAIN = "python -m clipmoe_jax.main --config=CONFIG"
 
 
@@ -102,12 +103,13 @@ def seed_folders(workdir: epath.Path) -> list[Folder]:
 def read_curves(folder: Folder) -> Curves:
     """{phase: {"step" and each number: (T,) float64}} of metrics.jsonl, phases in the order they began.
 
-    A resumed run repeats steps: the later line counts. A last line that a kill has cut off is left out.
+    A resumed run repeats steps: the later line counts. A line that a kill has cut off is left out; what the
+    resumed run wrote behind it, without a break, is read.
     """
     phases: dict[str, dict[int, dict[str, float]]] = {}
     for text in folder.file("metrics.jsonl", "base").read_text().splitlines():
         if text.endswith("}"):
-            line = json.loads(text)
+            line = json.loads(text[text.rindex('{"phase"') :])
             phases.setdefault(line["phase"], {})[line["step"]] = line
     curves = {}
     for phase, by_step in phases.items():

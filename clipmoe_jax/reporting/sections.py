@@ -14,7 +14,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.evaluation.evaluate import CLIP_MOE
 from clipmoe_jax.evaluation.table import Results
 from clipmoe_jax.reporting import charts, pictures, tables
-from clipmoe_jax.reporting.read import Folder, NotThereError, read_labels
+from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder, NotThereError, read_labels
 
 Context = dict[str, Any]
 EXAMPLES_OF_CLUSTER = 6
@@ -136,7 +136,7 @@ def _cluster(records: Records, labels: np.ndarray, name: int) -> Context:
 
 def neighbours(folders: Sequence[Folder]) -> Context:
     """Test images on which one of base and CLIP-MoE ranks an own caption first and the other does not."""
-    found = folders[0].json("eval/neighbours.json", "evaluate")
+    found = folders[0].json("eval/neighbours.json", DIAGNOSTICS)
     records = folders[0].records("test")
 
     def answer(entry: dict, model: str, right: bool) -> Context:
@@ -171,7 +171,7 @@ def _compare(answer: str, own: str) -> list[tuple[str, bool]]:
 
 def cost(folders: Sequence[Folder]) -> Context:
     """What the models cost at inference."""
-    return {"table": tables.cost_table(folders[0].json("eval/cost.json", "evaluate"))}
+    return {"table": tables.cost_table(folders[0].json("eval/cost.json", DIAGNOSTICS))}
 
 
 def config(folders: Sequence[Folder]) -> Context:

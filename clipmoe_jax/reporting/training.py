@@ -1,5 +1,6 @@
 """The training section: curves of loss, load balance and learning rate, and the phases in numbers."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +9,14 @@ from clipmoe_jax.reporting import charts, tables
 from clipmoe_jax.reporting.charts import ACCENT, INK, MUTED, Curve, expert_colour
 from clipmoe_jax.reporting.read import Curves, Folder, read_curves
 
-BASELINE_COLOURS = dict(zip(BASELINE_TITLES, (INK, ACCENT, expert_colour(5), expert_colour(4)), strict=True))
+BASELINE_COLOURS = dict(
+    zip(BASELINE_TITLES, itertools.cycle((INK, ACCENT, expert_colour(5), expert_colour(4))), strict=False)
+)
 
 
 def training(folders: Sequence[Folder]) -> dict[str, Any]:
     """{"panels": [(title, chart)], "table": of phases}."""
-    curves = read_curves(folders[0])
+    curves = {phase: curve for phase, curve in read_curves(folders[0]).items() if "loss" in curve}
     names = {phase: _title(phase) for phase in curves}
     groups = {
         "Dense base": [phase for phase in curves if phase == "base"],

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipmoe_jax.report import write_report
 from clipmoe_jax.reporting import tables
-from clipmoe_jax.reporting.read import Folder, read_curves
+from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves
 
 VOID = {"meta", "img", "link", "br"}
 
@@ -215,9 +215,8 @@ def test_examples_come_from_the_two_largest_clusters(page, workdir):
     sizes = sorted(collections.Counter(labels.tolist()).values(), reverse=True)
     headings = [element["text"] for element in page.all("h4")][:2]
     assert headings == [f"Largest: {sizes[0]} pairs", f"Second largest: {sizes[1]} pairs"]
-    shown = re.findall(
-        r"Training image (\d+), stage 1, cluster (\d+)", " ".join(i["alt"] for i in page.all("img"))
-    )
+    alts = " ".join(image["alt"] for image in page.all("img"))
+    shown = re.findall(r"Training image (\d+), stage 1, cluster (\d+)", alts)
     assert len(shown) == 12 and all(labels[int(record)] == int(cluster) for record, cluster in shown)
 
 
@@ -231,11 +230,9 @@ def test_experts_of_patches_and_words(page, workdir):
     with np.load(workdir / "eval" / "heat_maps.npz") as arrays:
         visual, words = arrays["visual_experts"], arrays["text_experts"]
     maps = [element for element in page.all("img") if element["alt"].startswith("Block")]
-    pixels = [
-        Image.open(io.BytesIO(base64.b64decode(m["src"].partition(",")[2]))).convert("RGBA") for m in maps
-    ]
     colours = {}
-    for picture, experts in zip(pixels, visual.reshape(-1, 2, 2), strict=True):
+    for element, experts in zip(maps, visual.reshape(-1, 2, 2), strict=True):
+        picture = decode(element["src"].partition(",")[2]).convert("RGBA")
         for place, expert in np.ndenumerate(experts):
             colours.setdefault(int(expert), set()).add(picture.getpixel(place[::-1])[:3])
     assert all(len(found) == 1 for found in colours.values())  # one colour an expert
@@ -258,36 +255,58 @@ def test_later_lines_of_metrics_count(workdir):
     assert curves["mcl_1"]["loss"].max() < 2  # not the 99 of the line that was written again
 
 
+def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
+    """A resumed run writes on where the cut line ends, without a line break."""
+    lines = [json.dumps({"phase": "base", "step": step, "loss": 0.5}) for step in (10, 20)]
+    (tmp_path / "metrics.jsonl").write_text(lines[0][:30] + lines[0] + "\n" + lines[1] + "\n" + lines[0][:9])
+    curves = read_curves(Folder(epath.Path(tmp_path), epath.Path(tmp_path)))
+    assert curves["base"]["step"].tolist() == [10, 20]
+
+
 def test_same_files_give_the_same_bytes(workdir, text):
     assert write_report(epath.Path(workdir)).read_text() == text
 
 
-MADE_BY = {
-    "eval/results.json": "--stage=evaluate",
-    "eval/routing.json": "--stage=evaluate",
-    "eval/heat_maps.npz": "--stage=evaluate",
-    "eval/experts.json": "--stage=evaluate",
-    "eval/neighbours.json": "--stage=evaluate",
-    "eval/cost.json": "--stage=evaluate",
-    "stage_1/clusters/pseudo_labels.npy": "--stage=cluster_1",
-    "data/train": "--stage=data",
-    "data/test": "--stage=data",
-    "config.json": "",
+NOT_THERE = {
+    "not evaluated": {
+        "eval/results.json": "--stage=evaluate",
+        "eval/routing.json": "--stage=evaluate",
+        "eval/heat_maps.npz": "--stage=evaluate",
+        "eval/experts.json": "--stage=evaluate",
+        "eval/neighbours.json": "--stage=evaluate",
+        "eval/cost.json": "--stage=evaluate",
+        "stage_1/clusters/pseudo_labels.npy": "--stage=cluster_1",
+    },
+    "data gone": {"data/train": "--stage=data", "data/test": "--stage=data"},
+    "not finished": {"config.json": ""},
 }
 
 
-def test_what_is_not_there_is_named_with_its_command(workdir, tmp_path):
-    (tmp_path / "away").mkdir()
-    for name, command in MADE_BY.items():
-        folder = tmp_path / name.replace("/", "-")
-        shutil.copytree(workdir, folder)
-        (folder / name).rename(tmp_path / "away" / folder.name)
-        page = Page(write_report(epath.Path(folder)).read_text())
-        boxes = [element["text"] for element in page.all("div") if element.get("class") == "absent"]
-        again = f"python -m clipmoe_jax.main --config=CONFIG --workdir={folder} {command}".strip()
-        assert boxes and any(name in box and again in box for box in boxes), name
-        assert f"python -m clipmoe_jax.report --workdir={folder}" in boxes[0]
-        assert len(page.all("h2")) == 9
+@pytest.mark.parametrize("files", NOT_THERE.values(), ids=NOT_THERE)
+def test_what_is_not_there_is_named_with_its_command(workdir, tmp_path, files):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    for name in files:
+        (folder / name).rename(tmp_path / name.replace("/", "-"))
+    page = Page(write_report(epath.Path(folder)).read_text())
+    boxes = [element["text"] for element in page.all("div") if element.get("class") == "absent"]
+    assert len(page.all("h2")) == 9
+    for name, stage in files.items():
+        made_by = f"python -m clipmoe_jax.main --config=CONFIG --workdir={folder} {stage}".strip()
+        again = f"python -m clipmoe_jax.report --workdir={folder}"
+        assert any(name in box and f"{made_by}\n{again}" in box for box in boxes), name
+
+
+def test_users_data_that_has_gone_is_prepared_again(workdir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] = {"digit_scenes": 0, "train": "nowhere/train", "train_split": "train"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotThereError) as gone:
+        Folder(epath.Path(folder), epath.Path(folder)).records("train")
+    assert gone.value.what == "nowhere/train"
+    assert gone.value.command == "python -m clipmoe_jax.prepare --source=KIND:PATH --out=nowhere/train"
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -297,9 +316,8 @@ def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     page = Page(write_report(epath.Path(tmp_path)).read_text())
     assert len(page.all("svg")) == 2  # loss and learning rate
-    assert (
-        len([e for e in page.all("div") if e.get("class") == "absent"]) == 9
-    )  # summary, and all but training
+    absent = [element for element in page.all("div") if element.get("class") == "absent"]
+    assert len(absent) == 9  # the summary, and every section but training
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "no run"])
