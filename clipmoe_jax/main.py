@@ -37,6 +37,7 @@ from clipmoe_jax.evaluation.table import (
 )
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.plan import format_plan, make_plan
+from clipmoe_jax.report import write_report
 
 
 def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> None:
         figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
         draw_figure(results, figure)
         print(f"\n{figure}: the same as a picture.")
+    print(f"{write_report(workdir)}: all of it on one page.")
     print(
         f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)"
         f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}."

@@ -19,7 +19,8 @@ ROWS = [
     ["api", "prepare", "config"],
     ["dmu"],
     ["evaluation", "plan"],
-    ["main", "convert", "evaluate", "model_card"],
+    ["reporting"],
+    ["main", "convert", "evaluate", "model_card", "report"],
 ]
 ROW_OF = {room: i for i, row in enumerate(ROWS) for room in row}
 

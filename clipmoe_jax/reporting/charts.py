@@ -1,0 +1,236 @@
+"""Charts as inline SVG. Colours are CSS variables of the page, so that a chart is light or dark with it.
+
+Letters: T points in a curve, R rows, C columns, E experts.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
+
+# Stand for CSS variables while matplotlib draws: colours that no chart has otherwise.
+INK, MUTED, RULE, PAGE, ACCENT = "#010101", "#010102", "#010103", "#010104", "#010105"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAGE: "--page", ACCENT: "--accent"}
+MAX_POINTS = 240  # of a curve; more are averaged
+WIDTH = 4.5  # of a panel in inches, 72 units of the SVG each
+SCALE = 1.15  # pixels a unit where there is room
+FONT = 10
+
+
+class Curve(NamedTuple):
+    """x, y (T,). noisy: drawn faintly, with its running mean over it."""
+
+    x: np.ndarray
+    y: np.ndarray
+    colour: str
+    noisy: bool = False
+
+
+def expert_colour(expert: int) -> str:
+    """A colour for an expert, or for the stage that it came from."""
+    return EXPERT_COLOURS[expert]
+
+
+def draw_curves(
+    name: str,
+    alt: str,
+    curves: dict[str, Curve],
+    *,
+    x: str,
+    y: str,
+    reference: tuple[str, float] | None = None,
+    dots: bool = False,
+    from_zero: bool = False,
+    log_x: bool = False,
+) -> Markup:
+    """Lines by label; reference: a level to compare with, and its label."""
+    columns = 1 if max(map(len, curves)) > 20 else 3  # of the legend
+    figure, axis = _panel(WIDTH, 2.7 + 0.2 * -(-len(curves) // columns))
+    for label, curve in curves.items():
+        xs, ys = _thin(np.asarray(curve.x)), _thin(np.asarray(curve.y))
+        if curve.noisy and len(ys) > 12:
+            axis.plot(xs, ys, color=curve.colour, linewidth=0.8, alpha=0.35)
+            ys = _running_mean(ys, max(3, len(ys) // 12))
+        axis.plot(xs, ys, color=curve.colour, linewidth=1.8, label=label, marker="o" if dots else None)
+    if reference:
+        axis.axhline(reference[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=reference[0])
+    if dots:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    if log_x:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.margins(x=0.02, y=0.1)
+    if from_zero:
+        axis.set_ylim(bottom=0)
+    if len(curves) + bool(reference) > 1:
+        _legend_above(axis, columns)
+    return _svg(figure, name, alt)
+
+
+def draw_paired_bars(
+    name: str,
+    alt: str,
+    labels: Sequence[str],
+    pairs: dict[str, tuple[np.ndarray, np.ndarray | None]],
+    *,
+    x: str,
+    strong: str,
+) -> Markup:
+    """Two horizontal bars for each label: pairs {legend: (values (R,), standard deviations (R,) or None)}."""
+    figure, axis = _panel(5.2, 0.9 + 0.36 * len(labels))
+    rows = np.arange(len(labels))
+    for (label, (values, spread)), shift, alpha in zip(pairs.items(), (-0.19, 0.19), (1, 0.5), strict=True):
+        axis.barh(rows + shift, values, 0.34, color=ACCENT, alpha=alpha, linewidth=0, label=label)
+        ends = values
+        if spread is not None:
+            axis.errorbar(values, rows + shift, xerr=spread, fmt="none", ecolor=INK, elinewidth=1)
+            ends = values + spread
+        for row, (value, end) in enumerate(zip(values, ends, strict=True)):
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(f"{value:.1f}", (end, row + shift), fontsize=FONT - 1, color=INK, **place)
+    axis.set_yticks(rows, [label.replace(", ", ",\n") for label in labels], color=INK)
+    for tick in axis.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == strong else "normal")
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(False)
+    axis.set_xlabel(x)
+    _legend_above(axis, 2)
+    return _svg(figure, name, alt)
+
+
+def draw_matrix(
+    name: str,
+    alt: str,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    low: float,
+    high: float,
+    form: str = "{:.2f}",
+    width: float = 3.6,
+    strong: str = "",
+) -> Markup:
+    """A heat map with its numbers, (R, C): the higher in low … high, the stronger. NaN is left empty."""
+    from matplotlib.patches import Rectangle
+
+    figure, axis = _panel(width, 0.75 + 0.36 * len(rows))
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            strength = float(np.clip((value - low) / (high - low), 0, 1))
+            cell = (column - 0.485, row - 0.47)
+            look = {"color": ACCENT, "alpha": 0.05 + 0.6 * strength, "linewidth": 0}
+            axis.add_patch(Rectangle(cell, 0.97, 0.94, **look))
+            axis.text(column, row, form.format(value), ha="center", va="center", fontsize=FONT, color=INK)
+    axis.set_xlim(-0.5, len(columns) - 0.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xticks(range(len(columns)), columns, color=INK)
+    axis.set_yticks(range(len(rows)), rows, color=INK)
+    for tick in axis.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == strong else "normal")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.grid(False)
+    return _svg(figure, name, alt)
+
+
+def draw_sizes(name: str, alt: str, sizes: np.ndarray, batch_size: int | None) -> Markup:
+    """Sizes of clusters from the largest, (R,) int, on a logarithmic scale; where they fill a batch."""
+    figure, axis = _panel(WIDTH, 2.5)
+    edges = np.arange(len(sizes) + 1) + 0.5
+    axis.stairs(sizes, edges, baseline=0.7, fill=True, color=ACCENT, alpha=0.55, linewidth=0)
+    if len(sizes) <= 40:
+        axis.vlines(edges[1:-1], 0.7, sizes[1:], color=PAGE, linewidth=1)
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=0.7)
+    if batch_size:
+        axis.axhline(batch_size, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right"}
+        end = (edges[-1], batch_size)
+        axis.annotate(f"one batch: {batch_size:,}", end, color=MUTED, fontsize=FONT, **place)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("cluster, by size")
+    axis.set_ylabel("pairs")
+    axis.margins(x=0.01)
+    return _svg(figure, name, alt)
+
+
+def draw_shares(name: str, alt: str, rows: Sequence[str], shares: np.ndarray) -> Markup:
+    """Stacked bars in the experts' colours: shares (R, E) whose rows sum to 1."""
+    figure, axis = _panel(WIDTH, 0.6 + 0.3 * len(rows))
+    left = np.zeros(len(rows))
+    for expert, share in enumerate(np.transpose(shares)):
+        axis.barh(range(len(rows)), 100 * share, 0.72, left=left, color=expert_colour(expert), edgecolor=PAGE)
+        left += 100 * share
+    axis.set_yticks(range(len(rows)), rows, color=INK)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(0, 100)
+    axis.grid(False)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("share of routed slots (%)")
+    return _svg(figure, name, alt)
+
+
+def _panel(width: float, height: float):
+    """(figure, axis) without pyplot's global state."""
+    from matplotlib.figure import Figure  # here because it is slow to import
+
+    figure = Figure((width, height), layout="constrained")
+    axis = figure.add_subplot()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(RULE)
+    axis.grid(axis="y", color=RULE, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=MUTED, which="both", labelsize=FONT)
+    for label in (axis.xaxis.label, axis.yaxis.label):
+        label.set(color=MUTED, fontsize=FONT)
+    return figure, axis
+
+
+def _legend_above(axis, columns: int) -> None:
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "columnspacing": 1.4}
+    axis.legend(frameon=False, labelcolor=INK, fontsize=FONT, handlelength=1.2, ncols=columns, **place)
+
+
+def _svg(figure, name: str, alt: str) -> Markup:
+    """The figure as an <svg>: text as text, ids that no other `name` has, the same bytes each time."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    width, height = (round(72 * inches) for inches in figure.get_size_inches())
+    body = out.getvalue().partition("</metadata>")[2]
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", body)  # only these are referred to
+    body = re.sub(r' id="', f' id="{name}-', body)
+    body = re.sub(r"url\(#", f"url(#{name}-", body)
+    body = re.sub(r'xlink:href="#', f'href="#{name}-', body)
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
+    body = re.sub("|".join(_VARIABLES), lambda found: f"var({_VARIABLES[found[0]]})", body)
+    return Markup(
+        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {height}" '
+        f'style="max-width: {round(SCALE * width)}px">{body}'
+    )
+
+
+def _thin(values: np.ndarray) -> np.ndarray:
+    """At most MAX_POINTS means of neighbours."""
+    if len(values) <= MAX_POINTS:
+        return values
+    return np.array([part.mean() for part in np.array_split(values, MAX_POINTS)])
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Of each value and its neighbours, `window` of them, fewer at the ends: (T,) -> (T,)."""
+    half = window // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

@@ -1,0 +1,69 @@
+"""The report's page: every section of a run in one HTML file that loads nothing."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+from markupsafe import Markup
+
+from clipmoe_jax.reporting import expert_sections, sections
+from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
+from clipmoe_jax.reporting.read import Folder, NotThereError, seed_folders
+from clipmoe_jax.reporting.training import training
+
+Section = Callable[[Sequence[Folder]], dict[str, Any]]
+SECTIONS: dict[str, tuple[str, Section]] = {
+    "results": ("Results", sections.results),
+    "training": ("Training", training),
+    "clusters": ("Clusters", sections.clusters),
+    "routing": ("Where tokens go", expert_sections.routing),
+    "heat_maps": ("Patches and words", expert_sections.heat_maps),
+    "experts": ("How the experts differ", expert_sections.experts),
+    "neighbours": ("Right and wrong", sections.neighbours),
+    "cost": ("Cost", sections.cost),
+    "config": ("Config", sections.config),
+}
+
+
+def render(workdir: epath.Path) -> str:
+    """The page of a run, the same bytes from the same files. Raises FileNotFoundError without a run."""
+    folders = seed_folders(workdir)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipmoe_jax.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    style = environment.loader.get_source(environment, "report.css")[0]
+    environment.globals |= {
+        "again": f"python -m clipmoe_jax.report --workdir={workdir}",
+        "percent": "{:.1f}\u202f%".format,  # a narrow space that no line breaks at
+        "signed": lambda points: f"{points:+.1f}".replace("-", "−"),
+    }
+    return environment.get_template("report.html").render(
+        name=workdir.resolve().name,
+        style=Markup(style),
+        palette=[(e, colour, _ink_on(colour)) for e, colour in enumerate(EXPERT_COLOURS)],
+        seeds=[folder.path.name for folder in folders],
+        head=_made(sections.summary, folders),
+        sections=[
+            {"id": name, "title": title, **_made(function, folders)}
+            for name, (title, function) in SECTIONS.items()
+        ],
+    )
+
+
+def _made(section: Section, folders: Sequence[Folder]) -> dict[str, Any]:
+    """{"content": what the section shows, "absent": what is not there for it, and the command for that}."""
+    try:
+        return {"content": section(folders), "absent": None}
+    except NotThereError as error:
+        return {"content": None, "absent": error}
+
+
+def _ink_on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour (WCAG's relative luminance)."""
+    linear = [(int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000" if luminance > 0.179 else "#fff"

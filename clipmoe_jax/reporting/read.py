@@ -1,0 +1,130 @@
+"""What a run has left in its workdir, as the report reads it.
+
+Letters: N pairs of the training set, T points in a curve.
+"""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from clipmoe_jax.data.records import Records
+
+Curves = dict[str, dict[str, np.ndarray]]
+DIAGNOSTICS = "evaluate"  # the stage that makes routing, heat maps, experts, neighbours and cost
+MAIN = "python -m clipmoe_jax.main --config=CONFIG"
+
+
+class NotThereError(Exception):
+    """A file that a section is made from is not there: `what` it is, and the `command` that makes it."""
+
+    def __init__(self, what: str, command: str):
+        super().__init__(what)
+        self.what, self.command = what, command
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """One seed's folder; workdir is what the user gave, the same unless there are several seeds."""
+
+    path: epath.Path
+    workdir: epath.Path
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.path / name).exists()
+
+    def file(self, name: str, stage: str) -> epath.Path:
+        """A file that `stage` makes. Raises NotThereError."""
+        path = self.path / name
+        if not path.exists():
+            raise NotThereError(self._shown(name), f"{MAIN} --workdir={self.workdir} --stage={stage}")
+        return path
+
+    def json(self, name: str, stage: str) -> Any:
+        """A JSON file that `stage` makes. Raises NotThereError."""
+        return json.loads(self.file(name, stage).read_text())
+
+    def array(self, name: str, stage: str) -> Any:
+        """What numpy has saved in a file (.npy an array, .npz a dict of arrays). Raises NotThereError."""
+        with self.file(name, stage).open("rb") as file:
+            found = np.load(file)
+            return found if isinstance(found, np.ndarray) else dict(found)
+
+    def config(self) -> dict[str, Any]:
+        """The run's config. Raises NotThereError: it is written when all stages are through."""
+        if not self.has("config.json"):
+            raise NotThereError(self._shown("config.json"), f"{MAIN} --workdir={self.workdir}")
+        return json.loads((self.path / "config.json").read_text())
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """What was measured while an artifact was made; nothing if it is not there."""
+        path = self.path / name / "done.json"
+        return json.loads(path.read_text())["measured"] if path.exists() else {}
+
+    def records(self, name: str) -> Records:
+        """The prepared data set "train" or "test". Raises NotThereError where it has gone."""
+        data = self.config()["data"]
+        if data["digit_scenes"]:
+            path, split = self.path / "data" / name, "train"
+            shown, command = self._shown(f"data/{name}"), f"{MAIN} --workdir={self.workdir} --stage=data"
+        else:
+            path, split = epath.Path(data[name]), data[f"{name}_split"]
+            shown, command = str(path), f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}"
+        if not path.exists():
+            raise NotThereError(shown, command)
+        return Records(str(path), split)
+
+    def _shown(self, name: str) -> str:
+        """A file's name as seen from the workdir."""
+        return name if self.path == self.workdir else f"{self.path.name}/{name}"
+
+
+def seed_folders(workdir: epath.Path) -> list[Folder]:
+    """The run's folders, one a seed, by seed. Raises FileNotFoundError for a workdir without a run."""
+    if not workdir.exists():
+        raise FileNotFoundError(f"--workdir={workdir} does not exist: make a run with {MAIN} --workdir=…")
+    seeds = [path for path in workdir.iterdir() if re.fullmatch(r"seed_\d+", path.name)]
+    seeds.sort(key=lambda path: int(path.name.removeprefix("seed_")))
+    if (workdir / "metrics.jsonl").exists():
+        return [Folder(workdir, workdir)]
+    found = [Folder(path, workdir) for path in seeds if (path / "metrics.jsonl").exists()]
+    if not found:
+        raise FileNotFoundError(
+            f"--workdir={workdir} has no run in it (no metrics.jsonl, no seed_N): make one with "
+            f"{MAIN} --workdir={workdir}"
+        )
+    return found
+
+
+def read_curves(folder: Folder) -> Curves:
+    """{phase: {"step" and each number: (T,) float64}} of metrics.jsonl, phases in the order they began.
+
+    A resumed run repeats steps: the later line counts. A line that a kill has cut off is left out; what the
+    resumed run wrote behind it, without a break, is read.
+    """
+    phases: dict[str, dict[int, dict[str, float]]] = {}
+    for text in folder.file("metrics.jsonl", "base").read_text().splitlines():
+        if text.endswith("}"):
+            line = json.loads(text[text.rindex('{"phase"') :])
+            phases.setdefault(line["phase"], {})[line["step"]] = line
+    curves = {}
+    for phase, by_step in phases.items():
+        lines = [by_step[step] for step in sorted(by_step)]
+        names = [name for name in lines[0] if name != "phase"]
+        curves[phase] = {name: np.array([line[name] for line in lines], np.float64) for name in names}
+    return curves
+
+
+def read_labels(folder: Folder) -> dict[int, np.ndarray]:
+    """{stage: pseudo-labels (N,) int64}. Raises NotThereError if there is not one stage's."""
+    labels = {}
+    for stage in range(1, 100):
+        name = f"stage_{stage}/clusters/pseudo_labels.npy"
+        if stage > 1 and not (folder.path / name).exists():
+            break
+        labels[stage] = folder.array(name, f"cluster_{stage}")
+    return labels

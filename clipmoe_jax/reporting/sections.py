@@ -1,0 +1,187 @@
+"""The report's sections on models and data: results, clusters, examples, cost, config.
+
+A section is a function (the seeds' folders) -> dict for the page's template. It raises NotThereError if what
+it is made from is not there. What is not a mean over seeds is shown of the first.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.evaluation.evaluate import CLIP_MOE
+from clipmoe_jax.evaluation.table import Results, has_retrieval
+from clipmoe_jax.reporting import charts, pictures, tables
+from clipmoe_jax.reporting.read import DIAGNOSTICS, MAIN, Folder, NotThereError, read_labels
+
+Context = dict[str, Any]
+EXAMPLES_OF_CLUSTER = 6
+FIRST = tables.FIRST
+
+
+def summary(folders: Sequence[Folder]) -> Context:
+    """How CLIP-MoE did against its base, and which model was best: recall@1 in per cent, mean over seeds."""
+    seeds = read_results(folders)
+    if not has_retrieval(seeds):
+        command = f"{MAIN} --workdir={folders[0].workdir} --stage=evaluate --config.data.test=FOLDER"
+        raise NotThereError("recall on a test set", command)
+    mean = {
+        title: {key: 100 * float(np.mean([r[title][key] for r in seeds])) for key in FIRST}
+        for title in seeds[0]
+    }
+    best = max(mean, key=lambda title: sum(mean[title].values()))
+    active = {title: result["active_parameters"] for title, result in seeds[0].items()}
+    return {
+        "base": mean["base"],
+        "moe": mean[CLIP_MOE],
+        "gain": {key: mean[CLIP_MOE][key] - mean["base"][key] for key in FIRST},
+        "times_active": active[CLIP_MOE] / active["base"],
+        "num_ahead": sum(all(r[CLIP_MOE][key] > r["base"][key] for key in FIRST) for r in seeds),
+        "num_seeds": len(seeds),
+        "best": None if best == CLIP_MOE else best,
+        "best_scores": mean[best],
+        "best_times_active": active[best] / active["base"],
+        "num_images": folders[0].measured("eval").get("num_images"),
+    }
+
+
+def results(folders: Sequence[Folder]) -> Context:
+    """The table, recall@1 as bars, zero-shot accuracy by attribute if there is one, further evaluations."""
+    seeds = read_results(folders)
+    titles = list(seeds[0])
+    if not has_retrieval(seeds):
+        nothing = {"differences": None, "bars": None, "attributes": None}
+        return nothing | {"table": tables.recall_table(seeds), "further": tables.evaluation_tables(seeds)}
+    pairs = {}
+    for key, label in FIRST.items():
+        values = 100 * np.array([[r[title][key] for title in titles] for r in seeds])
+        pairs[label] = (values.mean(axis=0), values.std(axis=0, ddof=1) if len(seeds) > 1 else None)
+    numbers = (
+        f"{title} {' and '.join(f'{values[row]:.1f}' for values, _ in pairs.values())}"
+        for row, title in enumerate(titles)
+    )
+    alt = f"Bars of recall at 1 in per cent, image to text and text to image: {'; '.join(numbers)}."
+    return {
+        "table": tables.recall_table(seeds),
+        "differences": len(seeds) > 1 and tables.difference_table(seeds, [f.path.name for f in folders]),
+        "bars": charts.draw_paired_bars("recall", alt, titles, pairs, x="recall@1 (%)", strong=CLIP_MOE),
+        "attributes": _attributes(seeds),
+        "further": tables.evaluation_tables(seeds),
+    }
+
+
+def read_results(folders: Sequence[Folder]) -> list[Results]:
+    """eval/results.json of each seed."""
+    return [folder.json("eval/results.json", "evaluate") for folder in folders]
+
+
+def _attributes(seeds: Sequence[Results]) -> charts.Markup | None:
+    """Zero-shot accuracy by attribute: the experts, each as the dense model it came from, and CLIP-MoE."""
+    experts = {title: r["expert"] for title, r in seeds[0].items() if r["expert"] is not None}
+    labels = {title: f"expert {e}: {title.removesuffix(' alone')}" for title, e in experts.items()}
+    labels[CLIP_MOE] = CLIP_MOE
+    rows, attributes = list(labels.values()), list(seeds[0][CLIP_MOE].get("zero_shot", {}))
+    if not attributes:
+        return None
+    found = [[[r[title]["zero_shot"][a] for a in attributes] for title in labels] for r in seeds]
+    values = 100 * np.mean(found, axis=0)
+    best = (f"{a} {rows[i]}" for a, i in zip(attributes, values.argmax(axis=0), strict=True))
+    alt = f"Heat map of zero-shot accuracy in per cent. The best by attribute: {', '.join(best)}."
+    look = {"low": 0, "high": 100, "form": "{:.0f}", "width": 7.6, "strong": CLIP_MOE}
+    return charts.draw_matrix("attributes", alt, values, rows, attributes, **look)
+
+
+def clusters(folders: Sequence[Folder]) -> Context:
+    """{"stages": {stage: its clusters' sizes, and what lies in the two largest}, "gone": why no examples}."""
+    folder, gone, records = folders[0], None, None
+    labels = read_labels(folder)
+    try:
+        records = folder.records("train")
+    except NotThereError as error:
+        gone = error
+    batch_size = folder.config()["mcl"]["batch_size"] if folder.has("config.json") else None
+    stages = {stage: _stage(folder, stage, labels[stage], records, batch_size) for stage in labels}
+    return {"stages": stages, "gone": gone}
+
+
+def _stage(
+    folder: Folder, stage: int, labels: np.ndarray, records: Records | None, batch_size: int | None
+) -> Context:
+    names, sizes = np.unique(labels, return_counts=True)
+    order = np.argsort(-sizes, kind="stable")
+    alt = (
+        f"Sizes of the {len(sizes)} clusters of stage {stage} from the largest, on a logarithmic scale: "
+        f"{sizes.max():,} to {sizes.min():,} pairs, median {np.median(sizes):,.0f}."
+    )
+    report = folder.measured(f"stage_{stage}/params")
+    levels = [count for name, count in sorted(report.items()) if name.startswith("pairs_level_")]
+    return {
+        "chart": charts.draw_sizes(f"clusters-{stage}", alt, sizes[order], batch_size),
+        "num_clusters": len(sizes),
+        "num_pairs": len(labels),
+        "largest": [_cluster(records, labels, names[i]) for i in order[:2]] if records else [],
+        "own": levels[0] if levels else None,
+        "of_parents": sum(levels[1:]),
+        "unused": report.get("pairs_unused", 0),
+    }
+
+
+def _cluster(records: Records, labels: np.ndarray, name: int) -> Context:
+    """Some of a cluster's pairs, from all over the data."""
+    members = np.flatnonzero(labels == name)
+    chosen = np.linspace(0, len(members) - 1, min(EXAMPLES_OF_CLUSTER, len(members))).astype(int)
+    examples = []
+    for index in members[chosen].tolist():
+        record = records[index]
+        image = pictures.thumbnail(record["image"])
+        examples.append({"record": index, "image": image, "caption": record["captions"][0]})
+    return {"name": int(name), "size": len(members), "examples": examples}
+
+
+def neighbours(folders: Sequence[Folder]) -> Context:
+    """Test images on which one of base and CLIP-MoE ranks an own caption first and the other does not."""
+    found = folders[0].json("eval/neighbours.json", DIAGNOSTICS)
+    records = folders[0].records("test")
+
+    def answer(entry: dict, model: str, right: bool) -> Context:
+        caption, score = entry[model]
+        own = caption == entry["caption"]
+        return {"right": right, "own": own, "words": _compare(caption, entry["caption"]), "score": score}
+
+    def show(entry: dict, right: str) -> Context:
+        titles = {"base": "base", "clip_moe": CLIP_MOE}
+        return {
+            "record": entry["image"],
+            "image": pictures.thumbnail(records[entry["image"]]["image"]),
+            "caption": entry["caption"],
+            "answers": {title: answer(entry, model, model == right) for model, title in titles.items()},
+        }
+
+    return {
+        "CLIP-MoE right, base wrong": [show(entry, "clip_moe") for entry in found["clip_moe_right"]],
+        "Base right, CLIP-MoE wrong": [show(entry, "base") for entry in found["base_right"]],
+    }
+
+
+def _compare(answer: str, own: str) -> list[tuple[str, bool]]:
+    """The words of an answer, and of each whether the own caption lacks it."""
+
+    def plain(word: str) -> str:
+        return word.strip(".,;:!?\"'()").lower()
+
+    known = {plain(word) for word in own.split()}
+    return [(word, plain(word) not in known) for word in answer.split()]
+
+
+def cost(folders: Sequence[Folder]) -> Context:
+    """What the models cost at inference."""
+    return {"table": tables.cost_table(folders[0].json("eval/cost.json", DIAGNOSTICS))}
+
+
+def config(folders: Sequence[Folder]) -> Context:
+    """The config as JSON, and the versions with which the routers were trained."""
+    done = "moe/params/done.json"
+    versions = folders[0].json(done, "router")["versions"] if folders[0].has(done) else {}
+    return {"json": json.dumps(folders[0].config(), indent=2), "versions": versions}

@@ -1,0 +1,94 @@
+"""The training section: curves of loss, load balance and learning rate, and the phases in numbers."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from clipmoe_jax.evaluation.evaluate import BASELINE_TITLES
+from clipmoe_jax.reporting import charts, tables
+from clipmoe_jax.reporting.charts import ACCENT, INK, MUTED, Curve, expert_colour
+from clipmoe_jax.reporting.read import Curves, Folder, read_curves
+
+BASELINE_COLOURS = dict(
+    zip(BASELINE_TITLES, itertools.cycle((INK, ACCENT, expert_colour(5), expert_colour(4))), strict=False)
+)
+
+
+def training(folders: Sequence[Folder]) -> dict[str, Any]:
+    """{"panels": [(title, chart)], "table": of phases}."""
+    curves = {phase: curve for phase, curve in read_curves(folders[0]).items() if "loss" in curve}
+    names = {phase: _title(phase) for phase in curves}
+    groups = {
+        "Dense base": [phase for phase in curves if phase == "base"],
+        "Stages: batches of one cluster each": [phase for phase in curves if phase.startswith("mcl_")],
+        "Routers": [phase for phase in curves if phase == "router"],
+        "Baselines": [phase for phase in curves if phase in BASELINE_TITLES],
+    }
+    panels = [
+        (f"Loss. {title}", _losses(f"loss-{i}", {names[phase]: (phase, curves[phase]) for phase in phases}))
+        for i, (title, phases) in enumerate(groups.items())
+        if phases
+    ]
+    if "balance_image" in curves.get("router", {}):
+        panels.append(("Load balance of the routers", _balance(folders[0], curves["router"])))
+    panels.append(("Learning rate", _rates(curves)))
+    return {"panels": panels, "table": tables.phase_table(curves, names)}
+
+
+def _losses(name: str, phases: dict[str, tuple[str, dict]]) -> charts.Markup:
+    shown = {
+        title: Curve(curve["step"], curve["loss"], _colour(phase), noisy=True)
+        for title, (phase, curve) in phases.items()
+    }
+    longest = [curve.x[-1] for curve in shown.values()]
+    alt = f"Loss by step. {_ends(shown, '{:.3f}')}"
+    return charts.draw_curves(
+        name, alt, shown, x="step", y="loss", from_zero=True, log_x=max(longest) > 3 * min(longest)
+    )
+
+
+def _balance(folder: Folder, curve: dict) -> charts.Markup:
+    """`losses.load_balance` of each tower, and its value for even loads, if the config says which it is."""
+    reference = None
+    if folder.has("config.json"):
+        config = folder.config()
+        released = config["router"]["balance"] == "released"
+        level = config["moe"]["num_selected_experts"] if released else 1
+        reference = (f"even: {level}", level)
+    shown = {
+        "vision tower": Curve(curve["step"], curve["balance_image"], ACCENT),
+        "text tower": Curve(curve["step"], curve["balance_text"], INK),
+    }
+    alt = f"Load balance by step while the routers train. {_ends(shown, '{:.2f}')}"
+    return charts.draw_curves("balance", alt, shown, x="step", y="balance", reference=reference)
+
+
+def _rates(curves: Curves) -> charts.Markup:
+    """Of the base, the stages, which share a schedule, and the routers."""
+    titles = {"base": "dense base", "mcl_1": "each stage", "router": "routers"}
+    shown = {
+        title: Curve(curves[phase]["step"], curves[phase]["learning_rate"], _colour(phase))
+        for phase, title in titles.items()
+        if phase in curves
+    }
+    highest = ", ".join(f"{title} {curve.y.max():.2g}" for title, curve in shown.items())
+    alt = f"Learning rate by step. Highest: {highest}."
+    return charts.draw_curves("rates", alt, shown, x="step", y="learning rate", from_zero=True)
+
+
+def _title(phase: str) -> str:
+    if phase.startswith("mcl_"):
+        return f"stage {phase.removeprefix('mcl_')}"
+    return {"base": "dense base", "router": "routers"}.get(phase) or BASELINE_TITLES.get(phase, phase)
+
+
+def _colour(phase: str) -> str:
+    """A stage has the colour of the expert that it becomes."""
+    if phase.startswith("mcl_"):
+        return expert_colour(int(phase.removeprefix("mcl_")))
+    return {"base": MUTED, "router": INK, **BASELINE_COLOURS}[phase]
+
+
+def _ends(shown: dict[str, Curve], form: str) -> str:
+    ends = (f"{title} from {form.format(c.y[0])} to {form.format(c.y[-1])}" for title, c in shown.items())
+    return f"{'; '.join(ends)}."

@@ -1,0 +1,419 @@
+"""The report of a hand-written run: what it says, read by an HTML parser, and how it looks in Chromium."""
+
+import base64
+import collections
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import synthetic_run
+from etils import epath
+from PIL import Image
+
+from clipmoe_jax.report import write_report
+from clipmoe_jax.reporting import tables
+from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves
+
+VOID = {"meta", "img", "link", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with attributes and text, and whether every one is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"not closed: {[e['tag'] for e in self._open]}"
+
+    def handle_starttag(self, tag, attributes):
+        parents = [element["tag"] for element in self._open]
+        element = {"tag": tag, "text": "", "parents": parents, **dict(attributes)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self._open.append(element)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append({"tag": tag, "text": "", "parents": [], **dict(attributes)})
+
+    def handle_endtag(self, tag):
+        assert self._open[-1]["tag"] == tag, f"</{tag}> closes <{self._open[-1]['tag']}>"
+        self._open.pop()
+
+    def handle_data(self, data):
+        for element in self._open:
+            element["text"] += data
+
+    def all(self, *tags: str) -> list[dict]:
+        return [element for element in self.elements if element["tag"] in tags]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    synthetic_run.write_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(workdir):
+    return write_report(epath.Path(workdir)).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+@pytest.fixture(scope="module")
+def seeds(workdir, tmp_path_factory):
+    """Two seeds: the run, and a copy whose CLIP-MoE is better by 0.02 everywhere."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    for seed, gain in ((1, 0.0), (2, 0.02)):
+        shutil.copytree(workdir, folder / f"seed_{seed}")
+        file = folder / f"seed_{seed}" / "eval" / "results.json"
+        results = json.loads(file.read_text())
+        for metric in synthetic_run.METRICS:
+            results["CLIP-MoE"][metric] += gain
+        file.write_text(json.dumps(results))
+    return folder
+
+
+def decode(encoded: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def table_rows(page: Page, caption: str) -> dict[str, list[tuple[str, bool]]]:
+    """{row's heading: (text, whether bold) of each cell} of the table with a caption."""
+    rows, inside, cells = {}, False, None
+    for element in page.elements:
+        if element["tag"] == "table":
+            inside = False
+        if element["tag"] == "caption":
+            inside = element["text"].startswith(caption)
+        if not inside:
+            continue
+        if element["tag"] == "th" and element.get("scope") == "row":
+            cells = rows.setdefault(element["text"], [])
+        if element["tag"] == "td" and cells is not None:
+            cells.append((element["text"], False))
+        if element["tag"] == "b" and element["parents"][-1] == "td":
+            cells[-1] = (cells[-1][0], True)
+    return rows
+
+
+def test_best_value_of_each_column_is_bold(page, workdir):
+    results = json.loads((workdir / "eval" / "results.json").read_text())
+    rows = table_rows(page, "Recall in per cent")
+    assert list(rows) == list(synthetic_run.TITLES)
+    for column, metric in enumerate(synthetic_run.METRICS):
+        best = max(results, key=lambda title: results[title][metric])
+        assert [title for title in rows if rows[title][column][1]] == [best], metric
+        for title, cells in rows.items():
+            assert cells[column][0] == f"{100 * results[title][metric]:.1f}"
+    assert [cell for cell, _ in rows["CLIP-MoE"][6:]] == ["3.80M", "3.54M"]
+    # Named by the fixture: not the maximum of a row, and not all of one model.
+    assert rows["stage 1 alone"][5] == ("99.0", True)
+
+
+def test_where_less_is_better_the_least_is_bold(page):
+    rows = table_rows(page, "ood: places")
+    assert rows["base"] == [("60.0", False), ("60.0", False)]
+    assert rows["CLIP-MoE"] == [("68.0", True), ("52.0", True)]  # 0.6 ± 4/50: highest AUROC, lowest FPR
+
+
+def test_equal_values_are_best_together():
+    cells = tables.score_cells(100 * np.array([[[0.5, 0.1], [0.5, 0.2]]]))
+    assert [[cell.best for cell in row] for row in cells] == [[True, False], [True, True]]
+
+
+def test_summary_is_made_of_the_numbers(page, workdir):
+    results = json.loads((workdir / "eval" / "results.json").read_text())
+    [lead] = [element["text"] for element in page.all("p") if element.get("class") == "lead"]
+    for key in ("image_to_text_r1", "text_to_image_r1"):
+        base, moe = 100 * results["base"][key], 100 * results["CLIP-MoE"][key]
+        for number in (f"{moe:.1f}\u202f%", f"{base:.1f}\u202f%", f"{moe - base:+.1f}"):
+            assert number in lead
+    assert "12 test images" in lead and "1.04 times" in lead  # 3.54 / 3.40
+    assert "feature ensemble" in lead and "at 4.03 times" in lead  # 13.7 / 3.4
+
+
+def test_several_seeds_are_means_with_deviations(seeds):
+    page = Page(write_report(epath.Path(seeds)).read_text())
+    first, second = (
+        json.loads((seeds / f"seed_{s}" / "eval" / "results.json").read_text())["CLIP-MoE"] for s in (1, 2)
+    )
+    rows = table_rows(page, "Recall in per cent, mean ± standard deviation of 2 seeds")
+    for column, metric in enumerate(synthetic_run.METRICS):
+        mean = 50 * (first[metric] + second[metric])
+        assert rows["CLIP-MoE"][column][0] == f"{mean:.1f} ± 1.4"  # two values 2 apart: sqrt(2)
+        assert rows["base"][column][0].endswith("± 0.0")
+    differences = table_rows(page, "CLIP-MoE minus")["base"]
+    apart = [float(cell.partition(" /")[0].replace("−", "-")) for cell, _ in differences]
+    assert apart[1] - apart[0] == pytest.approx(2, abs=0.11)
+    [lead] = [element["text"] for element in page.all("p") if element.get("class") == "lead"]
+    assert "means of 2 seeds" in lead and "in\neach of them" in lead
+    assert "Of seed_1 alone." in {element["text"] for element in page.all("p")}
+
+
+def test_captions_are_data(page, text):
+    assert "<script" not in text and not page.all("script")
+    shown = [element for element in page.all("p", "dd") if element["text"].strip() == synthetic_run.SCRIPT]
+    assert len(shown) == 3  # the largest cluster of two stages, and the neighbours
+    assert any("<script>" in element["text"] for element in page.all("span"))  # a token
+
+
+def test_nothing_is_loaded(page, text):
+    assert not re.search(r"https?:|//[a-z]+\.", text)
+    assert not page.all("script", "iframe", "object", "embed", "audio", "video", "source")
+    for element in page.elements:
+        for name in ("src", "href", "srcset", "data", "poster"):
+            assert element.get(name, "#").startswith(("#", "data:")), element
+    assert all(url.startswith(("data:", "#")) for url in re.findall(r"url\(([^)]*)\)", text))
+    assert "@import" not in text
+
+
+def test_pictures_have_words(page):
+    images = page.all("img")
+    # 2 stages x 2 clusters x 6 examples, 2 examples x (image + 2 blocks), 3 neighbours
+    assert len(images) == 24 + 6 + 3
+    assert all(image["alt"].strip() for image in images)
+    charts = page.all("svg")
+    assert len(charts) > 20
+    assert all(chart["role"] == "img" and len(chart["aria-label"]) > 20 for chart in charts)
+    assert len({chart["aria-label"] for chart in charts}) == len(charts)
+
+
+def test_page_is_well_formed(page, text):
+    assert text.startswith('<!doctype html>\n<html lang="en">')
+    [title] = page.all("title")
+    assert title["text"] == "tiny: a CLIP-MoE run"
+    [viewport] = [element for element in page.all("meta") if element.get("name") == "viewport"]
+    assert viewport["content"] == "width=device-width, initial-scale=1"
+    assert [element["text"] for element in page.all("h1")] == ["tiny"]
+    levels = [int(element["tag"][1]) for element in page.all("h1", "h2", "h3", "h4")]
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    ids = collections.Counter(element["id"] for element in page.elements if "id" in element)
+    assert max(ids.values()) == 1, ids.most_common(1)
+    for element in page.elements:
+        for name in ("href", "aria-labelledby"):
+            target = element.get(name, "")
+            if target.startswith("#") or name == "aria-labelledby" and target:
+                assert target.removeprefix("#") in ids
+    assert all(name in ids for name in re.findall(r"url\(#([^)]*)\)", text))
+
+
+def test_examples_come_from_the_two_largest_clusters(page, workdir):
+    labels = np.load(workdir / "stage_1" / "clusters" / "pseudo_labels.npy")
+    sizes = sorted(collections.Counter(labels.tolist()).values(), reverse=True)
+    headings = [element["text"] for element in page.all("h4")][:2]
+    assert headings == [f"Largest: {sizes[0]} pairs", f"Second largest: {sizes[1]} pairs"]
+    alts = " ".join(image["alt"] for image in page.all("img"))
+    shown = re.findall(r"Training image (\d+), stage 1, cluster (\d+)", alts)
+    assert len(shown) == 12 and all(labels[int(record)] == int(cluster) for record, cluster in shown)
+
+
+def test_words_that_a_wrong_answer_adds_are_marked(page):
+    marked = [element["text"] for element in page.all("mark")]
+    assert marked[-2:] == ["lime", "lime"]  # "a small lime two …" for "a small cyan two …", twice
+    assert marked[:-2] == "small lime two on dotted navy".split()  # the script's caption has "a" alone
+
+
+def test_experts_of_patches_and_words(page, workdir):
+    with np.load(workdir / "eval" / "heat_maps.npz") as arrays:
+        visual, words = arrays["visual_experts"], arrays["text_experts"]
+    maps = [element for element in page.all("img") if element["alt"].startswith("Block")]
+    colours = {}
+    for element, experts in zip(maps, visual.reshape(-1, 2, 2), strict=True):
+        picture = decode(element["src"].partition(",")[2]).convert("RGBA")
+        for place, expert in np.ndenumerate(experts):
+            colours.setdefault(int(expert), set()).add(picture.getpixel(place[::-1])[:3])
+    assert all(len(found) == 1 for found in colours.values())  # one colour an expert
+    assert len(set.union(*colours.values())) == len(colours)
+    tokens = [element for element in page.all("span") if element.get("class") == "token"]
+    assert len(tokens) == 2 * 5
+    assert tokens[0]["title"] == f"experts {words[0, 0, 0]}, {words[0, 1, 0]}"
+    assert tokens[9]["title"] == f"experts {words[1, 0, 4]}, {words[1, 1, 4]}"
+
+
+def test_cost_is_compared_with_the_base(page):
+    rows = table_rows(page, "On the machine that evaluated")
+    assert rows["CLIP-MoE"][5][0] == "3.50 1.75×" and rows["base"][5][0] == "2.00"
+
+
+def test_later_lines_of_metrics_count(workdir):
+    curves = read_curves(Folder(epath.Path(workdir), epath.Path(workdir)))
+    assert list(curves) == ["base", "mcl_1", "mcl_2", "router", "direct_ft"]
+    assert curves["mcl_1"]["step"].tolist() == list(range(10, 401, 10))
+    assert curves["mcl_1"]["loss"].max() < 2  # not the 99 of the line that was written again
+
+
+def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
+    """A resumed run writes on where the cut line ends, without a line break."""
+    lines = [json.dumps({"phase": "base", "step": step, "loss": 0.5}) for step in (10, 20)]
+    (tmp_path / "metrics.jsonl").write_text(lines[0][:30] + lines[0] + "\n" + lines[1] + "\n" + lines[0][:9])
+    curves = read_curves(Folder(epath.Path(tmp_path), epath.Path(tmp_path)))
+    assert curves["base"]["step"].tolist() == [10, 20]
+
+
+def test_same_files_give_the_same_bytes(workdir, text):
+    assert write_report(epath.Path(workdir)).read_text() == text
+
+
+NOT_THERE = {
+    "not evaluated": {
+        "eval/results.json": "--stage=evaluate",
+        "eval/routing.json": "--stage=evaluate",
+        "eval/heat_maps.npz": "--stage=evaluate",
+        "eval/experts.json": "--stage=evaluate",
+        "eval/neighbours.json": "--stage=evaluate",
+        "eval/cost.json": "--stage=evaluate",
+        "stage_1/clusters/pseudo_labels.npy": "--stage=cluster_1",
+    },
+    "data gone": {"data/train": "--stage=data", "data/test": "--stage=data"},
+    "not finished": {"config.json": ""},
+}
+
+
+@pytest.mark.parametrize("files", NOT_THERE.values(), ids=NOT_THERE)
+def test_what_is_not_there_is_named_with_its_command(workdir, tmp_path, files):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    for name in files:
+        (folder / name).rename(tmp_path / name.replace("/", "-"))
+    page = Page(write_report(epath.Path(folder)).read_text())
+    boxes = [element["text"] for element in page.all("div") if element.get("class") == "absent"]
+    assert len(page.all("h2")) == 9
+    for name, stage in files.items():
+        made_by = f"python -m clipmoe_jax.main --config=CONFIG --workdir={folder} {stage}".strip()
+        again = f"python -m clipmoe_jax.report --workdir={folder}"
+        assert any(name in box and f"{made_by}\n{again}" in box for box in boxes), name
+
+
+def test_users_data_that_has_gone_is_prepared_again(workdir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] = {"digit_scenes": 0, "train": "nowhere/train", "train_split": "train"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotThereError) as gone:
+        Folder(epath.Path(folder), epath.Path(folder)).records("train")
+    assert gone.value.what == "nowhere/train"
+    assert gone.value.command == "python -m clipmoe_jax.prepare --source=KIND:PATH --out=nowhere/train"
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    """One phase's first line and nothing else."""
+    values = ("loss", "batch_accuracy", "learning_rate", "pairs_per_second", "input_wait_fraction", "time")
+    line = json.dumps({"phase": "base", "step": 10, **dict.fromkeys(values, 0.5)})
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    page = Page(write_report(epath.Path(tmp_path)).read_text())
+    assert len(page.all("svg")) == 2  # loss and learning rate
+    absent = [element for element in page.all("div") if element.get("class") == "absent"]
+    assert len(absent) == 9  # the summary, and every section but training
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "no run"])
+def test_workdir_without_a_run(tmp_path, there):
+    workdir = tmp_path / "runs"
+    if there:
+        (workdir / "seed_1").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "clipmoe_jax.report", f"--workdir={workdir}"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: --workdir={workdir} {'has no run in it' if there else 'does not exist'}")
+    assert "python -m clipmoe_jax.main --config=CONFIG --workdir=" in line
+
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A real Chromium without a window."""
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.fail(
+            "the report is tested in Chromium, which is not there: install the packages chromium and "
+            "chromium-driver (apt-get install -y chromium chromium-driver)"
+        )
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
+
+
+def look(browser, workdir, width: int, scheme: str) -> np.ndarray:
+    """Opens the page at a width, light or dark; a picture of all of it, uint8 (H, W, 3)."""
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.get((workdir / "report.html").as_uri())
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+    return np.asarray(decode(shot["data"]).convert("RGB"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_chromium(browser, workdir, text, width, scheme):
+    browser.get_log("browser")
+    shot = look(browser, workdir, width, scheme)
+    assert browser.get_log("browser") == []
+    empty = "return [...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+    assert browser.execute_script(empty) == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [url for url in loaded if not url.startswith("data:")] == []
+    page_colour, brightness = shot[2, 2], shot.mean()
+    assert shot.shape[1] == width and shot.shape[0] > 3000
+    if scheme == "dark":
+        assert page_colour.max() < 40 and brightness < 90
+    else:
+        assert page_colour.min() > 240 and brightness > 180
+
+
+# Text whose contrast with what it stands on is under 4.5, by the formulas of WCAG 2 (1.4.3).
+CONTRAST = """
+const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const luminance = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+const found = [], tags = 'p, td, th, a, h1, h2, h3, h4, caption, figcaption, dt, dd, mark, i, em, svg text';
+for (const e of document.querySelectorAll(tags)) {
+  const style = getComputedStyle(e);
+  if (!e.textContent.trim() || !e.getClientRects().length || style.fontSize === '0px') continue;
+  let back = [0, 0, 0, 0];
+  for (let under = e; under && back[3] === 0; under = under.parentElement)
+    back = numbers(getComputedStyle(under).backgroundColor);
+  const ink = numbers(e.ownerSVGElement ? style.fill : style.color);
+  const [low, high] = [luminance(ink), luminance(back)].sort((a, b) => a - b);
+  if ((high + .05) / (low + .05) < 4.5) found.push([e.tagName, e.textContent.slice(0, 30), ink, back]);
+}
+return [found, document.querySelectorAll(tags).length]"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(browser, workdir, text, scheme):
+    look(browser, workdir, 1280, scheme)
+    found, looked_at = browser.execute_script(CONTRAST)
+    assert found == [] and looked_at > 300
