@@ -30,6 +30,7 @@ from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.evaluation.evaluate import evaluate, evaluate_stage, is_wanted, read_evaluations
 from clipmoe_jax.evaluation.table import (
     draw_figure,
+    format_attributes,
     format_differences,
     format_evaluations,
     format_table,
@@ -144,8 +145,8 @@ def main(argv: list[str]) -> None:
     if not distributed.is_main():
         return
     print(f"\n{format_table(results)}")
-    if tables := format_evaluations(results):
-        print(f"\n{tables}")
+    for table in filter(None, (format_attributes(results), format_evaluations(results))):
+        print(f"\n{table}")
     if has_retrieval(results):
         if len(results) > 1:
             print(f"\n{format_differences(results)}")

@@ -52,6 +52,39 @@ def format_table(seeds: Sequence[Results]) -> str:
     return "\n".join([*lines, "", HOW_TO_READ])
 
 
+def format_attributes(seeds: Sequence[Results]) -> str:
+    """Zero-shot accuracy by attribute in per cent: each expert as the dense model it came from, and the
+    CLIP-MoE; "" where there are no attributes."""
+    attributes = list(seeds[0][CLIP_MOE].get("zero_shot", {}))
+    if not attributes:
+        return ""
+    rows = _experts(seeds[0]) | {CLIP_MOE: CLIP_MOE}
+    width, cell = max(map(len, rows.values())), 6 if len(seeds) == 1 else 11
+    cells = {name: max(cell, len(name)) for name in (*attributes, "mean")}
+    lines = ["  ".join([f"{'':{width}}", *(f"{name:>{n}}" for name, n in cells.items())])]
+    for title, label in rows.items():
+        found = [[results[title]["zero_shot"][a] for a in attributes] for results in seeds]
+        found = np.concatenate([found, np.mean(found, axis=1, keepdims=True)], axis=1)
+        numbers = (
+            f"{_mean_and_spread(of_one, 100, 1):>{n}}"
+            for of_one, n in zip(found.T, cells.values(), strict=True)
+        )
+        lines.append("  ".join([f"{label:{width}}", *numbers]))
+    chances = [100 / len(ATTRIBUTES[a]) for a in attributes]
+    numbers = zip([*chances, np.mean(chances)], cells.values(), strict=True)
+    lines.append("  ".join([f"{'chance':{width}}", *(f"{chance:>{n}.1f}" for chance, n in numbers)]))
+    return "\n".join(["Zero-shot accuracy by attribute, per cent", *lines])
+
+
+def _experts(results: Results) -> dict[str, str]:
+    """{title: label} of the models that became experts."""
+    return {
+        title: f"expert {numbers['expert']} ({title.removesuffix(' alone')})"
+        for title, numbers in results.items()
+        if numbers["expert"] is not None
+    }
+
+
 def format_evaluations(seeds: Sequence[Results]) -> str:
     """A table for each of the config's evaluations: models by metrics, mean ± standard deviation."""
     with_numbers = [title for title, numbers in seeds[0].items() if "evaluations" in numbers]
@@ -135,12 +168,7 @@ def draw_figure(seeds: Sequence[Results], path: epath.Path) -> None:
 
 def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> None:
     """A heat map: rows are the experts, each as the dense model it came from, and the CLIP-MoE."""
-    experts = {
-        title: f"expert {results['expert']} ({title.removesuffix(' alone')})"
-        for title, results in seeds[0].items()
-        if results["expert"] is not None
-    }
-    experts[CLIP_MOE] = CLIP_MOE
+    experts = _experts(seeds[0]) | {CLIP_MOE: CLIP_MOE}
     values = 100 * np.mean(
         [[[r[title]["zero_shot"][a] for a in attributes] for title in experts] for r in seeds], axis=0
     )
