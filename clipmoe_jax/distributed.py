@@ -60,6 +60,15 @@ def initialize(mode: str = "auto") -> None:
     _client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
 
 
+def keep_compiled_programs() -> None:
+    """Compiled programs are kept in ~/.cache/clipmoe_jax, by host, so that the same command starts sooner the
+    next time. JAX_COMPILATION_CACHE_DIR names another folder, and none if it is empty."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # By host: a program compiled for one CPU may not run on another that shares the home.
+        folder = os.path.expanduser(f"~/.cache/clipmoe_jax/{socket.gethostname()}")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def _environment_shows_several() -> bool:
     if any(int(os.environ.get(name, 1)) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
         return True

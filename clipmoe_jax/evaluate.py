@@ -15,7 +15,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from clipmoe_jax import artifacts, cli, sharding, trees
+from clipmoe_jax import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import expert_as_dense
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # tfds and orbax tell every file they open
     given = flags.FLAGS
+    distributed.keep_compiled_programs()
     lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data]
     evaluations = [parse_evaluation(line) for line in lines]
     for evaluation in evaluations:

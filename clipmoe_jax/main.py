@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
         return
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
     distributed.initialize(flags.FLAGS.distributed)
+    distributed.keep_compiled_programs()
     began = time.perf_counter()
     results = run_pipeline(config, workdir, flags.FLAGS.stage)
     if not results:
