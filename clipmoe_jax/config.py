@@ -13,7 +13,17 @@ from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
-BASELINES = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
+BASELINES = (
+    "direct_ft",
+    "direct_ft_same_pairs",
+    "full_ft",
+    "long_clip",
+    "base_ft_moe",
+    "sparse_upcycling",
+    "drop_upcycling",
+    "clip_up",
+    "feature_ensemble",
+)
 
 _MANY = 10**12
 _PHASE_RANGES = {
@@ -37,6 +47,7 @@ RANGES = {
     "moe.expert_dropout_rate": (0.0, 0.99),
     "moe.capacity_factor": (1e-3, 1e3),
     "router.balance_coefficient": (0.0, 1e3),
+    "router.z_loss_coefficient": (0.0, 1e3),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.max_to_keep": (1, 1000),
     "data.num_workers": (0, 1000),
@@ -97,6 +108,7 @@ def default_config() -> ConfigDict:
     )
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
+    config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
 
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
