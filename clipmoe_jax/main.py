@@ -4,16 +4,17 @@
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
-What is done is not done again; a run that was killed goes on. `--stage` runs one stage alone: data, base,
-embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. `--plan` runs nothing: it prints what the
-run would take on devices that need not be here (docs/scaling.md):
+A config with `variants` is a sweep: each variant is run in WORKDIR/VARIANT, and one table compares them
+(configs/sweep.py). What is done is not done again; a run that was killed goes on. `--stage` runs one stage
+alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. `--plan` runs nothing:
+it prints what the run would take on devices that need not be here (docs/scaling.md):
 
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --plan --plan_accelerator=h100 \\
         --plan_devices=8 --plan_pairs=1246000
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import flags, logging
@@ -27,7 +28,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.evaluation.evaluate import evaluate
+from clipmoe_jax.evaluation.evaluate import CLIP_MOE, evaluate
 from clipmoe_jax.evaluation.table import draw_figure, format_differences, format_table
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.plan import format_plan, make_plan
@@ -53,17 +54,42 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
 
 
 def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> list[dict]:
-    """Runs every stage (or one) for every seed; returns the results of each seed, empty if not evaluated."""
+    """Runs every stage (or one) for every seed, of every variant if there are some; returns the results of
+    each, empty if not evaluated."""
+    return [found for results in run_variants(config, workdir, only).values() for found in results]
+
+
+def run_variants(config: ConfigDict, workdir: epath.Path, only: str = "") -> dict[str, list[dict]]:
+    """{variant: results of each seed}, as `run_pipeline`; a config without variants is one named "", in
+    WORKDIR itself. What several variants have in common is made once and copied."""
     configs.validate(config)
+    variants = configs.variant_configs(config)
+    for name, variant in variants.items():
+        try:
+            check_run(variant, only)
+        except (ValueError, FileNotFoundError) as error:
+            if not name:
+                raise
+            raise ValueError(f"variants.{name}: {error}") from error
+    return {
+        name: _run_seeds(
+            variant, workdir / name, only, [workdir / other for other in variants if other != name]
+        )
+        for name, variant in variants.items()
+    }
+
+
+def _run_seeds(
+    config: ConfigDict, workdir: epath.Path, only: str, siblings: Sequence[epath.Path]
+) -> list[dict]:
+    """The results of each seed. siblings: the folders of other variants."""
     table = stages_of(config)
-    if only and only not in table:
-        raise ValueError(f"--stage={only} is not a stage of this config: choose one of {', '.join(table)}")
     mesh = sharding.make_mesh(**config.mesh)
     results = []
     for seed in config.seeds:
-        folder = workdir / f"seed_{seed}" if len(config.seeds) > 1 else workdir
-        run = Run(config, seed, folder, mesh, Metrics(folder))
-        preflight(run)
+        part = f"seed_{seed}" if len(config.seeds) > 1 else ""
+        folder = workdir / part
+        run = Run(config, seed, folder, mesh, Metrics(folder), [sibling / part for sibling in siblings])
         found = None
         for name, function in table.items():
             if only in ("", name):
@@ -78,14 +104,22 @@ def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> lis
     return results
 
 
-def preflight(run: Run) -> None:
-    """Raises for what would fail later, before any device time is spent: data, batch sizes, schedules."""
-    config = run.config
-    num_pairs = config.data.digit_scenes or len(run.records("train"))
-    if config.data.text_buckets and not config.data.digit_scenes and not config.data.in_memory:
-        _ = run.records("train").token_counts  # is not there in data sets of an earlier version
-    if config.data.test and not config.data.digit_scenes:
-        run.records("test")
+def check_run(config: ConfigDict, only: str = "") -> None:
+    """Raises for what would fail later, before any device time is spent: fields, stage, data, batch sizes,
+    schedules, mesh."""
+    configs.validate(config)
+    table = stages_of(config)
+    if only and only not in table:
+        raise ValueError(f"--stage={only} is not a stage of this config: choose one of {', '.join(table)}")
+    mesh = sharding.make_mesh(**config.mesh)
+    num_pairs = config.data.digit_scenes
+    if not num_pairs:
+        train = Records(config.data.train, config.data.train_split)
+        num_pairs = len(train)
+        if config.data.text_buckets and not config.data.in_memory:
+            _ = train.token_counts  # is not there in data sets of an earlier version
+        if config.data.test:
+            Records(config.data.test, config.data.test_split)
     if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
         raise FileNotFoundError(
             f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
@@ -100,7 +134,7 @@ def preflight(run: Run) -> None:
             )
         try:
             phase.length(num_pairs // phase.batch_size)
-            sharding.check_batch(run.mesh, phase.batch_size, phase.accumulation_steps)
+            sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -109,13 +143,34 @@ def print_plan(config: ConfigDict) -> None:
     """What the run would take."""
     given = flags.FLAGS
     configs.validate(config, paths=False)
+    variants = configs.variant_configs(config)
     num_pairs = given.plan_pairs or config.data.digit_scenes
     if not num_pairs:
         if not config.data.train:
             raise ValueError("how many pairs? Set --plan_pairs, or config.data.train to a prepared data set")
         num_pairs = len(Records(config.data.train, config.data.train_split))
-    plan = make_plan(config, given.plan_accelerator, given.plan_devices, given.plan_mfu, num_pairs)
-    print(format_plan(plan))
+    for name, variant in variants.items():
+        configs.validate(variant, paths=False)
+        plan = make_plan(variant, given.plan_accelerator, given.plan_devices, given.plan_mfu, num_pairs)
+        print(f"{name}:\n{format_plan(plan)}\n" if name else format_plan(plan))
+
+
+def write_table(results: Sequence[dict], folder: epath.Path) -> tuple[str, epath.Path]:
+    """The table of one config's models, and its figure; both also lie in `folder`, or for one seed in its
+    eval/. results: of each seed."""
+    folder = folder if len(results) > 1 else folder / "eval"
+    table = format_table(results)
+    if len(results) > 1:
+        table = f"{table}\n\n{format_differences(results)}"
+    draw_figure(results, folder / "figure.png")
+    (folder / "table.txt").write_text(table + "\n")
+    return table, folder / "figure.png"
+
+
+def format_variants(variants: dict[str, list[dict]]) -> str:
+    """A row for the CLIP-MoE of each variant: mean and standard deviation over its seeds."""
+    seeds = zip(*variants.values(), strict=True)
+    return format_table([dict(zip(variants, [r[CLIP_MOE] for r in of_one], strict=True)) for of_one in seeds])
 
 
 def main(argv: list[str]) -> None:
@@ -128,18 +183,18 @@ def main(argv: list[str]) -> None:
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
     distributed.initialize(flags.FLAGS.distributed)
     began = time.perf_counter()
-    results = run_pipeline(config, workdir, flags.FLAGS.stage)
-    if not results:
+    variants = run_variants(config, workdir, flags.FLAGS.stage)
+    if not all(variants.values()) or not distributed.is_main():
         return
-    if not distributed.is_main():
-        return
-    figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
-    draw_figure(results, figure)
-    print(f"\n{format_table(results)}")
-    if len(results) > 1:
-        print(f"\n{format_differences(results)}")
+    for name, results in variants.items():
+        table, figure = write_table(results, workdir / name)
+    if config.variants:
+        compared = format_variants(variants)
+        (workdir / "variants.txt").write_text(compared + "\n")
+        print(f"\n{compared}\n\n{workdir}/VARIANT has the tables of each variant's models. ", end="")
+    else:
+        print(f"\n{table}\n\n{figure}: the same as a picture. ", end="")
     print(
-        f"\n{figure}: the same as a picture. "
         f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)"
         f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}."
     )

@@ -220,8 +220,8 @@ def test_the_gradient_of_short_captions_is_finite_for_fewer_images_than_componen
 
 
 def test_router_z_by_hand_without_padding():
-    """logsumexp of (0, 0) is ln 2, of (ln 3, ln 5) ln 8; a third token is padding. Block 1 adds ln 2 to each logit,
-    which makes ln 4 and ln 16."""
+    """logsumexp of (0, 0) is ln 2, of (ln 3, ln 5) ln 8; a third token is padding. Block 1 adds ln 2
+    to each logit, which makes ln 4 and ln 16."""
     tokens = jnp.log(jnp.array([[1.0, 1.0], [3.0, 5.0], [1e9, 1e9]]))
     logits = jnp.stack([tokens, tokens + jnp.log(2.0)])[None]  # (B, M, L, E)
     mask = jnp.array([[True, True, False]])

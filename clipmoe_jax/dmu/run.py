@@ -67,9 +67,9 @@ class Run:
 
     def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> None:
         """`artifacts.make`, but for what another variant has made from the same inputs, which is copied."""
-        others = [folder / path.relative_to(self.workdir) for folder in self.siblings]
-        if source := artifacts.copy(path, inputs, others):
-            self.metrics.say(f"{path}: copied from {source}, made from the same config")
+        name = path.relative_to(self.workdir)
+        if source := artifacts.copy(path, inputs, [folder / name for folder in self.siblings]):
+            self.metrics.say(f"{name}: copied from {source}")
         artifacts.make(path, inputs, build)
 
     def pairs(
