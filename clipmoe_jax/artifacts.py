@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -29,7 +29,7 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
     others.
     """
     path = epath.Path(path)
-    inputs = json.loads(json.dumps(dict(inputs)))
+    inputs = _as_json(inputs)
     unfinished = path.parent / f"{path.name}.unfinished"
     if distributed.is_main() and not is_done(path) and is_done(unfinished):
         unfinished.rename(path)  # killed between the last lines below
@@ -60,6 +60,33 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
         _tidy(path)
     distributed.barrier(f"{path} is whole")
     return True
+
+
+def copy(path: epath.Path, inputs: Mapping[str, Any], others: Sequence[epath.Path]) -> epath.Path | None:
+    """Copies to `path`, unless it is there, the first of other artifacts that was made from the same inputs.
+
+    Returns which, if any; process 0 copies, the others return None. As with `make` it is whole or not there:
+    done.json is copied last, and what a killed copy leaves is begun again.
+    Raises ValueError if an unfinished `path` was begun from other inputs.
+    """
+    path, inputs = epath.Path(path), _as_json(inputs)
+    unfinished = path.parent / f"{path.name}.unfinished"
+    if not distributed.is_main() or is_done(path) or is_done(unfinished):
+        return None
+    for other in map(epath.Path, others):
+        if not is_done(other):
+            continue
+        done = json.loads((other / "done.json").read_text())
+        if done["inputs"] != inputs:
+            continue
+        if (unfinished / "inputs.json").exists():
+            _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
+        _delete(unfinished)
+        _copy_folder(other, unfinished, without=("done.json", "inputs.json", CHECKPOINTS))
+        write_json(unfinished / "done.json", {**done, "copied_from": str(other)})
+        unfinished.rename(path)
+        return other
+    return None
 
 
 def is_done(path: epath.Path) -> bool:
@@ -121,6 +148,22 @@ def _tidy(path: epath.Path) -> None:
     """Takes away what served only until the artifact was whole."""
     _delete(path / CHECKPOINTS)
     (path / "inputs.json").unlink(missing_ok=True)
+
+
+def _copy_folder(source: epath.Path, target: epath.Path, without: Sequence[str] = ()) -> None:
+    target.mkdir(parents=True)
+    for item in source.iterdir():
+        if item.name in without:
+            continue
+        if item.is_dir():
+            _copy_folder(item, target / item.name)
+        else:
+            item.copy(target / item.name)
+
+
+def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are when read from a file."""
+    return json.loads(json.dumps(dict(inputs)))
 
 
 def _delete(folder: epath.Path) -> None:

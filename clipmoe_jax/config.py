@@ -5,6 +5,8 @@ since the config is locked. Times are in steps, rates per step, batch sizes glob
 """
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,7 +15,17 @@ from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
-BASELINES = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
+BASELINES = (
+    "direct_ft",
+    "direct_ft_same_pairs",
+    "full_ft",
+    "long_clip",
+    "base_ft_moe",
+    "sparse_upcycling",
+    "drop_upcycling",
+    "clip_up",
+    "feature_ensemble",
+)
 
 _MANY = 10**12
 _PHASE_RANGES = {
@@ -37,6 +49,7 @@ RANGES = {
     "moe.expert_dropout_rate": (0.0, 0.99),
     "moe.capacity_factor": (1e-3, 1e3),
     "router.balance_coefficient": (0.0, 1e3),
+    "router.z_loss_coefficient": (0.0, 1e3),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.max_to_keep": (1, 1000),
     "data.num_workers": (0, 1000),
@@ -50,6 +63,8 @@ def default_config() -> ConfigDict:
     """The paper's run on ViT-L/14 with 248 text positions (arXiv 2409.19291 and its released code)."""
     config = ConfigDict()
     config.seeds = (0,)  # each seed is a whole run; several go to WORKDIR/seed_N and into one table
+    # {name: {dotted field: value}}: a sweep, each variant a run in WORKDIR/NAME (`set_variants`)
+    config.variants = ConfigDict(allow_dotted_keys=True)
 
     config.data = ConfigDict()
     config.data.train = ""  # folder made by clipmoe_jax.prepare
@@ -97,6 +112,7 @@ def default_config() -> ConfigDict:
     )
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
+    config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
 
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
@@ -116,6 +132,47 @@ def set_architecture(config: ConfigDict, variant: str, context_length: int = 248
     dense = VARIANTS[variant]
     text = dataclasses.replace(dense.text, context_length=context_length)
     config.base.architecture = ConfigDict(dataclasses.replace(dense, text=text).to_dict())
+
+
+def set_variants(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """Makes a config a sweep over {name: {dotted field: value}}; `variant_configs` checks it."""
+    config.variants = ConfigDict({n: dict(fields) for n, fields in variants.items()}, allow_dotted_keys=True)
+
+
+def variant_configs(config: ConfigDict) -> dict[str, ConfigDict]:
+    """{name: config} of a sweep's variants, in order; of any other config {"": itself}.
+
+    Raises ValueError naming variant and field where a field does not exist or its value is of another type.
+    """
+    if not config.variants:
+        return {"": config}
+    configs = {}
+    for name, fields in config.variants.items():
+        if not re.fullmatch(r"\w[\w.=+-]*", name):
+            raise ValueError(f"variants: {name!r} must be the name of a folder: letters, digits and _.=+-")
+        variant = ConfigDict(config.to_dict() | {"variants": {}}).lock()
+        for field, value in fields.items():
+            _set_field(variant, field, value, f"variants.{name}")
+        configs[name] = variant
+    return configs
+
+
+def _set_field(config: ConfigDict, field: str, value: Any, where: str) -> None:
+    *groups, last = field.split(".")
+    section = config
+    for group in groups:
+        section = section.get(group) if isinstance(section, ConfigDict) else None
+    if not isinstance(section, ConfigDict) or last not in section or field in ("seeds", "variants"):
+        raise ValueError(
+            f"{where}: {field!r} is not a field that a variant can set, such as 'mcl.num_stages'"
+        )
+    kind, given = type(section[last]), list if isinstance(value, tuple) else type(value)
+    kind = list if kind is tuple else kind
+    if kind is ConfigDict:
+        raise ValueError(f"{where}: {field!r} is a group of fields: set them one by one")
+    if given is not kind and (given, kind) != (int, float):
+        raise ValueError(f"{where}: {field}={value!r} must be of type {type(section[last]).__name__}")
+    section[last] = value
 
 
 def run_locally(config: ConfigDict) -> None:

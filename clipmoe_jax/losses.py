@@ -115,6 +115,24 @@ def balance_losses(
     return {"balance_loss": coefficient * total, "balance_image": image, "balance_text": text}
 
 
+def router_z(router_logits: Array, mask: Array | None = None) -> Array:
+    """The mean over tokens of logsumexp(logits)^2, averaged over blocks (router z-loss, arXiv 2202.08906).
+
+    router_logits (B, M, L, E) float32; mask (B, L) bool leaves tokens (padding) out. Returns a scalar.
+    """
+    weights = _token_weights(router_logits, mask)
+    squares = jax.nn.logsumexp(router_logits, axis=-1) ** 2
+    return jnp.mean(jnp.einsum("bml,bml->m", squares, weights))
+
+
+def router_z_loss(outputs: dict, text_mask: Array, coefficient: float) -> dict[str, Array]:
+    """`router_z` of both towers from `Clip.__call__`'s outputs of a MoE: coefficient * (image + text) / 2,
+    padding left out. text_mask (B, L) bool."""
+    image = router_z(outputs["image_aux"]["router_logits"])
+    text = router_z(outputs["text_aux"]["router_logits"], text_mask)
+    return {"router_z_loss": coefficient * (image + text) / 2}
+
+
 def total_loss(losses: dict[str, Array]) -> Array:
     """The sum of all entries whose key ends in `_loss`."""
     return sum(value for name, value in losses.items() if name.endswith("_loss"))

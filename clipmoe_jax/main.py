@@ -4,16 +4,17 @@
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
-What is done is not done again; a run that was killed goes on. `--stage` runs one stage alone: data, base,
-embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. `--plan` runs nothing: it prints what the
-run would take on devices that need not be here (docs/scaling.md):
+A config with `variants` is a sweep: each variant is run in WORKDIR/VARIANT, and one table compares them
+(configs/sweep.py). What is done is not done again; a run that was killed goes on. `--stage` runs one stage
+alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. `--plan` runs nothing:
+it prints what the run would take on devices that need not be here (docs/scaling.md):
 
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --plan --plan_accelerator=h100 \\
         --plan_devices=8 --plan_pairs=1246000
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import flags, logging
@@ -27,15 +28,9 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.evaluation.evaluate import evaluate, evaluate_stage, is_wanted, read_evaluations
-from clipmoe_jax.evaluation.table import (
-    draw_figure,
-    format_attributes,
-    format_differences,
-    format_evaluations,
-    format_table,
-    has_retrieval,
-)
+from clipmoe_jax.evaluation.evaluate import CLIP_MOE, evaluate, evaluate_stage, is_wanted
+from clipmoe_jax.evaluation.evaluations import parse_evaluation
+from clipmoe_jax.evaluation.table import draw_figure, format_results, format_table, has_retrieval
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.plan import format_plan, make_plan
 from clipmoe_jax.report import write_report
@@ -61,17 +56,42 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
 
 
 def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> list[dict]:
-    """Runs every stage (or one) for every seed; returns the results of each seed, empty if not evaluated."""
+    """Runs every stage (or one) for every seed, of every variant if there are some; returns the results of
+    each, empty if not evaluated."""
+    return [found for results in run_variants(config, workdir, only).values() for found in results]
+
+
+def run_variants(config: ConfigDict, workdir: epath.Path, only: str = "") -> dict[str, list[dict]]:
+    """{variant: results of each seed}, as `run_pipeline`; a config without variants is one named "", in
+    WORKDIR itself. What several variants have in common is made once and copied."""
     configs.validate(config)
+    variants = configs.variant_configs(config)
+    for name, variant in variants.items():
+        try:
+            check_run(variant, only)
+        except (ValueError, FileNotFoundError) as error:
+            if not name:
+                raise
+            raise ValueError(f"variants.{name}: {error}") from error
+    return {
+        name: _run_seeds(
+            variant, workdir / name, only, [workdir / other for other in variants if other != name]
+        )
+        for name, variant in variants.items()
+    }
+
+
+def _run_seeds(
+    config: ConfigDict, workdir: epath.Path, only: str, siblings: Sequence[epath.Path]
+) -> list[dict]:
+    """The results of each seed. siblings: the folders of other variants."""
     table = stages_of(config)
-    if only and only not in table:
-        raise ValueError(f"--stage={only} is not a stage of this config: choose one of {', '.join(table)}")
     mesh = sharding.make_mesh(**config.mesh)
     results = []
     for seed in config.seeds:
-        folder = workdir / f"seed_{seed}" if len(config.seeds) > 1 else workdir
-        run = Run(config, seed, folder, mesh, Metrics(folder))
-        preflight(run)
+        part = f"seed_{seed}" if len(config.seeds) > 1 else ""
+        folder = workdir / part
+        run = Run(config, seed, folder, mesh, Metrics(folder), [sibling / part for sibling in siblings])
         found = None
         for name, function in table.items():
             if only in ("", name):
@@ -88,15 +108,24 @@ def run_pipeline(config: ConfigDict, workdir: epath.Path, only: str = "") -> lis
     return results
 
 
-def preflight(run: Run) -> None:
-    """Raises for what would fail later, before any device time is spent: data, batch sizes, schedules."""
-    config = run.config
-    num_pairs = config.data.digit_scenes or len(run.records("train"))
-    if config.data.text_buckets and not config.data.digit_scenes and not config.data.in_memory:
-        _ = run.records("train").token_counts  # is not there in data sets of an earlier version
-    if config.data.test and not config.data.digit_scenes:
-        run.records("test")
-    read_evaluations(run)
+def check_run(config: ConfigDict, only: str = "") -> None:
+    """Raises for what would fail later, before any device time is spent: fields, stage, data, batch sizes,
+    schedules, mesh."""
+    configs.validate(config)
+    table = stages_of(config)
+    if only and only not in table:
+        raise ValueError(f"--stage={only} is not a stage of this config: choose one of {', '.join(table)}")
+    mesh = sharding.make_mesh(**config.mesh)
+    num_pairs = config.data.digit_scenes
+    if not num_pairs:
+        train = Records(config.data.train, config.data.train_split)
+        num_pairs = len(train)
+        if config.data.text_buckets and not config.data.in_memory:
+            _ = train.token_counts  # is not there in data sets of an earlier version
+        if config.data.test:
+            Records(config.data.test, config.data.test_split)
+    for line in config.evaluations:
+        _ = parse_evaluation(line).data
     if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
         raise FileNotFoundError(
             f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
@@ -111,7 +140,7 @@ def preflight(run: Run) -> None:
             )
         try:
             phase.length(num_pairs // phase.batch_size)
-            sharding.check_batch(run.mesh, phase.batch_size, phase.accumulation_steps)
+            sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -120,13 +149,33 @@ def print_plan(config: ConfigDict) -> None:
     """What the run would take."""
     given = flags.FLAGS
     configs.validate(config, paths=False)
+    variants = configs.variant_configs(config)
     num_pairs = given.plan_pairs or config.data.digit_scenes
     if not num_pairs:
         if not config.data.train:
             raise ValueError("how many pairs? Set --plan_pairs, or config.data.train to a prepared data set")
         num_pairs = len(Records(config.data.train, config.data.train_split))
-    plan = make_plan(config, given.plan_accelerator, given.plan_devices, given.plan_mfu, num_pairs)
-    print(format_plan(plan))
+    for name, variant in variants.items():
+        configs.validate(variant, paths=False)
+        plan = make_plan(variant, given.plan_accelerator, given.plan_devices, given.plan_mfu, num_pairs)
+        print(f"{name}:\n{format_plan(plan)}\n" if name else format_plan(plan))
+
+
+def write_results(results: Sequence[dict], workdir: epath.Path) -> str:
+    """The tables of one config's models. They also lie in table.txt, as a picture in figure.png (in eval/ for
+    one seed) and on a page, report.html. results: of each seed."""
+    tables, folder = format_results(results), workdir if len(results) > 1 else workdir / "eval"
+    (folder / "table.txt").write_text(tables + "\n")
+    if has_retrieval(results):
+        draw_figure(results, folder / "figure.png")
+    write_report(workdir)
+    return tables
+
+
+def format_variants(variants: dict[str, list[dict]]) -> str:
+    """A row for the CLIP-MoE of each variant: mean and standard deviation over its seeds."""
+    seeds = zip(*variants.values(), strict=True)
+    return format_table([dict(zip(variants, [r[CLIP_MOE] for r in of_one], strict=True)) for of_one in seeds])
 
 
 def main(argv: list[str]) -> None:
@@ -140,21 +189,16 @@ def main(argv: list[str]) -> None:
     distributed.initialize(flags.FLAGS.distributed)
     distributed.keep_compiled_programs()
     began = time.perf_counter()
-    results = run_pipeline(config, workdir, flags.FLAGS.stage)
-    if not results:
+    variants = run_variants(config, workdir, flags.FLAGS.stage)
+    if not all(variants.values()) or not distributed.is_main():
         return
-    if not distributed.is_main():
-        return
-    print(f"\n{format_table(results)}")
-    for table in filter(None, (format_attributes(results), format_evaluations(results))):
-        print(f"\n{table}")
-    if has_retrieval(results):
-        if len(results) > 1:
-            print(f"\n{format_differences(results)}")
-        figure = workdir / ("figure.png" if len(results) > 1 else "eval/figure.png")
-        draw_figure(results, figure)
-        print(f"\n{figure}: the same as a picture.")
-    print(f"{write_report(workdir)}: all of it on one page.")
+    for name, results in variants.items():
+        table = write_results(results, workdir / name)
+    if config.variants:
+        table = format_variants(variants)
+        (workdir / "variants.txt").write_text(table + "\n")
+    where = "VARIANT/report.html" if config.variants else "report.html"
+    print(f"\n{table}\n\n{workdir / where}: all of it on one page. ", end="")
     print(
         f"{time.perf_counter() - began:.0f} s on {jax.device_count()} device(s)"
         f"{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}."

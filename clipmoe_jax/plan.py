@@ -138,10 +138,7 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
 
     embedding = flops.forward(dense)
     planned: dict[tuple, StepPlan] = {}
-    short_length = min(SHORT_LENGTH, dense.text.context_length) if config.loss.short_caption_weight else 0
     for training in trainings(config, device.platform, num_pairs):
-        if training.name != "base":
-            training = dataclasses.replace(training, short_length=short_length)
         try:
             sharding.check_batch(mesh, training.phase.batch_size, training.phase.accumulation_steps)
         except ValueError as error:
@@ -176,17 +173,22 @@ def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Tra
         phase = configs.phase_config(config.base.train)
         steps = phase.length(num_pairs // phase.batch_size)
         yield Training("base", dense, run, TRAIN_EVERYTHING, phase, steps)
-    num_stages = config.mcl.num_stages
+    num_stages, of_long_clip = config.mcl.num_stages, min(SHORT_LENGTH, dense.text.context_length)
+    short = of_long_clip if config.loss.short_caption_weight else 0
     for stage in range(1, num_stages + 1):
-        yield Training(f"mcl_{stage}", dense, run, TRAIN_FFN, mcl, mcl_steps)
-    yield Training("router", moe, routing, TRAIN_ROUTERS, router, router_steps)
+        yield Training(f"mcl_{stage}", dense, run, TRAIN_FFN, mcl, mcl_steps, short)
+    yield Training("router", moe, routing, TRAIN_ROUTERS, router, router_steps, short)
     same_pairs = math.ceil(num_stages * mcl_steps + router_steps * router.batch_size / mcl.batch_size)
     pair = moe_of_two(moe)
     for name, *rest in (
-        ("direct_ft", dense, run, TRAIN_FFN, mcl, mcl_steps),
-        ("direct_ft_same_pairs", dense, run, TRAIN_FFN, mcl, same_pairs),
-        ("base_ft_moe", pair, routing, TRAIN_ROUTERS, router, router_steps),
-        ("sparse_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps),
+        ("direct_ft", dense, run, TRAIN_FFN, mcl, mcl_steps, short),
+        ("direct_ft_same_pairs", dense, run, TRAIN_FFN, mcl, same_pairs, short),
+        ("full_ft", dense, run, TRAIN_EVERYTHING, mcl, mcl_steps, short),
+        ("long_clip", dense, run, TRAIN_EVERYTHING, mcl, mcl_steps, of_long_clip),
+        ("base_ft_moe", pair, routing, TRAIN_ROUTERS, router, router_steps, short),
+        ("sparse_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps, short),
+        ("drop_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps, short),
+        ("clip_up", moe, routing, TRAIN_EVERYTHING, mcl, mcl_steps, short),
     ):
         if name in config.baselines:
             yield Training(name, *rest)
@@ -333,6 +335,7 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
 
     if config.moe:
         experts_train = any(yes for name, yes in trains.items() if "/moe/c_fc/" in name)
+        shared_train = any(yes for name, yes in trains.items() if "/moe/" not in name)
         group = phase.batch_size // mesh.size * mesh.shape["expert"]  # pairs
         for what, tower, length in (
             ("patches", config.vision, (config.vision.image_size // config.vision.patch_size) ** 2 + 1),
@@ -342,17 +345,18 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
             num_selected = config.moe.num_selected_experts
             x = group * length * tower.width * itemsize
             gates = group * length * num_selected * FLOAT_BYTES
-            # The first MoE block is the first to train: its inputs need no gradient.
+            # Where the first MoE block is the first to train, its inputs need no gradient.
+            to_inputs = blocks if shared_train else blocks - 1
             if run.dispatch == "capacity":
                 buffers = run.capacity_factor * num_selected * x / mesh.shape["expert"]
-                backward = 2 * blocks - 1 if experts_train else 2 * (blocks - 1)
+                backward = to_inputs + (blocks if experts_train or shared_train else blocks - 1)
                 times = blocks * (2 * passes - run.remat) + backward
                 add(["expert"], f"{what} to experts and back", "all-to-all", times * buffers, 1)
                 continue
             add(["expert"], f"{what}, gates, ids", "all-gather", blocks * (x + 2 * gates), passes)
             add(["expert"], f"{what}' outputs", "reduce-scatter", blocks * x, passes - run.remat)
             add(["expert"], f"gradients of {what}' outputs", "all-gather", blocks * x, 1)
-            scattered = (blocks - 1) * x + blocks * gates
+            scattered = to_inputs * x + blocks * gates
             add(["expert"], f"gradients of {what}, gates", "reduce-scatter", scattered, 1)
     return found
 

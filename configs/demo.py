@@ -2,10 +2,12 @@
 
     python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
     python -m clipmoe_jax.main --config=configs/demo.py:seeds=3 --workdir=runs/demo3
+    python -m clipmoe_jax.main --config=configs/demo.py:all_baselines --workdir=runs/baselines
     python -m clipmoe_jax.main --config=configs/demo.py:small --workdir=runs/small
 
-`seeds=3` runs seeds 1 to 3 and prints means, standard deviations and paired differences; `small` is a quick
-check of the machinery, whose numbers mean nothing.
+`seeds=3` runs seeds 1 to 3 and prints means, standard deviations and paired differences; `all_baselines` adds
+full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP (clipmoe_jax/dmu/baselines.py);
+`small` is a quick check of the machinery, whose numbers mean nothing.
 
 The scenes are real handwriting composed into 32 x 32 images with eight attributes; the base sees coarse
 captions, so that it tells random batches apart by three easy attributes, and ordinary fine-tuning saturates
@@ -17,10 +19,12 @@ from ml_collections import ConfigDict
 from clipmoe_jax.config import BASELINES, default_config, parse_arg
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
+FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Arguments: seeds=N runs seeds 1 to N; small shrinks everything."""
-    arg = parse_arg(arg, seeds=0, small=False)
+    """Arguments: seeds=N runs seeds 1 to N; all_baselines; small shrinks everything."""
+    arg = parse_arg(arg, seeds=0, small=False, all_baselines=False)
     config = default_config()
     config.seeds = tuple(range(1, arg.seeds + 1)) if arg.seeds else (0,)
     config.data.digit_scenes = 8000
@@ -41,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.router.learning_rate = 1e-2
     config.moe.expert_dropout_rate = 0.0
     config.embed.batch_size = 500
-    config.baselines = BASELINES
+    config.baselines = BASELINES if arg.all_baselines else FIVE
     config.checkpoint.every_steps = 100
     if arg.small:
         config.data.digit_scenes = 800

@@ -148,3 +148,62 @@ def test_json_is_replaced_whole(tmp_path):
     artifacts.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert [file.name for file in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def make_two(tmp_path):
+    """Artifacts of two variants, made from other inputs and from INPUTS, with a folder inside."""
+
+    def build(folder):
+        (folder / "params").mkdir()
+        (folder / "params" / "leaf").write_text("0.5")
+        return {"loss": 0.5}
+
+    artifacts.make(tmp_path / "a" / "base", INPUTS | {"mcl.seed": 7}, build)
+    artifacts.make(tmp_path / "b" / "base", INPUTS, build)
+    return [tmp_path / name / "base" for name in "abc"]
+
+
+def test_another_variants_artifact_of_the_same_inputs_is_copied(tmp_path):
+    others = make_two(tmp_path)
+    assert artifacts.copy(tmp_path / "base", INPUTS, others) == tmp_path / "b" / "base"
+    assert artifacts.make(tmp_path / "base", INPUTS, never) is False
+    assert (tmp_path / "base" / "params" / "leaf").read_text() == "0.5"
+    assert artifacts.measured(tmp_path / "base") == {"loss": 0.5}
+    assert not (tmp_path / "base.unfinished").exists()
+    assert artifacts.copy(tmp_path / "base", INPUTS, others) is None  # it is there
+
+
+def test_no_artifact_of_other_inputs_is_copied(tmp_path):
+    others = make_two(tmp_path)
+    assert artifacts.copy(tmp_path / "base", INPUTS | {"mcl.seed": 8}, others) is None
+    assert not (tmp_path / "base").exists() and not (tmp_path / "base.unfinished").exists()
+
+
+def test_a_copy_that_was_killed_is_not_taken_for_whole(tmp_path, monkeypatch):
+    others = make_two(tmp_path)
+
+    def killed(*_):
+        raise InterruptedError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(artifacts, "write_json", killed)
+        artifacts.copy(tmp_path / "base", INPUTS, others)
+    assert not (tmp_path / "base").exists()
+    # The other is gone meanwhile: it is built anew, without what the copy left.
+    artifacts.make(tmp_path / "base", INPUTS, counted([]))
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        "done.json",
+        "part_0",
+        "part_1",
+        "part_2",
+    }
+
+
+def test_an_unfinished_artifact_gives_way_to_a_copy_of_the_same_inputs_alone(tmp_path):
+    others = make_two(tmp_path)
+    for inputs, path in ((INPUTS, tmp_path / "same"), (INPUTS | {"mcl.seed": 7}, tmp_path / "other")):
+        with pytest.raises(InterruptedError):
+            artifacts.make(path, inputs, counted([], fail_after=1))
+    assert artifacts.copy(tmp_path / "same", INPUTS, others) == tmp_path / "b" / "base"
+    with pytest.raises(ValueError, match="other.unfinished was made with mcl.seed=7, the config says 0"):
+        artifacts.copy(tmp_path / "other", INPUTS, others)

@@ -217,3 +217,23 @@ def test_the_gradient_of_short_captions_is_finite_for_fewer_images_than_componen
     images = jnp.eye(4, 16)
     grad = jax.grad(lambda x: losses.short_caption_loss(x, jnp.eye(4, 16), jnp.log(20.0)))(images)
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0
+
+
+def test_router_z_by_hand_without_padding():
+    """logsumexp of (0, 0) is ln 2, of (ln 3, ln 5) ln 8; a third token is padding. Block 1 adds ln 2
+    to each logit, which makes ln 4 and ln 16."""
+    tokens = jnp.log(jnp.array([[1.0, 1.0], [3.0, 5.0], [1e9, 1e9]]))
+    logits = jnp.stack([tokens, tokens + jnp.log(2.0)])[None]  # (B, M, L, E)
+    mask = jnp.array([[True, True, False]])
+    expected = ((LN(2) ** 2 + LN(8) ** 2) / 2 + (LN(4) ** 2 + LN(16) ** 2) / 2) / 2
+    np.testing.assert_allclose(losses.router_z(logits, mask), expected, rtol=1e-6)
+    gradient = jax.grad(lambda x: losses.router_z(x, mask))(logits)
+    assert not np.any(gradient[:, :, 2]) and np.all(gradient[:, :, :2])
+
+    # All image tokens count: (ln 2)^2 each.
+    outputs = {
+        "image_aux": {"router_logits": jnp.zeros((1, 1, 4, 2))},
+        "text_aux": {"router_logits": logits},
+    }
+    found = losses.router_z_loss(outputs, mask, 0.01)["router_z_loss"]
+    np.testing.assert_allclose(found, 0.01 * (LN(2) ** 2 + expected) / 2, rtol=1e-6)

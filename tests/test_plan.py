@@ -13,7 +13,7 @@ import pytest
 from benchmarks.collectives import sent
 from clipmoe_jax import checkpoints, plan, sharding, trees
 from clipmoe_jax.accelerators import ACCELERATORS
-from clipmoe_jax.config import default_config
+from clipmoe_jax.config import BASELINES, default_config
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
@@ -35,6 +35,7 @@ KINDS = {
     "feed-forward layers": (DENSE, TRAIN_FFN),
     "routers": (MOE, TRAIN_ROUTERS),
     "routers and experts": (MOE, TRAIN_MOE),
+    "all of an MoE": (MOE, TRAIN_EVERYTHING),
 }
 
 
@@ -87,6 +88,8 @@ def test_bytes_of_params_and_optimizer(kind, sizes):
         ("routers", (2, 1, 4), "ragged"),
         ("routers", (2, 1, 4), "capacity"),
         ("routers and experts", (2, 1, 4), "ragged"),
+        ("all of an MoE", (2, 1, 4), "ragged"),
+        ("all of an MoE", (2, 1, 4), "capacity"),
     ],
     ids=str,
 )
@@ -130,17 +133,17 @@ def compiled_step(kind, mesh, **run) -> str:
 
 def test_stages_and_steps():
     config = default_config()
-    config.baselines = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling")
+    config.baselines = BASELINES
     found = {training.name: training for training in plan.trainings(config, "cuda", 1_246_000)}
-    assert list(found) == [
-        *("mcl_1", "mcl_2", "mcl_3", "router"),
-        *("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling"),
-    ]
+    trained = [name for name in BASELINES if name != "feature_ensemble"]
+    assert list(found) == ["mcl_1", "mcl_2", "mcl_3", "router", *trained]
     steps = 1_246_000 // 800
     assert found["mcl_2"].num_steps == found["router"].num_steps == steps
     assert found["direct_ft_same_pairs"].num_steps == 4 * steps
     assert found["base_ft_moe"].config.moe.num_experts == 2
-    assert len({training.kind for training in found.values()}) == 4  # all dense ones are of one kind
+    assert found["long_clip"].short_length == 64 and found["full_ft"].short_length == 0
+    # mcl and direct_ft; router; full_ft; long_clip; base_ft_moe; sparse_upcycling, drop_upcycling; clip_up.
+    assert len({training.kind for training in found.values()}) == 7
 
 
 def test_the_papers_time():

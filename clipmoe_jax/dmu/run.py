@@ -1,7 +1,7 @@
 """What the stages of one run share: its config, folder, mesh, numbers and data."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,15 @@ TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One seed's run. Data is opened once and kept as long as the run."""
+    """One seed's run. Data is opened once and kept as long as the run. siblings: the folders of this seed's
+    runs of other variants of the config."""
 
     config: ConfigDict
     seed: int
     workdir: epath.Path
     mesh: Mesh
     metrics: Metrics
+    siblings: Sequence[epath.Path] = ()
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def fields(self, *prefixes: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -61,21 +63,29 @@ class Run:
         split = "train" if made_here else self.config.data[f"{name}_split"]
         return self.once(f"records {name}", lambda: Records(self.data_path(name), split))
 
-    def pairs(self, name: str) -> loader.StreamedPairs | loader.DecodedPairs:
-        """Images and tokens of a data set, at the base's sizes."""
+    def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> None:
+        """`artifacts.make`, but for what another variant has made from the same inputs, which is copied."""
+        name = path.relative_to(self.workdir)
+        if source := artifacts.copy(path, inputs, [folder / name for folder in self.siblings]):
+            self.metrics.say(f"{name}: copied from {source}")
+        artifacts.make(path, inputs, build)
+
+    def pairs(
+        self, name: str, *, short_captions: bool | None = None
+    ) -> loader.StreamedPairs | loader.DecodedPairs:
+        """Images and tokens of a data set, at the base's sizes; with short captions where the config's loss
+        takes them, unless told."""
+        if short_captions is None:
+            short_captions = self.config.loss.short_caption_weight > 0
         kind = loader.DecodedPairs if self.config.data.in_memory else loader.StreamedPairs
         image_size = configs.architecture(self.config).vision.image_size
         # The released code's load balance counts padding, of which there must then be as much as it has.
         released = self.config.router.balance == "released"
         buckets = () if released else tuple(self.config.data.text_buckets)
         return self.once(
-            f"pairs {name}",
+            f"pairs {name}, short captions {short_captions}",
             lambda: kind(
-                self.records(name),
-                self.tokenizer(),
-                image_size,
-                buckets,
-                short_captions=self.config.loss.short_caption_weight > 0,
+                self.records(name), self.tokenizer(), image_size, buckets, short_captions=short_captions
             ),
         )
 
@@ -125,22 +135,26 @@ class Run:
         data: str = "train",
         balance: bool = False,
         num_steps: int | None = None,
+        other_losses: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Trains what the rules say and writes the model to `folder`, beside its checkpoints while it
-        runs."""
+        runs. balance: whether the losses of routers are added. other_losses: fields of LossConfig that
+        differ from the config's."""
         config = self.config
         loss = LossConfig(
             label_smoothing=section.label_smoothing,
             balance_coefficient=config.router.balance_coefficient if balance else 0.0,
             balance=config.router.balance,
+            z_loss_coefficient=config.router.z_loss_coefficient if balance else 0.0,
             short_caption_weight=0.0 if name == "base" else config.loss.short_caption_weight,
         )
+        loss = dataclasses.replace(loss, **(other_losses or {}))
         params, measured = fit(
             name,
             model,
             params,
             trainable_rules=rules,
-            pairs=self.pairs(data),
+            pairs=self.pairs(data, short_captions=loss.short_caption_weight > 0),
             sampler=sampler,
             phase=configs.phase_config(section),
             loss=loss,

@@ -13,6 +13,7 @@ Each is skipped if it is there, and refuses to mix with another config's.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from clipmoe_jax.data.npy import load_array, map_array
 from clipmoe_jax.data.sources import ShareGPT4V
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
-from clipmoe_jax.dmu.upcycling import count_active_parameters, stack_experts
+from clipmoe_jax.dmu.upcycling import count_active_parameters, reinitialize_experts, stack_experts
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.encoder import Encoder
 from clipmoe_jax.prepare import prepare
@@ -40,6 +41,8 @@ BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes", "data.max_caption_toke
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "run.frozen_dtype")
 STAGE_COUNT = ("mcl.num_stages",)  # a further stage changes nothing in those before it
+# What makes no difference to what is trained on ordinary batches, from the base.
+STAGES_ALONE = ("mcl.init_from", "mcl.small_clusters", "cluster.num_clusters", "cluster.max_fit_pairs")
 MOE_FIELDS = (*STAGE_FIELDS, "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev")
 ROUTER_FIELDS = (*STAGE_FIELDS, "moe.", "router.")
 
@@ -52,6 +55,14 @@ def stage_path(run: Run, stage: int) -> epath.Path:
 def stage_name(stage: int) -> str:
     """The pipeline's name of what makes `stage_path(run, stage)`."""
     return f"mcl_{stage}" if stage else "base"
+
+
+def model_fields(run: Run, stage: int) -> dict:
+    """What the model of a stage, and what is made of it and the training pairs alone, depends on."""
+    if stage == 0:
+        return run.fields(*FIRST_STAGE_FIELDS)
+    # The first stage starts from the base either way.
+    return run.fields(*STAGE_FIELDS, without=(*STAGE_COUNT, *(["mcl.init_from"] if stage == 1 else [])))
 
 
 def make_scenes(run: Run) -> None:
@@ -80,7 +91,7 @@ def make_scenes(run: Run) -> None:
             measured[name] = prepare(source, str(folder / name))
         return measured
 
-    artifacts.make(run.workdir / "data", run.fields("data.digit_scenes"), build)
+    run.make(run.workdir / "data", run.fields("data.digit_scenes"), build)
 
 
 def make_base(run: Run) -> None:
@@ -111,7 +122,7 @@ def make_base(run: Run) -> None:
             data="base",
         )
 
-    artifacts.make(run.workdir / "base", run.fields(*BASE_FIELDS), build)
+    run.make(run.workdir / "base", run.fields(*BASE_FIELDS), build)
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:
@@ -147,7 +158,6 @@ def _import_base(run: Run) -> tuple[dict, dict]:
 def embed(run: Run, stage: int) -> None:
     """stage_s/features: image-*.npy and text-*.npy, (rows, embed) float16 unit vectors in record order."""
     source = artifacts.require(stage_path(run, stage - 1), stage_name(stage - 1))
-    fields = run.fields(*(STAGE_FIELDS if stage > 1 else FIRST_STAGE_FIELDS), without=STAGE_COUNT)
 
     def build(folder: epath.Path) -> dict:
         config, params = run.load(source)
@@ -167,7 +177,7 @@ def embed(run: Run, stage: int) -> None:
                     raise distributed.Preempted(f"embed_{stage}, {stop} pairs")
         return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
-    artifacts.make(run.workdir / f"stage_{stage}" / "features", fields, build)
+    run.make(run.workdir / f"stage_{stage}" / "features", model_fields(run, stage - 1), build)
 
 
 def cluster(run: Run, stage: int) -> None:
@@ -214,10 +224,7 @@ def cluster(run: Run, stage: int) -> None:
             "largest": int(sizes.max()),
         }
 
-    fields = run.fields(
-        *(STAGE_FIELDS if stage > 1 else (*FIRST_STAGE_FIELDS, "cluster.")), without=STAGE_COUNT
-    )
-    artifacts.make(folder / "clusters", fields, build)
+    run.make(folder / "clusters", model_fields(run, stage - 1) | run.fields("cluster."), build)
 
 
 def _label(run: Run, features: epath.Path, kind: str, out: epath.Path) -> list[int]:
@@ -270,7 +277,7 @@ def mcl(run: Run, stage: int) -> None:
         )
         return measured | report
 
-    artifacts.make(stage_path(run, stage), run.fields(*STAGE_FIELDS, without=STAGE_COUNT), build)
+    run.make(stage_path(run, stage), model_fields(run, stage), build)
 
 
 def _describe(report: dict[str, int]) -> str:
@@ -291,8 +298,11 @@ def upcycle(run: Run) -> None:
     stack_models(run, run.workdir / "moe" / "upcycled", paths, run.fields(*MOE_FIELDS))
 
 
-def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dict) -> None:
-    """Writes the MoE whose experts are the models of some folders, with random routers."""
+def stack_models(
+    run: Run, out: epath.Path, paths: list[epath.Path], fields: dict, *, reinitialize: bool = False
+) -> None:
+    """Writes the MoE whose experts are the models of some folders, with random routers. reinitialize: with
+    half of each expert's hidden units drawn anew (`reinitialize_experts`)."""
 
     def build(folder: epath.Path) -> dict:
         loaded = [run.load(path) for path in paths]
@@ -302,13 +312,17 @@ def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dic
             num_experts=len(paths),
             num_selected_experts=min(len(paths), run.config.moe.num_selected_experts),
         )
+        key = jax.random.fold_in(jax.random.key(run.seed), len(paths))
+        place = functools.partial(sharding.param_shardings, run.mesh)
         params = stack_experts(
             experts,
-            jax.random.fold_in(jax.random.key(run.seed), len(paths)),
+            key,
             num_moe_layers=moe.num_moe_layers,
             router_stddev=run.config.moe.router_stddev,
-            place=lambda tree: sharding.param_shardings(run.mesh, tree),
+            place=place,
         )
+        if reinitialize:
+            params = reinitialize_experts(params, jax.random.fold_in(key, 1), place=place)
         config = dataclasses.replace(dense, moe=moe)
         checkpoints.save_model(folder, config, params)
         return {
@@ -316,7 +330,7 @@ def stack_models(run: Run, out: epath.Path, paths: list[epath.Path], fields: dic
             "active_parameters": count_active_parameters(params, config),
         }
 
-    artifacts.make(out, fields, build)
+    run.make(out, fields, build)
 
 
 def router(run: Run) -> None:
@@ -327,9 +341,18 @@ def router(run: Run) -> None:
 
 
 def train_moe(
-    run: Run, name: str, upcycled: epath.Path, out: epath.Path, section: ConfigDict, rules: trees.Rules
+    run: Run,
+    name: str,
+    upcycled: epath.Path,
+    out: epath.Path,
+    section: ConfigDict,
+    rules: trees.Rules,
+    *,
+    without: tuple[str, ...] = (),
+    other_losses: Mapping[str, float] | None = None,
 ) -> None:
-    """Training of what the rules say of an upcycled model, on shuffled batches, with the load balance."""
+    """Training of what the rules say of an upcycled model, on shuffled batches, with the load balance.
+    without: fields that it does not depend on. other_losses: as of `Run.train`."""
 
     def build(folder: epath.Path) -> dict:
         config, params = run.load(upcycled)
@@ -343,9 +366,10 @@ def train_moe(
             sampler=sampler,
             section=section,
             balance=True,
+            other_losses=other_losses,
         )
 
-    artifacts.make(out, run.fields(*ROUTER_FIELDS), build)
+    run.make(out, run.fields(*ROUTER_FIELDS, without=without), build)
 
 
 def save_array(path: epath.Path, array: np.ndarray) -> None:

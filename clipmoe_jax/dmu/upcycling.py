@@ -108,6 +108,50 @@ def expert_as_dense(params: trees.Params, config: ClipConfig, e: int) -> tuple[C
     return dataclasses.replace(config, moe=None), trees.unflatten(leaves)
 
 
+def reinitialize_experts(
+    params: trees.Params,
+    key: jax.Array,
+    *,
+    share: float = 0.5,
+    place: Callable[[trees.Params], Any] = lambda _: None,
+) -> dict:
+    """The MoE with a share of each expert's hidden units drawn anew (Drop-Upcycling, arXiv 2502.19261); pure.
+
+    Every expert of every block draws its own floor(share * F) of the F hidden units. Their columns of c_fc,
+    biases of c_fc and rows of c_proj become normal values of the mean and standard deviation that these
+    columns, biases and rows had. All else stays, c_proj's biases too, which belong to no unit. (The paper's
+    layers have no biases.) place: as of `stack_experts`.
+    """
+
+    def drawn(params: trees.Params, key: jax.Array) -> dict:
+        leaves = dict(trees.flatten(params))
+        blocks = [name.removesuffix("/c_fc/kernel") for name in leaves if name.endswith("/moe/c_fc/kernel")]
+        for block, block_key in zip(blocks, jax.random.split(key, len(blocks)), strict=True):
+            choose, *fill = jax.random.split(block_key, 4)
+            num_experts, _, hidden_dim = leaves[f"{block}/c_fc/kernel"].shape
+            places = jnp.broadcast_to(jnp.arange(hidden_dim), (num_experts, hidden_dim))
+            places = jax.random.permutation(choose, places, axis=1, independent=True)
+            units = places < int(share * hidden_dim)  # (E, F)
+            for leaf, unit_axis, leaf_key in zip(
+                ("c_fc/kernel", "c_fc/bias", "c_proj/kernel"), (2, 1, 1), fill, strict=True
+            ):
+                old = leaves[f"{block}/{leaf}"]
+                others = [axis for axis in range(1, old.ndim) if axis != unit_axis]
+                leaves[f"{block}/{leaf}"] = _redraw(old, jnp.expand_dims(units, others), leaf_key)
+        return trees.unflatten(leaves)
+
+    return jax.jit(drawn, out_shardings=place(params))(params, key)
+
+
+def _redraw(leaf: jax.Array, where: jax.Array, key: jax.Array) -> jax.Array:
+    """Normal values instead of those chosen, with each expert's mean and standard deviation of these."""
+    chosen = jnp.broadcast_to(where, leaf.shape)
+    axes = tuple(range(1, leaf.ndim))
+    mean = jnp.mean(leaf, axes, keepdims=True, where=chosen)
+    stddev = jnp.std(leaf, axes, keepdims=True, where=chosen)
+    return jnp.where(chosen, mean + stddev * jax.random.normal(key, leaf.shape, leaf.dtype), leaf)
+
+
 def count_active_parameters(params: trees.Params, config: ClipConfig) -> int:
     """Parameters that one token uses: of E experts, K count."""
     total = 0

@@ -44,7 +44,11 @@ CLIP_MOE, ENSEMBLE = "CLIP-MoE", "feature ensemble"
 BASELINE_TITLES = {
     "direct_ft": "direct fine-tuning, one stage's steps",
     "direct_ft_same_pairs": "direct fine-tuning, same total pairs",
+    "full_ft": "full fine-tuning, one stage's steps",
+    "long_clip": "Long-CLIP's recipe",
     "sparse_upcycling": "sparse upcycling",
+    "drop_upcycling": "Drop-Upcycling",
+    "clip_up": "CLIP-UP's recipe",
     "base_ft_moe": "base + FT MoE",
 }
 
@@ -120,7 +124,7 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
             results[ENSEMBLE] = _evaluate_ensemble(run, models)
         results[CLIP_MOE] = moe
         inputs = _inputs(models[CLIP_MOE]) | _test_fields(run)
-        artifacts.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
+        run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
     (run.workdir / "eval").mkdir(parents=True, exist_ok=True)
     artifacts.write_json(run.workdir / "eval" / "results.json", results)
     return results
@@ -159,14 +163,14 @@ def _evaluate_model(run: Run, title: str, model: Model) -> dict[str, Any]:
     if has_test_set(run.config):
         path = _folder(run, title) / "test"
         inputs = _inputs(model) | _test_fields(run)
-        artifacts.make(path, inputs, lambda folder: _evaluate_test(run, title, once(), folder))
+        run.make(path, inputs, lambda folder: _evaluate_test(run, title, once(), folder))
         numbers |= json.loads((path / "results.json").read_text())
     found = {}
     for evaluation in read_evaluations(run):
         digest = hashlib.sha256(evaluation.line.encode()).hexdigest()[:8]
         path = _folder(run, title) / f"{evaluation.kind}-{digest}"
         inputs = _inputs(model) | {"line": evaluation.line}
-        artifacts.make(path, inputs, functools.partial(_evaluate_line, run, title, evaluation, once, config))
+        run.make(path, inputs, functools.partial(_evaluate_line, run, title, evaluation, once, config))
         found[evaluation.line] = json.loads((path / "results.json").read_text())
     if found:
         numbers["evaluations"] = found

@@ -22,6 +22,14 @@ HOW_TO_READ = (
 )
 
 
+def format_results(seeds: Sequence[Results]) -> str:
+    """All tables of one run, or of several seeds."""
+    tables = [format_table(seeds), format_attributes(seeds), format_evaluations(seeds)]
+    if len(seeds) > 1 and has_retrieval(seeds):
+        tables.append(format_differences(seeds))
+    return "\n\n".join(filter(None, tables))
+
+
 def has_retrieval(seeds: Sequence[Results]) -> bool:
     """Whether there was a test set for retrieval."""
     return all(

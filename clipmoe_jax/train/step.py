@@ -25,12 +25,14 @@ INPUTS = ("image", "text", "short_text")  # of a batch, what a step takes
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """label_smoothing of the contrastive losses; coefficient and kind of the load balance (MoE alone);
-    short_caption_weight of Long-CLIP's second loss, which asks for short_text in a batch."""
+    """label_smoothing of the contrastive losses; coefficient and kind of the load balance, and coefficient of
+    the routers' z-loss (MoE alone); short_caption_weight of Long-CLIP's second loss, which asks for
+    short_text in a batch."""
 
     label_smoothing: float = 0.0
     balance_coefficient: float = 0.0
     balance: str = "paper"
+    z_loss_coefficient: float = 0.0
     short_caption_weight: float = 0.0
 
 
@@ -85,6 +87,8 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
             found |= losses.balance_losses(
                 outputs, mask, num_selected, loss.balance_coefficient, loss.balance
             )
+            if loss.z_loss_coefficient:
+                found |= losses.router_z_loss(outputs, mask, loss.z_loss_coefficient)
             found["dropped_slots"] = sum(
                 outputs[tower]["dropped_slots"].sum() for tower in ("image_aux", "text_aux")
             )

@@ -9,7 +9,12 @@ import pytest
 
 from clipmoe_jax import trees
 from clipmoe_jax.checkpoints import abstract_params
-from clipmoe_jax.dmu.upcycling import count_active_parameters, expert_as_dense, stack_experts
+from clipmoe_jax.dmu.upcycling import (
+    count_active_parameters,
+    expert_as_dense,
+    reinitialize_experts,
+    stack_experts,
+)
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 
@@ -220,3 +225,71 @@ def test_all_parameters_of_a_dense_model_are_active(dense):
     assert count_active_parameters(dense, DENSE) == sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(dense)
     )
+
+
+# Wide enough for statistics: 64 hidden units of 16 + 1 + 16 weights.
+SHARE, HIDDEN = 0.25, 64
+
+
+@pytest.fixture(scope="module")
+def redrawn(dense):
+    """(copies of one model, the same with a quarter of the hidden units drawn anew)."""
+    shifted = jax.tree.map(lambda leaf: leaf + np.float32(2), dense)  # a mean that is not 0
+    copies = stack_experts([shifted] * E, KEY, num_moe_layers=1)
+    return trees.flatten(copies), trees.flatten(reinitialize_experts(copies, KEY, share=SHARE))
+
+
+def units_that_differ(redrawn, block, leaf) -> np.ndarray:
+    """(E, F) bool: whether any weight of a hidden unit was drawn."""
+    before, after = (np.asarray(leaves[f"{block}/moe/{leaf}"]) for leaves in redrawn)
+    changed = before != after
+    return {
+        "c_fc/kernel": lambda: changed.any(axis=1),
+        "c_fc/bias": lambda: changed,
+        "c_proj/kernel": lambda: changed.any(axis=2),
+    }[leaf]()
+
+
+BLOCKS = ("visual/resblocks_1", "text/resblocks_1")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_share_of_each_experts_hidden_units_is_drawn_anew(redrawn, block):
+    units = units_that_differ(redrawn, block, "c_fc/kernel")
+    np.testing.assert_array_equal(units.sum(axis=1), [SHARE * HIDDEN] * E)
+    for leaf in ("c_fc/bias", "c_proj/kernel"):  # the same units
+        np.testing.assert_array_equal(units_that_differ(redrawn, block, leaf), units)
+    for one in range(E):
+        for other in range(one):
+            assert (units[one] != units[other]).any()
+
+
+def test_every_weight_of_a_drawn_unit_is_drawn_and_nothing_else(redrawn):
+    before, after = redrawn
+    for name in before:
+        changed = np.mean(np.asarray(before[name]) != np.asarray(after[name]))
+        drawn = "/moe/" in name and name.endswith(("c_fc/kernel", "c_fc/bias", "c_proj/kernel"))
+        assert changed == (SHARE if drawn else 0), name
+
+
+@pytest.mark.parametrize("leaf", ["c_fc/kernel", "c_proj/kernel"])
+def test_drawn_weights_have_the_mean_and_deviation_of_what_was_there(redrawn, leaf):
+    before, after = (np.asarray(leaves[f"{BLOCKS[0]}/moe/{leaf}"]) for leaves in redrawn)
+    for e in range(E):
+        drawn = before[e] != after[e]  # 16 units of 16 weights: 256 numbers
+        old, new = before[e][drawn], after[e][drawn]
+        # Standard errors: of a mean 0.3 / 16 = 0.019, of a deviation 0.3 / sqrt(512) = 0.013; four times.
+        np.testing.assert_allclose(new.mean(), old.mean(), atol=4 * 0.019)
+        np.testing.assert_allclose(new.std(), old.std(), atol=4 * 0.013)
+        assert len(np.unique(new)) == new.size and abs(np.corrcoef(old, new)[0, 1]) < 4 / 16
+
+
+def test_what_is_drawn_depends_on_the_key_alone(redrawn):
+    copies, after = redrawn
+    copies = trees.unflatten(copies)
+    again, other = (
+        trees.flatten(reinitialize_experts(copies, key, share=SHARE)) for key in (KEY, jax.random.key(1))
+    )
+    name = f"{BLOCKS[1]}/moe/c_fc/kernel"
+    np.testing.assert_array_equal(again[name], after[name])
+    assert not np.array_equal(other[name], after[name])

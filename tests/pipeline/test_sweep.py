@@ -1,0 +1,146 @@
+"""A sweep over variants of a config: what they have in common is made once."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from killed_run import config as tiny_config
+from test_configs import get_config
+
+from clipmoe_jax import checkpoints, main
+from clipmoe_jax import config as configs
+
+VARIANTS = {"one": {"moe.num_selected_experts": 1}, "two": {"moe.num_selected_experts": 2}}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """(workdir, {variant: results of each seed})."""
+    workdir, config = epath.Path(tmp_path_factory.mktemp("sweep")), tiny_config()
+    configs.set_variants(config, VARIANTS)
+    return workdir, main.run_variants(config, workdir)
+
+
+def phases(workdir) -> set[str]:
+    return {json.loads(line)["phase"] for line in (workdir / "metrics.jsonl").read_text().splitlines()}
+
+
+def test_what_does_not_depend_on_the_varied_field_is_trained_once(sweep):
+    workdir, _ = sweep
+    assert phases(workdir / "one") == {"base", "mcl_1", "router"} and phases(workdir / "two") == {"router"}
+    for name in ("data", "base", "stage_1/features", "stage_1/clusters", "stage_1/params"):
+        done = [json.loads((workdir / variant / name / "done.json").read_text()) for variant in VARIANTS]
+        assert done[1].pop("copied_from") == str(workdir / "one" / name)
+        assert done[0] == done[1]
+    for name in ("base", "stage_1/params"):
+        one, two = (checkpoints.load_model(workdir / variant / name)[1] for variant in VARIANTS)
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_what_depends_on_it_is_made_for_each(sweep):
+    workdir, _ = sweep
+    for variant, num_selected in (("one", 1), ("two", 2)):
+        config, _ = checkpoints.load_model(workdir / variant / "moe" / "params")
+        assert config.moe.num_selected_experts == num_selected
+        assert "copied_from" not in json.loads((workdir / variant / "moe/params/done.json").read_text())
+        written = json.loads((workdir / variant / "config.json").read_text())
+        assert written["moe"]["num_selected_experts"] == num_selected and not written["variants"]
+
+
+def test_a_row_for_each_variant(sweep):
+    _, found = sweep
+    rows = {line.split()[0]: line.split()[1:] for line in main.format_variants(found).splitlines()[1:3]}
+    assert list(rows) == ["one", "two"]
+    for variant, cells in rows.items():
+        [results] = found[variant]
+        assert cells[0] == f"{100 * results['CLIP-MoE']['image_to_text_r1']:.1f}"
+        assert cells[3] == f"{100 * results['CLIP-MoE']['text_to_image_r5']:.1f}"
+    assert rows["one"][-1] != rows["two"][-1]  # active parameters
+
+
+def test_seeds_of_a_variant_are_one_row_of_mean_and_deviation(sweep):
+    _, found = sweep
+    [results] = found["one"]
+    other = json.loads(json.dumps(results))
+    other["CLIP-MoE"]["image_to_text_r1"] = results["CLIP-MoE"]["image_to_text_r1"] + 0.02
+    row = main.format_variants({"one": [results, other], "two": [results, results]}).splitlines()[1]
+    # Two values 2 points apart: their mean is 1 from each, their standard deviation sqrt(2).
+    assert f"{100 * results['CLIP-MoE']['image_to_text_r1'] + 1:.1f} ± 1.4" in row
+
+
+def test_a_sweep_that_is_done_does_nothing_more(sweep):
+    workdir, found = sweep
+    config = tiny_config()
+    configs.set_variants(config, VARIANTS)
+    before = (workdir / "two" / "metrics.jsonl").read_text()
+    assert main.run_variants(config, workdir) == found
+    assert (workdir / "two" / "metrics.jsonl").read_text() == before
+
+
+BAD_VARIANTS = {
+    "no such field": ({"mcl.num_stage": 1}, r"variants\.bad: 'mcl.num_stage' is not a field"),
+    "no such group": ({"mlc.num_stages": 1}, r"variants\.bad: 'mlc.num_stages' is not a field"),
+    "a field of a field": ({"log_every.x": 1}, r"variants\.bad: 'log_every.x' is not a field"),
+    "a group": ({"mcl": 1}, r"variants\.bad: 'mcl' is a group of fields"),
+    "seeds": ({"seeds": (1, 2)}, r"variants\.bad: 'seeds' is not a field"),
+    "wrong type": ({"mcl.num_stages": 1.5}, r"variants\.bad: mcl.num_stages=1.5 must be of type int"),
+    "a bool for a number": (
+        {"mcl.num_stages": True},
+        r"variants\.bad: mcl.num_stages=True must be of type int",
+    ),
+    "a value that cannot work": (
+        {"moe.num_selected_experts": 3},
+        r"variants\.bad: moe.num_selected_experts=3 must lie between 1 and the number of experts, 2",
+    ),
+    "a batch that cannot be split": ({"router.batch_size": 12}, r"variants\.bad: router: batch size 12"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_VARIANTS.values(), ids=BAD_VARIANTS)
+def test_a_bad_variant_is_named_before_anything_is_made(tmp_path, fields, message):
+    config = tiny_config()
+    configs.set_variants(config, {"good": {}, "bad": fields})
+    with pytest.raises(ValueError, match=message):
+        main.run_pipeline(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_variants_name_is_a_folders():
+    config = tiny_config()
+    configs.set_variants(config, {"../up": {}})
+    with pytest.raises(ValueError, match="'../up' must be the name of a folder"):
+        configs.variant_configs(config)
+
+
+def test_whole_numbers_do_for_fractions_and_lists_for_tuples():
+    config = tiny_config()
+    configs.set_variants(config, {"x": {"mcl.weight_decay": 1, "data.text_buckets": (8, 16)}})
+    [variant] = configs.variant_configs(config).values()
+    assert variant.mcl.weight_decay == 1.0 and variant.data.text_buckets == (8, 16)
+    assert not variant.variants and config.mcl.weight_decay == 0.2
+
+
+@pytest.mark.parametrize(
+    ("what", "fields"),
+    [
+        ("experts", ["mcl.num_stages"] * 3),
+        ("selected", ["moe.num_selected_experts"] * 4),
+        ("clusters", ["cluster.num_clusters"] * 3),
+        ("init_from", ["mcl.init_from"] * 2),
+        ("baselines", []),
+    ],
+)
+@pytest.mark.parametrize("arg", ["", ",small,seeds=2"])
+def test_ready_made_sweeps_are_valid(what, fields, arg):
+    config = get_config("sweep", f"what={what}{arg}")
+    assert [field for variant in config.variants.values() for field in variant] == fields
+    for variant in configs.variant_configs(config).values():
+        main.check_run(variant)
+    assert len(config.seeds) == (2 if arg else 1)
+
+
+def test_an_unknown_sweep_says_which_there_are():
+    with pytest.raises(ValueError, match="what='routers': choose one of experts, selected, clusters"):
+        get_config("sweep", "what=routers")
