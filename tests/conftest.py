@@ -5,11 +5,27 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+# Most time goes into compiling programs that run for milliseconds, half of it into LLVM's passes. XLA's own
+# passes, and so the collectives that tests look for, stay.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import pathlib
 
 import numpy as np
 import pytest
+
+# These take longest, in this order; workers of `pytest -n` get files in the order of the tests.
+LONGEST = (
+    *("pipeline/test_processes.py", "train/test_training.py", "pipeline/test_pipeline.py", "test_plan.py"),
+    *("pipeline/test_resume.py", "models/test_clip.py", "models/test_moe.py", "models/test_golden.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one at the end."""
+    tests = pathlib.Path(__file__).parent
+    ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")
