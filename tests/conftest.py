@@ -5,9 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-# Most time goes into compiling programs that run for milliseconds, half of it into LLVM's passes. XLA's own
-# passes, and so the collectives that tests look for, stay.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands keep nothing in the user's home
 
 import pathlib
 
@@ -17,7 +15,8 @@ import pytest
 # These take longest, in this order; workers of `pytest -n` get files in the order of the tests.
 LONGEST = (
     *("pipeline/test_processes.py", "train/test_training.py", "pipeline/test_pipeline.py", "test_plan.py"),
-    *("pipeline/test_resume.py", "models/test_clip.py", "models/test_moe.py", "models/test_golden.py"),
+    *("pipeline/test_resume.py", "pipeline/test_sweep.py", "pipeline/test_baselines.py"),
+    *("models/test_clip.py", "models/test_moe.py", "models/test_golden.py"),
 )
 
 
