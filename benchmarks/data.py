@@ -79,6 +79,24 @@ def read_epochs(folder: str) -> Callable[[int], None]:
     return read
 
 
+def wait_fraction(folder: str, images_per_second: float, num_epochs: int) -> float:
+    """Share of the time that a loop waits for batches whose steps take as long as an accelerator of this
+    speed takes for them; it leaves the host's cores alone, as an accelerator does."""
+    records = Records(folder)
+    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, text_buckets=(64, 128))
+    sampler, waited = ShuffledSampler(len(records), 64, seed=0), 0.0
+    steps = num_epochs * sampler.num_steps
+    with loader.batches(pairs, sampler, start_step=0, num_steps=steps) as batches:
+        next(batches)
+        began = time.perf_counter()
+        for _ in range(steps - 1):
+            time.sleep(64 / images_per_second)
+            asked = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - asked
+        return waited / (time.perf_counter() - began)
+
+
 def text_tower_seconds(tokens: np.ndarray, rounds: int = 5) -> float:
     """Least time of ViT-B/32's text tower for a batch."""
     config = VARIANTS["ViT-B/32"]
@@ -118,7 +136,11 @@ def main() -> None:
             epochs, read = 1 if size is None else 8, read_epochs(out)
             read(1)  # imports what it needs
             count = epochs * (args.images // 64 * 64)
-            found[f"read {form}, images/s"] = rate(count, lambda read=read, epochs=epochs: read(epochs))
+            speed = rate(count, lambda read=read, epochs=epochs: read(epochs))
+            found[f"read {form}, images/s"] = speed
+            for share in (0.5, 0.8):
+                name = f"{form}, input wait fraction at {share:.0%} of that speed"
+                found[name] = wait_fraction(out, share * speed, epochs)
     tokenizer = Tokenizer(248)
     for name, of_set in texts.items():
         tokenizer(of_set[:10])

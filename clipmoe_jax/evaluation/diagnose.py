@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from clipmoe_jax import artifacts, distributed, trees
 from clipmoe_jax.evaluation.cost import BATCH_SIZES, costs
 from clipmoe_jax.evaluation.expert_difference import expert_difference
-from clipmoe_jax.evaluation.routing import route_by_model, routing_tables, top1_experts
+from clipmoe_jax.evaluation.routing import changed_routing, route_by_model, routing_tables, top1_experts
 from clipmoe_jax.evaluation.words import token_texts
 from clipmoe_jax.models.clip import Clip
 
@@ -30,6 +30,20 @@ def write_routing(
     and MoE layer. Params on the mesh, batches as the loader's."""
     sums = route_by_model(model, params, batches, mesh)
     artifacts.write_json(folder / "routing.json", routing_tables(sums, model.config))
+
+
+def write_routing_change(
+    folder: epath.Path,
+    model: Clip,
+    params: trees.Params,
+    before: trees.Params,
+    batches: Batches,
+    mesh: Mesh,
+) -> None:
+    """routing_change.json: {tower: for each MoE layer, share of tokens whose experts are others with
+    `before`, the params of an earlier checkpoint}. Arguments else as of `write_routing`."""
+    found = changed_routing(model, params, before, batches, mesh)
+    artifacts.write_json(folder / "routing_change.json", found)
 
 
 def write_experts(

@@ -29,6 +29,7 @@ from clipmoe_jax.evaluation.diagnose import (
     write_heat_maps,
     write_neighbours,
     write_routing,
+    write_routing_change,
 )
 from clipmoe_jax.evaluation.evaluations import Evaluation, parse_evaluation
 from clipmoe_jax.evaluation.retrieval import retrieval_recall
@@ -239,9 +240,10 @@ def _diagnose(run: Run, folder: epath.Path) -> dict:
     model, pairs = run.model(config), run.pairs("test")
     encoder = Encoder(model, params, run.mesh, run.config.embed.batch_size)
     num_pairs = min(len(pairs), DIAGNOSED_PAIRS)
-    for write in (write_routing, write_experts):
+    _, untrained = run.load(run.workdir / "moe" / "upcycled")
+    for write in (write_routing, functools.partial(write_routing_change, before=untrained), write_experts):
         with encoder.open(pairs, stop=num_pairs, num_workers=run.config.data.num_workers) as batches:
-            write(folder, model, params, batches, run.mesh)
+            write(folder, model, params, batches=batches, mesh=run.mesh)
     examples = np.arange(min(len(pairs), EXAMPLES))
     batch = pairs.gather(examples, epoch=0)
     first_captions = [run.records("test")[i]["captions"][0] for i in examples]

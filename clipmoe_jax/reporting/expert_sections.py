@@ -22,6 +22,7 @@ DIGITS_UP_TO = 4  # patches a side: larger ones have room for the expert's numbe
 def routing(folders: Sequence[Folder]) -> Context:
     """Load, co-activation, load by place and by kind of word of each tower; entropy and largest gate."""
     found = folders[0].json("eval/routing.json", DIAGNOSTICS)
+    change = folders[0].json("eval/routing_change.json", DIAGNOSTICS)
     num_experts = len(found["visual"]["load"][0])
     even = math.log(num_experts)
     return {
@@ -39,6 +40,12 @@ def routing(folders: Sequence[Folder]) -> Context:
             "Largest gate of a token, mean,",
             {tower: (found[tower]["layers"], found[tower]["top1_gate"]) for tower in TOWERS},
             y="gate",
+        ),
+        "change": _by_block(
+            "change",
+            "Share of tokens whose experts changed by router training",
+            {tower: (found[tower]["layers"], 100 * np.array(change[tower])) for tower in TOWERS},
+            y="% of tokens",
         ),
     }
 

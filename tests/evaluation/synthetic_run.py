@@ -108,7 +108,7 @@ def write_results(folder: pathlib.Path, rng: np.random.Generator) -> None:
 def write_diagnostics(
     folder: pathlib.Path, rng: np.random.Generator, num_experts: int, num_blocks: int = 2, grid: int = 2
 ) -> None:
-    """routing.json, heat_maps.npz and .json, neighbours.json, experts.json, cost.json."""
+    """routing.json, routing_change.json, heat_maps.npz and .json, neighbours.json, experts.json, cost.json."""
 
     def shares(*shape: int) -> list:
         return rng.dirichlet(np.full(num_experts, 4.0), shape).tolist()
@@ -136,6 +136,8 @@ def write_diagnostics(
         "text": routing(["0", "1-4", "5-9", "end token"]) | {"load_by_word_class": classes},
     }
     write_json(folder / "routing.json", tables)
+    change = {tower: rng.uniform(0, 1, num_blocks).tolist() for tower in tables}
+    write_json(folder / "routing_change.json", change)
 
     def difference() -> dict:
         cosine, divergence = alike(num_experts - 1), 1 - np.array(alike(num_experts))

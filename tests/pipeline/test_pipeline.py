@@ -136,6 +136,9 @@ def test_the_eval_folder_has_what_a_report_shows(demo):
     )
     for tower in ("visual", "text"):
         np.testing.assert_allclose(np.sum(routing[tower]["load"], axis=1), 1, rtol=1e-6)
+    changed = json.loads((folder / "routing_change.json").read_text())
+    for tower in ("visual", "text"):  # training the routers did something, in every block
+        assert len(changed[tower]) == 2 and all(0 < share < 1 for share in changed[tower])
     assert 0 < experts["diversity"] < 1.2
     assert cost["base"]["active_parameters"] < cost["CLIP-MoE"]["active_parameters"]
     assert np.load(folder / "heat_maps.npz")["visual_experts"].shape == (8, 2, 2, 2)
