@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import artifacts, checkpoints, sharding, trees
+from clipmoe_jax import artifacts, checkpoints, distributed, sharding, trees
 from clipmoe_jax import config as configs
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
@@ -65,9 +65,11 @@ class Run:
 
     def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> None:
         """`artifacts.make`, but for what another variant has made from the same inputs, which is copied."""
-        name = path.relative_to(self.workdir)
-        if source := artifacts.copy(path, inputs, [folder / name for folder in self.siblings]):
-            self.metrics.say(f"{name}: copied from {source}")
+        if self.siblings:
+            name = path.relative_to(self.workdir)
+            if source := artifacts.copy(path, inputs, [folder / name for folder in self.siblings]):
+                self.metrics.say(f"{name}: copied from {source}")
+            distributed.barrier(f"{path} may be copied")  # no process sees half of it
         artifacts.make(path, inputs, build)
 
     def pairs(

@@ -108,7 +108,7 @@ def write_results(folder: pathlib.Path, rng: np.random.Generator) -> None:
 def write_diagnostics(
     folder: pathlib.Path, rng: np.random.Generator, num_experts: int, num_blocks: int = 2, grid: int = 2
 ) -> None:
-    """routing.json, routing_change.json, heat_maps.npz and .json, neighbours.json, experts.json, cost.json."""
+    """routing.json, routing_change.json, heat_maps, neighbours.json, experts.json, cost.json."""
 
     def shares(*shape: int) -> list:
         return rng.dirichlet(np.full(num_experts, 4.0), shape).tolist()
