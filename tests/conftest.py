@@ -6,6 +6,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands keep nothing in the user's home
+# Most time goes into compiling programs that run for milliseconds, half of it into LLVM's passes. XLA's own
+# passes stay: fusion, partitioning and the collectives that tests look for.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import pathlib
 
