@@ -124,9 +124,8 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
         if "feature_ensemble" in run.config.baselines:
             results[ENSEMBLE] = _evaluate_ensemble(run, models)
         results[CLIP_MOE] = moe
-        inputs = _inputs(models[CLIP_MOE]) | _test_fields(run)
-        run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
-    (run.workdir / "eval").mkdir(parents=True, exist_ok=True)
+    inputs = _inputs(models[CLIP_MOE]) | _test_fields(run)
+    run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
     artifacts.write_json(run.workdir / "eval" / "results.json", results)
     return results
 
@@ -231,7 +230,9 @@ def _evaluate_ensemble(run: Run, models: Mapping[str, Model]) -> dict[str, Any]:
 
 
 def _diagnose(run: Run, folder: epath.Path) -> dict:
-    """Files that show what the CLIP-MoE does with the first pairs of the test set."""
+    """Files that show what the CLIP-MoE does with the first pairs of the test set, if there is one."""
+    if not has_test_set(run.config):
+        return {}
     run.metrics.say("evaluate: routing, differences of experts and cost of the CLIP-MoE")
     captions, paths = read_captions(run), {title: models_of(run)[title].path for title in ("base", CLIP_MOE)}
     features = [_features(run, title) for title in paths]
