@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clipmoe_jax.models.attention import attention
 from clipmoe_jax.models.moe import MoeMlp
 from clipmoe_jax.sharding import split_batch
 
@@ -54,7 +55,7 @@ class RunConfig:
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
     remat: recompute each block in the backward pass instead of keeping its activations.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
-    attention: "xla" or "cudnn" (NVIDIA GPUs from compute capability 8.0, half precision).
+    attention: "xla", "chunked" or "cudnn" (models/attention.py).
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     """
 
@@ -86,7 +87,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one a row."""
 
     num_heads: int
     causal: bool
@@ -94,16 +95,17 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, segments: Array | None = None) -> Array:
         batch, length, width = x.shape
         normal = nn.initializers.normal(width**-0.5)
         qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="in_proj")(x)
         qkv = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        y = jax.nn.dot_product_attention(
+        y = attention(
             qkv[:, :, 0],
             qkv[:, :, 1],
             qkv[:, :, 2],
-            is_causal=self.causal,
+            causal=self.causal,
+            segments=segments,
             implementation=self.implementation,
         )
         y = y.reshape(batch, length, width)
@@ -111,7 +113,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One residual block. x (B, L, D) -> (x, aux); aux is MoeMlp's for a MoE block, else empty."""
+    """One residual block. x (B, L, D), segments as in `Attention` -> (x, aux): MoeMlp's aux, else empty."""
 
     num_heads: int
     mlp_width: int
@@ -123,10 +125,10 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, segments: Array | None = None) -> tuple[Array, dict[str, Array]]:
         dtype = jnp.dtype(self.run.dtype)
         x = x + Attention(self.num_heads, self.causal, self.run.attention, dtype, name="attn")(
-            layer_norm(self.layer_norm_eps, dtype, "ln_1")(x)
+            layer_norm(self.layer_norm_eps, dtype, "ln_1")(x), segments
         )
         h = layer_norm(self.layer_norm_eps, dtype, "ln_2")(x)
         activation = ACTIVATIONS[self.activation]
@@ -149,6 +151,7 @@ class Block(nn.Module):
 
 def apply_blocks(
     x: Array,
+    segments: Array | None = None,
     *,
     num_layers: int,
     num_heads: int,
@@ -162,8 +165,8 @@ def apply_blocks(
 ) -> tuple[Array, dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
-    x (B, L, D) -> (x, aux); aux leaves are stacked over the MoE blocks on axis 1: router_logits
-    (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
+    x (B, L, D), segments as in `Attention` -> (x, aux); aux leaves are stacked over the MoE blocks on axis 1:
+    router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
     """
     block_class = nn.remat(Block) if run.remat else Block
     first_moe = first_moe_layer(num_layers, moe)
@@ -180,7 +183,7 @@ def apply_blocks(
             deterministic=deterministic,
             name=f"resblocks_{i}",
         )
-        x, aux = block(split_batch(x))
+        x, aux = block(split_batch(x), segments)
         if aux:
             block_aux.append(aux)
     if not block_aux:
