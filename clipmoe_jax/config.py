@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax.models.attention import IMPLEMENTATIONS
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import REMAT, MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
 BASELINES = (
@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
     config.run = ConfigDict()
     config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
     config.run.attention = ""  # "xla", "chunked", "cudnn"; "" by platform (`run_config`)
-    config.run.remat = False
+    config.run.remat = "none"  # "dots", "full": what the backward pass computes again (`RunConfig`)
     config.run.frozen_dtype = "float32"  # what frozen parameters are held in while a stage trains
 
     config.embed = ConfigDict({"batch_size": 1024})
@@ -221,6 +221,7 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
         dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=config.run.remat,
         dispatch=config.moe.dispatch or ("dense" if platform in ("gpu", "cuda") else "ragged"),
+        grouped_matmul="blocks" if platform == "cpu" else "ragged_dot",
         attention=config.run.attention or {"cuda": "cudnn", "cpu": "chunked"}.get(platform, "xla"),
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
@@ -245,6 +246,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             f"mcl.num_stages={config.mcl.num_stages}: choose fewer"
         )
     _check_choice("moe.dispatch", config.moe.dispatch, ("", "ragged", "dense", "capacity"))
+    _check_choice("run.remat", config.run.remat, REMAT)
     _check_choice("run.attention", config.run.attention, ("", *IMPLEMENTATIONS))
     _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))
     _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("float32", "bfloat16"))

@@ -213,7 +213,8 @@ def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
             flops.forward_backward, config, trains, training.short_length, towers=["text"]
         )
         model_flops, computed = model_flops + of_text(), computed + of_text(slots=experts)
-    computed += flops.forward(config, slots=experts) * (run.remat + (phase.accumulation_steps > 1))
+    again = (run.remat == "full") + (phase.accumulation_steps > 1)
+    computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (run.remat == "dots")
     return StepPlan(
         flops=model_flops,
         again=computed / model_flops,
@@ -243,15 +244,16 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     if training.short_length:
         of_text = kept_bytes(mesh, config, run, params, training.rules, "text")
         kept += of_text * training.short_length / config.text.context_length
-    if run.remat:  # one block at a time is there in full
-        whole = dataclasses.replace(run, remat=False)
+    recomputes = run.remat != "none"
+    if recomputes:  # one block at a time is there in full
+        whole = dataclasses.replace(run, remat="none")
         kept += max(
             kept_bytes(mesh, config, whole, params, training.rules, tower) / depth
             for tower, depth in (("image", config.vision.num_layers), ("text", config.text.num_layers))
         )
     copied = 0
     for leaf in jax.tree.leaves(params):
-        gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not run.remat else 1
+        gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
         if leaf.ndim >= 2 and (run.dtype != "float32" or gathered > 1):
             copied += gathered * device_bytes(leaf) / FLOAT_BYTES * jnp.dtype(run.dtype).itemsize
     return Memory(
@@ -306,7 +308,8 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     leaves = trees.flatten(placed_params(mesh, config))
     trains = trees.match_rules(training.rules, list(leaves))
     itemsize = jnp.dtype(run.dtype).itemsize
-    passes = 1 + run.remat + (phase.accumulation_steps > 1)  # forward ones
+    recomputes = run.remat != "none"
+    passes = 1 + recomputes + (phase.accumulation_steps > 1)  # forward ones
     found = []
 
     def add(axes: Sequence[str], what: str, operation: str, num_bytes: float, times: int) -> None:
@@ -322,7 +325,11 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
 
     split = {name: leaf for name, leaf in leaves.items() if "fsdp" in leaf.sharding.spec}
     whole = {name: mesh.shape["fsdp"] * device_bytes(leaf) for name, leaf in split.items()}
-    add(["fsdp"], "parameters", "all-gather", sum(whole.values()) / FLOAT_BYTES * itemsize, passes)
+    gathered = passes * sum(whole.values())
+    if run.remat == "dots":  # backward only those that pull a gradient back
+        pulls = flops.input_gradients(config, trains)
+        gathered -= sum(size for name, size in whole.items() if name.rpartition("/")[0] not in pulls)
+    add(["fsdp"], "parameters", "all-gather", gathered / FLOAT_BYTES * itemsize, 1)
     scattered = sum(size for name, size in whole.items() if trains[name])
     add(["fsdp"], "gradients", "reduce-scatter", scattered, 1)
     replicated = collections.Counter()
@@ -350,11 +357,11 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
             if run.dispatch == "capacity":
                 buffers = run.capacity_factor * num_selected * x / mesh.shape["expert"]
                 backward = to_inputs + (blocks if experts_train or shared_train else blocks - 1)
-                times = blocks * (2 * passes - run.remat) + backward
+                times = blocks * (2 * passes - recomputes) + backward
                 add(["expert"], f"{what} to experts and back", "all-to-all", times * buffers, 1)
                 continue
             add(["expert"], f"{what}, gates, ids", "all-gather", blocks * (x + 2 * gates), passes)
-            add(["expert"], f"{what}' outputs", "reduce-scatter", blocks * x, passes - run.remat)
+            add(["expert"], f"{what}' outputs", "reduce-scatter", blocks * x, passes - recomputes)
             add(["expert"], f"gradients of {what}' outputs", "all-gather", blocks * x, 1)
             scattered = to_inputs * x + blocks * gates
             add(["expert"], f"gradients of {what}, gates", "reduce-scatter", scattered, 1)

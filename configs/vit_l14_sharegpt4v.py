@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, init_from="base", runlocal=False)
     config = default_config()
     config.mcl.init_from = arg.init_from
-    config.run.remat = True
+    config.run.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

@@ -7,6 +7,8 @@ Contract of a dispatch function `(x, gates, expert_ids, experts, hidden) -> (y, 
   x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where to dense and ragged an id of E means "not an
   expert of this device" and contributes nothing; experts as `Experts`; hidden (..., F) -> (..., F) is what
   happens between the two layers of an expert (activation, dropout).
+Dense and ragged multiply by the gate between the two layers, where it is fused with the activation: what the
+second layer makes of each slot is then neither kept nor needed for the gate's gradient.
   y (N, D) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the
   slots of each token that were thrown away, zero but for `capacity`.
 """
@@ -19,8 +21,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+
+HIDDEN = "hidden"  # the name of what the first layer of a feed-forward layer makes, before the activation
 
 # Rows of one product in the blocked CPU kernel: wide blocks while a group lasts, narrow ones for its end.
 # Wide blocks alone leave the last one half empty; narrow ones alone pack the kernel anew too often
@@ -42,21 +47,28 @@ Hidden = Callable[[Array], Array]
 
 def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
-    num_experts = experts.fc_kernel.shape[0]
-    h = jnp.einsum("nd,edf->enf", x, experts.fc_kernel) + experts.fc_bias[:, None]
-    y = jnp.einsum("enf,efd->end", hidden(h), experts.proj_kernel) + experts.proj_bias[:, None]
-    one_hot = jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype)  # id E gives a zero row
-    combine_weights = jnp.einsum("nk,nke->ne", gates, one_hot)
-    y = jnp.einsum("end,ne->nd", y, combine_weights.astype(y.dtype))
+    combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0]).astype(x.dtype)
+    h = jnp.einsum("nd,edf->nef", x, experts.fc_kernel) + experts.fc_bias
+    h = hidden(checkpoint_name(h, HIDDEN)) * combine_weights[:, :, None]
+    y = jnp.einsum("nef,efd->nd", h, experts.proj_kernel) + combine_weights @ experts.proj_bias
     return y, jnp.zeros(x.shape[0], jnp.int32)
 
 
 def ragged(
-    x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden
+    x: Array,
+    gates: Array,
+    expert_ids: Array,
+    experts: Experts,
+    hidden: Hidden,
+    *,
+    multiply: Callable[[Array, Array, Array], Array],
 ) -> tuple[Array, Array]:
-    """Sorts the routed slots by expert and multiplies each group by its expert's matrix. Exact."""
+    """Sorts the routed slots by expert and multiplies each group by its expert's matrix. Exact.
+
+    multiply: of GROUPED_MATMULS.
+    """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    # Slots past M belong to no expert, sort last, and give `grouped_matmul` the spare rows it asks for.
+    # Slots past N*K belong to no expert, sort last, and give `multiply` the spare rows it asks for.
     slot_expert = jnp.pad(expert_ids.reshape(-1), (0, NARROW_BLOCK), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
@@ -64,15 +76,15 @@ def ragged(
 
     row_expert = slot_expert[order]
     rows = _rows_from_tokens(x, order, position)
-    h = grouped_matmul(rows, experts.fc_kernel, group_sizes)
-    h = hidden(h + _bias_of_rows(experts.fc_bias, row_expert))
-    y = grouped_matmul(h, experts.proj_kernel, group_sizes)
-    y = y + _bias_of_rows(experts.proj_bias, row_expert)
+    h = multiply(rows, experts.fc_kernel, group_sizes)
+    h = hidden(checkpoint_name(h + _bias_of_rows(experts.fc_bias, row_expert), HIDDEN))
+    row_gates = _rows_from_tokens(gates.astype(x.dtype).reshape(-1, 1), order, position)
+    y = multiply(h * row_gates, experts.proj_kernel, group_sizes)
     y = jnp.where(row_expert[:, None] < num_experts, y, 0)
 
-    y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1)
-    y = jnp.einsum("nkd,nk->nd", y, gates.astype(y.dtype))
-    return y, jnp.zeros(num_tokens, jnp.int32)
+    y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
+    combine_weights = _combine_weights(gates, expert_ids, num_experts).astype(x.dtype)
+    return y + combine_weights @ experts.proj_bias, jnp.zeros(num_tokens, jnp.int32)
 
 
 def capacity(
@@ -151,15 +163,23 @@ def gathered(
 
 
 def make_dispatch(
-    name: str, capacity_factor: float, expert_axis: str | None = None
+    name: str, capacity_factor: float, grouped_matmul: str, expert_axis: str | None = None
 ) -> Callable[..., tuple[Array, Array]]:
-    """The dispatch function called `name`; inside shard_map over the axis that splits the experts."""
+    """The dispatch function called `name`; inside shard_map over the axis that splits the experts.
+
+    grouped_matmul: of GROUPED_MATMULS, what `ragged` multiplies with.
+    """
     if name == "capacity":
         return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
     if name not in ("dense", "ragged"):
         raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
-    local = dense if name == "dense" else ragged
+    local = functools.partial(ragged, multiply=GROUPED_MATMULS[grouped_matmul]) if name == "ragged" else dense
     return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
+
+
+def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array:
+    """(N, K) -> (N, E) float32: each expert's gate, zero for those not selected and for an id of E."""
+    return jnp.einsum("nk,nke->ne", gates, jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype))
 
 
 def _bias_of_rows(bias: Array, row_expert: Array) -> Array:
@@ -208,25 +228,18 @@ def _slots_from_rows_bwd(order, g):
 _slots_from_rows.defvjp(_slots_from_rows_fwd, _slots_from_rows_bwd)
 
 
-def grouped_matmul(x: Array, kernels: Array, group_sizes: Array) -> Array:
-    """Multiplies consecutive groups of rows by a matrix each.
+@jax.custom_vjp
+def blocked_matmul(x: Array, kernels: Array, group_sizes: Array) -> Array:
+    """Multiplies consecutive groups of rows by a matrix each, in blocks of rows.
 
     x (R, D), kernels (E, D, F), group_sizes (E,) int32 -> (R, F) in x's dtype, where the groups leave at
-    least NARROW_BLOCK rows of x over; what comes out for those is undefined but finite. On TPU and GPU this
-    is `lax.ragged_dot`; on CPU, where that expands to a product with every kernel, blocks of rows.
+    least NARROW_BLOCK rows of x over; what comes out for those is undefined but finite.
     """
-    if jax.default_backend() == "cpu":
-        return _blocked_matmul(x, kernels, group_sizes)
-    return lax.ragged_dot(x, kernels, group_sizes)
-
-
-@jax.custom_vjp
-def _blocked_matmul(x: Array, kernels: Array, group_sizes: Array) -> Array:
     return _multiply_blocks(x, kernels, group_sizes, contract_axis=0)
 
 
 def _blocked_matmul_fwd(x, kernels, group_sizes):
-    return _blocked_matmul(x, kernels, group_sizes), (x, kernels, group_sizes)
+    return blocked_matmul(x, kernels, group_sizes), (x, kernels, group_sizes)
 
 
 def _blocked_matmul_bwd(residuals, g):
@@ -236,7 +249,11 @@ def _blocked_matmul_bwd(residuals, g):
     return dx, _kernel_gradient(x, g, group_sizes).astype(kernels.dtype), None
 
 
-_blocked_matmul.defvjp(_blocked_matmul_fwd, _blocked_matmul_bwd)
+blocked_matmul.defvjp(_blocked_matmul_fwd, _blocked_matmul_bwd)
+
+# `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row with
+# every kernel, E times the work: blocks are for CPU, and on GPU dense dispatch does less.
+GROUPED_MATMULS = {"blocks": blocked_matmul, "ragged_dot": lax.ragged_dot}
 
 
 def _multiply_blocks(x: Array, kernels: Array, group_sizes: Array, *, contract_axis: int) -> Array:

@@ -55,9 +55,9 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
             ("moe", length * (slots or moe.num_selected_experts)) if i >= first_moe else ("mlp", length)
         )
         yield Layer(f"{block}/{ffn}/c_fc", 2 * tokens * width * hidden)
-        yield Layer(f"{block}/{ffn}/c_proj", 2 * tokens * hidden * width)
-        if ffn == "moe":  # last, since the experts' inputs do not depend on it
+        if ffn == "moe":  # here, since its gates multiply what c_proj takes (models/dispatch.py)
             yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
+        yield Layer(f"{block}/{ffn}/c_proj", 2 * tokens * hidden * width)
     last = ("ln_post", "proj") if tower == "visual" else ("ln_final", "text_projection")
     yield Layer(f"{tower}/{last[0]}", 0)
     yield Layer(f"{tower}/{last[1]}", 2 * width * config.embed_dim)
@@ -66,6 +66,11 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
 def forward(config: ClipConfig, length: int | None = None, slots: float = 0) -> float:
     """FLOPs of encoding one pair, an image and a caption of `length` tokens."""
     return sum(layer.flops for tower in _towers(config) for layer in layers(config, tower, length, slots))
+
+
+def scores(config: ClipConfig) -> float:
+    """FLOPs of the scores of attention for one pair, half of what attention's products take."""
+    return sum(layer.flops / 2 for t in _towers(config) for layer in layers(config, t) if not layer.name)
 
 
 def forward_backward(
@@ -81,15 +86,34 @@ def forward_backward(
     gradient for its kernel costs as much as the product, and its gradient for its input as well, which is
     needed only where something that trains lies before it.
     """
-    trained = {name.rpartition("/")[0] for name, yes in trains.items() if yes and "/" in name}
-    trained |= {name for name, yes in trains.items() if yes}
-    total = 0.0
-    for tower in towers or _towers(config):
-        reached = False  # whether something before this layer trains
-        for layer in layers(config, tower, length, slots):
-            total += layer.flops * (1 + layer.num_operands * reached + (layer.name in trained))
-            reached |= layer.name in trained
-    return total
+    trained = _layers_of(trains)
+    return sum(
+        layer.flops * (1 + layer.num_operands * reached + (layer.name in trained))
+        for tower in towers or _towers(config)
+        for layer, reached in _reached(config, tower, trained, length, slots)
+    )
+
+
+def input_gradients(config: ClipConfig, trains: Mapping[str, bool]) -> set[str]:
+    """Names of the layers before which something trains: through them a gradient is pulled back."""
+    found = (pair for tower in _towers(config) for pair in _reached(config, tower, _layers_of(trains)))
+    return {layer.name for layer, reached in found if reached}
+
+
+def _reached(
+    config: ClipConfig, tower: str, trained: set[str], length: int | None = None, slots: float = 0
+) -> Iterator[tuple[Layer, bool]]:
+    """The layers of a tower, and whether something before each trains."""
+    reached = False
+    for layer in layers(config, tower, length, slots):
+        yield layer, reached
+        reached |= layer.name in trained
+
+
+def _layers_of(trains: Mapping[str, bool]) -> set[str]:
+    """Layers of which a parameter trains."""
+    names = {name for name, yes in trains.items() if yes}
+    return names | {name.rpartition("/")[0] for name in names}
 
 
 def _towers(config: ClipConfig) -> tuple[str, ...]:

@@ -66,6 +66,7 @@ class MoeMlp(nn.Module):
     hidden_dim: int
     activation: Callable[[Array], Array]
     dispatch: str = "ragged"
+    grouped_matmul: str = "blocks"
     capacity_factor: float = 1.25
     dropout_rate: float = 0.0
     deterministic: bool = True
@@ -102,6 +103,7 @@ class MoeMlp(nn.Module):
             activation=self.activation,
             name=self.dispatch,
             capacity_factor=self.capacity_factor,
+            grouped_matmul=self.grouped_matmul,
         )
         aux = {
             "router_logits": router_logits,
@@ -121,6 +123,7 @@ def _run_experts(
     activation: Callable[[Array], Array],
     name: str,
     capacity_factor: float,
+    grouped_matmul: str,
 ) -> tuple[Array, Array]:
     """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
 
@@ -132,7 +135,7 @@ def _run_experts(
             kept = jax.random.bernoulli(key, 1 - dropout_rate, h.shape)
             return jnp.where(kept, h / (1 - dropout_rate), 0)
 
-        run_experts = dispatch.make_dispatch(name, capacity_factor, expert_axis)
+        run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_matmul, expert_axis)
         return run_experts(x, gates, expert_ids, experts, hidden)
 
     mesh = jax.sharding.get_abstract_mesh()

@@ -9,8 +9,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from clipmoe_jax.models.attention import attention
+from clipmoe_jax.models.dispatch import HIDDEN
 from clipmoe_jax.models.moe import MoeMlp
 from clipmoe_jax.sharding import split_batch
 
@@ -28,6 +30,12 @@ def gelu(x: Array) -> Array:
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+REMAT = ("none", "dots", "full")
+# What remat="dots" keeps of a block, besides its input: queries, keys and values; what attention makes of
+# them; the stream after attention; the hidden layer before its activation.
+KEPT = ("qkv", "attended", "attention_added", HIDDEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +61,18 @@ class RunConfig:
     """How a model is computed; none of it changes what the parameters are.
 
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights
+    (KEPT), so scores, norms and activations; "full": each block from its input.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
+    grouped_matmul: what "ragged" multiplies with, "blocks" (CPU) or "ragged_dot" (TPU).
     attention: "xla", "chunked" or "cudnn" (models/attention.py).
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     """
 
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     dispatch: str = "ragged"
+    grouped_matmul: str = "blocks"
     attention: str = "xla"
     capacity_factor: float = 1.25
     expert_dropout_rate: float = 0.0
@@ -82,7 +93,7 @@ class Mlp(nn.Module):
             x
         )
         return nn.Dense(width, dtype=self.dtype, kernel_init=normal(self.hidden_dim**-0.5), name="c_proj")(
-            self.activation(h)
+            self.activation(checkpoint_name(h, HIDDEN))
         )
 
 
@@ -99,7 +110,7 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         normal = nn.initializers.normal(width**-0.5)
         qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="in_proj")(x)
-        qkv = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         y = attention(
             qkv[:, :, 0],
             qkv[:, :, 1],
@@ -108,7 +119,7 @@ class Attention(nn.Module):
             segments=segments,
             implementation=self.implementation,
         )
-        y = y.reshape(batch, length, width)
+        y = checkpoint_name(y.reshape(batch, length, width), "attended")
         return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="out_proj")(y)
 
 
@@ -130,6 +141,7 @@ class Block(nn.Module):
         x = x + Attention(self.num_heads, self.causal, self.run.attention, dtype, name="attn")(
             layer_norm(self.layer_norm_eps, dtype, "ln_1")(x), segments
         )
+        x = checkpoint_name(x, "attention_added")
         h = layer_norm(self.layer_norm_eps, dtype, "ln_2")(x)
         activation = ACTIVATIONS[self.activation]
         if self.moe is None:
@@ -140,6 +152,7 @@ class Block(nn.Module):
             hidden_dim=self.mlp_width,
             activation=activation,
             dispatch=self.run.dispatch,
+            grouped_matmul=self.run.grouped_matmul,
             capacity_factor=self.run.capacity_factor,
             dropout_rate=self.run.expert_dropout_rate,
             deterministic=self.deterministic,
@@ -168,7 +181,7 @@ def apply_blocks(
     x (B, L, D), segments as in `Attention` -> (x, aux); aux leaves are stacked over the MoE blocks on axis 1:
     router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
     """
-    block_class = nn.remat(Block) if run.remat else Block
+    block_class = _rematerialised(run.remat)
     first_moe = first_moe_layer(num_layers, moe)
     block_aux = []
     for i in range(num_layers):
@@ -189,6 +202,13 @@ def apply_blocks(
     if not block_aux:
         return x, {}
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *block_aux)
+
+
+def _rematerialised(remat: str) -> type[Block]:
+    if remat == "none":
+        return Block
+    keep = KEPT if remat == "dots" else ()
+    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*keep))
 
 
 def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:

@@ -231,12 +231,14 @@ def test_aux_is_of_the_moe_blocks_alone(config, outputs):
             np.testing.assert_array_equal(aux["dropped_slots"], np.zeros((BATCH, 1)))
 
 
-def test_recomputed_blocks_give_the_same_values_and_gradients(inputs):
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("dispatch", ["ragged", "dense"])
+def test_recomputed_blocks_give_the_same_values_and_gradients(inputs, dispatch, remat):
     """Of a dense and a MoE block."""
     params = random_params(MOE)
 
     def value_and_gradient(remat):
-        model = Clip(MOE, RunConfig(remat=remat))
+        model = Clip(MOE, RunConfig(remat=remat, dispatch=dispatch))
 
         def value(text_params):
             features, _ = model.apply(
@@ -246,7 +248,7 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(inputs):
 
         return jax.jit(jax.value_and_grad(value))(params["text"])
 
-    chex.assert_trees_all_close(value_and_gradient(True), value_and_gradient(False), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(value_and_gradient(remat), value_and_gradient("none"), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_close_to_float32_and_gives_float32(config, params, inputs, outputs):

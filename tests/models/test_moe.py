@@ -102,7 +102,7 @@ def test_grouped_matmul_equals_a_product_for_each_group(sizes):
         parts = [x[end - n : end] @ kernels[e] for e, (end, n) in enumerate(zip(ends, sizes, strict=True))]
         return jnp.concatenate(parts)
 
-    y, pullback = jax.vjp(lambda x, w: dispatch.grouped_matmul(x, w, group_sizes)[:used], x, kernels)
+    y, pullback = jax.vjp(lambda x, w: dispatch.blocked_matmul(x, w, group_sizes)[:used], x, kernels)
     expected, expected_pullback = jax.vjp(by_group, x, kernels)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_close(pullback(g[:used]), expected_pullback(g[:used]), rtol=1e-4, atol=1e-4)
