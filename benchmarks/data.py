@@ -1,4 +1,4 @@
-"""The way of images and captions to the device: decoding, preparing, reading, tokenising, bucketing.
+"""The way of images and captions to the device: decoding, preparing, reading, tokenising, packing.
 
     python -m benchmarks.data --images=600
 
@@ -8,6 +8,7 @@ ShareGPT4V.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -23,12 +24,14 @@ import numpy as np
 from PIL import Image
 
 from clipmoe_jax.data import loader
+from clipmoe_jax.data.packing import PackedText, pack, place_captions
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.sources import Pair
-from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
 from clipmoe_jax.models.clip import VARIANTS, Clip
+from clipmoe_jax.models.transformer import RunConfig
 from clipmoe_jax.prepare import prepare
 
 WORDS = (
@@ -67,12 +70,12 @@ def rate(count: int, work: Callable[[], object]) -> float:
 def read_epochs(folder: str) -> Callable[[int], None]:
     """Reads so many epochs of a prepared data set through the loader, in batches of 64."""
     records = Records(folder)
-    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, text_buckets=(64, 128))
+    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, packing_steps=16)
     sampler = ShuffledSampler(len(records), 64, seed=0)
 
     def read(num_epochs: int) -> None:
         steps = num_epochs * sampler.num_steps
-        with loader.batches(pairs, sampler, start_step=0, num_steps=steps) as batches:
+        with loader.batches(pairs, sampler, start_step=0, num_steps=steps, num_units=1) as batches:
             for batch in batches:
                 assert batch["image"].shape == (64, 224, 224, 3)
 
@@ -83,10 +86,10 @@ def wait_fraction(folder: str, images_per_second: float, num_epochs: int) -> flo
     """Share of the time that a loop waits for batches whose steps take as long as an accelerator of this
     speed takes for them; it leaves the host's cores alone, as an accelerator does."""
     records = Records(folder)
-    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, text_buckets=(64, 128))
+    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, packing_steps=16)
     sampler, waited = ShuffledSampler(len(records), 64, seed=0), 0.0
     steps = num_epochs * sampler.num_steps
-    with loader.batches(pairs, sampler, start_step=0, num_steps=steps) as batches:
+    with loader.batches(pairs, sampler, start_step=0, num_steps=steps, num_units=1) as batches:
         next(batches)
         began = time.perf_counter()
         for _ in range(steps - 1):
@@ -97,18 +100,17 @@ def wait_fraction(folder: str, images_per_second: float, num_epochs: int) -> flo
         return waited / (time.perf_counter() - began)
 
 
-def text_tower_seconds(tokens: np.ndarray, rounds: int = 5) -> float:
+def text_tower_seconds(tokens: np.ndarray | PackedText, rounds: int = 5) -> float:
     """Least time of ViT-B/32's text tower for a batch."""
     config = VARIANTS["ViT-B/32"]
-    model = Clip(
-        config.from_dict({**config.to_dict(), "text": {**config.to_dict()["text"], "context_length": 248}})
-    )
+    text = dataclasses.replace(config.text, context_length=248)
+    model = Clip(dataclasses.replace(config, text=text), RunConfig(attention="chunked"))
     params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 248), jnp.int32))
     encode = jax.jit(lambda tokens: model.apply(params, tokens, method="encode_text")[0])
     seconds = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        encode(tokens).block_until_ready()
+        jax.block_until_ready(encode(tokens))
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
@@ -148,10 +150,10 @@ def main() -> None:
         tokens = tokenizer(of_set)
         found[f"tokenise {name}, captions/s/core"] = len(of_set) / (time.process_time() - began)
         batch = tokens[:32]
-        longest = (batch == 49407).argmax(1).max() + 1
-        size = next(size for size in (64, 128, 248) if longest <= size)
-        ratio = text_tower_seconds(batch) / text_tower_seconds(batch[:, :size])
-        found[f"text tower, 32 of {name}: longest {longest}, bucket {size}, times as fast"] = ratio
+        lengths = (batch == END_ID).argmax(1) + 1
+        packed = pack(batch, lengths, place_captions(lengths, 1, 248, steps=16), num_units=1)
+        ratio = text_tower_seconds(batch) / text_tower_seconds(packed)
+        found[f"text tower, 32 of {name} in {len(packed.tokens)} rows, times as fast"] = ratio
     for name, value in found.items():
         print(f"{name:<70}{value:>12,.2f}")
     print(json.dumps(found))

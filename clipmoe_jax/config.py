@@ -55,6 +55,7 @@ RANGES = {
     "checkpoint.max_to_keep": (1, 1000),
     "data.num_workers": (0, 1000),
     "data.max_caption_tokens": (0, _MANY),
+    "data.packing_steps": (0, 1000),
     "loss.short_caption_weight": (0.0, 1e3),
     "log_every": (1, _MANY),
 }
@@ -73,7 +74,7 @@ def default_config() -> ConfigDict:
     config.data.test = ""  # for retrieval and for looking into the CLIP-MoE
     config.data.test_split = "test"
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
-    config.data.text_buckets = (64, 128)  # shorter lengths of text, for batches whose captions they hold
+    config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
     config.data.max_caption_tokens = 0  # cuts captions, start and end counted; 0 is the context length
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
     config.data.digit_scenes = 0  # > 0: make so many training scenes (and an eighth for test) in WORKDIR
@@ -262,9 +263,6 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "
             "end: use 3 or more, or 0 for the context length"
         )
-    for length in config.data.text_buckets:
-        if not isinstance(length, int) or length < 3:
-            raise ValueError(f"data.text_buckets={config.data.text_buckets}: {length!r} is no length of text")
     if not config.seeds:
         raise ValueError("seeds=() runs nothing: give at least one")
     if config.data.digit_scenes and (config.data.train or config.data.test):

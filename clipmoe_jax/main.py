@@ -120,7 +120,7 @@ def check_run(config: ConfigDict, only: str = "") -> None:
     if not num_pairs:
         train = Records(config.data.train, config.data.train_split)
         num_pairs = len(train)
-        if config.data.text_buckets and not config.data.in_memory:
+        if config.data.packing_steps and not config.data.in_memory:
             _ = train.token_counts  # is not there in data sets of an earlier version
         if config.data.test:
             Records(config.data.test, config.data.test_split)

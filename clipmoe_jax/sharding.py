@@ -97,22 +97,25 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def devices_in_use() -> int:
+    """Inside a jitted function: of the mesh in use, 1 if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def split_batch(x: jax.Array) -> jax.Array:
     """Says, inside a jitted function, that the leading axis is split over every device of the mesh in use.
 
     Without it XLA may take up the sharding of the parameters that x meets, and move the activations of all
     devices where it should gather a parameter.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    return (
-        x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
-    )
+    return x if devices_in_use() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's slice of a global batch, as global arrays."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """This host's slice of a global batch, arrays or trees of them by name, as global arrays."""
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return {name: jax.tree.map(put, arrays) for name, arrays in batch.items()}
 
 
 def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:

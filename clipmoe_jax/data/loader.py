@@ -1,13 +1,14 @@
 """From record indices to batches of numpy arrays, in an order that only the step decides.
 
-Axis letters: N records, B rows of a batch on this host, H, W image height and width, L context
-length.
+Axis letters: N records, B pairs of a batch on this host, H, W image height and width, L context
+length, R rows of packed text.
 
 `StreamedPairs` reads and decodes what a batch needs; `DecodedPairs` does it once for the whole
 data set and keeps it in memory. `batches` takes either and gives the same arrays.
 
-Text is as long as the longest caption of the global batch needs, of the lengths in `text_buckets` and L. The
-text tower is causal and reads the end token, so features do not depend on the padding after it.
+Text has a caption in each row, or, with `packing_steps` and `num_units`, several (data/packing.py). Every
+process must find the same number of rows, so all of them place all captions of the global batch, by the
+length of each record's longest: whichever has its turn fits.
 
 With `short_captions` there is also "short_text", int32 (B, L'): the first sentence of each caption, for
 `losses.short_caption_loss`.
@@ -24,11 +25,12 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from clipmoe_jax.data.packing import PackedText, Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import END_ID, Tokenizer, first_sentence
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray | PackedText]
 
 # L', or the context length where that is less: longer first sentences lose their last words.
 SHORT_LENGTH = 64
@@ -54,24 +56,29 @@ class Sampler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StreamedPairs:
-    """Pairs that are read and decoded each time they are used, by `num_threads` threads in all."""
+    """Pairs that are read and decoded each time they are used, by `num_threads` threads in all.
+
+    packing_steps: how many numbers of rows packed text may have; 0 never packs.
+    """
 
     records: Records
     tokenizer: Tokenizer
     image_size: int
-    text_buckets: tuple[int, ...] = ()
+    packing_steps: int = 0
     short_captions: bool = False
     num_threads: int = os.cpu_count()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def text_length(self, indices: np.ndarray) -> int:
-        """The length of text that a global batch takes: every process finds the same."""
-        if not self.text_buckets:
-            return self.tokenizer.context_length
-        longest = self.records.token_counts[indices[indices >= 0]].max(initial=0)
-        return _bucket(longest, self.text_buckets, self.tokenizer.context_length)
+    @property
+    def context_length(self) -> int:
+        """L."""
+        return self.tokenizer.context_length
+
+    def caption_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """int64 (B,): tokens of each record's longest caption, L at most; 0 where the index is -1."""
+        return _caption_lengths(self.records.token_counts, indices, self.context_length)
 
     def gather(self, indices: np.ndarray, epoch: int) -> Batch:
         """Decodes some pairs, each with the caption that is its turn this epoch.
@@ -127,10 +134,11 @@ class DecodedPairs:
         records: Records,
         tokenizer: Tokenizer,
         image_size: int,
-        text_buckets: tuple[int, ...] = (),
+        packing_steps: int = 0,
         short_captions: bool = False,
     ):
-        """Decodes everything, with a progress bar if it takes more than two seconds.
+        """Decodes everything, with a progress bar if it takes more than two seconds. packing_steps: as of
+        `StreamedPairs`.
 
         Raises:
             ValueError: an image that does not decode, by record id and index.
@@ -150,17 +158,16 @@ class DecodedPairs:
         self._text, self._short_text = tokenizer(captions), None
         if short_captions:
             self._short_text = _short_tokenizer(tokenizer)(map(first_sentence, captions))
-        lengths = np.argmax(self._text == END_ID, axis=1) + 1
+        lengths = _lengths(self._text)
         self._longest = np.maximum.reduceat(lengths, self._first_caption)  # (N,) of a record's captions
-        self._text_buckets = text_buckets
+        self.packing_steps, self.context_length = packing_steps, tokenizer.context_length
 
     def __len__(self) -> int:
         return len(self._image)
 
-    def text_length(self, indices: np.ndarray) -> int:
-        """As `StreamedPairs.text_length`."""
-        longest = self._longest[indices[indices >= 0]].max(initial=0)
-        return _bucket(longest, self._text_buckets, self._text.shape[1])
+    def caption_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """As `StreamedPairs.caption_lengths`."""
+        return _caption_lengths(self._longest, indices, self.context_length)
 
     def gather(self, indices: np.ndarray, epoch: int) -> Batch:
         """As `StreamedPairs.gather`, without its errors."""
@@ -183,6 +190,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
+    num_units: int = 0,
 ) -> Iterator[Iterator[Batch]]:
     """Opens an iterator over this host's part of the batches of some steps.
 
@@ -202,27 +210,36 @@ def batches(
         num_workers: processes that decode streamed pairs ahead; with 0, threads of this process
             do, which is enough up to some 10,000 images per second. Workers hand batches over in
             shared memory: /dev/shm must hold a few of them for each.
+        num_units: runs of pairs of the global batch whose captions share rows, if the pairs have
+            packing_steps; 0 leaves one caption a row, as what looks at single tokens needs it.
 
     Yields:
-        an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L or a bucket), "index": int64 (B,)
-        records, "valid": bool (B,)}, and "short_text" if the pairs have it. Padding rows are zero, -1 in
-        "index", False in "valid".
+        an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L), or PackedText of this host's
+        units, "index": int64 (B,) records, "valid": bool (B,)}, and "short_text" if the pairs have it.
+        Padding pairs are zero, -1 in "index", False in "valid".
 
     Raises:
-        ValueError: hosts that do not divide the batch; from the iterator, an unreadable record.
+        ValueError: hosts or units that do not divide the batch; from the iterator, an unreadable record.
     """
     if sampler.global_batch % process_count:
         raise ValueError(
             f"A global batch of {sampler.global_batch} does not divide among {process_count} "
             f"processes: use a multiple of {process_count}."
         )
+    if num_units and (sampler.global_batch % num_units or num_units % process_count):
+        raise ValueError(
+            f"A global batch of {sampler.global_batch} in {num_units} units of {process_count} processes: "
+            "the units must divide the batch, and the processes the units."
+        )
     steps = range(start_step, start_step + num_steps)
+    num_units = num_units if pairs.packing_steps else 0
     if isinstance(pairs, DecodedPairs):
-        yield map(_LocalBatch(pairs, sampler, process_index, process_count), steps)
+        yield map(_LocalBatch(pairs, sampler, process_index, process_count, num_units), steps)
         return
     num_threads = max(1, pairs.num_threads // max(1, num_workers))
     pairs = dataclasses.replace(pairs, num_threads=num_threads)
-    iterator = _read_ahead(_LocalBatch(pairs, sampler, process_index, process_count), steps, num_workers)
+    local_batch = _LocalBatch(pairs, sampler, process_index, process_count, num_units)
+    iterator = _read_ahead(local_batch, steps, num_workers)
     try:
         yield map(_own, iterator) if num_workers else iterator
     finally:
@@ -237,15 +254,23 @@ class _LocalBatch:
     sampler: Sampler
     process_index: int
     process_count: int
+    num_units: int
 
     def __call__(self, step: int) -> Batch:
-        indices = np.asarray(self.sampler.indices(step), np.int64)
-        length = self.pairs.text_length(indices)
-        indices = np.split(indices, self.process_count)[self.process_index]
-        epoch = step // self.sampler.num_steps
-        batch = self.pairs.gather(indices, epoch)
-        batch["text"] = batch["text"][:, :length]
+        all_indices = np.asarray(self.sampler.indices(step), np.int64)
+        indices = self._part(all_indices)
+        batch = self.pairs.gather(indices, epoch=step // self.sampler.num_steps)
+        if self.num_units:
+            lengths = self.pairs.caption_lengths(all_indices)
+            context_length, steps = self.pairs.context_length, self.pairs.packing_steps
+            places = place_captions(lengths, self.num_units, context_length, steps)
+            places = Places(places.num_rows, self._part(places.starts), self._part(places.segments))
+            lengths = np.where(indices >= 0, _lengths(batch["text"]), 0)
+            batch["text"] = pack(batch["text"], lengths, places, self.num_units // self.process_count)
         return batch | {"index": indices, "valid": indices >= 0}
+
+    def _part(self, array: np.ndarray) -> np.ndarray:
+        return np.split(array, self.process_count)[self.process_index]
 
 
 def _read_ahead(local_batch: _LocalBatch, steps: range, num_workers: int):
@@ -270,7 +295,11 @@ def _own(batch: Batch) -> Batch:
 
     Emptying grain's dict frees that memory now: grain's threads may hold on to the dict.
     """
-    return {name: np.array(batch.pop(name)) for name in list(batch)}
+
+    def copy(array: np.ndarray | PackedText) -> np.ndarray | PackedText:
+        return PackedText(*map(np.array, array)) if isinstance(array, PackedText) else np.array(array)
+
+    return {name: copy(batch.pop(name)) for name in list(batch)}
 
 
 @functools.cache
@@ -283,9 +312,16 @@ def _short_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(min(SHORT_LENGTH, tokenizer.context_length), tokenizer.parse_special_tokens)
 
 
-def _bucket(longest: int, text_buckets: tuple[int, ...], context_length: int) -> int:
-    """The least length that holds the longest caption; longer ones are cut."""
-    return min((size for size in text_buckets if longest <= size < context_length), default=context_length)
+def _caption_lengths(longest: np.ndarray, indices: np.ndarray, context_length: int) -> np.ndarray:
+    """`StreamedPairs.caption_lengths` from those of all records, (N,)."""
+    lengths = np.zeros(len(indices), np.int64)
+    lengths[indices >= 0] = longest[indices[indices >= 0]]
+    return np.minimum(lengths, context_length)
+
+
+def _lengths(text: np.ndarray) -> np.ndarray:
+    """(B, L) -> (B,) int64: tokens up to the first end token."""
+    return np.argmax(text == END_ID, axis=1) + 1
 
 
 def _decode(record: dict, index: int, image_size: int) -> np.ndarray:

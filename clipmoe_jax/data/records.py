@@ -74,7 +74,7 @@ class Records:
         path = epath.Path(self.path) / f"token_counts-{self.split.partition('[')[0]}.npy"
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} does not exist: prepare the data set again, or set data.text_buckets=()"
+                f"{path} does not exist: prepare the data set again, or set data.packing_steps=0"
             )
         return map_array(path)[self._part]
 

@@ -83,11 +83,11 @@ class Run:
         image_size = configs.architecture(self.config).vision.image_size
         # The released code's load balance counts padding, of which there must then be as much as it has.
         released = self.config.router.balance == "released"
-        buckets = () if released else tuple(self.config.data.text_buckets)
+        packing_steps = 0 if released else self.config.data.packing_steps
         return self.once(
             f"pairs {name}, short captions {short_captions}",
             lambda: kind(
-                self.records(name), self.tokenizer(), image_size, buckets, short_captions=short_captions
+                self.records(name), self.tokenizer(), image_size, packing_steps, short_captions=short_captions
             ),
         )
 

@@ -1,6 +1,7 @@
 """CLIP, dense or mixture-of-experts: two towers into one embedding space.
 
-Letters: B batch, L length, D width, P patch size, G patches along a side, V vocabulary.
+Letters: B batch, R rows of packed captions, L length, D width, P patch size, G patches along a side, V
+vocabulary.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clipmoe_jax.data.packing import PackedText
 from clipmoe_jax.data.preprocess import MEAN, STD
 from clipmoe_jax.models.transformer import (
     ACTIVATIONS,
@@ -18,6 +20,7 @@ from clipmoe_jax.models.transformer import (
     apply_blocks,
     layer_norm,
 )
+from clipmoe_jax.sharding import devices_in_use
 
 Array = jax.Array
 
@@ -123,14 +126,23 @@ def normalize_features(features: Array) -> Array:
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def text_mask(tokens: Array, eos_token_id: int | None = None) -> Array:
-    """True for tokens up to and including the end token. tokens (B, L) int32 -> (B, L) bool."""
+def text_mask(tokens: Array | PackedText, eos_token_id: int | None = None) -> Array:
+    """True up to and including the end token. tokens (B, L) int32 -> (B, L) bool, or packed -> (R, L)."""
+    if isinstance(tokens, PackedText):
+        return tokens.segments > 0
     return jnp.arange(tokens.shape[1]) <= end_position(tokens, eos_token_id)[:, None]
 
 
 def end_position(tokens: Array, eos_token_id: int | None = None) -> Array:
     """Where the first end token stands; None takes the highest id for it. (B, L) int32 -> (B,) int32."""
     return jnp.argmax(tokens if eos_token_id is None else tokens == eos_token_id, axis=-1)
+
+
+def positions_in_segments(segments: Array) -> Array:
+    """How far each token is from the first of its segment. (R, L) int32 -> (R, L) int32."""
+    column = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    begins = segments != jnp.roll(segments, 1, axis=1)
+    return column - jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
 
 
 class VisionTower(nn.Module):
@@ -168,14 +180,22 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids (B, L) int32, L at most the context length, to features (B, embed) float32 and aux."""
+    """Token ids (B, L) int32, L at most the context length, to features (B, embed) float32 and aux.
+
+    Of PackedText the features are the same: a caption's tokens see each other alone, and their positions
+    count from its start. Each device of the mesh in use has a unit of it. aux is then that of the R rows.
+    """
 
     config: ClipConfig
     run: RunConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, deterministic: bool = True) -> tuple[Array, dict]:
+    def __call__(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
         config, text = self.config, self.config.text
+        if isinstance(tokens, PackedText):
+            (tokens, segments, ends), num_units = tokens, devices_in_use()
+        else:
+            segments, ends, num_units = None, end_position(tokens, text.eos_token_id), len(tokens)
         length, width = tokens.shape[1], text.width
         if length > text.context_length:
             raise ValueError(f"tokens have length {length}; this model takes at most {text.context_length}")
@@ -184,10 +204,11 @@ class TextTower(nn.Module):
 
         embedding = nn.Embed(text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
-        x = (embedding(tokens) + positions[:length]).astype(dtype)
-        x, aux = _apply_blocks(x, config, text, self.run, causal=True, deterministic=deterministic)
-        end = end_position(tokens, text.eos_token_id)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        own = positions[:length] if segments is None else positions[positions_in_segments(segments)]
+        x = (embedding(tokens) + own).astype(dtype)
+        x, aux = _apply_blocks(x, config, text, self.run, segments, causal=True, deterministic=deterministic)
+        ends = ends.reshape(num_units, -1, 1)  # looked up unit by unit, so that nothing travels
+        x = jnp.take_along_axis(x.reshape(num_units, -1, width), ends, axis=1).reshape(-1, width)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux
@@ -213,11 +234,13 @@ class Clip(nn.Module):
         """images (B, H, W, 3) uint8 or normalised float -> (B, embed) float32, aux."""
         return self.visual(images, deterministic)
 
-    def encode_text(self, tokens: Array, deterministic: bool = True) -> tuple[Array, dict]:
-        """tokens (B, L) int32 -> (B, embed) float32, aux."""
+    def encode_text(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
+        """tokens (B, L) int32, or packed -> (B, embed) float32, aux."""
         return self.text(tokens, deterministic)
 
-    def __call__(self, images: Array, tokens: Array, deterministic: bool = True) -> dict[str, Any]:
+    def __call__(
+        self, images: Array, tokens: Array | PackedText, deterministic: bool = True
+    ) -> dict[str, Any]:
         """Both towers: image_features, text_features (B, embed) float32, image_aux, text_aux."""
         image_features, image_aux = self.visual(images, deterministic)
         text_features, text_aux = self.text(tokens, deterministic)
@@ -243,12 +266,14 @@ def _apply_blocks(
     config: ClipConfig,
     tower: VisionConfig | TextConfig,
     run: RunConfig,
+    segments: Array | None = None,
     *,
     causal: bool,
     deterministic: bool,
 ) -> tuple[Array, dict[str, Array]]:
     return apply_blocks(
         x,
+        segments,
         num_layers=tower.num_layers,
         num_heads=tower.width // tower.head_width,
         mlp_width=tower.mlp_width or 4 * tower.width,

@@ -26,7 +26,8 @@ def make_encode(model: Clip, method: str) -> Callable[[trees.Params, jax.Array],
 
 
 class Encoder:
-    """A model with its params on a mesh; encodes in batches of one size, so that each tower compiles once."""
+    """A model with its params on a mesh; encodes in batches of one size, so that each tower compiles once, or
+    for packed captions once for each number of rows."""
 
     def __init__(self, model: Clip, params: trees.Params, mesh: Mesh, batch_size: int):
         self._model, self._params, self._mesh = model, params, mesh
@@ -58,7 +59,8 @@ class Encoder:
         num_workers: int = 0,
     ) -> dict[str, np.ndarray]:
         """{tower: (N, d) float32 unit features} of records `first` to `stop` of a data set, in order."""
-        with self.open(pairs, first, stop, num_workers) as batches:
+        num_units = self._mesh.size if "text" in towers else 0
+        with self.open(pairs, first, stop, num_workers, num_units) as batches:
             return self.batches(batches, towers)
 
     def open(
@@ -67,8 +69,10 @@ class Encoder:
         first: int = 0,
         stop: int | None = None,
         num_workers: int = 0,
+        num_units: int = 0,
     ) -> AbstractContextManager[Iterator[loader.Batch]]:
-        """This process's rows of the batches that records `first` to `stop` make, in order."""
+        """This process's rows of the batches that records `first` to `stop` make, in order. num_units: as of
+        `loader.batches`."""
         sampler = SequentialSampler(len(pairs) if stop is None else stop, self.batch_size, first)
         return loader.batches(
             pairs,
@@ -78,6 +82,7 @@ class Encoder:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_workers=num_workers,
+            num_units=num_units,
         )
 
     def texts(self, tokens: np.ndarray) -> np.ndarray:
@@ -100,13 +105,11 @@ class Encoder:
 
     def _start(self, inputs: Mapping[str, np.ndarray], valid: np.ndarray) -> dict[str, jax.Array]:
         """This process's rows of at most one batch -> features of the whole batch, not waited for."""
-        missing = self.batch_size // jax.process_count() - len(valid)
-        padded = {
-            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-            for name, array in {**inputs, "valid": valid}.items()
-        }
+        missing, local = self.batch_size // jax.process_count() - len(valid), {**inputs, "valid": valid}
+        if missing:  # never where captions are packed: `pairs` gives whole batches
+            local = {n: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for n, a in local.items()}
         with jax.set_mesh(self._mesh):
-            arrays = sharding.put_batch(self._mesh, padded)
+            arrays = sharding.put_batch(self._mesh, local)
             started = {"valid": arrays.pop("valid")}
             for tower, array in arrays.items():
                 encode = make_encode(self._model, METHODS[tower])

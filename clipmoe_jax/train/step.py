@@ -1,6 +1,6 @@
 """One step of training, a pure function of state and batch.
 
-Letters: B pairs of the global batch, A accumulation steps, b = B / A pairs of a microbatch.
+Letters: B pairs of the global batch, A accumulation steps, n devices.
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
     """The jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
     frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
-    int32, with a short_caption_weight short_text (B, L') int32. learning_rate: () float32. key: the phase's
+    int32 or PackedText of n A units, with a short_caption_weight short_text (B, L') int32. learning_rate: ()
+    float32. key: the phase's
     random key; the step folds in its number. metrics: float32 scalars. The state is donated. Equal arguments
     give the same function, so its compilation is shared.
     """
@@ -113,7 +114,7 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
 
         parts = {"batch": micro, "key": keys}
         stacked = jax.lax.map(functools.partial(encode_micro, trainable), parts)
-        outputs = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), stacked)
+        outputs = jax.tree.map(_collect, stacked)
         found, (direct, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True, allow_int=True)(
             trainable, outputs, frozen, batch
         )
@@ -149,8 +150,16 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
 
 
 def _deal(array: jax.Array, num: int) -> jax.Array:
-    """(B, …) -> (A, b, …), row i to microbatch i mod A: a device's rows stay on it in every microbatch."""
-    return array.reshape(-1, num, *array.shape[1:]).swapaxes(0, 1)
+    """(B, …) -> (A, B / A, …), pairs or rows of text: a device's, which are those of A microbatches one after
+    the other, stay on it."""
+    n, rest = sharding.devices_in_use(), array.shape[1:]
+    return array.reshape(n, num, -1, *rest).swapaxes(0, 1).reshape(num, -1, *rest)
+
+
+def _collect(array: jax.Array) -> jax.Array:
+    """The inverse of `_deal`."""
+    n, (num, _, *rest) = sharding.devices_in_use(), array.shape
+    return array.reshape(num, n, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
 
 
 def abstract_state(mesh: Mesh | AbstractMesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:

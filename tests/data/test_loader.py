@@ -15,7 +15,7 @@ from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs, batches
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import Pair
-from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
 from clipmoe_jax.prepare import prepare
 
 NUM_PAIRS, SIZE, LENGTH = 22, 16, 8
@@ -112,25 +112,81 @@ def test_a_batch_by_hand(streamed, tokenizer):
     assert last_of_epoch["image"][:2].any()
 
 
-def test_text_is_as_long_as_the_longest_caption_of_the_global_batch(tmp_path):
-    """Of all hosts', whichever rows are here; the lengths of captions that are not this epoch's count too."""
-    lengths = [3, 4, 9, 2, 3, 12]  # words; start and end come to them
-    texts = [tuple(" ".join(["a"] * n) for n in (1, count)) for count in lengths]
-    pairs = [make_pair(i)._replace(captions=texts[i]) for i in range(6)]
-    prepare(pairs, str(tmp_path / "out"))
-    records, tokenizer = Records(str(tmp_path / "out")), Tokenizer(13)
-    whole = StreamedPairs(records, tokenizer, SIZE)
-    sampler = InOrder(2, 3)
-    for kind in (StreamedPairs, DecodedPairs):
-        bucketed = kind(records, tokenizer, SIZE, text_buckets=(6, 11, 40))
-        for host in (0, 1):
-            found = take(bucketed, sampler, num_steps=6, process_index=host, process_count=2)
-            full = take(whole, sampler, num_steps=6, process_index=host, process_count=2)
-            # 3 and 4 words fit into 6, 9 words into 11, and 12 are cut to the context length.
-            assert [batch["text"].shape[1] for batch in found] == [6, 11, 13, 6, 11, 13]
-            for a, b in zip(found, full, strict=True):
-                assert not b["text"][:, a["text"].shape[1] :].any()
-                np.testing.assert_array_equal(a["text"], b["text"][:, : a["text"].shape[1]])
+@pytest.fixture(scope="module")
+def long_records(tmp_path_factory):
+    """12 records whose longest captions have so many words (start and end come to them); the first have 1."""
+    counts = [3, 4, 9, 2, 3, 20, 1, 1, 1, 1, 2, 3]
+    texts = [tuple(" ".join(["a"] * n) for n in (1, count)) for count in counts]
+    out = tmp_path_factory.mktemp("long") / "out"
+    prepare([make_pair(i)._replace(captions=texts[i]) for i in range(12)], str(out))
+    return Records(str(out))
+
+
+class ThreeSteps:
+    """Two units of three pairs; the last step has two pairs."""
+
+    global_batch, num_steps = 6, 3
+
+    def indices(self, step):
+        return np.array([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [0, 11, -1, -1, -1, -1]][step % 3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_workers"),
+    [(StreamedPairs, 0), (StreamedPairs, 1), (DecodedPairs, 0)],
+    ids=["streamed", "worker process", "decoded"],
+)
+def test_captions_that_share_rows(kind, num_workers, long_records):
+    """Two hosts with a unit each give the tokens of one caption a row, in as few rows as can be."""
+    tokenizer, sampler = Tokenizer(13), ThreeSteps()
+    plain = take(kind(long_records, tokenizer, SIZE), sampler, num_steps=6)
+    packed = [
+        take(
+            kind(long_records, tokenizer, SIZE, packing_steps=8),
+            sampler,
+            num_steps=6,
+            process_index=host,
+            process_count=2,
+            num_units=2,
+            num_workers=num_workers,
+        )
+        for host in (0, 1)
+    ]
+    # Lengths 5, 6, 11 take two rows of 13 (11; 6 + 5), and 4, 5, 13 do; 3, 3, 3 and 3, 4, 5 take one, as
+    # 5, 5 and nothing. They are those of the longest captions, in the first epoch too, where all have 3.
+    assert [batch["text"].tokens.shape for batch in packed[0]] == [(2, 13), (1, 13), (1, 13)] * 2
+    for whole, *parts in zip(plain, *packed, strict=True):
+        for host, part in enumerate(parts):
+            text, mine = part["text"], slice(3 * host, 3 * host + 3)
+            np.testing.assert_array_equal(part["index"], whole["index"][mine])
+            assert all(type(array) is np.ndarray and array.dtype == np.int32 for array in text)
+            assert text.tokens.shape == parts[0]["text"].tokens.shape
+            tokens, segments = text.tokens.reshape(-1), text.segments.reshape(-1)
+            assert not tokens[segments == 0].any()
+            for caption, end, valid in zip(whole["text"][mine], text.ends, part["valid"], strict=True):
+                length = np.argmax(caption == END_ID) + 1
+                if not valid:
+                    assert end == 0
+                    continue
+                here = slice(end + 1 - length, end + 1)
+                np.testing.assert_array_equal(tokens[here], caption[:length])
+                assert np.ptp(segments[here]) == 0 and segments[end] > 0
+            own = [np.argmax(row == END_ID) + 1 for row in whole["text"][mine][part["valid"]]]
+            assert np.count_nonzero(segments) == sum(own)
+
+
+def test_pairs_are_packed_only_where_both_sides_ask(long_records):
+    pairs = {steps: DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=steps) for steps in (0, 8)}
+    for steps, num_units in ((0, 2), (8, 0)):
+        (batch,) = take(pairs[steps], InOrder(6, 2), num_steps=1, num_units=num_units)
+        np.testing.assert_array_equal(batch["text"], pairs[0].gather(np.arange(6), 0)["text"])
+
+
+@pytest.mark.parametrize(("num_units", "process_count"), [(4, 1), (3, 2)])
+def test_units_must_divide_the_batch_and_hosts_the_units(long_records, num_units, process_count):
+    pairs = DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=8)
+    with pytest.raises(ValueError, match=f"batch of 6 in {num_units} units of {process_count} processes"):
+        take(pairs, InOrder(6, 2), num_units=num_units, process_count=process_count)
 
 
 @pytest.mark.parametrize("pixels", [None, SIZE], ids=["files", "pixels"])

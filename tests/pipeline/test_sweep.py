@@ -116,9 +116,9 @@ def test_a_variants_name_is_a_folders():
 
 def test_whole_numbers_do_for_fractions_and_lists_for_tuples():
     config = tiny_config()
-    configs.set_variants(config, {"x": {"mcl.weight_decay": 1, "data.text_buckets": (8, 16)}})
+    configs.set_variants(config, {"x": {"mcl.weight_decay": 1, "baselines": ("full_ft",)}})
     [variant] = configs.variant_configs(config).values()
-    assert variant.mcl.weight_decay == 1.0 and variant.data.text_buckets == (8, 16)
+    assert variant.mcl.weight_decay == 1.0 and variant.baselines == ("full_ft",)
     assert not variant.variants and config.mcl.weight_decay == 0.2
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from clipmoe_jax import sharding, trees
 from clipmoe_jax.data import loader
+from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
-from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
@@ -186,6 +187,65 @@ def test_accumulation_on_several_devices_splits_every_microbatch(batches, on_one
         compiled = step.lower(state, frozen, arrays, np.float32(0), jax.random.key(0)).compile().as_text()
     # The image tower's fused queries, keys and values: (rows, 5 tokens, 3 * 16).
     assert {int(rows) for rows in re.findall(r"f32\[(\d+),5,48\]", compiled)} == {1}
+
+
+@pytest.fixture(scope="module")
+def short_captions(pairs):
+    """32 pairs whose captions end after 3 to 12 tokens: the batch, and the lengths."""
+    batch = pairs.gather(np.arange(32), 0)
+    lengths = np.random.default_rng(0).integers(3, 13, 32)
+    for row, length in zip(batch["text"], lengths, strict=True):
+        row[length - 1], row[length:] = END_ID, 0
+    return batch, lengths
+
+
+@pytest.fixture(scope="module")
+def a_caption_a_row(short_captions):
+    """kind -> what two steps on one device give, computed once."""
+    return functools.cache(
+        lambda kind: run_steps(*KINDS[kind], one_device(), [short_captions[0]] * 2, loss=ROUTER_LOSS)
+    )
+
+
+ROUTER_LOSS = dataclasses.replace(LOSS, z_loss_coefficient=0.01)
+# What trains, the mesh, microbatches.
+PACKED = [
+    ("feed-forward layers", (1, 1, 1), 1),
+    ("feed-forward layers", (8, 1, 1), 2),
+    ("routers", (2, 2, 2), 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes", "num_microbatches"), PACKED, ids=str)
+def test_captions_that_share_rows_give_the_same_steps(
+    kind, sizes, num_microbatches, short_captions, a_caption_a_row
+):
+    """Both losses of routers, of tokens that are not padding alone, are the same too."""
+    batch, lengths = short_captions
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    num_units = mesh.size * num_microbatches
+    places = place_captions(lengths, num_units, 32, steps=16)
+    packed = batch | {"text": pack(batch["text"], lengths, places, num_units)}
+    assert len(packed["text"].tokens) <= 16  # of 32
+    phase = dataclasses.replace(PHASE, accumulation_steps=num_microbatches)
+    expected_params, expected_losses = a_caption_a_row(kind)
+    params, losses = run_steps(*KINDS[kind], mesh, [packed] * 2, phase=phase, loss=ROUTER_LOSS)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(params, expected_params, rtol=1e-4, atol=1e-5)
+
+
+def test_microbatches_stay_on_their_devices(short_captions):
+    """Pairs and rows of text are dealt where they lie: of activations only the captions' features travel."""
+    (batch, lengths), mesh = short_captions, sharding.make_mesh()
+    text = pack(batch["text"], lengths, place_captions(lengths, 16, 32, steps=16), 16)
+    phase = dataclasses.replace(PHASE, accumulation_steps=2)
+    trainable, frozen = trees.partition(init_params(DENSE, mesh), TRAIN_FFN)
+    state, step = init_state(mesh, phase, trainable), make_train_step(Clip(DENSE), LOSS, phase)
+    arrays = sharding.put_batch(mesh, batch | {"text": text})
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, frozen, arrays, np.float32(0), jax.random.key(0)).compile().as_text()
+    assert set(re.findall(r"= \S*?\[([\d,]*)\]\S* all-gather", compiled)) == {"32,16"}
+    assert not re.search("all-to-all|collective-permute|reduce-scatter", compiled)
 
 
 def test_expert_dropout_is_random_by_step_and_repeatable(batches):
