@@ -1,25 +1,44 @@
 """ViT-L/14's training steps on one device, compiled and not run: seconds cold and from the cache, and memory.
 
-    python -m benchmarks.l14_steps --batch=100
+    python -m benchmarks.l14_steps --batch=100                          # for this machine's CPU
+    python -m benchmarks.l14_steps --batch=100 --target=v5p --remat=dots    # for a TPU that need not be here
 
 Each step is compiled in a process of its own, twice, with a compilation cache that is empty at first. Memory
-is XLA's own account for this platform (`memory_analysis`): arguments, results and temporaries. On a CPU XLA
-computes bfloat16 products in float32 and undoes rematerialisation, so that its account there is no bound for
-an accelerator; `--plan` has one.
+is the compiler's own account (`memory_analysis`): arguments, results, temporaries, and the peak of all. For a
+TPU its compiler has to be installed (`pip install "jax[tpu]"`); also printed is what that compiler expects
+the step to take, the sum of the cycles it estimates for each instruction: no measurement. On a CPU XLA
+computes bfloat16 products in float32 and undoes rematerialisation: its account there bounds no accelerator's.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 
 KINDS = ("mcl", "router")
+# The smallest slice of each.
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
-def compile_step(kind: str, batch: int, dtype: str, remat: bool) -> dict[str, float]:
+def target_device(target: str):
+    """A device to compile for: this machine's CPU, or a TPU that is described to its compiler."""
+    import jax
+    from jax.experimental import topologies
+
+    if target == "cpu":
+        return jax.devices()[0]
+    try:
+        return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
+    except Exception as error:  # whatever a missing plugin raises
+        message = f'--target={target}: there is no TPU compiler here: pip install "jax[tpu]" ({error})'
+        raise SystemExit(message) from error
+
+
+def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
     import dataclasses
 
     import jax
@@ -32,57 +51,84 @@ def compile_step(kind: str, batch: int, dtype: str, remat: bool) -> dict[str, fl
     from clipmoe_jax.plan import abstract_batch, models_of
     from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
-    config = configs.default_config()
-    config.run.dtype, config.run.remat = dtype, remat
+    config, platform = configs.default_config(), "cpu" if args.target == "cpu" else "tpu"
+    config.run.dtype, config.run.remat = args.dtype, args.remat
     dense, moe = models_of(config)
     section, model_config, rules = {
         "mcl": (config.mcl, dense, TRAIN_FFN),
         "router": (config.router, moe, TRAIN_ROUTERS),
     }[kind]
-    phase = dataclasses.replace(configs.phase_config(section), batch_size=batch)
-    run = configs.run_config(config, sharding.platform(), training_routers=kind == "router")
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    trainable, frozen = trees.partition(checkpoints.abstract_params(model_config), rules)
+    phase = dataclasses.replace(configs.phase_config(section), batch_size=args.batch)
+    run = configs.run_config(config, platform, training_routers=kind == "router")
+    mesh = sharding.make_mesh(devices=[target_device(args.target)])
+    replicated = sharding.replicated(mesh)
+
+    def place(tree):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), tree)
+
+    params = place(checkpoints.abstract_params(model_config))
+    trainable, frozen = trees.partition(params, rules)
+    frozen = place(jax.eval_shape(lambda tree: trees.cast_matrices(tree, run.dtype), frozen))
     state = abstract_state(mesh, phase, trainable)
     step = make_train_step(Clip(model_config, run), LossConfig(0.1, 0.01), phase)
-    rate, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+    batch = place(abstract_batch(mesh, model_config, args.batch))
+    rate = place(jax.ShapeDtypeStruct((), jnp.float32))
+    key = place(jax.eval_shape(lambda: jax.random.key(0)))
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = step.lower(state, frozen, abstract_batch(mesh, model_config, batch), rate, key)
+        lowered = step.lower(state, frozen, batch, rate, key)
     traced = time.perf_counter() - began
     compiled = lowered.compile()
+    seconds = time.perf_counter() - began - traced
     memory = compiled.memory_analysis()
-    return {
+    found = {
         "trace_and_lower_s": traced,
-        "compile_s": time.perf_counter() - began - traced,
+        "compile_s": seconds,
         "arguments_GiB": memory.argument_size_in_bytes / 2**30,
         "results_that_take_no_argument's_place_GiB": (
             memory.output_size_in_bytes - memory.alias_size_in_bytes
         )
         / 2**30,
         "temporaries_GiB": memory.temp_size_in_bytes / 2**30,
+        "peak_GiB": memory.peak_memory_in_bytes / 2**30,
     }
+    if args.target != "cpu":
+        program = compiled.as_text()
+        entry = program[program.index("\nENTRY") :]
+        cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
+        found["estimated_million_cycles"] = cycles / 1e6
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--target", choices=("cpu", *TOPOLOGIES), default="cpu")
+    parser.add_argument("--dtype", help="float32 on CPU and bfloat16 on TPU if not given")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument("--kind", choices=KINDS, help="one of the steps; all if not given")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.kind:
-        print(json.dumps(compile_step(args.kind, args.batch, args.dtype, args.remat)))
+    args.dtype = args.dtype or ("float32" if args.target == "cpu" else "bfloat16")
+    if args.here:
+        print(json.dumps(compile_step(args.kind, args)))
         return
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        for kind in KINDS:
-            command = [sys.executable, "-m", "benchmarks.l14_steps", *sys.argv[1:], f"--kind={kind}"]
+        environment = {"JAX_PLATFORMS": "cpu", **os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+        for kind in [args.kind] if args.kind else KINDS:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.l14_steps",
+                *sys.argv[1:],
+                "--here",
+                f"--kind={kind}",
+            ]
             for name in ("cold", "cached"):
                 output = subprocess.run(
                     command, env=environment, check=True, stdout=subprocess.PIPE, text=True
                 )
-                found = json.loads(output.stdout)
+                found = json.loads(output.stdout.splitlines()[-1])
                 if name == "cached":
                     found = {key: value for key, value in found.items() if key.endswith("_s")}
                 for key, value in found.items():

@@ -89,7 +89,7 @@ def default_config() -> ConfigDict:
     config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
     config.run.attention = ""  # "xla", "chunked", "cudnn"; "" by platform (`run_config`)
     config.run.remat = "none"  # "dots", "full": what the backward pass computes again (`RunConfig`)
-    config.run.frozen_dtype = "float32"  # what frozen parameters are held in while a stage trains
+    config.run.frozen_dtype = ""  # what frozen matrices are held in while a stage trains; "" is run.dtype's
 
     config.embed = ConfigDict({"batch_size": 1024})
     config.cluster = ConfigDict({"num_clusters": 3, "max_fit_pairs": 200_000})
@@ -250,7 +250,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     _check_choice("run.remat", config.run.remat, REMAT)
     _check_choice("run.attention", config.run.attention, ("", *IMPLEMENTATIONS))
     _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))
-    _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("float32", "bfloat16"))
+    _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("", "float32", "bfloat16"))
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
     _check_choice("router.balance", config.router.balance, ("paper", "released"))

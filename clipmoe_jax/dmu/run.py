@@ -168,7 +168,7 @@ class Run:
             max_to_keep=config.checkpoint.max_to_keep,
             log_every=config.log_every,
             num_workers=config.data.num_workers,
-            frozen_dtype=config.run.frozen_dtype,
+            frozen_dtype=config.run.frozen_dtype or model.run.dtype,
             num_steps=num_steps,
         )
         checkpoints.save_model(folder, model.config, params)
