@@ -35,11 +35,11 @@ def imports(rounds: int = 3) -> list[dict[str, Any]]:
             if done.returncode:
                 break
             seconds.append(float(done.stdout.split()[-1]))
-        error = f"ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
-        rows.append(
-            {"group": statement, "program": side}
-            | (_median(seconds) if len(seconds) == rounds else {"error": error})
-        )
+        row = {"group": statement, "program": side}
+        if done.returncode:
+            rows.append(row | {"error": "".join(done.stderr.splitlines()[-1:])})
+        else:
+            rows.append(row | _median(seconds))
     return rows
 
 
@@ -67,7 +67,7 @@ def demo() -> list[dict[str, Any]]:
                 found.setdefault(line["phase"], []).append(line["pairs_per_second"])
             if (line["phase"], line["step"]) == ("router", NUM_STEPS):
                 break
-    wanted = {"stage_1": "MCL, stage 1", "router": "routers"}
+    wanted = {"mcl_1": "MCL, stage 1", "router": "routers"}
     return [
         {
             "group": name,

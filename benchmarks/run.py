@@ -5,8 +5,8 @@
     python -m benchmarks.run --caption_tokens=60                 # captions of realistic length, not all full
     python -m benchmarks.run --variant=tiny --batch=4 --text=32 --rounds=1    # to try the command
 
-Sections: peak (always), towers, attention, moe, steps (MCL, routers, everything trains), embed, start (imports
-and the first step), loader, demo. Programs of a group take turns; a time is the median of the rounds, a ratio
+Sections: peak (always), towers, attention, moe, steps (MCL, routers, everything trains), embed, start (of
+processes), loader, demo. Programs of a group take turns; a time is the median of the rounds, a ratio
 the median of the ratios of each round: "2.00 x PyTorch" is twice as fast. FLOPs are those of the model
 (clipmoe_jax/models/flops.py): padding and what is computed again do not count.
 
@@ -35,9 +35,10 @@ WORTH_IT = 1.03  # embed: a batch twice the size is tried while some program gai
 def run(
     only: Sequence[str], sizes: Mapping[str, Any], rounds: int, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Everything found: device, workload, peak, rows, and what could not be had; `keep` is called with it after
-    each section."""
-    found: dict[str, Any] = {"cores": os.cpu_count(), "rounds": rounds, "rows": [], "not_measured": []}
+    """Everything found: device, workload, peak, rows, and what could not be had; `keep` gets it after each
+    section."""
+    machine = {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
+    found: dict[str, Any] = {**machine, "rounds": rounds, "rows": [], "not_measured": []}
     for section in SECTIONS:
         if section != "peak" and section not in only:
             continue
@@ -110,8 +111,10 @@ def best_batches(rows: Sequence[Row]) -> list[Row]:
 
 
 def peak_of(rows: Sequence[Row], device_kind: str, dtype: str) -> dict[str, Any]:
-    """What MFU is a share of: the vendor's peak where it is known, else the faster square product; "tflops" and
-    "of", empty if there is neither."""
+    """What MFU is a share of: the vendor's peak where it is known, else the faster square product.
+
+    Returns "tflops" and "of", empty if there is neither.
+    """
     accelerator = of_kind(device_kind)
     if accelerator and dtype in ("bfloat16", "float16"):
         return {"tflops": accelerator.peak_flops / 1e12, "of": f"the vendor's peak of {accelerator.name}"}

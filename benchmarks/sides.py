@@ -95,7 +95,8 @@ def rows_of(
 ) -> list[Row]:
     """A row for each program of a group.
 
-    told: its flops, pairs and what it is compared with, or an error; seconds: of each round, of those that ran.
+    told: its flops, pairs and what it is compared with, or an error; seconds: of each round, of those that
+    ran.
     """
     rows = []
     for name, found in told.items():

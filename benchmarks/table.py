@@ -13,7 +13,8 @@ def format_found(found: dict[str, Any], markdown: bool) -> str:
     versions = [f"{name} {device[name]}" for name in ("jax", "torch", "transformers") if name in device]
     captions = f"captions of some {sizes['caption_tokens']} tokens in " if sizes["caption_tokens"] else ""
     lines = [
-        f"{device['device_kind']}, {found['cores']} cores; {', '.join(versions)}",
+        f"{device['device_kind']}, {found['cores']} cores, load average {found['load_before']} before; "
+        f"{', '.join(versions)}",
         f"{sizes['variant']}, batch {sizes['batch']}, {captions}{sizes['text']} text positions, "
         f"{sizes['dtype']}; medians of {found['rounds']} rounds",
         f"MFU is the share of {peak['tflops']:,.3f} TFLOP/s, {peak['of']}" if peak else "MFU: not measured",
