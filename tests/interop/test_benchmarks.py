@@ -143,7 +143,11 @@ def test_the_best_batch_of_each_side_counts():
 
 
 def test_what_mfu_is_a_share_of():
-    rows = [{"program": "x", "tflops": 0.5}, {"program": "y", "tflops": 0.75}, {"program": "z", "error": "…"}]
+    rows = [
+        {"program": "x", "flops": 1e12, "seconds": [2.0, 4.0]},
+        {"program": "y", "flops": 3e12, "seconds": [9.0, 4.0]},  # its fastest round counts
+        {"program": "z", "error": "…"},
+    ]
     assert run.peak_of(rows, "NVIDIA H200", "bfloat16")["tflops"] == 989
     assert run.peak_of(rows, "NVIDIA H200", "float32")["tflops"] == 0.75  # the vendor's number is bfloat16's
     assert run.peak_of(rows, "cpu", "bfloat16") == {
