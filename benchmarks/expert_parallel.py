@@ -28,8 +28,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from benchmarks.collectives import sent
-    from benchmarks.moe_block import measure
     from clipmoe_jax import sharding
+    from clipmoe_jax.evaluation.cost import interleaved_seconds
     from clipmoe_jax.models.moe import MoeMlp
     from clipmoe_jax.models.transformer import quick_gelu
 
@@ -70,7 +70,7 @@ def main() -> None:
         rows[way] = moved, compiled.memory_analysis().temp_size_in_bytes, share
         functions[way] = lambda compiled=compiled, params=params, inputs=inputs: compiled(params, inputs)
 
-    seconds = measure(functions, args.rounds)
+    seconds = interleaved_seconds(functions, args.rounds)
     print(f"{args}\n{'forward and gradient, a device':<30}{'sent':>12}{'holds':>12}{'dropped':>9}{'time':>8}")
     first = seconds[next(iter(ways))]
     for way, (moved, held, share) in rows.items():

@@ -11,26 +11,65 @@ the median of the ratios of each round.
 import argparse
 import json
 import statistics
-import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from clipmoe_jax.evaluation.cost import interleaved_seconds
 from clipmoe_jax.models.moe import MoeMlp
 from clipmoe_jax.models.transformer import Mlp, quick_gelu
 
+DENSE = "dense FFN"
+LAYERS = (DENSE, "ragged", "capacity", "dense")  # the others are dispatches
+Calls = dict[str, Callable[[], Any]]
 
-def measure(functions: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after a warm-up call."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+
+def make_calls(
+    tokens: int,
+    width: int,
+    hidden: int,
+    experts: int,
+    selected: int,
+    dtype: str,
+    layers: Sequence[str] = LAYERS,
+) -> tuple[Calls, Calls]:
+    """{layer: call} forward, and forward with the gradient."""
+    dtype = jnp.dtype(dtype)
+    x = jax.random.normal(jax.random.key(0), (1, tokens, width), dtype)
+    target = jax.random.normal(jax.random.key(1), x.shape, dtype)
+
+    def apply_function(layer):
+        """What computes a layer, and its params."""
+        if layer == DENSE:
+            mlp = Mlp(hidden, quick_gelu, dtype)
+            return mlp.apply, mlp.init(jax.random.key(2), x)
+        moe = MoeMlp(experts, selected, hidden, quick_gelu, dispatch=layer, dtype=dtype)
+        return (lambda params, x: moe.apply(params, x)[0]), moe.init(jax.random.key(2), x)
+
+    def gradient_function(apply, params):
+        """Gradient for the inputs and, in a MoE, the router."""
+        router = params["params"].get("router", {})
+
+        def outputs_and_gradients(params, x, router, target):
+            def forward(x, router):
+                merged = {**params["params"], **({"router": router} if router else {})}
+                return apply({"params": merged}, x)
+
+            y, pullback = jax.vjp(forward, x, router)
+            return y, pullback(target)
+
+        compiled = jax.jit(outputs_and_gradients)
+        return lambda: compiled(params, x, router, target)
+
+    forward, backward = {}, {}
+    for name in layers:
+        apply, params = apply_function(name)
+        compiled = jax.jit(apply)
+        forward[name] = lambda compiled=compiled, params=params: compiled(params, x)
+        backward[name] = gradient_function(apply, params)
+    return forward, backward
 
 
 def main() -> None:
@@ -43,39 +82,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    dtype = jnp.dtype(args.dtype)
-    x = jax.random.normal(jax.random.key(0), (1, args.tokens, args.width), dtype)
-    target = jax.random.normal(jax.random.key(1), x.shape, dtype)
-
-    mlp = Mlp(args.hidden, quick_gelu, dtype)
-    layers = {"dense FFN": (lambda params, x: mlp.apply(params, x), mlp.init(jax.random.key(2), x))}
-    for dispatch in ("ragged", "capacity", "dense"):
-        moe = MoeMlp(args.experts, args.selected, args.hidden, quick_gelu, dispatch=dispatch, dtype=dtype)
-        layers[dispatch] = (
-            lambda params, x, moe=moe: moe.apply(params, x)[0],
-            moe.init(jax.random.key(2), x),
-        )
-
-    def gradient_function(apply, params):
-        """Gradient for the inputs and, in a MoE, the router."""
-        router = params["params"].get("router", {})
-
-        def outputs_and_gradients(x, router):
-            def forward(x, router):
-                merged = {**params["params"], **({"router": router} if router else {})}
-                return apply({"params": merged}, x)
-
-            y, pullback = jax.vjp(forward, x, router)
-            return y, pullback(target)
-
-        compiled = jax.jit(outputs_and_gradients)
-        return lambda: compiled(x, router)
-
-    forward, backward = {}, {}
-    for name, (apply, params) in layers.items():
-        compiled = jax.jit(apply)
-        forward[name] = lambda compiled=compiled, params=params: compiled(params, x)
-        backward[name] = gradient_function(apply, params)
+    forward, backward = make_calls(
+        args.tokens, args.width, args.hidden, args.experts, args.selected, args.dtype
+    )
 
     device = jax.devices()[0]
     print(
@@ -84,11 +93,11 @@ def main() -> None:
     )
     print(f"{'':12}{'forward':>12}{'ratio':>8}{'forward+gradient':>20}{'ratio':>8}")
     results = {}
-    timings = measure(forward, args.rounds), measure(backward, args.rounds)
-    for name in layers:
+    timings = [interleaved_seconds(calls, args.rounds) for calls in (forward, backward)]
+    for name in forward:
         row = []
         for seconds in timings:
-            ratios = [a / b for a, b in zip(seconds[name], seconds["dense FFN"], strict=True)]
+            ratios = [a / b for a, b in zip(seconds[name], seconds[DENSE], strict=True)]
             row += [statistics.median(seconds[name]) * 1e3, statistics.median(ratios)]
         results[name] = row
         print(f"{name:12}{row[0]:>9.1f} ms{row[1]:>7.2f}x{row[2]:>17.1f} ms{row[3]:>7.2f}x")

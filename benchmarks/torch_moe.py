@@ -22,17 +22,24 @@ from clipmoe_jax.interop.modeling_clip_moe import MLP, CLIPMoEVisionConfig, MoE
 
 
 class MaskedLoop(nn.Module):
-    """The same layer and numbers, expert by expert, each with linear layers of its own."""
+    """The same layer and numbers, expert by expert, each with linear layers of its own.
 
-    def __init__(self, moe: MoE):
+    router_logits: of the last call. dropout: after the activation, while it trains.
+    """
+
+    def __init__(self, moe: MoE, dropout: float = 0.0):
         super().__init__()
         self.router, self.num_selected = moe.router, moe.num_selected
+        self.dropout, self.router_logits = nn.Dropout(dropout), None
         layers = (moe.experts.fc1.weight, moe.experts.fc1.bias, moe.experts.fc2.weight, moe.experts.fc2.bias)
         self.experts = nn.ModuleList([_expert(*parts) for parts in zip(*layers, strict=True)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, D)."""
-        probabilities = self.router(x).softmax(dim=-1, dtype=torch.float32)
+        """(…, D) -> (…, D)."""
+        shape, x = x.shape, x.flatten(0, -2)
+        logits = self.router(x)
+        self.router_logits = logits.unflatten(0, shape[:-1])
+        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         gates, expert_ids = probabilities.topk(self.num_selected, dim=-1)
         gates = (gates / gates.sum(dim=-1, keepdim=True)).to(x.dtype)
         masks = functional.one_hot(expert_ids, len(self.experts)).permute(2, 1, 0)
@@ -40,8 +47,9 @@ class MaskedLoop(nn.Module):
         for (fc1, fc2), mask in zip(self.experts, masks, strict=True):
             place, token = torch.where(mask)
             h = fc1(x[token])
-            y.index_add_(0, token, fc2(h * torch.sigmoid(1.702 * h)) * gates[token, place, None])
-        return y
+            h = self.dropout(h * torch.sigmoid(1.702 * h))
+            y.index_add_(0, token, fc2(h) * gates[token, place, None])
+        return y.view(shape)
 
     def products_alone(self, x: torch.Tensor) -> torch.Tensor:
         """N * K rows, split evenly over the experts, through both matrices of each."""

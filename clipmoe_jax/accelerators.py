@@ -27,3 +27,21 @@ ACCELERATORS = {
     "h100": Accelerator("H100 80 GB", "cuda", 989e12, 80e9, 900e9),
     "h200": Accelerator("H200 141 GB", "cuda", 989e12, 141e9, 900e9),
 }
+
+# What JAX calls them (`device_kind`).
+DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def of_kind(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls so; None for others, whose peak is not known here."""
+    return ACCELERATORS[DEVICE_KINDS[device_kind]] if device_kind in DEVICE_KINDS else None
