@@ -45,7 +45,10 @@ def make_calls(
         if layer == DENSE:
             mlp = Mlp(hidden, quick_gelu, dtype)
             return mlp.apply, mlp.init(jax.random.key(2), x)
-        moe = MoeMlp(experts, selected, hidden, quick_gelu, dispatch=layer, dtype=dtype)
+        multiply = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+        moe = MoeMlp(
+            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_matmul=multiply, dtype=dtype
+        )
         return (lambda params, x: moe.apply(params, x)[0]), moe.init(jax.random.key(2), x)
 
     def gradient_function(apply, params):

@@ -117,6 +117,7 @@ class Training:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         phase, loss = workload.phase(kind)
         trainable, self._frozen = trees.partition(workload.params(kind), RULES[kind])
+        self._frozen = trees.cast_matrices(self._frozen, workload.dtype)  # as `train.loop.fit` holds them
         self.state: TrainState = init_state(mesh, phase, trainable)
         self._mesh, self._step = mesh, make_train_step(workload.model(kind), loss, phase)
         self._batch = sharding.put_batch(mesh, workload.make_batch(workload.batch))

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import checkpoints, trees
 from clipmoe_jax import config as configs
+from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.tokenizer import END_ID, PAD_ID, START_ID
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
@@ -94,12 +95,11 @@ class Workload:
         return np.clip(drawn.round().astype(int), 3, self.text)
 
     def make_batch(self, num_pairs: int) -> dict[str, Any]:
-        """What our loader would give: image uint8 (B, H, W, 3), text int32 (B, L), as short as its buckets
-        make it."""
-        tokens, longest = self.padded_tokens(num_pairs), self.lengths(num_pairs).max()
-        buckets = self.config().data.text_buckets
-        length = min((size for size in buckets if longest <= size < self.text), default=self.text)
-        return {"image": self.images(num_pairs), "text": tokens[:, :length]}
+        """What our loader would give one device: image uint8 (B, H, W, 3), text PackedText."""
+        lengths, steps = self.lengths(num_pairs), self.config().data.packing_steps
+        places = place_captions(lengths, 1, self.text, steps)
+        text = pack(self.padded_tokens(num_pairs), lengths, places, 1)
+        return {"image": self.images(num_pairs), "text": text}
 
     def images(self, num_pairs: int) -> np.ndarray:
         """Random pixels, uint8 (B, H, W, 3)."""
