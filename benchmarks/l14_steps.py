@@ -48,7 +48,8 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
     from clipmoe_jax import config as configs
     from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
     from clipmoe_jax.models.clip import Clip
-    from clipmoe_jax.plan import abstract_batch, models_of
+    from clipmoe_jax.planning.plan import abstract_batch
+    from clipmoe_jax.planning.trainings import models_of
     from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
     config, platform = configs.default_config(), "cpu" if args.target == "cpu" else "tpu"

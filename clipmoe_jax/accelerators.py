@@ -7,7 +7,9 @@ class Accelerator(NamedTuple):
     """One device.
 
     platform: "tpu" or "cuda". peak_flops: a second, dense, bfloat16. memory: bytes of HBM. link: bytes a
-    second to and from the other devices of its slice or node together (half of it each way).
+    second to and from the other devices of its slice or node together (half of it each way). domain: devices
+    that share such links, of the largest slice or a node. network: bytes a second to and from devices beyond,
+    a device's share of its host's ports (half of it each way).
     """
 
     name: str
@@ -15,17 +17,21 @@ class Accelerator(NamedTuple):
     peak_flops: float
     memory: float
     link: float
+    domain: int
+    network: float
 
 
 # TPUs: the system architecture pages of cloud.google.com/tpu/docs (v5e, v5p, v6e). GPUs: NVIDIA's data
-# sheets of the SXM modules, without sparsity; link is NVLink.
+# sheets of the SXM modules, without sparsity; link is NVLink. network, each way: on the same pages 6.4 Tbit/s
+# for the 256 chips of a v5e pod, 50 Gbit/s for a v5p chip, 25.6 Tbit/s for 256 chips of v6e; InfiniBand of
+# 200 (DGX A100) and 400 Gbit/s (DGX H100 and H200) for each of 8 GPUs in NVIDIA's user guides.
 ACCELERATORS = {
-    "v5e": Accelerator("TPU v5e", "tpu", 197e12, 16e9, 400e9),
-    "v5p": Accelerator("TPU v5p", "tpu", 459e12, 95 * 2**30, 1200e9),
-    "v6e": Accelerator("TPU v6e", "tpu", 918e12, 32e9, 800e9),
-    "a100": Accelerator("A100 80 GB", "cuda", 312e12, 80e9, 600e9),
-    "h100": Accelerator("H100 80 GB", "cuda", 989e12, 80e9, 900e9),
-    "h200": Accelerator("H200 141 GB", "cuda", 989e12, 141e9, 900e9),
+    "v5e": Accelerator("TPU v5e", "tpu", 197e12, 16e9, 400e9, 256, 6.25e9),
+    "v5p": Accelerator("TPU v5p", "tpu", 459e12, 95 * 2**30, 1200e9, 6144, 12.5e9),
+    "v6e": Accelerator("TPU v6e", "tpu", 918e12, 32e9, 800e9, 256, 25e9),
+    "a100": Accelerator("A100 80 GB", "cuda", 312e12, 80e9, 600e9, 8, 50e9),
+    "h100": Accelerator("H100 80 GB", "cuda", 989e12, 80e9, 900e9, 8, 100e9),
+    "h200": Accelerator("H200 141 GB", "cuda", 989e12, 141e9, 900e9, 8, 100e9),
 }
 
 # What JAX calls them (`device_kind`).

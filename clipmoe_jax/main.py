@@ -11,6 +11,9 @@ it prints what the run would take on devices that need not be here (docs/scaling
 
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --plan --plan_accelerator=h100 \\
         --plan_devices=8 --plan_pairs=1246000
+
+With `--plan_scaling=100` it prints instead how steps of 100 pairs a device scale from 1 to 512 devices, and
+what breaks first.
 """
 
 import time
@@ -32,7 +35,9 @@ from clipmoe_jax.evaluation.evaluate import CLIP_MOE, evaluate, evaluate_stage, 
 from clipmoe_jax.evaluation.evaluations import parse_evaluation
 from clipmoe_jax.evaluation.table import draw_figure, format_results, format_table, has_retrieval
 from clipmoe_jax.metrics import Metrics
-from clipmoe_jax.plan import format_plan, make_plan
+from clipmoe_jax.planning.format import format_plan, format_scaling
+from clipmoe_jax.planning.plan import make_plan
+from clipmoe_jax.planning.scaling import weak_scaling
 from clipmoe_jax.report import write_report
 
 
@@ -157,8 +162,12 @@ def print_plan(config: ConfigDict) -> None:
         num_pairs = len(Records(config.data.train, config.data.train_split))
     for name, variant in variants.items():
         configs.validate(variant, paths=False)
-        plan = make_plan(variant, given.plan_accelerator, given.plan_devices, given.plan_mfu, num_pairs)
-        print(f"{name}:\n{format_plan(plan)}\n" if name else format_plan(plan))
+        device, mfu, pairs_of_device = given.plan_accelerator, given.plan_mfu, given.plan_scaling
+        if pairs_of_device:
+            found = format_scaling(weak_scaling(variant, device, mfu, num_pairs, pairs_of_device))
+        else:
+            found = format_plan(make_plan(variant, device, given.plan_devices, mfu, num_pairs))
+        print(f"{name}:\n{found}\n" if name else found)
 
 
 def write_results(results: Sequence[dict], workdir: epath.Path) -> str:
@@ -217,6 +226,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("plan_devices", 8, "How many of them.", lower_bound=1)
     flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to expect.", lower_bound=0.01, upper_bound=1.0)
     flags.DEFINE_integer("plan_pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
+    flags.DEFINE_integer(
+        "plan_scaling", 0, "Pairs a device: print weak scaling to 512 devices instead.", lower_bound=0
+    )
     flags.mark_flag_as_required("config")
     flags.register_multi_flags_validator(
         ["workdir", "plan"], lambda given: given["workdir"] or given["plan"], "--workdir must be set"

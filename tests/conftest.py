@@ -1,11 +1,19 @@
 """Eight fake CPU devices for every test, whatever machine runs them."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands keep nothing in the user's home
+# Tests, their workers and the commands they start compile the same programs: each session keeps them once, in
+# a folder of its own, so that nothing is left of an earlier one and nothing goes to the user's home.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="clipmoe_jax-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Most time goes into compiling programs that run for milliseconds, half of it into LLVM's passes. XLA's own
 # passes stay: fusion, partitioning and the collectives that tests look for.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -18,7 +18,7 @@ ROWS = [
     ["interop"],
     ["api", "prepare", "config"],
     ["dmu"],
-    ["evaluation", "plan"],
+    ["evaluation", "planning"],
     ["reporting"],
     ["main", "convert", "evaluate", "model_card", "report"],
 ]

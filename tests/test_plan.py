@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from benchmarks.collectives import sent
-from clipmoe_jax import checkpoints, plan, sharding, trees
+from clipmoe_jax import checkpoints, sharding, trees
 from clipmoe_jax.accelerators import ACCELERATORS
 from clipmoe_jax.config import BASELINES, default_config
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.planning import plan, scaling
+from clipmoe_jax.planning.format import format_plan, format_scaling
+from clipmoe_jax.planning.trainings import Training, models_of, trainings
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
@@ -41,7 +44,7 @@ KINDS = {
 
 def training(kind, **run):
     config, rules = KINDS[kind]
-    return plan.Training("it", config, RunConfig(**run), rules, PHASE, 10)
+    return Training("it", config, RunConfig(**run), rules, PHASE, 10)
 
 
 def abstract(mesh):
@@ -134,7 +137,7 @@ def compiled_step(kind, mesh, **run) -> str:
 def test_stages_and_steps():
     config = default_config()
     config.baselines = BASELINES
-    found = {training.name: training for training in plan.trainings(config, "cuda", 1_246_000)}
+    found = {training.name: training for training in trainings(config, "cuda", 1_246_000)}
     trained = [name for name in BASELINES if name != "feature_ensemble"]
     assert list(found) == ["mcl_1", "mcl_2", "mcl_3", "router", *trained]
     steps = 1_246_000 // 800
@@ -149,7 +152,7 @@ def test_stages_and_steps():
 def test_the_papers_time():
     """86 pairs a second on each of 8 A100, half an hour a stage (arXiv 2409.19291, section 4.1), is 15 % of
     their peak by our count."""
-    dense, _ = plan.models_of(default_config())
+    dense, _ = models_of(default_config())
     trains = trees.match_rules(TRAIN_FFN, list(trees.flatten(checkpoints.abstract_params(dense))))
     peak = ACCELERATORS["a100"].peak_flops
     assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.15, abs=0.005)
@@ -160,7 +163,7 @@ def test_what_is_printed():
     config.base.architecture = WIDE.to_dict()
     config.mcl.batch_size = config.router.batch_size = 32768
     found = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=100_000_000)
-    lines = plan.format_plan(found).splitlines()
+    lines = format_plan(found).splitlines()
     assert lines[0].startswith(
         "8 × TPU v5e: 197 TFLOP/s in bfloat16, 16 GB each; mesh data 8 × fsdp 1 × expert 1"
     )
@@ -203,6 +206,10 @@ def test_the_command():
     done = subprocess.run([*command, "--plan_devices=2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mcl_1" in done.stdout and "device-hours" in done.stdout
+    scaled = subprocess.run(
+        [*command, "--plan_scaling=2", "--config.baselines=()"], capture_output=True, text=True
+    )
+    assert scaled.stdout.count("What breaks first: ") == 3, scaled.stderr  # base, stages, routers
     missing = subprocess.run(
         [*command[:-2], "--config=configs/vit_b32.py", "--plan"], capture_output=True, text=True
     )
@@ -223,3 +230,116 @@ def test_short_captions_cost_a_second_pass_of_the_text_tower():
         more = flops.forward_backward(training.config, trains, 64, towers=["text"])
         assert step.flops - before.steps[name][1].flops == pytest.approx(more) and more > 0
         assert step.memory.activations > 1.05 * before.steps[name][1].memory.activations
+
+
+H100, V5E = ACCELERATORS["h100"], ACCELERATORS["v5e"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "milliseconds"),
+    [
+        # 1.8 GB at 450 GB/s of NVLink.
+        ((8, 1, 1), ["data"], 4.0),
+        # Two nodes: 50 GB/s for each of 8 cards are 400 GB/s a node, less than NVLink.
+        ((16, 1, 1), ["data"], 4.5),
+        # Of 8 neighbours 4 differ in the expert axis, so 2 are of one group along data: 100 GB/s.
+        ((8, 1, 4), ["data"], 18.0),
+        ((8, 1, 4), ["expert"], 4.0),
+        ((8, 1, 4), ["data", "expert"], 4.5),
+        # A node is within one row of fsdp: all that goes over data leaves it, 50 GB/s.
+        ((2, 16, 1), ["data"], 36.0),
+        ((2, 16, 1), ["fsdp"], 4.5),
+    ],
+    ids=str,
+)
+def test_time_of_a_transfer(sizes, axes, milliseconds):
+    mesh = sharding.make_abstract_mesh(*sizes, num_devices=int(np.prod(sizes)))
+    transfer = plan.Transfer(tuple(axes), "gradients", "all-reduce", 1.8e9)
+    assert plan.transfer_seconds(H100, mesh, transfer) == pytest.approx(milliseconds / 1e3)
+
+
+def test_weak_scaling_by_hand():
+    """50 pairs a device of the feed-forward step: 5 GFLOP a pair are 50 x 5e9 / (197e12 x 0.5) = 2.538 ms."""
+    mesh = sharding.make_abstract_mesh(512, 1, 1, num_devices=512)
+    wide = dataclasses.replace(PHASE, batch_size=50 * 512)
+    step = dataclasses.replace(training("feed-forward layers"), phase=wide)
+    row = scaling.make_row(V5E, mesh, step, mfu=0.5, model_seconds=2.538e-3)
+    assert (row.num_devices, row.batch_size) == (512, 25600)
+    # Three products of (50, 32) by (32, 25600), each six of bfloat16; three copies in float32.
+    assert row.similarity == pytest.approx(6 * 50 * 25600 * 32 * 6 / (197e12 * 0.5))
+    assert row.similarity_bytes == 3 * 4 * 50 * 25600
+    # Features of 25600 captions once to all, their gradients twice; kernels and biases of 2 x 2 layers.
+    features = 25600 * 32 * 4 * 511 / 512
+    kernels = 2 * (2 * 64 * 256 + 256 + 64) + 2 * (2 * 48 * 192 + 192 + 48)
+    sent = [transfer.num_bytes for transfer in row.transfers]
+    assert sum(sent) == pytest.approx(3 * features + 2 * 4 * kernels * 511 / 512)
+    # Two slices of 256 chips: 200 GB/s within, 256 x 3.125 GB/s = 800 GB/s from one to the other.
+    assert row.travel == pytest.approx(sum(sent) / 200e9)
+    assert row.efficiency == pytest.approx(2.538e-3 / (2.538e-3 + row.similarity + row.travel))
+    assert row.overlapped == pytest.approx(2.538e-3 / (2.538e-3 + row.similarity))
+
+
+def test_short_captions_have_a_similarity_matrix_of_their_own():
+    mesh = sharding.make_abstract_mesh(8, 1, 1, num_devices=8)
+    long = training("feed-forward layers")
+    both = dataclasses.replace(long, short_length=16)
+    one, two = (scaling.make_row(V5E, mesh, it, 0.5, 1e-3).similarity for it in (long, both))
+    assert two == pytest.approx(2 * one)
+
+
+def test_batches_that_clusters_and_warm_up_do_not_allow():
+    """1,246,000 / 729 clusters = 1,709 pairs: 17 devices of 100 fit. 200 steps of warm-up are refused from
+    6,200 pairs on, 62 devices, just as training refuses them."""
+    config = default_config()
+    stages = [it for it in trainings(config, "cuda", 1_246_000) if it.name.startswith("mcl_")]
+    clusters, warm_up = scaling.batch_limits(config, stages, 1_246_000, 100)
+    assert clusters[0] == 18 and "mcl_3 (1,709 pairs in each of 729)" in clusters[1]
+    assert warm_up[0] == 62 and "200" in warm_up[1]
+    phase = dataclasses.replace(stages[0].phase, batch_size=6200)
+    assert dataclasses.replace(phase, batch_size=6100).length(1_246_000 // 6100) == 204
+    with pytest.raises(ValueError, match="warmup_steps=200 does not fit into 200 steps"):
+        phase.length(1_246_000 // 6200)
+
+
+def test_memory_that_the_similarity_matrix_does_not_have():
+    """0.9 x 16 GB - 8 GB = 6.4 GB, 12 x 100^2 bytes for each device of the group: 53,333."""
+    memory = plan.Memory(1e9, 2e9, 1e9, 0, 4e9, loss=3e6)
+    assert list(scaling.memory_limit(V5E, memory, 100, 1))[0][0] == 53_334
+    ((first, what),) = scaling.memory_limit(V5E, memory._replace(activations=12e9), 100, 4)
+    assert first == 4 and what == "100 pairs a device do not fit (16.0 GB)"
+
+
+def test_when_what_travels_takes_a_tenth():
+    """Of 90 ms of computation: 9 ms at 8 devices are 9 %, 12 at 16 are 12 %; nothing overlapped breaks."""
+
+    def row(num_devices):
+        transfers = [
+            plan.Transfer(("data",), "gradients", "all-reduce", 1),
+            plan.Transfer(("data",), "features of captions", "all-gather", 1),
+        ]
+        travels = [4e-3, num_devices * 1e-3 if num_devices < 16 else 8e-3]
+        return scaling.Row(num_devices, num_devices, 90e-3, 0, 0, transfers, travels)
+
+    ((first, what),) = scaling.time_limits([row(4), row(5), row(16)], [32], row)
+    assert first == 16 and what.endswith("mostly for the all-gather of features of captions over data")
+
+
+def test_weak_scaling_of_a_config():
+    """fsdp and expert stay, so that the smallest mesh is theirs; kinds as in the plan."""
+    config = default_config()
+    config.base.architecture = DENSE.to_dict()
+    config.mesh.expert, config.baselines = 4, ("direct_ft",)
+    found = scaling.weak_scaling(config, "h100", 0.4, 1_246_000, 100)
+    assert list(found.kinds) == ["mcl_1", "router"]
+    router = found.kinds["router"]
+    assert [row.num_devices for row in router.rows] == [4, 8, 16, 32, 64, 128, 256, 512]
+    # 62 devices do not split over 4 experts: 64.
+    assert any(limit.startswith("from 64 devices on, 1 epoch(s)") for limit in router.limits)
+    assert not any("cluster" in limit for limit in router.limits)
+    lines = format_scaling(found).splitlines()
+    firsts = [line for line in lines if line.startswith("What breaks first: ")]
+    assert len(firsts) == 2 and all(limit in "\n".join(lines) for limit in router.limits)
+    assert sum(line.startswith("     512   51,200") for line in lines) == 2
+    config.mcl.accumulation_steps = 8
+    with pytest.raises(ValueError, match="batch size 400 cannot be split over 4 devices x 8 accumulation"):
+        scaling.weak_scaling(config, "h100", 0.4, 1_246_000, 100)

@@ -1,6 +1,8 @@
 """Runs a tiny pipeline and sends this process a signal at one place: a helper of the tests beside it.
 
-python killed_run.py WORKDIR PLACE [SIGNAL]      PLACE: a key of PLACES, or "nowhere"; SIGNAL: default SIGKILL
+python killed_run.py WORKDIR PLACE [SIGNAL]      SIGNAL: default SIGKILL
+
+PLACE: a key of PLACES, or "nowhere", or "nowhere, with diagnostics", which take long to compile.
 
 Of several processes the last is the one.
 """
@@ -98,8 +100,8 @@ if __name__ == "__main__":
     _signal = signal.Signals[name[0]] if name else signal.SIGKILL
     distributed.initialize()
     stages.PART_ROWS = 16  # four parts of features
-    if jax.process_count() == 1:  # what it writes is looked at in test_pipeline.py; it takes long to compile
+    if place != "nowhere, with diagnostics":
         evaluate._diagnose = lambda run, folder: {}
-    if place != "nowhere" and jax.process_index() == jax.process_count() - 1:
+    if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
     main.run_pipeline(config(), epath.Path(workdir))

@@ -20,17 +20,10 @@ REPOSITORY = SCRIPT.parents[2]
 MODELS = ("base", "stage_1/params", "moe/upcycled", "moe/params")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def environment(cache, num_devices: int) -> dict[str, str]:
+def environment(num_devices: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CLIPMOE_")}
     return kept | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(REPOSITORY),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
@@ -42,7 +35,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(cache, *arguments, num_processes=2, num_devices=4, timeout=200) -> list[subprocess.CompletedProcess]:
+def run(*arguments, num_processes=2, num_devices=4, timeout=200) -> list[subprocess.CompletedProcess]:
     """killed_run.py in every process; none outlives it."""
     coordinator, started = f"127.0.0.1:{free_port()}", []
     try:
@@ -55,7 +48,7 @@ def run(cache, *arguments, num_processes=2, num_devices=4, timeout=200) -> list[
             started.append(
                 subprocess.Popen(
                     [sys.executable, str(SCRIPT), *map(str, arguments)],
-                    env=environment(cache, num_devices) | (process if num_processes > 1 else {}),
+                    env=environment(num_devices) | (process if num_processes > 1 else {}),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -77,18 +70,18 @@ def assert_finished(done):
 
 
 @pytest.fixture(scope="module")
-def alone(cache, tmp_path_factory):
+def alone(tmp_path_factory):
     """The workdir of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    assert_finished(run(cache, workdir, "nowhere", num_processes=1, num_devices=1))
+    assert_finished(run(workdir, "nowhere", num_processes=1, num_devices=1))
     return workdir
 
 
 @pytest.fixture(scope="module")
-def together(cache, tmp_path_factory):
-    """The workdir of two processes with four devices each, never stopped."""
+def together(tmp_path_factory):
+    """The workdir of two processes with four devices each, never stopped; they also write diagnostics."""
     workdir = tmp_path_factory.mktemp("together")
-    assert_finished(run(cache, workdir, "nowhere"))
+    assert_finished(run(workdir, "nowhere, with diagnostics"))
     return workdir
 
 
@@ -125,15 +118,15 @@ def test_only_process_0_writes_what_is_not_sharded(together):
 
 
 @pytest.fixture(scope="module")
-def interrupted(cache, tmp_path_factory):
+def interrupted(tmp_path_factory):
     """Killed and stopped in one process at several places, then finished; what each stop said."""
     workdir, said = tmp_path_factory.mktemp("interrupted"), {}
     for place, name in (
         ("mcl, after a checkpoint", "SIGTERM"),
         ("router, after a checkpoint", "SIGKILL"),
     ):
-        said[place] = run(cache, workdir, place, name)
-    assert_finished(run(cache, workdir, "nowhere"))
+        said[place] = run(workdir, place, name)
+    assert_finished(run(workdir, "nowhere"))
     return workdir, said
 
 
@@ -159,10 +152,10 @@ def test_sigterm_to_one_process_saves_and_stops_both(interrupted):
 
 
 @pytest.fixture(scope="module")
-def stopped(cache, tmp_path_factory):
+def stopped(tmp_path_factory):
     """The workdir of one process with eight devices that SIGTERM stopped while a stage trained."""
     workdir = tmp_path_factory.mktemp("stopped")
-    (done,) = run(cache, workdir, "mcl, after a checkpoint", "SIGTERM", num_processes=1, num_devices=8)
+    (done,) = run(workdir, "mcl, after a checkpoint", "SIGTERM", num_processes=1, num_devices=8)
     assert done.returncode == 75, done.stdout[-3000:]
     assert "mcl_1, step 5: stopped by SIGTERM" in done.stdout  # sent after 4 steps, seen by the next
     return workdir
@@ -175,15 +168,13 @@ def losses_of(workdir) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(1, 4), (2, 2)])
-def test_a_run_goes_on_with_other_processes_and_devices(
-    cache, tmp_path, alone, stopped, num_processes, num_devices
-):
+def test_a_run_goes_on_with_other_processes_and_devices(tmp_path, alone, stopped, num_processes, num_devices):
     """Saved on eight devices; finished by four of one process, or of two."""
     workdir = tmp_path / "workdir"
     shutil.copytree(stopped, workdir)
     before = losses_of(workdir)
     assert max(step for phase, step in before if phase == "mcl_1") == 5
-    assert_finished(run(cache, workdir, "nowhere", num_processes=num_processes, num_devices=num_devices))
+    assert_finished(run(workdir, "nowhere", num_processes=num_processes, num_devices=num_devices))
     expected, found = losses_of(alone), losses_of(workdir)
     after = expected.keys() - before.keys()
     assert {("mcl_1", 6), ("mcl_1", 7), ("router", 7)} <= after and found.keys() == expected.keys()
@@ -208,7 +199,7 @@ time.sleep(60)
 """
 
 
-def test_a_barrier_names_the_host_that_is_late(cache):
+def test_a_barrier_names_the_host_that_is_late():
     port, started = free_port(), []
     try:
         for i in range(2):
@@ -218,7 +209,7 @@ def test_a_barrier_names_the_host_that_is_late(cache):
                 "CLIPMOE_PROCESS_ID": str(i),
             }
             command = [sys.executable, "-c", BARRIER]
-            where = environment(cache, 1) | process
+            where = environment(1) | process
             started.append(subprocess.Popen(command, env=where, stdout=subprocess.PIPE, text=True))
         output, _ = started[0].communicate(timeout=60)
     finally:
@@ -260,7 +251,7 @@ def test_local_py_ends_the_others_when_one_fails(tmp_path):
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env=environment(tmp_path, 1),
+        env=environment(1),
         timeout=120,
     )
     assert done.returncode == 1

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,41 +20,18 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from clipmoe_jax import checkpoints, sharding, trees
-from clipmoe_jax import config as configs
 from clipmoe_jax.accelerators import ACCELERATORS, Accelerator
-from clipmoe_jax.data.loader import SHORT_LENGTH
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.dmu.upcycling import count_active_parameters
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.encoder import METHODS
 from clipmoe_jax.models.transformer import RunConfig, first_moe_layer
-from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.planning.trainings import Training, models_of, trainings
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
 FLOAT_BYTES = 4
 # What the loss keeps at once of the similarity matrix: logits and the gradients through its two log-sums.
 SIMILARITY_COPIES = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A stage that trains: the model it trains, by which rules, for how long. short_length: of the short
-    captions that it sees beside the long ones."""
-
-    name: str
-    config: ClipConfig
-    run: RunConfig
-    rules: trees.Rules
-    phase: PhaseConfig
-    num_steps: int
-    short_length: int = 0
-
-    @property
-    def kind(self) -> tuple:
-        """Stages of one kind compile to one step."""
-        phase = dataclasses.replace(self.phase, num_steps=0)
-        return self.config, self.run, tuple(self.rules), phase, self.short_length
 
 
 class Memory(NamedTuple):
@@ -76,7 +53,7 @@ class Memory(NamedTuple):
 class Transfer(NamedTuple):
     """What one device sends in a step over an axis of the mesh, and receives as much of."""
 
-    axes: str
+    axes: tuple[str, ...]
     what: str
     operation: str
     num_bytes: float
@@ -104,7 +81,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All of it; `format_plan` makes it readable."""
+    """All of it; format.py makes it readable."""
 
     accelerator: Accelerator
     mesh: AbstractMesh
@@ -153,52 +130,6 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
         pairs, of_pair = training.num_steps * training.phase.batch_size, planned[training.kind].flops
         stages.append(Stage(training.name, pairs, of_pair, seconds(pairs, of_pair)))
     return Plan(device, mesh, mfu, num_pairs, models, steps, stages)
-
-
-def models_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
-    """The dense base and the CLIP-MoE."""
-    dense = configs.architecture(config)
-    return dense, dataclasses.replace(dense, moe=configs.moe_config(config))
-
-
-def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Training]:
-    """The stages of a config that train, in order."""
-    dense, moe = models_of(config)
-    mcl, router = configs.phase_config(config.mcl), configs.phase_config(config.router)
-    run = configs.run_config(config, platform)
-    routing = configs.run_config(config, platform, training_routers=True)
-    mcl_steps = mcl.length(num_pairs // mcl.batch_size)
-    router_steps = router.length(num_pairs // router.batch_size)
-    if not config.base.checkpoint and config.data.digit_scenes:
-        phase = configs.phase_config(config.base.train)
-        steps = phase.length(num_pairs // phase.batch_size)
-        yield Training("base", dense, run, TRAIN_EVERYTHING, phase, steps)
-    num_stages, of_long_clip = config.mcl.num_stages, min(SHORT_LENGTH, dense.text.context_length)
-    short = of_long_clip if config.loss.short_caption_weight else 0
-    for stage in range(1, num_stages + 1):
-        yield Training(f"mcl_{stage}", dense, run, TRAIN_FFN, mcl, mcl_steps, short)
-    yield Training("router", moe, routing, TRAIN_ROUTERS, router, router_steps, short)
-    same_pairs = math.ceil(num_stages * mcl_steps + router_steps * router.batch_size / mcl.batch_size)
-    pair = moe_of_two(moe)
-    for name, *rest in (
-        ("direct_ft", dense, run, TRAIN_FFN, mcl, mcl_steps, short),
-        ("direct_ft_same_pairs", dense, run, TRAIN_FFN, mcl, same_pairs, short),
-        ("full_ft", dense, run, TRAIN_EVERYTHING, mcl, mcl_steps, short),
-        ("long_clip", dense, run, TRAIN_EVERYTHING, mcl, mcl_steps, of_long_clip),
-        ("base_ft_moe", pair, routing, TRAIN_ROUTERS, router, router_steps, short),
-        ("sparse_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps, short),
-        ("drop_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps, short),
-        ("clip_up", moe, routing, TRAIN_EVERYTHING, mcl, mcl_steps, short),
-    ):
-        if name in config.baselines:
-            yield Training(name, *rest)
-
-
-def moe_of_two(config: ClipConfig) -> ClipConfig:
-    """The MoE of the base and one fine-tuned model."""
-    moe = config.moe
-    two = dataclasses.replace(moe, num_experts=2, num_selected_experts=min(2, moe.num_selected_experts))
-    return dataclasses.replace(config, moe=two)
 
 
 def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
@@ -317,7 +248,7 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
         n = math.prod(mesh.shape[axis] for axis in axes)
         if n > 1 and num_bytes * times:
             sent = times * num_bytes * (n - 1) / n * (2 if operation == "all-reduce" else 1)
-            found.append(Transfer(" × ".join(axes), what, operation, sent))
+            found.append(Transfer(tuple(axes), what, operation, sent))
 
     features = phase.batch_size * config.embed_dim * FLOAT_BYTES
     add(sharding.BATCH_AXES, "features of captions", "all-gather", features, 1)
@@ -368,6 +299,25 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     return found
 
 
+def transfer_seconds(device: Accelerator, mesh: AbstractMesh, transfer: Transfer) -> float:
+    """How long a transfer takes at the vendor's bandwidths, where nothing else is under way.
+
+    Within a domain bytes go over its links. Rings that reach further leave each domain through the network
+    ports of all their members in it, an equal part through each, while the others go over the links: the
+    slower of the two counts. Neighbours in the order of the mesh share a domain.
+    """
+    members, inside, left = 1, 1, device.domain
+    for axis in reversed(sharding.BATCH_AXES):
+        near = min(mesh.shape[axis], left)
+        left //= near
+        if axis in transfer.axes:
+            members, inside = members * mesh.shape[axis], inside * near
+    seconds = transfer.num_bytes / (device.link / 2) if inside > 1 else 0.0
+    if members > inside:
+        seconds = max(seconds, transfer.num_bytes / inside / (device.network / 2))
+    return seconds
+
+
 def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
     run = dataclasses.replace(training.run, attention="xla")  # cuDNN's asks for a GPU
@@ -413,68 +363,3 @@ def device_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def format_plan(plan: Plan) -> str:
-    """Tables for a terminal. GB are 10^9 bytes."""
-    device, mesh, num_devices = plan.accelerator, plan.mesh, plan.mesh.size
-    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    lines = [
-        f"{num_devices} × {device.name}: {device.peak_flops / 1e12:.0f} TFLOP/s in bfloat16, "
-        f"{device.memory / 1e9:.0f} GB each; mesh {axes}; {plan.num_pairs:,} pairs; MFU {plan.mfu:.2f}",
-        "",
-        f"{'parameters':<26}{'total':>12}{'active':>12}{'per device':>12}",
-    ]
-    for name, counts in plan.models.items():
-        lines.append(f"{name:<26}" + "".join(f"{count / 1e6:>10.1f} M" for count in counts))
-
-    lines += ["", f"{'stage':<26}{'pairs':>14}{'GFLOP/pair':>12}{'time':>12}{'device-hours':>14}"]
-    for stage in [*plan.stages, _total(plan.stages)]:
-        of_pair = f"{stage.flops / 1e9:.1f}" if stage.flops else ""
-        hours = stage.seconds * num_devices / 3600
-        lines.append(
-            f"{stage.name:<26}{stage.num_pairs:>14,}{of_pair:>12}{_time(stage.seconds):>12}{hours:>14.2f}"
-        )
-
-    fields = Memory._fields
-    lines += ["", f"{'GB on each device':<26}" + "".join(f"{name:>13}" for name in fields) + f"{'sum':>9}"]
-    for name, (_, step) in plan.steps.items():
-        row = "".join(f"{size / 1e9:>13.2f}" for size in step.memory)
-        total = sum(step.memory)
-        fits = "" if total < 0.9 * device.memory else f"  does not fit into {device.memory / 1e9:.0f} GB"
-        lines.append(f"{name:<26}{row}{total / 1e9:>9.2f}{fits}")
-
-    for name, (training, step) in plan.steps.items():
-        pairs = training.phase.batch_size
-        milliseconds = 1e3 * pairs * step.flops / (device.peak_flops * plan.mfu * num_devices)
-        lines += [
-            "",
-            f"a step of {name}: {pairs} pairs, {pairs / num_devices:g} a device, {milliseconds:.1f} ms "
-            f"(computed {step.again:.2f} times); each device sends",
-        ]
-        for transfer in step.transfers:
-            milliseconds = 1e3 * transfer.num_bytes / (device.link / 2)
-            lines.append(
-                f"  {transfer.axes:<22}{transfer.operation:<16}{transfer.what:<34}"
-                f"{transfer.num_bytes / 1e6:>10.2f} MB{milliseconds:>9.2f} ms"
-            )
-        if not step.transfers:
-            lines.append("  nothing")
-    lines += [
-        "",
-        "Time is at the stated MFU, without k-means (on the CPU of process 0), compilation and reading.",
-        "Activations are an upper bound. Transfers are at the vendor's bandwidth; XLA runs them under the",
-        "computation where it can.",
-    ]
-    return "\n".join(lines)
-
-
-def _total(stages: Sequence[Stage]) -> Stage:
-    return Stage("all", sum(s.num_pairs for s in stages), 0, sum(s.seconds for s in stages))
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
