@@ -12,9 +12,10 @@ released code; 77 text positions are stretched to 248. COCO_VAL is a folder of i
 .txt files, a line each.
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
-routers, 64 GiB a GPU at batch 100 each. Here blocks are recomputed in the backward pass (`run.remat`), which
-needs far less. On one GPU add `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the
-same global batch in eight parts. Time and memory on a GPU have not been measured with this code yet.
+routers, 64 GiB a GPU at batch 100 each. Here the backward pass computes all but products with weights again
+(`run.remat`): 19 and 23 GiB, compiled for a TPU v5p (`python -m benchmarks.l14_steps`). On one GPU add
+`--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the same global batch in eight
+parts. Time and memory on a GPU have not been measured with this code yet.
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 65.0, text-to-image 46.8; the base 56.1 and 35.4;
 direct fine-tuning 63.3 and 44.5. Not yet reproduced with this code.

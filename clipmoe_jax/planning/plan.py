@@ -182,13 +182,17 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
             kept_bytes(mesh, config, whole, params, training.rules, tower) / depth
             for tower, depth in (("image", config.vision.num_layers), ("text", config.text.num_layers))
         )
-    copied = 0
-    for leaf in jax.tree.leaves(params):
-        gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
-        if leaf.ndim >= 2 and (run.dtype != "float32" or gathered > 1):
-            copied += gathered * device_bytes(leaf) / FLOAT_BYTES * jnp.dtype(run.dtype).itemsize
+    held, copied = device_bytes(trainable), 0
+    for leaves, dtype in ((trainable, "float32"), (frozen, training.frozen_dtype or run.dtype)):
+        for leaf in jax.tree.leaves(leaves):
+            here, matrix = device_bytes(leaf) / FLOAT_BYTES, leaf.ndim >= 2  # `trees.cast_matrices`
+            if leaves is frozen:
+                held += here * (jnp.dtype(dtype).itemsize if matrix else FLOAT_BYTES)
+            gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
+            if matrix and (run.dtype != dtype or gathered > 1):
+                copied += gathered * here * jnp.dtype(run.dtype).itemsize
     return Memory(
-        params=device_bytes(trainable) + device_bytes(frozen),
+        params=held,
         optimizer=device_bytes(state.opt_state),
         gradients=device_bytes(trainable),
         copies=copied,

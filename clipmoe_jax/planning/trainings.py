@@ -1,6 +1,7 @@
 """The stages of a config that train: what each trains, by which rules, for how long."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -18,7 +19,8 @@ from clipmoe_jax.train.phase import PhaseConfig
 @dataclasses.dataclass(frozen=True)
 class Training:
     """A stage that trains: the model it trains, by which rules, for how long. short_length: of the short
-    captions that it sees beside the long ones."""
+    captions that it sees beside the long ones. frozen_dtype: what frozen matrices are held in, "" is what
+    they are computed in."""
 
     name: str
     config: ClipConfig
@@ -27,12 +29,13 @@ class Training:
     phase: PhaseConfig
     num_steps: int
     short_length: int = 0
+    frozen_dtype: str = ""
 
     @property
     def kind(self) -> tuple:
         """Stages of one kind compile to one step."""
         phase = dataclasses.replace(self.phase, num_steps=0)
-        return self.config, self.run, tuple(self.rules), phase, self.short_length
+        return self.config, self.run, tuple(self.rules), phase, self.short_length, self.frozen_dtype
 
 
 def models_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
@@ -43,6 +46,7 @@ def models_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
 
 def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Training]:
     """The stages of a config that train, in order."""
+    stage = functools.partial(Training, frozen_dtype=config.run.frozen_dtype)
     dense, moe = models_of(config)
     mcl, router = configs.phase_config(config.mcl), configs.phase_config(config.router)
     run = configs.run_config(config, platform)
@@ -52,12 +56,12 @@ def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Tra
     if not config.base.checkpoint and config.data.digit_scenes:
         phase = configs.phase_config(config.base.train)
         steps = phase.length(num_pairs // phase.batch_size)
-        yield Training("base", dense, run, TRAIN_EVERYTHING, phase, steps)
+        yield stage("base", dense, run, TRAIN_EVERYTHING, phase, steps)
     num_stages, of_long_clip = config.mcl.num_stages, min(SHORT_LENGTH, dense.text.context_length)
     short = of_long_clip if config.loss.short_caption_weight else 0
-    for stage in range(1, num_stages + 1):
-        yield Training(f"mcl_{stage}", dense, run, TRAIN_FFN, mcl, mcl_steps, short)
-    yield Training("router", moe, routing, TRAIN_ROUTERS, router, router_steps, short)
+    for number in range(1, num_stages + 1):
+        yield stage(f"mcl_{number}", dense, run, TRAIN_FFN, mcl, mcl_steps, short)
+    yield stage("router", moe, routing, TRAIN_ROUTERS, router, router_steps, short)
     same_pairs = math.ceil(num_stages * mcl_steps + router_steps * router.batch_size / mcl.batch_size)
     pair = moe_of_two(moe)
     for name, *rest in (
@@ -71,7 +75,7 @@ def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Tra
         ("clip_up", moe, routing, TRAIN_EVERYTHING, mcl, mcl_steps, short),
     ):
         if name in config.baselines:
-            yield Training(name, *rest)
+            yield stage(name, *rest)
 
 
 def moe_of_two(config: ClipConfig) -> ClipConfig:
