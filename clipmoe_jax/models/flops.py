@@ -113,7 +113,7 @@ def _reached(
 def _layers_of(trains: Mapping[str, bool]) -> set[str]:
     """Layers of which a parameter trains."""
     names = {name for name, yes in trains.items() if yes}
-    return names | {name.rpartition("/")[0] for name in names}
+    return names | {name.rpartition("/")[0] for name in names if "/" in name}
 
 
 def _towers(config: ClipConfig) -> tuple[str, ...]:
