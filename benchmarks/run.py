@@ -34,31 +34,38 @@ WORTH_IT = 1.03  # embed: a batch twice the size is tried while some program gai
 
 
 def run(
-    only: Sequence[str], sizes: Mapping[str, Any], rounds: int, keep: Callable[[dict[str, Any]], None]
+    only: Sequence[str],
+    sizes: Mapping[str, Any],
+    rounds: int,
+    among: Sequence[str],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Everything found: device, workload, peak, rows, and what could not be had; `keep` gets it after each
-    section."""
+    section. among: groups of the sections, all if empty."""
     machine = {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
     found: dict[str, Any] = {**machine, "rounds": rounds, "rows": [], "not_measured": []}
     for section in SECTIONS:
         if section != "peak" and section not in only:
             continue
         if section in ON_DEVICE:
-            _measure_on_device(section, sizes, rounds, found)
+            _measure_on_device(section, sizes, rounds, among, found)
         else:
             _measure_commands(section, found)
         keep(found)
     return found
 
 
-def _measure_on_device(section: str, sizes: Mapping[str, Any], rounds: int, found: dict[str, Any]) -> None:
+def _measure_on_device(
+    section: str, sizes: Mapping[str, Any], rounds: int, among: Sequence[str], found: dict[str, Any]
+) -> None:
     sides = Sides(section, sizes)
     try:
         if section == "embed":
             rows = embed(sides, rounds)
         else:
             rounds = max(rounds, PEAK_ROUNDS) if section == "peak" else rounds
-            rows = [row for group in sides.groups for row in sides.measure(group, rounds)]
+            groups = [group for group in sides.groups if section == "peak" or group in (among or [group])]
+            rows = [row for group in groups for row in sides.measure(group, rounds)]
     finally:
         sides.close()
     found |= {"device": sides.device, "workload": sides.workload} if "device" not in found else {}
@@ -131,6 +138,7 @@ def main() -> None:
     """Measures, prints the table, writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
+    parser.add_argument("--groups", default="", help="of the sections: --only=steps --groups=mcl,router")
     parser.add_argument("--variant", default="", help="ViT-B/32 on CPU, else ViT-L/14")
     parser.add_argument("--batch", type=int, default=0, help="pairs; 32 on CPU, else 100")
     parser.add_argument("--text", type=int, default=248, help="context length")
@@ -151,7 +159,8 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"arguments": vars(args), **found}, indent=1) + "\n")
 
-    found = run(only, {name: getattr(args, name) for name in names}, args.rounds, keep)
+    among = list(filter(None, args.groups.split(",")))
+    found = run(only, {name: getattr(args, name) for name in names}, args.rounds, among, keep)
     print(format_found(found, args.markdown))
 
 

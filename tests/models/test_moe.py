@@ -119,6 +119,20 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
 
 
+def test_dropout_drops_its_share_of_hidden_units():
+    """Of 2^20 units of one expert of ones whose second layer adds them up: within five standard errors."""
+    hidden, rate = 2**20, 0.1
+    moe = MoeMlp(1, 1, hidden, lambda h: h, dropout_rate=rate, deterministic=False)
+    params = {
+        "router": {"kernel": jnp.ones((1, 1))},
+        "c_fc": {"kernel": jnp.zeros((1, 1, hidden)), "bias": jnp.ones((1, hidden))},
+        "c_proj": {"kernel": jnp.ones((1, hidden, 1)), "bias": jnp.zeros((1, 1))},
+    }
+    y, _ = moe.apply({"params": params}, jnp.ones((1, 1, 1)), rngs={"dropout": jax.random.key(0)})
+    kept = float(y[0, 0, 0]) * (1 - rate) / hidden
+    assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / hidden) ** 0.5
+
+
 def test_dropout_acts_on_hidden_units_and_only_in_training(params, x):
     layer = make_layer(dropout_rate=0.5)
     still, _ = layer.apply({"params": params}, x)
@@ -157,7 +171,7 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
     gates, expert_ids = jnp.full((24, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (24, 1))
     experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
     tokens, stacked = PartitionSpec(sharding.BATCH_AXES), PartitionSpec("expert")
-    run = dispatch.make_dispatch("capacity", 1.0, "expert")
+    run = dispatch.make_dispatch("capacity", 1.0, "blocks", "expert")
     with jax.set_mesh(sharding.make_mesh(2, 1, 4)):
         over_devices = jax.jit(
             jax.shard_map(
