@@ -248,10 +248,9 @@ def _product_fwd(x, kernel):
 
 def _product_bwd(residuals, g):
     x, kernel = residuals
-    dkernel = jax.lax.dot_general(
-        x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ()))
-    )
-    return g @ kernel.T, dkernel
+    rows = [array.reshape(-1, array.shape[-1]) for array in (x, g)]
+    dx = jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    return dx, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
 
 
 _product.defvjp(_product_fwd, _product_bwd)
