@@ -8,7 +8,6 @@ fine-tuning). Runs are interleaved, so that a change of the machine's speed reac
 the median of the ratios of each round.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from clipmoe_jax.evaluation.cost import interleaved_seconds
 from clipmoe_jax.models.moe import MoeMlp
 from clipmoe_jax.models.transformer import Mlp, quick_gelu
@@ -76,13 +76,7 @@ def make_calls(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1600)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--hidden", type=int, default=3072)
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--selected", type=int, default=2)
-    parser.add_argument("--dtype", default="float32")
+    parser = timing.moe_parser(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     forward, backward = make_calls(

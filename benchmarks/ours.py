@@ -153,7 +153,7 @@ def embed(workload: Workload, group: str) -> Builders:
         def call() -> list[jax.Array]:
             return [normalize_features(encode[tower](params, batch[tower])) for tower in METHODS]
 
-        return _program(call, sum(workload.forward_flops(tower, size) for tower in TOWERS.values()), size)
+        return _program(call, workload.pair_flops(size), size)
 
     return {NAME: build}
 

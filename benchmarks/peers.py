@@ -266,8 +266,7 @@ def embed(workload: Workload, group: str) -> Builders:
             features = (encode(model, tower, inputs[tower]).float() for tower in TOWERS)
             return [functional.normalize(each, dim=-1) for each in features]
 
-        flops = sum(workload.forward_flops(tower, size) for tower in TOWERS.values())
-        return _program(workload, call, flops, size)
+        return _program(workload, call, workload.pair_flops(size), size)
 
     return {NAME: build}
 

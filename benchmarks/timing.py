@@ -1,5 +1,6 @@
 """What is timed, and how a failure of it is told; without JAX or PyTorch."""
 
+import argparse
 import math
 import time
 import traceback
@@ -9,6 +10,18 @@ from typing import Any, NamedTuple
 LEAST_SECONDS = 0.1  # of a measurement: quick calls are repeated, one behind the other
 OUT_OF_MEMORY = "out of memory"
 SIGNS_OF_IT = ("resource_exhausted", "out of memory", "outofmemory", "can't allocate memory", "memoryerror")
+
+
+def moe_parser(description: str) -> argparse.ArgumentParser:
+    """The sizes of a MoE block: of the README's table unless told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--tokens", type=int, default=1600)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--selected", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    return parser
 
 
 class Program(NamedTuple):

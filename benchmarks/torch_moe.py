@@ -9,7 +9,6 @@ implementation of these sizes must at least take. Runs are interleaved; the rati
 of each round.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import timing
 from clipmoe_jax.interop.modeling_clip_moe import MLP, CLIPMoEVisionConfig, MoE
 
 
@@ -66,13 +66,7 @@ def _expert(*parts: torch.Tensor) -> nn.ModuleList:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1600)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--hidden", type=int, default=3072)
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--selected", type=int, default=2)
-    parser.add_argument("--dtype", default="float32")
+    parser = timing.moe_parser(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()

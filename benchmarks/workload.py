@@ -118,6 +118,10 @@ class Workload:
         """Of encoding a dense batch's images ("visual") or captions ("text"), padding left out."""
         return self._of_batch(tower, num_pairs, lambda length: self._forward(tower, length))
 
+    def pair_flops(self, num_pairs: int) -> float:
+        """Of encoding both, images and captions."""
+        return sum(self.forward_flops(tower, num_pairs) for tower in ("visual", "text"))
+
     def step_flops(self, kind: str) -> float:
         """Of a step's towers, forward and backward, padding left out; nothing computed again counts."""
         config = self.model(kind).config

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from clipmoe_jax.sharding import BATCH_AXES
+from clipmoe_jax.sharding import BATCH_AXES, devices_in_use
 
 Array = jax.Array
 
@@ -50,8 +50,8 @@ def attention(
 
 
 def _same_segment(segments: Array) -> Array:
-    """(B, L) -> (B, L, L) bool."""
-    return segments[:, :, None] == segments[:, None, :]
+    """(…, L) -> (…, L, L) bool."""
+    return segments[..., :, None] == segments[..., None, :]
 
 
 def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causal: bool) -> Array:
@@ -81,8 +81,7 @@ def _chunked(query: Array, key: Array, value: Array, segments: Array | None, cau
     attend = functools.partial(_attend_in_chunks, causal)
     if segments is None:
         segments = jnp.zeros(query.shape[:2], jnp.int32)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if devices_in_use() == 1:
         return attend(query, key, value, segments)
     # Each device loops over its own examples.
     rows = PartitionSpec(BATCH_AXES)
@@ -129,7 +128,7 @@ _attend_in_chunks.defvjp(_attend_fwd, _attend_bwd)
 def _probabilities(causal: bool, query: Array, key: Array, segments: Array) -> Array:
     """One example: query, key (H, L, W), segments (L,) -> (H, L, L) float32."""
     scores = jnp.einsum("hlw,hmw->hlm", query, key, preferred_element_type=jnp.float32)
-    visible = segments[:, None] == segments[None, :]
+    visible = _same_segment(segments)
     if causal:
         visible &= jnp.tril(jnp.ones_like(visible))
     return jax.nn.softmax(jnp.where(visible, scores * query.shape[-1] ** -0.5, MASKED), axis=-1)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS
+from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use
 
 Array = jax.Array
 
@@ -138,14 +138,14 @@ def _run_experts(
         run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_matmul, expert_axis)
         return run_experts(x, gates, expert_ids, experts, hidden)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if devices_in_use() == 1:
         return run(x, gates, expert_ids, experts, dropout_key)
+    split = jax.sharding.get_abstract_mesh().shape[EXPERT_AXIS] > 1
 
     def on_device(x, gates, expert_ids, experts, key):
         if key is not None:
             key = jax.random.fold_in(key, lax.axis_index(BATCH_AXES))
-        return run(x, gates, expert_ids, experts, key, EXPERT_AXIS if mesh.shape[EXPERT_AXIS] > 1 else None)
+        return run(x, gates, expert_ids, experts, key, EXPERT_AXIS if split else None)
 
     tokens, stacked = PartitionSpec(BATCH_AXES), PartitionSpec(EXPERT_AXIS)
     return jax.shard_map(

@@ -197,8 +197,13 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
         gradients=device_bytes(trainable),
         copies=copied,
         activations=kept * part,
-        loss=SIMILARITY_COPIES * FLOAT_BYTES * phase.batch_size**2 / mesh.size,
+        loss=similarity_bytes(phase.batch_size, mesh.size),
     )
+
+
+def similarity_bytes(batch_size: int, num_devices: int) -> float:
+    """What a device holds at once of the similarity matrix of a global batch."""
+    return SIMILARITY_COPIES * FLOAT_BYTES * batch_size**2 / num_devices
 
 
 @functools.cache

@@ -16,12 +16,11 @@ from ml_collections import ConfigDict
 from clipmoe_jax import sharding
 from clipmoe_jax.accelerators import ACCELERATORS, Accelerator
 from clipmoe_jax.planning.plan import (
-    FLOAT_BYTES,
-    SIMILARITY_COPIES,
     Memory,
     Transfer,
     plan_step,
     plan_transfers,
+    similarity_bytes,
     transfer_seconds,
 )
 from clipmoe_jax.planning.trainings import Training, trainings
@@ -137,7 +136,7 @@ def make_row(
         batch_size=batch_size,
         model=model_seconds,
         similarity=num_flops * FLOAT32_COST[device.platform] / (device.peak_flops * mfu),
-        similarity_bytes=SIMILARITY_COPIES * FLOAT_BYTES * batch_size**2 / mesh.size,
+        similarity_bytes=similarity_bytes(batch_size, mesh.size),
         transfers=transfers,
         travels=[transfer_seconds(device, mesh, transfer) for transfer in transfers],
     )
@@ -173,7 +172,7 @@ def memory_limit(
     """(n, what), where a step leaves less than a tenth of a device's memory."""
     fixed = sum(memory) - memory.loss
     room = 0.9 * device.memory - fixed
-    of_one = SIMILARITY_COPIES * FLOAT_BYTES * pairs_of_device**2
+    of_one = similarity_bytes(pairs_of_device, 1)  # and n times that on n devices
     if room < of_one * smallest:
         yield smallest, f"{pairs_of_device} pairs a device do not fit ({fixed / 1e9:.1f} GB)"
     else:

@@ -50,9 +50,8 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
 
     frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
     int32 or PackedText of n A units, with a short_caption_weight short_text (B, L') int32. learning_rate: ()
-    float32. key: the phase's
-    random key; the step folds in its number. metrics: float32 scalars. The state is donated. Equal arguments
-    give the same function, so its compilation is shared.
+    float32. key: the phase's random key; the step folds in its number. metrics: float32 scalars. The state is
+    donated. Equal arguments give the same function, so its compilation is shared.
     """
     tx = phase.direction()
     num_selected = model.config.moe.num_selected_experts if model.config.moe else 0
