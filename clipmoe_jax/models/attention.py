@@ -20,7 +20,7 @@ Array = jax.Array
 IMPLEMENTATIONS = ("xla", "cudnn", "chunked")
 
 # Scores of a chunk, all heads: what a core's cache holds (benchmarks/LOG.md).
-CHUNK_SCORES = 1 << 19
+CHUNK_SCORES = 1 << 20
 MASKED = -1e30
 
 
@@ -93,45 +93,63 @@ def _chunked(query: Array, key: Array, value: Array, segments: Array | None, cau
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_in_chunks(causal: bool, query: Array, key: Array, value: Array, segments: Array) -> Array:
     def attend(segments, query, key, value):
-        p = _probabilities(causal, query, key, segments)
-        return jnp.einsum("hlm,hmw->hlw", p.astype(value.dtype), value)
+        parts = []
+        for rows, seen in _parts(causal, query.shape[1]):
+            scores = _scores(causal, query, key, segments, rows, seen)
+            p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+            y = jnp.einsum("hlm,hmw->hlw", p.astype(value.dtype), value[:, seen])
+            parts.append((y / jnp.sum(p, axis=-1, keepdims=True)).astype(value.dtype))
+        return jnp.concatenate(parts, axis=1)
 
     return _map(attend, segments, query, key, value)
 
 
-def _attend_fwd(causal, query, key, value, segments):
-    y = _attend_in_chunks(causal, query, key, value, segments)
-    return y, (query, key, value, segments, y)
+def _attend_fwd(causal, *arguments):
+    return _attend_in_chunks(causal, *arguments), arguments
 
 
-def _attend_bwd(causal, residuals, gradient):
-    """The probabilities again, then the softmax's own gradient (arXiv 2205.14135, appendix B.2)."""
+def _attend_bwd(causal, arguments, gradient):
+    """The probabilities again, then the softmax's own gradient."""
 
-    def pull_back(segments, query, key, value, y, g):
-        p = _probabilities(causal, query, key, segments)
-        dp = jnp.einsum("hlw,hmw->hlm", g, value, preferred_element_type=jnp.float32)
-        own = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
-        ds = (p * (dp - own) * query.shape[-1] ** -0.5).astype(query.dtype)
-        return (
-            jnp.einsum("hlm,hmw->hlw", ds, key),
-            jnp.einsum("hlm,hlw->hmw", ds, query),
-            jnp.einsum("hlm,hlw->hmw", p.astype(g.dtype), g),
-        )
+    def pull_back(segments, query, key, value, g):
+        dq, dk, dv = [], jnp.zeros_like(key), jnp.zeros_like(value)
+        for rows, seen in _parts(causal, query.shape[1]):
+            p = jax.nn.softmax(_scores(causal, query, key, segments, rows, seen), axis=-1)
+            dp = jnp.einsum("hlw,hmw->hlm", g[:, rows], value[:, seen], preferred_element_type=jnp.float32)
+            ds = (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True))).astype(query.dtype)
+            dq.append(_scaled(jnp.einsum("hlm,hmw->hlw", ds, key[:, seen])))
+            dk = dk.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", ds, _scaled(query[:, rows])))
+            dv = dv.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
+        return jnp.concatenate(dq, axis=1), dk, dv
 
-    query, key, value, segments, y = residuals
-    return *_map(pull_back, segments, query, key, value, y, gradient), None
+    query, key, value, segments = arguments
+    return *_map(pull_back, segments, query, key, value, gradient), None
 
 
 _attend_in_chunks.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _probabilities(causal: bool, query: Array, key: Array, segments: Array) -> Array:
-    """One example: query, key (H, L, W), segments (L,) -> (H, L, L) float32."""
-    scores = jnp.einsum("hlw,hmw->hlm", query, key, preferred_element_type=jnp.float32)
+def _parts(causal: bool, length: int) -> list[tuple[slice, slice]]:
+    """(rows, the keys that they may see): with a causal mask its upper right quarter is left out."""
+    if not causal:
+        return [(slice(0, length), slice(0, length))]
+    half = (length + 1) // 2
+    return [(slice(0, half), slice(0, half)), (slice(half, length), slice(0, length))]
+
+
+def _scores(causal: bool, query: Array, key: Array, segments: Array, rows: slice, seen: slice) -> Array:
+    """One example: query, key (H, L, W), segments (L,) -> (H, rows, seen) float32, MASKED where not visible."""
+    scores = jnp.einsum(
+        "hlw,hmw->hlm", _scaled(query[:, rows]), key[:, seen], preferred_element_type=jnp.float32
+    )
     visible = _same_segment(segments)
     if causal:
         visible &= jnp.tril(jnp.ones_like(visible))
-    return jax.nn.softmax(jnp.where(visible, scores * query.shape[-1] ** -0.5, MASKED), axis=-1)
+    return jnp.where(visible[rows, seen], scores, MASKED)
+
+
+def _scaled(query: Array) -> Array:
+    return query * query.shape[-1] ** -0.5
 
 
 def _map(function, segments: Array, *arrays: Array):

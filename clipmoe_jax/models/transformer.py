@@ -88,12 +88,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        normal = nn.initializers.normal
-        h = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=normal((2 * width) ** -0.5), name="c_fc")(
-            x
-        )
-        stddev = self.hidden_dim**-0.5
-        return to_stream(width, self.dtype, stddev, "c_proj")(self.activation(checkpoint_name(h, HIDDEN)))
+        h = linear(self.hidden_dim, self.dtype, (2 * width) ** -0.5, "c_fc")(x)
+        h = self.activation(checkpoint_name(h, HIDDEN))
+        return linear(width, self.dtype, self.hidden_dim**-0.5, "c_proj")(h)
 
 
 class Attention(nn.Module):
@@ -107,8 +104,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, segments: Array | None = None) -> Array:
         batch, length, width = x.shape
-        normal = nn.initializers.normal(width**-0.5)
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="in_proj")(x)
+        qkv = linear(3 * width, self.dtype, width**-0.5, "in_proj")(x)
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         y = attention(
             qkv[:, :, 0],
@@ -119,7 +115,7 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
         y = checkpoint_name(y.reshape(batch, length, width), "attended")
-        return to_stream(width, self.dtype, width**-0.5, "out_proj")(y)
+        return linear(width, self.dtype, width**-0.5, "out_proj")(y)
 
 
 class Block(nn.Module):
@@ -219,8 +215,8 @@ def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:
     return max(0, num_layers - moe.num_moe_layers)
 
 
-def to_stream(width: int, dtype: jnp.dtype, stddev: float, name: str) -> nn.Dense:
-    """A linear layer whose result is added to the residual stream."""
+def linear(width: int, dtype: jnp.dtype, stddev: float, name: str) -> nn.Dense:
+    """A linear layer of a block, to `width`."""
     init = nn.initializers.normal(stddev)
     return nn.Dense(width, dtype=dtype, kernel_init=init, dot_general=_dot_general, name=name)
 
@@ -243,17 +239,22 @@ def _product(x: Array, kernel: Array) -> Array:
 
 
 def _product_fwd(x, kernel):
-    return x @ kernel, (x, kernel)
+    """Keeps what the gradients asked for need."""
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return x.value @ kernel.value, kept
 
 
-def _product_bwd(residuals, g):
-    x, kernel = residuals
-    rows = [array.reshape(-1, array.shape[-1]) for array in (x, g)]
-    dx = jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
-    return dx, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+def _product_bwd(kept, g):
+    (x, kernel), dx, dkernel = kept, None, None
+    if kernel is not None:
+        dx = jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    if x is not None:
+        rows = [array.reshape(-1, array.shape[-1]) for array in (x, g)]
+        dkernel = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+    return dx, dkernel
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
 
 
 def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
