@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-KINDS = ("mcl", "router")
+KINDS = {"mcl": "mcl_1", "router": "router"}  # and the first stage that takes such steps
 # The smallest slice of each.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
@@ -39,45 +39,22 @@ def target_device(target: str):
 
 
 def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
-    import dataclasses
-
     import jax
-    import jax.numpy as jnp
 
-    from clipmoe_jax import checkpoints, sharding, trees
     from clipmoe_jax import config as configs
-    from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
-    from clipmoe_jax.models.clip import Clip
-    from clipmoe_jax.planning.plan import abstract_batch
-    from clipmoe_jax.planning.trainings import models_of
-    from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
+    from clipmoe_jax import sharding
+    from clipmoe_jax.planning.plan import abstract_step
+    from clipmoe_jax.planning.trainings import trainings
 
     config, platform = configs.default_config(), "cpu" if args.target == "cpu" else "tpu"
     config.run.dtype, config.run.remat = args.dtype, args.remat
-    dense, moe = models_of(config)
-    section, model_config, rules = {
-        "mcl": (config.mcl, dense, TRAIN_FFN),
-        "router": (config.router, moe, TRAIN_ROUTERS),
-    }[kind]
-    phase = dataclasses.replace(configs.phase_config(section), batch_size=args.batch)
-    run = configs.run_config(config, platform, training_routers=kind == "router")
+    config.mcl.batch_size = config.router.batch_size = args.batch
+    training = next(t for t in trainings(config, platform, 10**6) if t.name == KINDS[kind])
     mesh = sharding.make_mesh(devices=[target_device(args.target)])
-    replicated = sharding.replicated(mesh)
-
-    def place(tree):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), tree)
-
-    params = place(checkpoints.abstract_params(model_config))
-    trainable, frozen = trees.partition(params, rules)
-    frozen = place(jax.eval_shape(lambda tree: trees.cast_matrices(tree, run.dtype), frozen))
-    state = abstract_state(mesh, phase, trainable)
-    step = make_train_step(Clip(model_config, run), LossConfig(0.1, 0.01), phase)
-    batch = place(abstract_batch(mesh, model_config, args.batch))
-    rate = place(jax.ShapeDtypeStruct((), jnp.float32))
-    key = place(jax.eval_shape(lambda: jax.random.key(0)))
+    step, arguments = abstract_step(mesh, training)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = step.lower(state, frozen, batch, rate, key)
+        lowered = step.lower(*arguments)
     traced = time.perf_counter() - began
     compiled = lowered.compile()
     seconds = time.perf_counter() - began - traced

@@ -28,6 +28,9 @@ BASELINES = (
     "feature_ensemble",
 )
 
+# XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
+CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),)
+
 _MANY = 10**12
 _PHASE_RANGES = {
     "batch_size": (1, _MANY),
@@ -226,6 +229,7 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
         attention=config.run.attention or {"cuda": "cudnn", "cpu": "chunked"}.get(platform, "xla"),
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
+        compiler_options=CPU_OPTIONS if platform == "cpu" else (),
     )
 
 

@@ -138,7 +138,7 @@ def _parts(causal: bool, length: int) -> list[tuple[slice, slice]]:
 
 
 def _scores(causal: bool, query: Array, key: Array, segments: Array, rows: slice, seen: slice) -> Array:
-    """One example: query, key (H, L, W), segments (L,) -> (H, rows, seen) float32, MASKED where not visible."""
+    """One example: query, key (H, L, W), segments (L,) -> (H, rows, seen) float32, MASKED where hidden."""
     scores = jnp.einsum(
         "hlw,hmw->hlm", _scaled(query[:, rows]), key[:, seen], preferred_element_type=jnp.float32
     )

@@ -67,6 +67,7 @@ class RunConfig:
     grouped_matmul: what "ragged" multiplies with, "blocks" (CPU) or "ragged_dot" (TPU).
     attention: "xla", "chunked" or "cudnn" (models/attention.py).
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
+    compiler_options: of XLA, (name, value), for a training step.
     """
 
     dtype: str = "float32"
@@ -76,6 +77,7 @@ class RunConfig:
     attention: str = "xla"
     capacity_factor: float = 1.25
     expert_dropout_rate: float = 0.0
+    compiler_options: tuple[tuple[str, str], ...] = ()
 
 
 class Mlp(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from clipmoe_jax import checkpoints, sharding, trees
@@ -168,7 +168,7 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     """Bytes on each device."""
     config, run, phase = training.config, training.run, training.phase
     params = placed_params(mesh, config)
-    trainable, frozen = trees.partition(params, training.rules)
+    trainable, frozen = held_params(mesh, training)
     state = abstract_state(mesh, phase, trainable)
     part = phase.batch_size // phase.accumulation_steps // mesh.size
     kept = sum(kept_bytes(mesh, config, run, params, training.rules, tower) for tower in METHODS)
@@ -182,17 +182,13 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
             kept_bytes(mesh, config, whole, params, training.rules, tower) / depth
             for tower, depth in (("image", config.vision.num_layers), ("text", config.text.num_layers))
         )
-    held, copied = device_bytes(trainable), 0
-    for leaves, dtype in ((trainable, "float32"), (frozen, training.frozen_dtype or run.dtype)):
-        for leaf in jax.tree.leaves(leaves):
-            here, matrix = device_bytes(leaf) / FLOAT_BYTES, leaf.ndim >= 2  # `trees.cast_matrices`
-            if leaves is frozen:
-                held += here * (jnp.dtype(dtype).itemsize if matrix else FLOAT_BYTES)
-            gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
-            if matrix and (run.dtype != dtype or gathered > 1):
-                copied += gathered * here * jnp.dtype(run.dtype).itemsize
+    copied = 0
+    for leaf in jax.tree.leaves((trainable, frozen)):
+        gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
+        if leaf.dtype != run.dtype or gathered > 1:
+            copied += gathered * device_bytes(leaf) / leaf.dtype.itemsize * jnp.dtype(run.dtype).itemsize
     return Memory(
-        params=held,
+        params=device_bytes((trainable, frozen)),
         optimizer=device_bytes(state.opt_state),
         gradients=device_bytes(trainable),
         copies=copied,
@@ -330,10 +326,18 @@ def transfer_seconds(device: Accelerator, mesh: AbstractMesh, transfer: Transfer
 def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
     run = dataclasses.replace(training.run, attention="xla")  # cuDNN's asks for a GPU
-    params = placed_params(mesh, training.config)
-    trainable, frozen = trees.partition(params, training.rules)
+    step, arguments = abstract_step(mesh, dataclasses.replace(training, run=run))
+    with jax.sharding.use_abstract_mesh(mesh):
+        step.trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+def abstract_step(
+    mesh: Mesh | AbstractMesh, training: Training
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The jitted step of a training, and its arguments as shapes with their shardings."""
+    trainable, frozen = held_params(mesh, training)
     loss = LossConfig(0.1, 0.01, short_caption_weight=float(training.short_length > 0))
-    step = make_train_step(Clip(training.config, run), loss, training.phase)
+    step = make_train_step(Clip(training.config, training.run), loss, training.phase)
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
@@ -341,12 +345,19 @@ def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     if training.short_length:
         shape = training.phase.batch_size, training.short_length
         batch["short_text"] = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
-    state = abstract_state(mesh, training.phase, trainable)
-    with jax.sharding.use_abstract_mesh(mesh):
-        step.trace(state, frozen, batch, rate, key).lower(lowering_platforms=(platform,))
+    return step, (abstract_state(mesh, training.phase, trainable), frozen, batch, rate, key)
 
 
-def abstract_batch(mesh: AbstractMesh, config: ClipConfig, num_pairs: int) -> dict[str, jax.ShapeDtypeStruct]:
+def held_params(mesh: Mesh | AbstractMesh, training: Training) -> tuple[dict, dict]:
+    """(trainable, frozen) as placed shapes, the frozen ones of the type that `train.loop.fit` gives them."""
+    trainable, frozen = trees.partition(placed_params(mesh, training.config), training.rules)
+    cast = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=training.frozen_dtype), frozen)
+    return trainable, jax.tree.map(lambda leaf, held: leaf.update(dtype=held.dtype), frozen, cast)
+
+
+def abstract_batch(
+    mesh: Mesh | AbstractMesh, config: ClipConfig, num_pairs: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `num_pairs`, split over the mesh."""
     size, where = config.vision.image_size, sharding.batch_sharding(mesh)
     return {
@@ -356,7 +367,7 @@ def abstract_batch(mesh: AbstractMesh, config: ClipConfig, num_pairs: int) -> di
 
 
 @functools.cache
-def placed_params(mesh: AbstractMesh, config: ClipConfig) -> dict:
+def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig) -> dict:
     """A model's parameters as shapes with the shardings that PARAM_RULES give them; traced once."""
     params = checkpoints.abstract_params(config)
     return jax.tree.map(

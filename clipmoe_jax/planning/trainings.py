@@ -19,8 +19,7 @@ from clipmoe_jax.train.phase import PhaseConfig
 @dataclasses.dataclass(frozen=True)
 class Training:
     """A stage that trains: the model it trains, by which rules, for how long. short_length: of the short
-    captions that it sees beside the long ones. frozen_dtype: what frozen matrices are held in, "" is what
-    they are computed in."""
+    captions that it sees beside the long ones. frozen_dtype: what frozen matrices are held in."""
 
     name: str
     config: ClipConfig
@@ -29,7 +28,7 @@ class Training:
     phase: PhaseConfig
     num_steps: int
     short_length: int = 0
-    frozen_dtype: str = ""
+    frozen_dtype: str = "float32"
 
     @property
     def kind(self) -> tuple:
@@ -46,10 +45,10 @@ def models_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
 
 def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Training]:
     """The stages of a config that train, in order."""
-    stage = functools.partial(Training, frozen_dtype=config.run.frozen_dtype)
     dense, moe = models_of(config)
     mcl, router = configs.phase_config(config.mcl), configs.phase_config(config.router)
     run = configs.run_config(config, platform)
+    stage = functools.partial(Training, frozen_dtype=config.run.frozen_dtype or run.dtype)
     routing = configs.run_config(config, platform, training_routers=True)
     mcl_steps = mcl.length(num_pairs // mcl.batch_size)
     router_steps = router.length(num_pairs // router.batch_size)
