@@ -14,12 +14,6 @@ from typing import Any
 from benchmarks import timing
 
 OURS, THEIRS = "clipmoe_jax", "PyTorch"
-# For both sides, on Linux: glibc keeps freed memory. Gigabytes returned to the kernel after each step are
-# cleared page by page in the next, and on a virtual machine fetched from its host again: up to a third of a
-# step, and more when another process has used the machine in between.
-KEEP_FREED_MEMORY = ":".join(
-    f"glibc.malloc.{option}" for option in ("arena_max=1", "mmap_max=0", f"trim_threshold={1 << 40}")
-)
 
 
 class Died(Exception):
@@ -31,7 +25,6 @@ class Worker:
 
     def __init__(self, side: str, section: str, sizes: dict[str, Any]):
         """Starts the process. sizes: fields of Workload; what is missing or empty is chosen by platform."""
-        os.environ.setdefault("GLIBC_TUNABLES", KEEP_FREED_MEMORY)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side, section, sizes), daemon=True)
