@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seeds = tuple(range(1, arg.seeds + 1)) if arg.seeds else (0,)
     config.data.digit_scenes = 8000
     config.data.in_memory = True
-    config.data.packing_steps = 4  # each number of rows is a step to compile, which takes longer than they save
+    config.data.packing_steps = 4  # each number of rows is a step to compile: longer than they save
     config.base.architecture = ConfigDict(
         ClipConfig(
             embed_dim=64,

@@ -5,8 +5,7 @@ Letters: N tokens, D width, F expert hidden width, E experts, K selected experts
 
 Contract of a dispatch function `(x, gates, expert_ids, experts, hidden) -> (y, dropped)`:
   x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where to dense and ragged an id of E means "not an
-  expert of this device" and contributes nothing; experts as `Experts`; hidden (..., F) -> (..., F) is what
-  happens between the two layers of an expert (activation, dropout).
+  expert of this device" and contributes nothing; experts as `Experts`; hidden as `Hidden`.
 Dense and ragged multiply by the gate between the two layers, where it is fused with the activation: what the
 second layer makes of each slot is then neither kept nor needed for the gate's gradient.
   y (N, D) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the
@@ -16,7 +15,7 @@ second layer makes of each slot is then neither kept nor needed for the gate's g
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +41,90 @@ class Experts(NamedTuple):
     proj_bias: Array  # (E, D)
 
 
-Hidden = Callable[[Array], Array]
+class Hidden(NamedTuple):
+    """What happens between the two layers of an expert: activation, dropout, and the gate.
+
+    dropout_key: None where nothing is dropped out. chunk_rows: how many rows are drawn masks for, and pulled
+    back, at a time; 0 is all.
+    """
+
+    activation: Callable[[Array], Array]
+    dropout_key: Array | None = None
+    dropout_rate: float = 0.0
+    chunk_rows: int = 0
+
+    def __call__(self, h: Array, gates: Array) -> Array:
+        """h (N, ..., F), gates (N, ..., 1) -> as h."""
+        kept = None if self.dropout_key is None else self._draw(h.shape)
+        return _gated((self.activation, self.dropout_rate, self.chunk_rows), h, kept, gates)
+
+    def _draw(self, shape: tuple[int, ...]) -> Array:
+        def draw(row, rows):
+            key = jax.random.fold_in(self.dropout_key, row) if self.chunk_rows else self.dropout_key
+            return jax.random.bernoulli(key, 1 - self.dropout_rate, rows.shape)
+
+        return _by_rows(draw, jnp.zeros(shape, bool), self.chunk_rows)
+
+
+# What happens to h, and how it is computed: activation, dropout_rate, chunk_rows.
+How = tuple[Callable[[Array], Array], float, int]
+
+
+def _gate(how: How, h: Array, kept: Array | None, gates: Array) -> Array:
+    activation, dropout_rate, _ = how
+    h = activation(h)
+    if kept is not None:
+        h = jnp.where(kept, h / (1 - dropout_rate), 0)
+    return h * gates
+
+
+_gated = jax.custom_vjp(_gate, nondiff_argnums=(0,))
+
+
+def _gated_fwd(how, *arguments):
+    return _gate(how, *arguments), arguments
+
+
+def _gated_bwd(how, arguments, g):
+    """From the arguments alone: activations are computed again. XLA on CPU would find that they were computed
+    in the forward pass and keep those, but it does not look into loops."""
+
+    def pull_back(_, part):
+        h, kept, gates, g = part
+        return jax.vjp(lambda h, gates: _gate(how, h, kept, gates), h, gates)[1](g)
+
+    dh, dgates = _by_rows(pull_back, (*arguments, g), how[2])
+    return dh, None, dgates
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)
+
+
+def _by_rows(function: Callable[[Array | int, Any], Any], arrays: Any, chunk_rows: int) -> Any:
+    """`function(first row, those rows of arrays)`, `chunk_rows` at a time, 0 is all; some may come twice."""
+    num_rows = len(jax.tree.leaves(arrays)[0])
+    if not 0 < chunk_rows < num_rows:
+        return function(0, arrays)
+
+    def compute(row):
+        part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, chunk_rows), arrays)
+        return function(row, part)
+
+    def add(i, outputs):
+        row = jnp.minimum(i * chunk_rows, num_rows - chunk_rows)
+        found = compute(row)
+        return jax.tree.map(lambda o, f: lax.dynamic_update_slice_in_dim(o, f, row, 0), outputs, found)
+
+    shapes = jax.eval_shape(compute, 0)
+    zeros = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), shapes)
+    return lax.fori_loop(0, math.ceil(num_rows / chunk_rows), add, zeros)
 
 
 def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
     combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0]).astype(x.dtype)
     h = jnp.einsum("nd,edf->nef", x, experts.fc_kernel) + experts.fc_bias
-    h = hidden(checkpoint_name(h, HIDDEN)) * combine_weights[:, :, None]
+    h = hidden(checkpoint_name(h, HIDDEN), combine_weights[:, :, None])
     y = jnp.einsum("nef,efd->nd", h, experts.proj_kernel) + combine_weights @ experts.proj_bias
     return y, jnp.zeros(x.shape[0], jnp.int32)
 
@@ -61,7 +136,7 @@ def ragged(
     experts: Experts,
     hidden: Hidden,
     *,
-    multiply: Callable[[Array, Array, Array], Array],
+    multiply: Callable[[Array, Array, Array | None, Array], Array],
 ) -> tuple[Array, Array]:
     """Sorts the routed slots by expert and multiplies each group by its expert's matrix. Exact.
 
@@ -74,13 +149,11 @@ def ragged(
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
     group_sizes = jnp.bincount(slot_expert, length=num_experts).astype(jnp.int32)
 
-    row_expert = slot_expert[order]
     rows = _rows_from_tokens(x, order, position)
-    h = multiply(rows, experts.fc_kernel, group_sizes)
-    h = hidden(checkpoint_name(h + _bias_of_rows(experts.fc_bias, row_expert), HIDDEN))
+    h = checkpoint_name(multiply(rows, experts.fc_kernel, experts.fc_bias, group_sizes), HIDDEN)
     row_gates = _rows_from_tokens(gates.astype(x.dtype).reshape(-1, 1), order, position)
-    y = multiply(h * row_gates, experts.proj_kernel, group_sizes)
-    y = jnp.where(row_expert[:, None] < num_experts, y, 0)
+    y = multiply(hidden(h, row_gates), experts.proj_kernel, None, group_sizes)
+    y = jnp.where(slot_expert[order][:, None] < num_experts, y, 0)
 
     y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
     combine_weights = _combine_weights(gates, expert_ids, num_experts).astype(x.dtype)
@@ -122,7 +195,10 @@ def capacity(
     if expert_axis is not None:  # (E, C, D) of a device's tokens to (E / n, n * C, D) of its experts
         buffers = lax.all_to_all(buffers, expert_axis, 0, 1, tiled=True)
     h = jnp.einsum("ecd,edf->ecf", buffers, experts.fc_kernel) + experts.fc_bias[:, None]
-    y = jnp.einsum("ecf,efd->ecd", hidden(h), experts.proj_kernel) + experts.proj_bias[:, None]
+    y = (
+        jnp.einsum("ecf,efd->ecd", hidden(h, jnp.ones((*h.shape[:2], 1), h.dtype)), experts.proj_kernel)
+        + experts.proj_bias[:, None]
+    )
     if expert_axis is not None:
         y = lax.all_to_all(y, expert_axis, 1, 0, tiled=True)
 
@@ -182,11 +258,6 @@ def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array
     return jnp.einsum("nk,nke->ne", gates, jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype))
 
 
-def _bias_of_rows(bias: Array, row_expert: Array) -> Array:
-    """(E, F), (R,) -> (R, F); a row of no expert gets zero, and its gradient goes nowhere."""
-    return bias.at[row_expert].get(mode="fill", fill_value=0)
-
-
 @jax.custom_vjp
 def _rows_from_tokens(x: Array, order: Array, position: Array) -> Array:
     """Each sorted row's token. x (N, D), order (R,) slots, position (N*K,) rows -> (R, D).
@@ -229,34 +300,55 @@ _slots_from_rows.defvjp(_slots_from_rows_fwd, _slots_from_rows_bwd)
 
 
 @jax.custom_vjp
-def blocked_matmul(x: Array, kernels: Array, group_sizes: Array) -> Array:
-    """Multiplies consecutive groups of rows by a matrix each, in blocks of rows.
+def blocked_matmul(x: Array, kernels: Array, biases: Array | None, group_sizes: Array) -> Array:
+    """Multiplies consecutive groups of rows by a matrix each and adds its bias, in blocks of rows.
 
-    x (R, D), kernels (E, D, F), group_sizes (E,) int32 -> (R, F) in x's dtype, where the groups leave at
-    least NARROW_BLOCK rows of x over; what comes out for those is undefined but finite.
+    x (R, D), kernels (E, D, F), biases (E, F) or None, group_sizes (E,) int32 -> (R, F) in x's dtype, where
+    the groups leave at least NARROW_BLOCK rows of x over; what comes out for those is undefined but finite.
     """
-    return _multiply_blocks(x, kernels, group_sizes, contract_axis=0)
+    return _multiply_blocks(x, kernels, group_sizes, biases, contract_axis=0)
 
 
-def _blocked_matmul_fwd(x, kernels, group_sizes):
-    return blocked_matmul(x, kernels, group_sizes), (x, kernels, group_sizes)
+def _blocked_matmul_fwd(x, kernels, biases, group_sizes):
+    return blocked_matmul(x, kernels, biases, group_sizes), (x, kernels, biases, group_sizes)
 
 
 def _blocked_matmul_bwd(residuals, g):
-    # Two loops rather than one: where the experts are frozen the second is dead code and XLA drops it.
-    x, kernels, group_sizes = residuals
+    # Each gradient by itself: where the experts are frozen the last two are dead code and XLA drops them.
+    x, kernels, biases, group_sizes = residuals
     dx = _multiply_blocks(g, kernels, group_sizes, contract_axis=1)
-    return dx, _kernel_gradient(x, g, group_sizes).astype(kernels.dtype), None
+    dkernels = _kernel_gradient(x, g, group_sizes).astype(kernels.dtype)
+    if biases is None:
+        return dx, dkernels, None, None
+    in_group = jax.nn.one_hot(_expert_of_rows(group_sizes, x.shape[0]), len(biases), dtype=g.dtype)
+    return dx, dkernels, jnp.einsum("re,rf->ef", in_group, g).astype(biases.dtype), None
 
 
 blocked_matmul.defvjp(_blocked_matmul_fwd, _blocked_matmul_bwd)
 
+
+def _expert_of_rows(group_sizes: Array, num_rows: int) -> Array:
+    """(E,) -> (R,) int32; E for the rows that no group has."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
+
+
+def ragged_dot(x: Array, kernels: Array, biases: Array | None, group_sizes: Array) -> Array:
+    """What `blocked_matmul` computes, by `lax.ragged_dot`."""
+    y = lax.ragged_dot(x, kernels, group_sizes)
+    if biases is None:
+        return y
+    # A row of no expert gets zero, and its gradient goes nowhere.
+    return y + biases.at[_expert_of_rows(group_sizes, x.shape[0])].get(mode="fill", fill_value=0)
+
+
 # `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row with
 # every kernel, E times the work: blocks are for CPU, and on GPU dense dispatch does less.
-GROUPED_MATMULS = {"blocks": blocked_matmul, "ragged_dot": lax.ragged_dot}
+GROUPED_MATMULS = {"blocks": blocked_matmul, "ragged_dot": ragged_dot}
 
 
-def _multiply_blocks(x: Array, kernels: Array, group_sizes: Array, *, contract_axis: int) -> Array:
+def _multiply_blocks(
+    x: Array, kernels: Array, group_sizes: Array, biases: Array | None = None, *, contract_axis: int
+) -> Array:
     """Only as many products as the groups need. x (R, D or F), kernels (E, D, F), one axis contracted.
 
     The last block of a group runs over into the next group's rows, and the next group, written later,
@@ -269,6 +361,7 @@ def _multiply_blocks(x: Array, kernels: Array, group_sizes: Array, *, contract_a
         def multiply_block(row, num_rows, out):
             rows = lax.dynamic_slice_in_dim(x, row, num_rows)
             y = lax.dot_general(rows, kernel, (((1,), (contract_axis,)), ((), ())))
+            y = y if biases is None else y + biases[e]
             return lax.dynamic_update_slice_in_dim(out, y, row, axis=0)
 
         return _for_each_block(x.shape[0], group_sizes, e, multiply_block, out)

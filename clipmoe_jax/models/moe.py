@@ -128,13 +128,8 @@ def _run_experts(
     """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
 
     def run(x, gates, expert_ids, experts, key, expert_axis=None):
-        def hidden(h):
-            h = activation(h)
-            if key is None:
-                return h
-            kept = jax.random.bernoulli(key, 1 - dropout_rate, h.shape)
-            return jnp.where(kept, h / (1 - dropout_rate), 0)
-
+        chunk_rows = dispatch.WIDE_BLOCK if grouped_matmul == "blocks" else 0
+        hidden = dispatch.Hidden(activation, key, dropout_rate, chunk_rows)
         run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_matmul, expert_axis)
         return run_experts(x, gates, expert_ids, experts, hidden)
 

@@ -14,6 +14,7 @@ from clipmoe_jax.models.transformer import quick_gelu
 
 EXACT = {"dense": {}, "ragged": {}, "capacity": {"capacity_factor": 2.0}}  # 2 = E / K never drops
 N, D, F, E, K = 2 * 13, 8, 12, 4, 2
+AS_IT_IS = dispatch.Hidden(lambda h: h)
 
 
 def make_layer(name="ragged", **fields):
@@ -89,23 +90,46 @@ GROUPS = {
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 def test_grouped_matmul_equals_a_product_for_each_group(sizes):
     rows = 400 + dispatch.NARROW_BLOCK
-    x, kernels, g = (
+    x, kernels, biases, g = (
         jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(rows, D), (E, D, F), (rows, F)])
+        for i, shape in enumerate([(rows, D), (E, D, F), (E, F), (rows, F)])
     )
     group_sizes = jnp.array(sizes, jnp.int32)
     used = sum(sizes)
     g = g.at[used:].set(0)
 
-    def by_group(x, kernels):
+    def by_group(x, kernels, biases):
         ends = np.cumsum(sizes)
-        parts = [x[end - n : end] @ kernels[e] for e, (end, n) in enumerate(zip(ends, sizes, strict=True))]
+        parts = [
+            x[end - n : end] @ kernels[e] + biases[e]
+            for e, (end, n) in enumerate(zip(ends, sizes, strict=True))
+        ]
         return jnp.concatenate(parts)
 
-    y, pullback = jax.vjp(lambda x, w: dispatch.blocked_matmul(x, w, group_sizes)[:used], x, kernels)
-    expected, expected_pullback = jax.vjp(by_group, x, kernels)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_close(pullback(g[:used]), expected_pullback(g[:used]), rtol=1e-4, atol=1e-4)
+    expected, expected_pullback = jax.vjp(by_group, x, kernels, biases)
+    for multiply in dispatch.GROUPED_MATMULS.values():
+        y, pullback = jax.vjp(lambda *a, f=multiply: f(*a, group_sizes)[:used], x, kernels, biases)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(pullback(g[:used]), expected_pullback(g[:used]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [200, 256, 300, 768])
+def test_hidden_in_chunks_of_rows_has_the_gradient_of_all_at_once(num_rows):
+    """Values too; the masks of both passes are one, and those of two chunks are not."""
+    key, chunk = jax.random.key(0), 256
+    h, gates = jax.random.normal(key, (num_rows, F)), jax.random.uniform(key, (num_rows, 1))
+    hidden = dispatch.Hidden(quick_gelu, key, 0.25, chunk)
+    y, pullback = jax.vjp(hidden, h, gates)
+    kept = y != 0
+    assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / kept.size) ** 0.5
+    assert num_rows < 2 * chunk or not np.array_equal(kept[:chunk], kept[chunk : 2 * chunk])
+
+    def whole(h, gates):
+        return jnp.where(kept, quick_gelu(h) / 0.75, 0) * gates
+
+    expected, expected_pullback = jax.vjp(whole, h, gates)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(pullback(y), expected_pullback(y), rtol=1e-5, atol=1e-6)
 
 
 def test_capacity_drops_second_choices_first_and_counts_them():
@@ -114,7 +138,7 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     x = jnp.ones((3, D))
     gates, expert_ids = jnp.full((3, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (3, 1))
     experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
-    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, lambda h: h, capacity_factor=1.0)
+    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, AS_IT_IS, capacity_factor=1.0)
     np.testing.assert_array_equal(dropped, [0, 0, 2])
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
 
@@ -175,7 +199,7 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
     with jax.set_mesh(sharding.make_mesh(2, 1, 4)):
         over_devices = jax.jit(
             jax.shard_map(
-                lambda *arrays: run(*arrays, lambda h: h),
+                lambda *arrays: run(*arrays, AS_IT_IS),
                 in_specs=(tokens, tokens, tokens, stacked),
                 out_specs=tokens,
             )
