@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipmoe_jax.models import dispatch
+from clipmoe_jax.models.grouped_matmul import WIDE_BLOCK
 from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use
 
 Array = jax.Array
@@ -128,7 +129,7 @@ def _run_experts(
     """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
 
     def run(x, gates, expert_ids, experts, key, expert_axis=None):
-        chunk_rows = dispatch.WIDE_BLOCK if grouped_matmul == "blocks" else 0
+        chunk_rows = WIDE_BLOCK if grouped_matmul == "blocks" else 0
         hidden = dispatch.Hidden(activation, key, dropout_rate, chunk_rows)
         run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_matmul, expert_axis)
         return run_experts(x, gates, expert_ids, experts, hidden)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
+from clipmoe_jax.models.grouped_matmul import GROUPED_MATMULS, NARROW_BLOCK
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
 
@@ -89,7 +90,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 def test_grouped_matmul_equals_a_product_for_each_group(sizes):
-    rows = 400 + dispatch.NARROW_BLOCK
+    rows = 400 + NARROW_BLOCK
     x, kernels, biases, g = (
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(rows, D), (E, D, F), (E, F), (rows, F)])
@@ -107,7 +108,7 @@ def test_grouped_matmul_equals_a_product_for_each_group(sizes):
         return jnp.concatenate(parts)
 
     expected, expected_pullback = jax.vjp(by_group, x, kernels, biases)
-    for multiply in dispatch.GROUPED_MATMULS.values():
+    for multiply in GROUPED_MATMULS.values():
         y, pullback = jax.vjp(lambda *a, f=multiply: f(*a, group_sizes)[:used], x, kernels, biases)
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
         chex.assert_trees_all_close(pullback(g[:used]), expected_pullback(g[:used]), rtol=1e-4, atol=1e-4)
