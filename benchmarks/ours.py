@@ -68,18 +68,19 @@ def attend(
 ) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
     """The jitted function of a row of ATTENTION, and its arguments."""
     _, causal, gradient = ATTENTION[group]
-    arguments = tuple(jnp.asarray(a, workload.dtype) for a in workload.attention_inputs(group))
+    *qkv, target = (jnp.asarray(a, workload.dtype) for a in workload.attention_inputs(group))
+    qkv = jnp.stack(qkv, axis=2)
 
-    def forward(query, key, value):
-        return attention(query, key, value, causal=causal, implementation=implementation)
+    def forward(qkv):
+        return attention(qkv, causal=causal, implementation=implementation)
 
-    def forward_and_gradient(query, key, value, target):
-        y, pull_back = jax.vjp(forward, query, key, value)
+    def forward_and_gradient(qkv, target):
+        y, pull_back = jax.vjp(forward, qkv)
         return y, *pull_back(target)
 
     if gradient:
-        return jax.jit(forward_and_gradient), arguments
-    return jax.jit(forward), arguments[:3]
+        return jax.jit(forward_and_gradient), (qkv, target)
+    return jax.jit(forward), (qkv,)
 
 
 def attention_section(workload: Workload, group: str) -> Builders:

@@ -227,6 +227,7 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
         dispatch=config.moe.dispatch or ("dense" if platform in ("gpu", "cuda") else "ragged"),
         grouped_matmul="blocks" if platform == "cpu" else "ragged_dot",
         attention=config.run.attention or {"cuda": "cudnn", "cpu": "chunked"}.get(platform, "xla"),
+        mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
         compiler_options=CPU_OPTIONS if platform == "cpu" else (),

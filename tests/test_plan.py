@@ -42,9 +42,9 @@ KINDS = {
 }
 
 
-def training(kind, **run):
+def training(kind, phase=PHASE, **run):
     config, rules = KINDS[kind]
-    return Training("it", config, RunConfig(**run), rules, PHASE, 10)
+    return Training("it", config, RunConfig(**run), rules, phase, 10)
 
 
 def abstract(mesh):
@@ -111,22 +111,29 @@ def test_what_travels(kind, sizes, name):
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_fsdp_gathers_parameters_and_no_activations(remat):
-    """Once; with remat once more for the backward pass."""
-    mesh = sharding.make_mesh(1, 8, 1)
+    """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:
+    of fewer pairs than here XLA gathers those instead of adding up its kernels' gradients."""
+    mesh, phase = sharding.make_mesh(1, 8, 1), dataclasses.replace(PHASE, batch_size=256)
     planned = sum(
         transfer.num_bytes
-        for transfer in plan.plan_transfers(abstract(mesh), training("feed-forward layers", remat=remat))
+        for transfer in plan.plan_transfers(
+            abstract(mesh), training("feed-forward layers", phase, remat=remat)
+        )
         if transfer.operation == "all-gather"
     )
-    found = sent(compiled_step("feed-forward layers", mesh, remat=remat))
+    found = sent(compiled_step("feed-forward layers", mesh, phase, remat=remat))
     assert found["all-gather"] == pytest.approx(planned, rel=0.01)
     assert "all-to-all" not in found
 
 
-def compiled_step(kind, mesh, **run) -> str:
+def compiled_step(kind, mesh, phase=PHASE, **run) -> str:
     state, frozen = started(kind, mesh)
-    step = make_train_step(Clip(KINDS[kind][0], RunConfig(**run)), LossConfig(0.1, 0.01), PHASE)
-    batch = {"image": np.zeros((64, 32, 32, 3), np.uint8), "text": np.ones((64, 24), np.int32)}
+    step = make_train_step(Clip(KINDS[kind][0], RunConfig(**run)), LossConfig(0.1, 0.01), phase)
+    num_pairs = phase.batch_size
+    batch = {
+        "image": np.zeros((num_pairs, 32, 32, 3), np.uint8),
+        "text": np.ones((num_pairs, 24), np.int32),
+    }
     rate = sharding.put_replicated(mesh, np.float32(0))
     key = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
     with jax.set_mesh(mesh):
@@ -150,12 +157,12 @@ def test_stages_and_steps():
 
 
 def test_the_papers_time():
-    """86 pairs a second on each of 8 A100, half an hour a stage (arXiv 2409.19291, section 4.1), is 15 % of
-    their peak by our count."""
+    """86 pairs a second on each of 8 A100, half an hour a stage (arXiv 2409.19291, section 4.1), is 14.5 %
+    of their peak by our count."""
     dense, _ = models_of(default_config())
     trains = trees.match_rules(TRAIN_FFN, list(trees.flatten(checkpoints.abstract_params(dense))))
     peak = ACCELERATORS["a100"].peak_flops
-    assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.15, abs=0.005)
+    assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.145, abs=0.002)
 
 
 def test_what_is_printed():

@@ -7,6 +7,7 @@ row), and with `causal` only those up to itself.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +26,22 @@ MASKED = -1e30
 
 
 def attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    qkv: Array,
     *,
     causal: bool,
     segments: Array | None = None,
     implementation: str = "xla",
 ) -> Array:
-    """query, key, value (B, L, H, W) -> (B, L, H, W) in their dtype; segments (B, L) int32, None is one each.
+    """Queries, keys and values (B, L, 3, H, W) -> (B, L, H, W) in their dtype; segments (B, L) int32, None is
+    one each.
 
     implementation: "xla" computes all scores at once; "chunked" a few examples at a time, and again in the
     backward pass (for CPUs, where scores of a whole batch fall out of the cache); "cudnn" is cuDNN's fused
     kernel (NVIDIA GPUs from compute capability 8.0, half precision).
     """
     if implementation == "chunked":
-        return _chunked(query, key, value, segments, causal)
+        return _chunked(qkv, segments, causal)
+    query, key, value = (qkv[:, :, i] for i in range(3))
     if implementation == "cudnn":
         return _cudnn(query, key, value, segments, causal)
     mask = None if segments is None else _same_segment(segments)[:, None]
@@ -77,31 +78,30 @@ def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causa
     return y[:, :length]
 
 
-def _chunked(query: Array, key: Array, value: Array, segments: Array | None, causal: bool) -> Array:
+def _chunked(qkv: Array, segments: Array | None, causal: bool) -> Array:
     attend = functools.partial(_attend_in_chunks, causal)
     if segments is None:
-        segments = jnp.zeros(query.shape[:2], jnp.int32)
+        segments = jnp.zeros(qkv.shape[:2], jnp.int32)
     if devices_in_use() == 1:
-        return attend(query, key, value, segments)
+        return attend(qkv, segments)
     # Each device loops over its own examples.
     rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(attend, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)(
-        query, key, value, segments
-    )
+    return jax.shard_map(attend, in_specs=(rows, rows), out_specs=rows, check_vma=False)(qkv, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_in_chunks(causal: bool, query: Array, key: Array, value: Array, segments: Array) -> Array:
-    def attend(segments, query, key, value):
+def _attend_in_chunks(causal: bool, qkv: Array, segments: Array) -> Array:
+    def attend(segments, qkv):
+        query, key, value = _heads_first(qkv)
         parts = []
         for rows, seen in _parts(causal, query.shape[1]):
             scores = _scores(causal, query, key, segments, rows, seen)
             p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
             y = jnp.einsum("hlm,hmw->hlw", p.astype(value.dtype), value[:, seen])
             parts.append((y / jnp.sum(p, axis=-1, keepdims=True)).astype(value.dtype))
-        return jnp.concatenate(parts, axis=1)
+        return jnp.concatenate(parts, axis=1).swapaxes(0, 1)
 
-    return _map(attend, segments, query, key, value)
+    return _map(attend, qkv, segments, qkv)
 
 
 def _attend_fwd(causal, *arguments):
@@ -111,7 +111,9 @@ def _attend_fwd(causal, *arguments):
 def _attend_bwd(causal, arguments, gradient):
     """The probabilities again, then the softmax's own gradient."""
 
-    def pull_back(segments, query, key, value, g):
+    def pull_back(segments, qkv, g):
+        query, key, value = _heads_first(qkv)
+        g = g.swapaxes(0, 1)
         dq, dk, dv = [], jnp.zeros_like(key), jnp.zeros_like(value)
         for rows, seen in _parts(causal, query.shape[1]):
             p = jax.nn.softmax(_scores(causal, query, key, segments, rows, seen), axis=-1)
@@ -120,10 +122,10 @@ def _attend_bwd(causal, arguments, gradient):
             dq.append(_scaled(jnp.einsum("hlm,hmw->hlw", ds, key[:, seen])))
             dk = dk.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", ds, _scaled(query[:, rows])))
             dv = dv.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
-        return jnp.concatenate(dq, axis=1), dk, dv
+        return jnp.stack([part.swapaxes(0, 1) for part in (jnp.concatenate(dq, axis=1), dk, dv)], axis=1)
 
-    query, key, value, segments = arguments
-    return *_map(pull_back, segments, query, key, value, gradient), None
+    qkv, segments = arguments
+    return _map(pull_back, qkv, segments, qkv, gradient), None
 
 
 _attend_in_chunks.defvjp(_attend_fwd, _attend_bwd)
@@ -152,15 +154,15 @@ def _scaled(query: Array) -> Array:
     return query * query.shape[-1] ** -0.5
 
 
-def _map(function, segments: Array, *arrays: Array):
-    """`function` of one example, segments (L,) and (H, L, W) arrays in and (H, L, W) out, over all of them.
+def _heads_first(qkv: Array) -> tuple[Array, Array, Array]:
+    """One example's (L, 3, H, W) -> query, key, value (H, L, W): XLA's products on CPU are faster so."""
+    query, key, value = (qkv[:, i].swapaxes(0, 1) for i in range(3))
+    return query, key, value
 
-    As many at a time as CHUNK_SCORES allows. Heads come first: XLA's products on CPU are faster so.
-    """
 
-    def one(example):
-        outputs = function(example[0], *(array.swapaxes(0, 1) for array in example[1:]))
-        return jax.tree.map(lambda array: array.swapaxes(0, 1), outputs)
-
-    _, length, heads, _ = arrays[0].shape
-    return lax.map(one, (segments, *arrays), batch_size=max(1, CHUNK_SCORES // (heads * length**2)))
+def _map(function: Callable[..., Array], qkv: Array, *arrays: Array) -> Array:
+    """`function` of one example's part of each array, over all examples, as many at a time as CHUNK_SCORES
+    allows."""
+    _, length, _, heads, _ = qkv.shape
+    chunk = max(1, CHUNK_SCORES // (heads * length**2))
+    return lax.map(lambda example: function(*example), arrays, batch_size=chunk)

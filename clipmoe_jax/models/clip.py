@@ -173,8 +173,9 @@ class VisionTower(nn.Module):
         class_token = jnp.broadcast_to(class_embedding.astype(dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([class_token, x], axis=1) + positions.astype(dtype)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_pre")(x)
-        x, aux = _apply_blocks(x, config, vision, self.run, causal=False, deterministic=deterministic)
-        x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x[:, 0])
+        first = jnp.zeros((x.shape[0], 1), jnp.int32)  # the class token
+        x, aux = _apply_blocks(x, first, config, vision, self.run, causal=False, deterministic=deterministic)
+        x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x)
         projection = self.param("proj", normal, (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux
 
@@ -206,9 +207,10 @@ class TextTower(nn.Module):
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
         own = positions[:length] if segments is None else positions[positions_in_segments(segments)]
         x = (embedding(tokens) + own).astype(dtype)
-        x, aux = _apply_blocks(x, config, text, self.run, segments, causal=True, deterministic=deterministic)
-        ends = ends.reshape(num_units, -1, 1)  # looked up unit by unit, so that nothing travels
-        x = jnp.take_along_axis(x.reshape(num_units, -1, width), ends, axis=1).reshape(-1, width)
+        ends = ends.reshape(num_units, -1)
+        x, aux = _apply_blocks(
+            x, ends, config, text, self.run, segments, causal=True, deterministic=deterministic
+        )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux
@@ -263,6 +265,7 @@ class _Kernel(nn.Module):
 
 def _apply_blocks(
     x: Array,
+    read: Array,
     config: ClipConfig,
     tower: VisionConfig | TextConfig,
     run: RunConfig,
@@ -273,6 +276,7 @@ def _apply_blocks(
 ) -> tuple[Array, dict[str, Array]]:
     return apply_blocks(
         x,
+        read,
         segments,
         num_layers=tower.num_layers,
         num_heads=tower.width // tower.head_width,

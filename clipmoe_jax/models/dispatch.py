@@ -23,10 +23,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from clipmoe_jax.models.grouped_matmul import GROUPED_MATMULS, NARROW_BLOCK
+from clipmoe_jax.models.linear import HIDDEN
 
 Array = jax.Array
-
-HIDDEN = "hidden"  # the name of what the first layer of a feed-forward layer makes, before the activation
 
 
 class Experts(NamedTuple):

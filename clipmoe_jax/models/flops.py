@@ -1,7 +1,8 @@
 """FLOPs of a model's matrix products, counted by hand from its architecture.
 
 A product of (m, k) by (k, n) is 2 m k n FLOPs. Norms, activations and softmax are left out: at the sizes of
-CLIP they are one per cent of XLA's own count (tests/models/test_flops.py).
+CLIP they are one per cent of XLA's own count (tests/models/test_flops.py). The last feed-forward layer of a
+tower is computed for one token of an image or caption, the one that is read.
 
 Letters: L length, D width, F feed-forward hidden width, E experts, K selected experts, P patch size.
 """
@@ -51,8 +52,9 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
         yield Layer("", 2 * 2 * length * length * width, 2)  # scores, and values by them
         yield Layer(f"{block}/attn/out_proj", 2 * length * width * width)
         yield Layer(f"{block}/ln_2", 0)
+        tokens = length if i < shape.num_layers - 1 else 1
         ffn, tokens = (
-            ("moe", length * (slots or moe.num_selected_experts)) if i >= first_moe else ("mlp", length)
+            ("moe", tokens * (slots or moe.num_selected_experts)) if i >= first_moe else ("mlp", tokens)
         )
         yield Layer(f"{block}/{ffn}/c_fc", 2 * tokens * width * hidden)
         if ffn == "moe":  # here, since its gates multiply what c_proj takes (models/dispatch.py)

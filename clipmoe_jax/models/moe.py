@@ -1,6 +1,7 @@
 """The mixture-of-experts feed-forward layer of CLIP-MoE.
 
-Letters: B batch, L length, N = B*L tokens, D width, F expert hidden width, E experts, K selected experts.
+Letters: B batch, L length, N = B*L tokens, D width, F expert hidden width, E experts, K selected experts; U
+units of B / U rows each and P tokens that are read of each unit.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax.models import dispatch
 from clipmoe_jax.models.grouped_matmul import WIDE_BLOCK
-from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use
+from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 
 Array = jax.Array
 
@@ -38,6 +39,16 @@ def route(router_logits: Array, num_selected_experts: int) -> tuple[Array, Array
     return gates / gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
 
 
+def pick(x: Array, read: Array | None) -> Array:
+    """Some of each unit's tokens: x (B, L, D), read (U, P) int32 places among its L * B / U -> (U, P, D).
+
+    None picks all, (B, L, D). Unit by unit, so that nothing travels where a mesh splits units.
+    """
+    if read is None:
+        return x
+    return split_batch(jnp.take_along_axis(x.reshape(len(read), -1, x.shape[-1]), read[..., None], axis=1))
+
+
 class StackedLinear(nn.Module):
     """The parameters of E linear layers: kernel (E, in, out) and bias (E, out)."""
 
@@ -60,6 +71,7 @@ class MoeMlp(nn.Module):
     Call: x (B, L, D) -> y (B, L, D) in `dtype`, aux with
       router_logits (B, L, E) float32,
       dropped_slots (B,) int32: routed slots thrown away, of L*K.
+    With read (U, P) int32 as in `pick` every token is routed, only those visit their experts: y (U, P, D).
     """
 
     num_experts: int
@@ -74,7 +86,7 @@ class MoeMlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, read: Array | None = None) -> tuple[Array, dict[str, Array]]:
         (batch, length, width), num_experts = x.shape, self.num_experts
         router_logits = nn.Dense(
             num_experts,
@@ -84,7 +96,8 @@ class MoeMlp(nn.Module):
             kernel_init=nn.initializers.normal(0.02),
             name="router",
         )(x.astype(jnp.float32))
-        gates, expert_ids = route(router_logits, self.num_selected_experts)
+        tokens = pick(x, read)
+        gates, expert_ids = route(pick(router_logits, read), self.num_selected_experts)
 
         fc_stddev, proj_stddev = (2 * width) ** -0.5, self.hidden_dim**-0.5
         experts = dispatch.Experts(
@@ -95,7 +108,7 @@ class MoeMlp(nn.Module):
 
         dropping = self.dropout_rate > 0 and not self.deterministic
         y, dropped = _run_experts(
-            x.reshape(-1, width).astype(self.dtype),
+            tokens.reshape(-1, width).astype(self.dtype),
             gates.reshape(-1, self.num_selected_experts),
             expert_ids.reshape(-1, self.num_selected_experts),
             experts,
@@ -106,11 +119,12 @@ class MoeMlp(nn.Module):
             capacity_factor=self.capacity_factor,
             grouped_matmul=self.grouped_matmul,
         )
-        aux = {
-            "router_logits": router_logits,
-            "dropped_slots": dropped.reshape(batch, length).sum(axis=1),
-        }
-        return y.reshape(batch, length, width), aux
+        if read is not None:
+            units = jnp.arange(len(read))[:, None]
+            of_units = jnp.zeros((len(read), batch * length // len(read)), jnp.int32)
+            dropped = of_units.at[units, read].add(dropped.reshape(read.shape))
+        dropped_slots = dropped.reshape(batch, length).sum(axis=1)
+        return y.reshape(tokens.shape), {"router_logits": router_logits, "dropped_slots": dropped_slots}
 
 
 def _run_experts(

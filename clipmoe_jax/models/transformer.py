@@ -1,6 +1,7 @@
 """The pre-LayerNorm transformer of both CLIP towers; each block's feed-forward layer is dense or MoE.
 
-Letters: B batch, L length, D width, H heads, F feed-forward hidden width, M MoE blocks, E experts.
+Letters: B batch, L length, D width, H heads, F feed-forward hidden width, M MoE blocks, E experts; U units of
+B / U rows each (a row, or what a device has of them) and P tokens that are read of each unit.
 """
 
 import dataclasses
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from clipmoe_jax.models.attention import attention
-from clipmoe_jax.models.dispatch import HIDDEN
-from clipmoe_jax.models.moe import MoeMlp
-from clipmoe_jax.sharding import split_batch
+from clipmoe_jax.models.linear import HIDDEN, Linear, Mlp
+from clipmoe_jax.models.moe import MoeMlp, pick
+from clipmoe_jax.sharding import devices_in_use, split_batch
 
 Array = jax.Array
 
@@ -66,6 +67,8 @@ class RunConfig:
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
     grouped_matmul: what "ragged" multiplies with, "blocks" (CPU) or "ragged_dot" (TPU).
     attention: "xla", "chunked" or "cudnn" (models/attention.py).
+    mlp_chunk_rows: how many rows of a dense feed-forward layer are pulled back at a time (on one CPU device,
+      models/linear.py); 0 is all.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     compiler_options: of XLA, (name, value), for a training step.
     """
@@ -75,24 +78,10 @@ class RunConfig:
     dispatch: str = "ragged"
     grouped_matmul: str = "blocks"
     attention: str = "xla"
+    mlp_chunk_rows: int = 0
     capacity_factor: float = 1.25
     expert_dropout_rate: float = 0.0
     compiler_options: tuple[tuple[str, str], ...] = ()
-
-
-class Mlp(nn.Module):
-    """Linear, activation, linear. x (B, L, D) -> (B, L, D)."""
-
-    hidden_dim: int
-    activation: Callable[[Array], Array]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-        h = linear(self.hidden_dim, self.dtype, (2 * width) ** -0.5, "c_fc")(x)
-        h = self.activation(checkpoint_name(h, HIDDEN))
-        return linear(width, self.dtype, self.hidden_dim**-0.5, "c_proj")(h)
 
 
 class Attention(nn.Module):
@@ -106,22 +95,19 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, segments: Array | None = None) -> Array:
         batch, length, width = x.shape
-        qkv = linear(3 * width, self.dtype, width**-0.5, "in_proj")(x)
+        qkv = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")(x)
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        y = attention(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
-            qkv[:, :, 2],
-            causal=self.causal,
-            segments=segments,
-            implementation=self.implementation,
-        )
+        y = attention(qkv, causal=self.causal, segments=segments, implementation=self.implementation)
         y = checkpoint_name(y.reshape(batch, length, width), "attended")
-        return linear(width, self.dtype, width**-0.5, "out_proj")(y)
+        return Linear(width, width**-0.5, self.dtype, name="out_proj")(y)
 
 
 class Block(nn.Module):
-    """One residual block. x (B, L, D), segments as in `Attention` -> (x, aux): MoeMlp's aux, else empty."""
+    """One residual block. x (B, L, D), segments as in `Attention` -> (x, aux): MoeMlp's aux, else empty.
+
+    read (U, P) int32: which of each unit's L * B / U tokens come out, as (U, P, D), and are all that the
+    feed-forward layer is computed for; None is all of them, as (B, L, D).
+    """
 
     num_heads: int
     mlp_width: int
@@ -133,16 +119,19 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, segments: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, x: Array, segments: Array | None = None, read: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         dtype = jnp.dtype(self.run.dtype)
         x = x + Attention(self.num_heads, self.causal, self.run.attention, dtype, name="attn")(
             layer_norm(self.layer_norm_eps, dtype, "ln_1")(x), segments
         )
         x = checkpoint_name(x, "attention_added")
-        h = layer_norm(self.layer_norm_eps, dtype, "ln_2")(x)
-        activation = ACTIVATIONS[self.activation]
+        ln_2, activation = layer_norm(self.layer_norm_eps, dtype, "ln_2"), ACTIVATIONS[self.activation]
         if self.moe is None:
-            return x + Mlp(self.mlp_width, activation, dtype, name="mlp")(h), {}
+            x = pick(x, read)
+            chunk_rows = self.run.mlp_chunk_rows if devices_in_use() == 1 else 0
+            return x + Mlp(self.mlp_width, activation, dtype, chunk_rows, name="mlp")(ln_2(x)), {}
         y, aux = MoeMlp(
             num_experts=self.moe.num_experts,
             num_selected_experts=self.moe.num_selected_experts,
@@ -155,12 +144,13 @@ class Block(nn.Module):
             deterministic=self.deterministic,
             dtype=dtype,
             name="moe",
-        )(h)
-        return x + y, aux
+        )(ln_2(x), read)
+        return pick(x, read) + y, aux
 
 
 def apply_blocks(
     x: Array,
+    read: Array,
     segments: Array | None = None,
     *,
     num_layers: int,
@@ -175,8 +165,9 @@ def apply_blocks(
 ) -> tuple[Array, dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
-    x (B, L, D), segments as in `Attention` -> (x, aux); aux leaves are stacked over the MoE blocks on axis 1:
-    router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
+    x (B, L, D), read and segments as in `Block` -> (U * P, D) and aux, whose leaves are stacked over the MoE
+    blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
+    The feed-forward layer of the last block is computed for the tokens that are read alone.
     """
     block_class = _rematerialised(run.remat)
     first_moe = first_moe_layer(num_layers, moe)
@@ -193,9 +184,10 @@ def apply_blocks(
             deterministic=deterministic,
             name=f"resblocks_{i}",
         )
-        x, aux = block(split_batch(x), segments)
+        x, aux = block(split_batch(x), segments, read if i == num_layers - 1 else None)
         if aux:
             block_aux.append(aux)
+    x = x.reshape(-1, x.shape[-1])
     if not block_aux:
         return x, {}
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *block_aux)
@@ -215,48 +207,6 @@ def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:
     if moe.num_moe_layers is None:
         return 0
     return max(0, num_layers - moe.num_moe_layers)
-
-
-def linear(width: int, dtype: jnp.dtype, stddev: float, name: str) -> nn.Dense:
-    """A linear layer of a block, to `width`."""
-    init = nn.initializers.normal(stddev)
-    return nn.Dense(width, dtype=dtype, kernel_init=init, dot_general=_dot_general, name=name)
-
-
-def _dot_general(x: Array, kernel: Array, dimension_numbers, precision=None) -> Array:
-    """What nn.Dense calls, of `_product`."""
-    del dimension_numbers, precision
-    return _product(x, kernel)
-
-
-@jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    """x (B, L, F), kernel (F, D) -> (B, L, D).
-
-    The kernel's gradient is x^T g as it stands. JAX's own is (g^T x)^T, for which XLA transposes the
-    gradient of the stream on CPU, and computes the layer norms it comes through anew for each column:
-    a quarter of a training step.
-    """
-    return x @ kernel
-
-
-def _product_fwd(x, kernel):
-    """Keeps what the gradients asked for need."""
-    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
-    return x.value @ kernel.value, kept
-
-
-def _product_bwd(kept, g):
-    (x, kernel), dx, dkernel = kept, None, None
-    if kernel is not None:
-        dx = jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
-    if x is not None:
-        rows = [array.reshape(-1, array.shape[-1]) for array in (x, g)]
-        dkernel = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
-    return dx, dkernel
-
-
-_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
 
 
 def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:

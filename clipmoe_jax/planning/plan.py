@@ -286,20 +286,24 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
         ):
             blocks = tower.num_layers - first_moe_layer(tower.num_layers, config.moe)
             num_selected = config.moe.num_selected_experts
-            x = group * length * tower.width * itemsize
-            gates = group * length * num_selected * FLOAT_BYTES
+            tokens = group * np.array([length] * (blocks - 1) + [1])  # of each block; the last computes one
+            x = tokens * tower.width * itemsize
+            gates = tokens.sum() * num_selected * FLOAT_BYTES
             # Where the first MoE block is the first to train, its inputs need no gradient.
-            to_inputs = blocks if shared_train else blocks - 1
+            to_inputs = slice(0 if shared_train else 1, None)
             if run.dispatch == "capacity":
-                buffers = run.capacity_factor * num_selected * x / mesh.shape["expert"]
-                backward = to_inputs + (blocks if experts_train or shared_train else blocks - 1)
-                times = blocks * (2 * passes - recomputes) + backward
-                add(["expert"], f"{what} to experts and back", "all-to-all", times * buffers, 1)
+                num_experts, own = config.moe.num_experts, tokens / mesh.shape["expert"]
+                rows = np.minimum(np.ceil(run.capacity_factor * num_selected * own / num_experts), own)
+                buffers = num_experts * rows * tower.width * itemsize
+                to_outputs = slice(0 if shared_train or experts_train else 1, None)
+                sent = (2 * passes - recomputes) * buffers.sum()
+                sent += buffers[to_inputs].sum() + buffers[to_outputs].sum()
+                add(["expert"], f"{what} to experts and back", "all-to-all", sent, 1)
                 continue
-            add(["expert"], f"{what}, gates, ids", "all-gather", blocks * (x + 2 * gates), passes)
-            add(["expert"], f"{what}' outputs", "reduce-scatter", blocks * x, passes - recomputes)
-            add(["expert"], f"gradients of {what}' outputs", "all-gather", blocks * x, 1)
-            scattered = to_inputs * x + blocks * gates
+            add(["expert"], f"{what}, gates, ids", "all-gather", x.sum() + 2 * gates, passes)
+            add(["expert"], f"{what}' outputs", "reduce-scatter", x.sum(), passes - recomputes)
+            add(["expert"], f"gradients of {what}' outputs", "all-gather", x.sum(), 1)
+            scattered = x[to_inputs].sum() + gates
             add(["expert"], f"gradients of {what}, gates", "reduce-scatter", scattered, 1)
     return found
 

@@ -13,8 +13,7 @@ B, L, H, W = 8, 7, 2, 4
 SEGMENTS = np.array([[0] * 7, [1, 1, 1, 2, 2, 2, 0]] * 4, np.int32)
 
 
-def inputs() -> list[jax.Array]:
-    return [jax.random.normal(key, (B, L, H, W)) for key in jax.random.split(jax.random.key(0), 4)]
+QKV = jax.random.normal(jax.random.key(0), (B, L, 3, H, W))
 
 
 def written_out(query, key, value, causal, segments):
@@ -36,9 +35,8 @@ def written_out(query, key, value, causal, segments):
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "segments"])
 def test_equals_softmax_written_out(implementation, causal, segments):
-    query, key, value, _ = inputs()
-    found = attention(query, key, value, causal=causal, segments=segments, implementation=implementation)
-    wanted = written_out(*(np.asarray(a) for a in (query, key, value)), causal, segments)
+    found = attention(QKV, causal=causal, segments=segments, implementation=implementation)
+    wanted = written_out(*np.moveaxis(np.asarray(QKV), 2, 0), causal, segments)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
@@ -46,32 +44,30 @@ def test_equals_softmax_written_out(implementation, causal, segments):
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "segments"])
 def test_chunked_gradients_equal_those_of_autodiff(monkeypatch, chunk, segments):
     monkeypatch.setattr(module, "CHUNK_SCORES", chunk)
-    *qkv, target = inputs()
+    target = jax.random.normal(jax.random.key(1), (B, L, H, W))
 
     def gradients(implementation):
         def loss(qkv):
-            y = attention(*qkv, causal=True, segments=segments, implementation=implementation)
+            y = attention(qkv, causal=True, segments=segments, implementation=implementation)
             return jnp.sum(y * target)
 
-        return jax.grad(loss)(qkv)
+        return jax.grad(loss)(QKV)
 
-    for found, wanted in zip(gradients("chunked"), gradients("xla"), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(gradients("chunked"), gradients("xla"), atol=1e-5)
 
 
 def test_chunked_stays_on_its_device():
     """Eight devices loop over their own examples: nothing travels."""
     mesh = sharding.make_mesh(2, 2, 2)
-    query, key, value, _ = inputs()
-    placed = sharding.put_batch(mesh, {"q": query, "k": key, "v": value, "s": SEGMENTS})
+    placed = sharding.put_batch(mesh, {"qkv": QKV, "segments": SEGMENTS})
 
     @jax.jit
-    def run(q, k, v, s):
-        return attention(q, k, v, causal=True, segments=s, implementation="chunked")
+    def run(qkv, segments):
+        return attention(qkv, causal=True, segments=segments, implementation="chunked")
 
     with jax.set_mesh(mesh):
         compiled = run.lower(*placed.values()).compile()
         found = run(*placed.values())
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
-    wanted = attention(query, key, value, causal=True, segments=SEGMENTS)
+    wanted = attention(QKV, causal=True, segments=SEGMENTS)
     np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -231,14 +231,15 @@ def test_aux_is_of_the_moe_blocks_alone(config, outputs):
             np.testing.assert_array_equal(aux["dropped_slots"], np.zeros((BATCH, 1)))
 
 
+@pytest.mark.parametrize("chunk_rows", [0, 3])
 @pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("dispatch", ["ragged", "dense"])
-def test_recomputed_blocks_give_the_same_values_and_gradients(inputs, dispatch, remat):
+def test_recomputed_blocks_give_the_same_values_and_gradients(inputs, dispatch, remat, chunk_rows):
     """Of a dense and a MoE block."""
     params = random_params(MOE)
 
-    def value_and_gradient(remat):
-        model = Clip(MOE, RunConfig(remat=remat, dispatch=dispatch))
+    def value_and_gradient(remat, chunk_rows):
+        model = Clip(MOE, RunConfig(remat=remat, dispatch=dispatch, mlp_chunk_rows=chunk_rows))
 
         def value(text_params):
             features, _ = model.apply(
@@ -248,7 +249,9 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(inputs, dispatch, 
 
         return jax.jit(jax.value_and_grad(value))(params["text"])
 
-    chex.assert_trees_all_close(value_and_gradient(remat), value_and_gradient("none"), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(
+        value_and_gradient(remat, chunk_rows), value_and_gradient("none", 0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_bfloat16_is_close_to_float32_and_gives_float32(config, params, inputs, outputs):

@@ -1,0 +1,156 @@
+"""Linear layers, and two with an activation between, with gradients written for what XLA makes of them.
+
+Letters: B batch, L length, N = B*L tokens, D width, F hidden width of a feed-forward layer.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+Array = jax.Array
+
+HIDDEN = "hidden"  # the name of what the first layer of a feed-forward layer makes, before the activation
+
+
+class Linear(nn.Module):
+    """A linear layer to `features`, computed in `dtype`. x (B, L, D) -> (B, L, features)."""
+
+    features: int
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def weights(self, width: int) -> tuple[Array, Array]:
+        """kernel (width, features) and bias (features,) in `dtype`."""
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev), (width, self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.weights(x.shape[-1])
+        return _product(x.astype(self.dtype), kernel) + bias
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear. x (B, L, D) -> (B, L, D).
+
+    chunk_rows: of the N rows that are pulled back at a time, 0 is all.
+    """
+
+    hidden_dim: int
+    activation: Callable[[Array], Array]
+    dtype: jnp.dtype
+    chunk_rows: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        c_fc = Linear(self.hidden_dim, (2 * width) ** -0.5, self.dtype, name="c_fc")
+        c_proj = Linear(width, self.hidden_dim**-0.5, self.dtype, name="c_proj")
+        if self.chunk_rows:
+            weights = *c_fc.weights(width), *c_proj.weights(self.hidden_dim)
+            return _feed_forward(self.activation, self.chunk_rows, x.astype(self.dtype), *weights)
+        return c_proj(self.activation(checkpoint_name(c_fc(x), HIDDEN)))
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    """x (B, L, F), kernel (F, D) -> (B, L, D).
+
+    The kernel's gradient is x^T g as it stands. JAX's own is (g^T x)^T, for which XLA transposes the
+    gradient of the stream on CPU, and computes the layer norms it comes through anew for each column:
+    a quarter of a training step.
+    """
+    return x @ kernel
+
+
+def _product_fwd(x, kernel):
+    """Keeps what the gradients asked for need."""
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return x.value @ kernel.value, kept
+
+
+def _product_bwd(kept, g):
+    (x, kernel), dx, dkernel = kept, None, None
+    if kernel is not None:
+        dx = _contract(g, kernel, g.ndim - 1, 1)
+    if x is not None:
+        dkernel = _contract(_rows(x), _rows(g), 0, 0)
+    return dx, dkernel
+
+
+_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _feed_forward(
+    activation: Callable[[Array], Array],
+    chunk_rows: int,
+    x: Array,
+    fc_kernel: Array,
+    fc_bias: Array,
+    proj_kernel: Array,
+    proj_bias: Array,
+) -> Array:
+    """What `Mlp` computes; of the hidden layer only what comes before the activation is ever kept.
+
+    Its gradients go through a few rows at a time, from g to dx and into sums over the kernels: activations,
+    and gradients as wide as they, stay in the cache. Autodiff on CPU keeps three arrays (N, F) of each block
+    and makes two more.
+    """
+    return _feed_forward_fwd(activation, chunk_rows, x, fc_kernel, fc_bias, proj_kernel, proj_bias)[0]
+
+
+def _feed_forward_fwd(activation, chunk_rows, x, fc_kernel, fc_bias, proj_kernel, proj_bias):
+    h = checkpoint_name(x @ fc_kernel + fc_bias, HIDDEN)
+    return activation(h) @ proj_kernel + proj_bias, (x, h, fc_kernel, proj_kernel)
+
+
+def _feed_forward_bwd(activation, chunk_rows, kept, gradient):
+    x, h, fc_kernel, proj_kernel = kept
+    arrays = _rows(x), _rows(h), _rows(gradient)
+    num_rows = len(arrays[0])
+    chunk_rows = min(chunk_rows, num_rows)
+
+    def pull_back(row, num_rows):
+        """Gradients of the rows, and the sums that they add to the gradients of kernels and bias."""
+        x, h, g = (lax.dynamic_slice_in_dim(array, row, num_rows) for array in arrays)
+        activated, pullback = jax.vjp(activation, h)
+        (dh,) = pullback(_contract(g, proj_kernel, 1, 1))
+        sums = _contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), _contract(activated, g, 0, 0, jnp.float32)
+        return _contract(dh, fc_kernel, 1, 1), sums
+
+    def add_chunk(i, dx_and_sums):
+        dx, sums = dx_and_sums
+        part, more = pull_back(i * chunk_rows, chunk_rows)
+        dx = lax.dynamic_update_slice_in_dim(dx, part, i * chunk_rows, axis=0)
+        return dx, jax.tree.map(jnp.add, sums, more)
+
+    shapes = fc_kernel.shape, h.shape[-1:], proj_kernel.shape
+    zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    num_chunks, rest = divmod(num_rows, chunk_rows)
+    dx, sums = lax.fori_loop(0, num_chunks, add_chunk, (jnp.zeros_like(arrays[0]), zeros))
+    if rest:
+        part, more = pull_back(num_rows - rest, rest)
+        dx = lax.dynamic_update_slice_in_dim(dx, part, num_rows - rest, axis=0)
+        sums = jax.tree.map(jnp.add, sums, more)
+    dkernel, dbias, dproj_kernel = (total.astype(fc_kernel.dtype) for total in sums)
+    return dx.reshape(x.shape), dkernel, dbias, dproj_kernel, arrays[2].sum(axis=0)
+
+
+_feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
+
+
+def _rows(x: Array) -> Array:
+    """(B, L, D) -> (N, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _contract(a: Array, b: Array, axis: int, other: int, dtype: jnp.dtype | None = None) -> Array:
+    """The product over an axis of a and one of b; dtype: of the sums, None is theirs."""
+    return lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type=dtype)
