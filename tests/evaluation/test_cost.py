@@ -31,8 +31,9 @@ def test_hand_and_xla_count_the_same_flops(config, tower):
 
 
 def test_two_experts_cost_one_more_feed_forward_layer_and_the_routers():
-    # 50 tokens of width 768 through 768 x 3072 and back, and 768 x 4 for the router, in two blocks.
-    extra = 2 * (2 * 2 * 50 * 768 * 3072 + 2 * 50 * 768 * 4)
+    # 50 tokens of width 768, in the second block one, through 768 x 3072 and back; in both blocks 50 through
+    # 768 x 4 for the router.
+    extra = 2 * 2 * (50 + 1) * 768 * 3072 + 2 * 2 * 50 * 768 * 4
     dense, moe = (cost.hand_flops(CONFIGS[name], "visual") for name in ("dense", "two of four experts"))
     assert moe - dense == extra
 
@@ -104,8 +105,8 @@ def test_sizes_by_hand(measured, trained):
     for found in (base, moe):
         assert 4 * found["parameters"] < found["peak_bytes"] < 4 * found["parameters"] + 20e6
         assert isinstance(found["best_batch"], int) and isinstance(found["peak_bytes"], int)
-    # 5 tokens of two blocks: one more feed-forward layer of products each, and the router's.
-    extra = 2 * 5 * (2 * 2 * 64 * 256 + 2 * 64 * 4)
-    assert moe["flops_per_image"] - base["flops_per_image"] == extra
-    assert moe["flops_per_caption"] - base["flops_per_caption"] == 64 / 5 * extra
+    # One more feed-forward layer for all tokens of the first block and one of the second; routers of both.
+    for name, length in (("image", 5), ("caption", 64)):
+        extra = 2 * 2 * (length + 1) * 64 * 256 + 2 * 2 * length * 64 * 4
+        assert moe[f"flops_per_{name}"] - base[f"flops_per_{name}"] == extra
     assert 1 < moe["xla_flops_per_image"] / moe["flops_per_image"] < 1.3  # norms count for more at width 64
