@@ -13,7 +13,7 @@ released code; 77 text positions are stretched to 248. COCO_VAL is a folder of i
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
 routers, 64 GiB a GPU at batch 100 each. Here the backward pass computes all but products with weights again
-(`run.remat`): 19 and 23 GiB, compiled for a TPU v5p (`python -m benchmarks.l14_steps`). On one GPU add
+(`run.remat`): 18 and 23 GiB, compiled for a TPU v5p (`python -m benchmarks.l14_steps`). On one GPU add
 `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the same global batch in eight
 parts. Time and memory on a GPU have not been measured with this code yet.
 
