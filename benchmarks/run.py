@@ -157,7 +157,8 @@ def main() -> None:
         if args.out:
             path = pathlib.Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"arguments": vars(args), **found}, indent=1) + "\n")
+            arguments = {name: value for name, value in vars(args).items() if name != "out"}
+            path.write_text(json.dumps({"arguments": arguments, **found}, indent=1) + "\n")
 
     among = list(filter(None, args.groups.split(",")))
     found = run(only, {name: getattr(args, name) for name in names}, args.rounds, among, keep)

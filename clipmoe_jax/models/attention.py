@@ -91,7 +91,7 @@ def _chunked(qkv: Array, segments: Array | None, causal: bool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_in_chunks(causal: bool, qkv: Array, segments: Array) -> Array:
-    def attend(segments, qkv):
+    def attend(qkv, segments):
         query, key, value = _heads_first(qkv)
         parts = []
         for rows, seen in _parts(causal, query.shape[1]):
@@ -101,7 +101,7 @@ def _attend_in_chunks(causal: bool, qkv: Array, segments: Array) -> Array:
             parts.append((y / jnp.sum(p, axis=-1, keepdims=True)).astype(value.dtype))
         return jnp.concatenate(parts, axis=1).swapaxes(0, 1)
 
-    return _map(attend, qkv, segments, qkv)
+    return _map(attend, qkv, segments)
 
 
 def _attend_fwd(causal, *arguments):
@@ -111,7 +111,7 @@ def _attend_fwd(causal, *arguments):
 def _attend_bwd(causal, arguments, gradient):
     """The probabilities again, then the softmax's own gradient."""
 
-    def pull_back(segments, qkv, g):
+    def pull_back(qkv, segments, g):
         query, key, value = _heads_first(qkv)
         g = g.swapaxes(0, 1)
         dq, dk, dv = [], jnp.zeros_like(key), jnp.zeros_like(value)
@@ -124,8 +124,7 @@ def _attend_bwd(causal, arguments, gradient):
             dv = dv.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
         return jnp.stack([part.swapaxes(0, 1) for part in (jnp.concatenate(dq, axis=1), dk, dv)], axis=1)
 
-    qkv, segments = arguments
-    return _map(pull_back, qkv, segments, qkv, gradient), None
+    return _map(pull_back, *arguments, gradient), None
 
 
 _attend_in_chunks.defvjp(_attend_fwd, _attend_bwd)
@@ -160,9 +159,9 @@ def _heads_first(qkv: Array) -> tuple[Array, Array, Array]:
     return query, key, value
 
 
-def _map(function: Callable[..., Array], qkv: Array, *arrays: Array) -> Array:
-    """`function` of one example's part of each array, over all examples, as many at a time as CHUNK_SCORES
-    allows."""
+def _map(function: Callable[..., Array], qkv: Array, *others: Array) -> Array:
+    """`function` of one example's part of qkv and each other array, over all examples, as many at a time as
+    CHUNK_SCORES allows."""
     _, length, _, heads, _ = qkv.shape
     chunk = max(1, CHUNK_SCORES // (heads * length**2))
-    return lax.map(lambda example: function(*example), arrays, batch_size=chunk)
+    return lax.map(lambda example: function(*example), (qkv, *others), batch_size=chunk)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from clipmoe_jax.sharding import devices_in_use
+
 Array = jax.Array
 
 HIDDEN = "hidden"  # the name of what the first layer of a feed-forward layer makes, before the activation
@@ -39,7 +41,7 @@ class Linear(nn.Module):
 class Mlp(nn.Module):
     """Linear, activation, linear. x (B, L, D) -> (B, L, D).
 
-    chunk_rows: of the N rows that are pulled back at a time, 0 is all.
+    chunk_rows: how many of the N rows are pulled back at a time, on one device; 0 is all.
     """
 
     hidden_dim: int
@@ -52,7 +54,7 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         c_fc = Linear(self.hidden_dim, (2 * width) ** -0.5, self.dtype, name="c_fc")
         c_proj = Linear(width, self.hidden_dim**-0.5, self.dtype, name="c_proj")
-        if self.chunk_rows:
+        if self.chunk_rows and devices_in_use() == 1:
             weights = *c_fc.weights(width), *c_proj.weights(self.hidden_dim)
             return _feed_forward(self.activation, self.chunk_rows, x.astype(self.dtype), *weights)
         return c_proj(self.activation(checkpoint_name(c_fc(x), HIDDEN)))
@@ -114,31 +116,24 @@ def _feed_forward_fwd(activation, chunk_rows, x, fc_kernel, fc_bias, proj_kernel
 def _feed_forward_bwd(activation, chunk_rows, kept, gradient):
     x, h, fc_kernel, proj_kernel = kept
     arrays = _rows(x), _rows(h), _rows(gradient)
-    num_rows = len(arrays[0])
-    chunk_rows = min(chunk_rows, num_rows)
+    total_rows = len(arrays[0])
+    chunk_rows = min(chunk_rows, total_rows)
 
-    def pull_back(row, num_rows):
-        """Gradients of the rows, and the sums that they add to the gradients of kernels and bias."""
+    def add(row, num_rows, dx_and_sums):
+        """The rows' gradients into dx; what they add to the gradients of kernels and bias into the sums."""
+        dx, sums = dx_and_sums
         x, h, g = (lax.dynamic_slice_in_dim(array, row, num_rows) for array in arrays)
         activated, pullback = jax.vjp(activation, h)
         (dh,) = pullback(_contract(g, proj_kernel, 1, 1))
-        sums = _contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), _contract(activated, g, 0, 0, jnp.float32)
-        return _contract(dh, fc_kernel, 1, 1), sums
-
-    def add_chunk(i, dx_and_sums):
-        dx, sums = dx_and_sums
-        part, more = pull_back(i * chunk_rows, chunk_rows)
-        dx = lax.dynamic_update_slice_in_dim(dx, part, i * chunk_rows, axis=0)
+        more = _contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), _contract(activated, g, 0, 0, jnp.float32)
+        dx = lax.dynamic_update_slice_in_dim(dx, _contract(dh, fc_kernel, 1, 1), row, axis=0)
         return dx, jax.tree.map(jnp.add, sums, more)
 
     shapes = fc_kernel.shape, h.shape[-1:], proj_kernel.shape
-    zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-    num_chunks, rest = divmod(num_rows, chunk_rows)
-    dx, sums = lax.fori_loop(0, num_chunks, add_chunk, (jnp.zeros_like(arrays[0]), zeros))
-    if rest:
-        part, more = pull_back(num_rows - rest, rest)
-        dx = lax.dynamic_update_slice_in_dim(dx, part, num_rows - rest, axis=0)
-        sums = jax.tree.map(jnp.add, sums, more)
+    zeros = jnp.zeros_like(arrays[0]), tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    num_chunks, rest = divmod(total_rows, chunk_rows)
+    found = lax.fori_loop(0, num_chunks, lambda i, found: add(i * chunk_rows, chunk_rows, found), zeros)
+    dx, sums = add(total_rows - rest, rest, found) if rest else found
     dkernel, dbias, dproj_kernel = (total.astype(fc_kernel.dtype) for total in sums)
     return dx.reshape(x.shape), dkernel, dbias, dproj_kernel, arrays[2].sum(axis=0)
 

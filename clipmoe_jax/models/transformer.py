@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from clipmoe_jax.models.attention import attention
 from clipmoe_jax.models.linear import HIDDEN, Linear, Mlp
 from clipmoe_jax.models.moe import MoeMlp, pick
-from clipmoe_jax.sharding import devices_in_use, split_batch
+from clipmoe_jax.sharding import split_batch
 
 Array = jax.Array
 
@@ -130,8 +130,8 @@ class Block(nn.Module):
         ln_2, activation = layer_norm(self.layer_norm_eps, dtype, "ln_2"), ACTIVATIONS[self.activation]
         if self.moe is None:
             x = pick(x, read)
-            chunk_rows = self.run.mlp_chunk_rows if devices_in_use() == 1 else 0
-            return x + Mlp(self.mlp_width, activation, dtype, chunk_rows, name="mlp")(ln_2(x)), {}
+            mlp = Mlp(self.mlp_width, activation, dtype, self.run.mlp_chunk_rows, name="mlp")
+            return x + mlp(ln_2(x)), {}
         y, aux = MoeMlp(
             num_experts=self.moe.num_experts,
             num_selected_experts=self.moe.num_selected_experts,
