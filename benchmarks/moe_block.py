@@ -45,9 +45,9 @@ def make_calls(
         if layer == DENSE:
             mlp = Mlp(hidden, quick_gelu, dtype)
             return mlp.apply, mlp.init(jax.random.key(2), x)
-        multiply = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+        grouped_mlp = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
         moe = MoeMlp(
-            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_matmul=multiply, dtype=dtype
+            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_mlp=grouped_mlp, dtype=dtype
         )
         return (lambda params, x: moe.apply(params, x)[0]), moe.init(jax.random.key(2), x)
 

@@ -225,7 +225,7 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
         dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=config.run.remat,
         dispatch=config.moe.dispatch or ("dense" if platform in ("gpu", "cuda") else "ragged"),
-        grouped_matmul="blocks" if platform == "cpu" else "ragged_dot",
+        grouped_mlp="blocks" if platform == "cpu" else "ragged_dot",
         attention=config.run.attention or {"cuda": "cudnn", "cpu": "chunked"}.get(platform, "xla"),
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,

@@ -1,7 +1,7 @@
 """Three ways to run the experts that a router chose, under one contract.
 
-Letters: N tokens, D width, F expert hidden width, E experts, K selected experts, R rows sorted by expert
-(N*K routed slots and some spare), C rows of an expert's buffer.
+Letters: N tokens, D width, E experts, K selected experts, R rows sorted by expert (N*K routed slots and
+some spare), C rows of an expert's buffer.
 
 Contract of a dispatch function `(x, gates, expert_ids, experts, hidden) -> (y, dropped)`:
   x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where to dense and ragged an id of E means "not an
@@ -15,100 +15,16 @@ second layer makes of each slot is then neither kept nor needed for the gate's g
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from clipmoe_jax.models.grouped_matmul import GROUPED_MATMULS, NARROW_BLOCK
+from clipmoe_jax.models.experts import GROUPED_MLPS, NARROW_BLOCK, Experts, Hidden
 from clipmoe_jax.models.linear import HIDDEN
 
 Array = jax.Array
-
-
-class Experts(NamedTuple):
-    """Stacked feed-forward layers."""
-
-    fc_kernel: Array  # (E, D, F)
-    fc_bias: Array  # (E, F)
-    proj_kernel: Array  # (E, F, D)
-    proj_bias: Array  # (E, D)
-
-
-class Hidden(NamedTuple):
-    """What happens between the two layers of an expert: activation, dropout, and the gate.
-
-    dropout_key: None where nothing is dropped out. chunk_rows: how many rows are drawn masks for, and pulled
-    back, at a time; 0 is all.
-    """
-
-    activation: Callable[[Array], Array]
-    dropout_key: Array | None = None
-    dropout_rate: float = 0.0
-    chunk_rows: int = 0
-
-    def __call__(self, h: Array, gates: Array) -> Array:
-        """h (N, ..., F), gates (N, ..., 1) -> as h."""
-        kept = None if self.dropout_key is None else self._draw(h.shape)
-        return _gated(self._replace(dropout_key=None), h, kept, gates)
-
-    def _draw(self, shape: tuple[int, ...]) -> Array:
-        def draw(row, rows):
-            key = jax.random.fold_in(self.dropout_key, row) if self.chunk_rows else self.dropout_key
-            return jax.random.bernoulli(key, 1 - self.dropout_rate, rows.shape)
-
-        return _by_rows(draw, jnp.zeros(shape, bool), self.chunk_rows)
-
-
-def _gate(hidden: Hidden, h: Array, kept: Array | None, gates: Array) -> Array:
-    h = hidden.activation(h)
-    if kept is not None:
-        h = jnp.where(kept, h / (1 - hidden.dropout_rate), 0)
-    return h * gates
-
-
-_gated = jax.custom_vjp(_gate, nondiff_argnums=(0,))
-
-
-def _gated_fwd(hidden, *arguments):
-    return _gate(hidden, *arguments), arguments
-
-
-def _gated_bwd(hidden, arguments, g):
-    """From the arguments alone: activations are computed again. XLA on CPU would find that they were computed
-    in the forward pass and keep those, but it does not look into loops."""
-
-    def pull_back(_, part):
-        h, kept, gates, g = part
-        return jax.vjp(lambda h, gates: _gate(hidden, h, kept, gates), h, gates)[1](g)
-
-    dh, dgates = _by_rows(pull_back, (*arguments, g), hidden.chunk_rows)
-    return dh, None, dgates
-
-
-_gated.defvjp(_gated_fwd, _gated_bwd)
-
-
-def _by_rows(function: Callable[[Array | int, Any], Any], arrays: Any, chunk_rows: int) -> Any:
-    """`function(first row, those rows of arrays)`, `chunk_rows` at a time, 0 is all; some may come twice."""
-    num_rows = len(jax.tree.leaves(arrays)[0])
-    if not 0 < chunk_rows < num_rows:
-        return function(0, arrays)
-
-    def compute(row):
-        part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, chunk_rows), arrays)
-        return function(row, part)
-
-    def add(i, outputs):
-        row = jnp.minimum(i * chunk_rows, num_rows - chunk_rows)
-        found = compute(row)
-        return jax.tree.map(lambda o, f: lax.dynamic_update_slice_in_dim(o, f, row, 0), outputs, found)
-
-    shapes = jax.eval_shape(compute, 0)
-    zeros = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), shapes)
-    return lax.fori_loop(0, math.ceil(num_rows / chunk_rows), add, zeros)
 
 
 def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
@@ -127,23 +43,22 @@ def ragged(
     experts: Experts,
     hidden: Hidden,
     *,
-    multiply: Callable[[Array, Array, Array | None, Array], Array],
+    grouped_mlp: Callable[[Array, Array, Array, Experts, Hidden], Array],
 ) -> tuple[Array, Array]:
-    """Sorts the routed slots by expert and multiplies each group by its expert's matrix. Exact.
+    """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
-    multiply: of GROUPED_MATMULS.
+    grouped_mlp: of GROUPED_MLPS.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    # Slots past N*K belong to no expert, sort last, and give `multiply` the spare rows it asks for.
+    # Slots past N*K belong to no expert, sort last, and are the spare rows that `grouped_mlp` asks for.
     slot_expert = jnp.pad(expert_ids.reshape(-1), (0, NARROW_BLOCK), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
     group_sizes = jnp.bincount(slot_expert, length=num_experts).astype(jnp.int32)
 
     rows = _rows_from_tokens(x, order, position)
-    h = checkpoint_name(multiply(rows, experts.fc_kernel, experts.fc_bias, group_sizes), HIDDEN)
     row_gates = _rows_from_tokens(gates.astype(x.dtype).reshape(-1, 1), order, position)
-    y = multiply(hidden(h, row_gates), experts.proj_kernel, None, group_sizes)
+    y = grouped_mlp(rows, row_gates, group_sizes, experts, hidden)
     y = jnp.where(slot_expert[order][:, None] < num_experts, y, 0)
 
     y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
@@ -230,17 +145,17 @@ def gathered(
 
 
 def make_dispatch(
-    name: str, capacity_factor: float, grouped_matmul: str, expert_axis: str | None = None
+    name: str, capacity_factor: float, grouped_mlp: str, expert_axis: str | None = None
 ) -> Callable[..., tuple[Array, Array]]:
     """The dispatch function called `name`; inside shard_map over the axis that splits the experts.
 
-    grouped_matmul: of GROUPED_MATMULS, what `ragged` multiplies with.
+    grouped_mlp: of GROUPED_MLPS, what `ragged` runs the experts by.
     """
     if name == "capacity":
         return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
     if name not in ("dense", "ragged"):
         raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
-    local = functools.partial(ragged, multiply=GROUPED_MATMULS[grouped_matmul]) if name == "ragged" else dense
+    local = functools.partial(ragged, grouped_mlp=GROUPED_MLPS[grouped_mlp]) if name == "ragged" else dense
     return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
 
 

@@ -80,9 +80,9 @@ def _product_fwd(x, kernel):
 def _product_bwd(kept, g):
     (x, kernel), dx, dkernel = kept, None, None
     if kernel is not None:
-        dx = _contract(g, kernel, g.ndim - 1, 1)
+        dx = contract(g, kernel, g.ndim - 1, 1)
     if x is not None:
-        dkernel = _contract(_rows(x), _rows(g), 0, 0)
+        dkernel = contract(_rows(x), _rows(g), 0, 0)
     return dx, dkernel
 
 
@@ -124,9 +124,9 @@ def _feed_forward_bwd(activation, chunk_rows, kept, gradient):
         dx, sums = dx_and_sums
         x, h, g = (lax.dynamic_slice_in_dim(array, row, num_rows) for array in arrays)
         activated, pullback = jax.vjp(activation, h)
-        (dh,) = pullback(_contract(g, proj_kernel, 1, 1))
-        more = _contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), _contract(activated, g, 0, 0, jnp.float32)
-        dx = lax.dynamic_update_slice_in_dim(dx, _contract(dh, fc_kernel, 1, 1), row, axis=0)
+        (dh,) = pullback(contract(g, proj_kernel, 1, 1))
+        more = contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), contract(activated, g, 0, 0, jnp.float32)
+        dx = lax.dynamic_update_slice_in_dim(dx, contract(dh, fc_kernel, 1, 1), row, axis=0)
         return dx, jax.tree.map(jnp.add, sums, more)
 
     shapes = fc_kernel.shape, h.shape[-1:], proj_kernel.shape
@@ -146,6 +146,6 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _contract(a: Array, b: Array, axis: int, other: int, dtype: jnp.dtype | None = None) -> Array:
+def contract(a: Array, b: Array, axis: int, other: int, dtype: jnp.dtype | None = None) -> Array:
     """The product over an axis of a and one of b; dtype: of the sums, None is theirs."""
     return lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type=dtype)

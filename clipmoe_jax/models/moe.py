@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.grouped_matmul import WIDE_BLOCK
+from clipmoe_jax.models.experts import Experts, Hidden
 from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 
 Array = jax.Array
@@ -79,7 +79,7 @@ class MoeMlp(nn.Module):
     hidden_dim: int
     activation: Callable[[Array], Array]
     dispatch: str = "ragged"
-    grouped_matmul: str = "blocks"
+    grouped_mlp: str = "blocks"
     capacity_factor: float = 1.25
     dropout_rate: float = 0.0
     deterministic: bool = True
@@ -100,7 +100,7 @@ class MoeMlp(nn.Module):
         gates, expert_ids = route(pick(router_logits, read), self.num_selected_experts)
 
         fc_stddev, proj_stddev = (2 * width) ** -0.5, self.hidden_dim**-0.5
-        experts = dispatch.Experts(
+        experts = Experts(
             *StackedLinear(num_experts, width, self.hidden_dim, fc_stddev, name="c_fc")(),
             *StackedLinear(num_experts, self.hidden_dim, width, proj_stddev, name="c_proj")(),
         )
@@ -117,7 +117,7 @@ class MoeMlp(nn.Module):
             activation=self.activation,
             name=self.dispatch,
             capacity_factor=self.capacity_factor,
-            grouped_matmul=self.grouped_matmul,
+            grouped_mlp=self.grouped_mlp,
         )
         if read is not None:
             units = jnp.arange(len(read))[:, None]
@@ -131,21 +131,20 @@ def _run_experts(
     x: Array,
     gates: Array,
     expert_ids: Array,
-    experts: dispatch.Experts,
+    experts: Experts,
     *,
     dropout_key: Array | None,
     dropout_rate: float,
     activation: Callable[[Array], Array],
     name: str,
     capacity_factor: float,
-    grouped_matmul: str,
+    grouped_mlp: str,
 ) -> tuple[Array, Array]:
     """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
 
     def run(x, gates, expert_ids, experts, key, expert_axis=None):
-        chunk_rows = WIDE_BLOCK if grouped_matmul == "blocks" else 0
-        hidden = dispatch.Hidden(activation, key, dropout_rate, chunk_rows)
-        run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_matmul, expert_axis)
+        hidden = Hidden(activation, key, dropout_rate)
+        run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_mlp, expert_axis)
         return run_experts(x, gates, expert_ids, experts, hidden)
 
     if devices_in_use() == 1:

@@ -65,7 +65,7 @@ class RunConfig:
     remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights
     (KEPT), so scores, norms and activations; "full": each block from its input.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
-    grouped_matmul: what "ragged" multiplies with, "blocks" (CPU) or "ragged_dot" (TPU).
+    grouped_mlp: what "ragged" runs experts by, "blocks" (CPU) or "ragged_dot" (TPU); models/experts.py.
     attention: "xla", "chunked" or "cudnn" (models/attention.py).
     mlp_chunk_rows: how many rows of a dense feed-forward layer are pulled back at a time (on one CPU device,
       models/linear.py); 0 is all.
@@ -76,7 +76,7 @@ class RunConfig:
     dtype: str = "float32"
     remat: str = "none"
     dispatch: str = "ragged"
-    grouped_matmul: str = "blocks"
+    grouped_mlp: str = "blocks"
     attention: str = "xla"
     mlp_chunk_rows: int = 0
     capacity_factor: float = 1.25
@@ -138,7 +138,7 @@ class Block(nn.Module):
             hidden_dim=self.mlp_width,
             activation=activation,
             dispatch=self.run.dispatch,
-            grouped_matmul=self.run.grouped_matmul,
+            grouped_mlp=self.run.grouped_mlp,
             capacity_factor=self.run.capacity_factor,
             dropout_rate=self.run.expert_dropout_rate,
             deterministic=self.deterministic,

@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.grouped_matmul import GROUPED_MATMULS, NARROW_BLOCK
+from clipmoe_jax.models.experts import GROUPED_MLPS, NARROW_BLOCK, WIDE_BLOCK, Experts, Hidden
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
 
 EXACT = {"dense": {}, "ragged": {}, "capacity": {"capacity_factor": 2.0}}  # 2 = E / K never drops
 N, D, F, E, K = 2 * 13, 8, 12, 4, 2
-AS_IT_IS = dispatch.Hidden(lambda h: h)
+AS_IT_IS = Hidden(lambda h: h)
 
 
 def make_layer(name="ragged", **fields):
@@ -88,49 +88,68 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-def test_grouped_matmul_equals_a_product_for_each_group(sizes):
-    rows = 400 + NARROW_BLOCK
-    x, kernels, biases, g = (
-        jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(rows, D), (E, D, F), (E, F), (rows, F)])
-    )
-    group_sizes = jnp.array(sizes, jnp.int32)
-    used = sum(sizes)
-    g = g.at[used:].set(0)
+def random_experts():
+    shapes = (E, D, F), (E, F), (E, F, D), (E, D)
+    return Experts(*(jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)))
 
-    def by_group(x, kernels, biases):
-        ends = np.cumsum(sizes)
-        parts = [
-            x[end - n : end] @ kernels[e] + biases[e]
-            for e, (end, n) in enumerate(zip(ends, sizes, strict=True))
-        ]
+
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("name", GROUPED_MLPS)
+def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
+    """Values, and gradients for rows, gates and experts."""
+    used, ends, experts, hidden = sum(sizes), np.cumsum(sizes), random_experts(), Hidden(quick_gelu)
+    rows = jax.random.normal(jax.random.key(4), (400 + NARROW_BLOCK, D))
+    gates = jax.random.uniform(jax.random.key(5), (len(rows), 1))
+
+    def by_group(rows, gates, experts):
+        parts = []
+        for e, (end, n) in enumerate(zip(ends, sizes, strict=True)):
+            h = quick_gelu(rows[end - n : end] @ experts.fc_kernel[e] + experts.fc_bias[e])
+            parts.append(h * gates[end - n : end] @ experts.proj_kernel[e])
         return jnp.concatenate(parts)
 
-    expected, expected_pullback = jax.vjp(by_group, x, kernels, biases)
-    for multiply in GROUPED_MATMULS.values():
-        y, pullback = jax.vjp(lambda *a, f=multiply: f(*a, group_sizes)[:used], x, kernels, biases)
-        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-        chex.assert_trees_all_close(pullback(g[:used]), expected_pullback(g[:used]), rtol=1e-4, atol=1e-4)
+    def grouped(rows, gates, experts):
+        return GROUPED_MLPS[name](rows, gates, jnp.array(sizes, jnp.int32), experts, hidden)[:used]
+
+    expected, expected_pullback = jax.vjp(by_group, rows, gates, experts)
+    y, pullback = jax.vjp(jax.jit(grouped), rows, gates, experts)
+    np.testing.assert_allclose(grouped(rows, gates, experts), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("num_rows", [200, 256, 300, 768])
-def test_hidden_in_chunks_of_rows_has_the_gradient_of_all_at_once(num_rows):
-    """Values too; the masks of both passes are one, and those of two chunks are not."""
-    key, chunk = jax.random.key(0), 256
-    h, gates = jax.random.normal(key, (num_rows, F)), jax.random.uniform(key, (num_rows, 1))
-    hidden = dispatch.Hidden(quick_gelu, key, 0.25, chunk)
-    y, pullback = jax.vjp(hidden, h, gates)
-    kept = y != 0
-    assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / kept.size) ** 0.5
-    assert num_rows < 2 * chunk or not np.array_equal(kept[:chunk], kept[chunk : 2 * chunk])
+def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block():
+    """Of units that are all one: what is kept is what comes out, and the gradient of a gate counts it."""
+    num_rows, width, rate = 2 * WIDE_BLOCK + 70, 32, 0.25
+    hidden = Hidden(lambda h: h, jax.random.key(0), rate)
+    experts = Experts(*(jnp.zeros((1, width, width)), jnp.ones((1, width)), jnp.eye(width)[None]), None)
+    rows, gates = jnp.zeros((num_rows + NARROW_BLOCK, width)), jnp.ones((num_rows + NARROW_BLOCK, 1))
 
-    def whole(h, gates):
-        return jnp.where(kept, quick_gelu(h) / 0.75, 0) * gates
+    def run(gates):
+        return GROUPED_MLPS["blocks"](rows, gates, jnp.array([num_rows]), experts, hidden)[:num_rows]
 
-    expected, expected_pullback = jax.vjp(whole, h, gates)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(pullback(y), expected_pullback(y), rtol=1e-5, atol=1e-6)
+    y, pullback = jax.vjp(run, gates)
+    kept = np.asarray(y) != 0
+    assert abs(kept.mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.size) ** 0.5
+    np.testing.assert_allclose(y, kept / (1 - rate), rtol=1e-6)
+    (dgates,) = pullback(jnp.ones_like(y))
+    np.testing.assert_allclose(dgates[:num_rows, 0], y.sum(axis=1), rtol=1e-5)
+    starts = 0, WIDE_BLOCK, 2 * WIDE_BLOCK, 2 * WIDE_BLOCK + NARROW_BLOCK
+    assert len({kept[start : start + 6].tobytes() for start in starts}) == len(starts)
+
+
+@pytest.mark.parametrize(("train", "products"), [(False, 4), (True, 6)], ids=["frozen", "trained"])
+def test_frozen_experts_cost_no_gradient(train, products):
+    """Two products forward, two for the rows' gradient, two for the kernels'; in blocks wide and narrow."""
+    shape = 400 + NARROW_BLOCK, D
+
+    def loss(rows, experts, sizes):
+        y = GROUPED_MLPS["blocks"](rows, jnp.ones((len(rows), 1)), sizes, experts, Hidden(quick_gelu))
+        return jnp.sum(jnp.sin(y))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if train else 0))
+    compiled = gradient.lower(jnp.ones(shape), random_experts(), jnp.full(E, 100)).compile().as_text()
+    assert compiled.count(" dot(") == 2 * products
 
 
 def test_capacity_drops_second_choices_first_and_counts_them():
@@ -138,7 +157,7 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     # so each expert drops its third token: one first choice and one second choice of token 2.
     x = jnp.ones((3, D))
     gates, expert_ids = jnp.full((3, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (3, 1))
-    experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
+    experts = Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
     y, dropped = dispatch.capacity(x, gates, expert_ids, experts, AS_IT_IS, capacity_factor=1.0)
     np.testing.assert_array_equal(dropped, [0, 0, 2])
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
@@ -221,7 +240,7 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
     hand above, eight times. Buffers travel, and nothing is gathered."""
     x = jnp.ones((24, D))
     gates, expert_ids = jnp.full((24, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (24, 1))
-    experts = dispatch.Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
+    experts = Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
     tokens, stacked = PartitionSpec(sharding.BATCH_AXES), PartitionSpec("expert")
     run = dispatch.make_dispatch("capacity", 1.0, "blocks", "expert")
     with jax.set_mesh(sharding.make_mesh(2, 1, 4)):
