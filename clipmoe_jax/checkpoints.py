@@ -61,8 +61,9 @@ def load_model(
     return config, jax.tree.map(np.asarray, params) if place is None else params
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_params(config: ClipConfig) -> dict:
-    """The model's param tree as ShapeDtypeStructs; nothing is allocated."""
+    """The model's param tree as ShapeDtypeStructs, not to be changed; nothing is allocated."""
     model, size = Clip(config), config.vision.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     if config.text is None:

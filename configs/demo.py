@@ -54,4 +54,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.mcl.num_steps = 24
         config.router.num_steps = 24
         config.checkpoint.every_steps = 10
+        config.data.packing_steps = 2
     return config

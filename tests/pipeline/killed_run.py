@@ -32,6 +32,7 @@ def config():
     config = default_config()
     config.data.digit_scenes = 64
     config.data.in_memory = True
+    config.data.packing_steps = 2  # each number of rows is a program to compile
     config.base.architecture = ClipConfig(
         embed_dim=16,
         vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),

@@ -167,14 +167,13 @@ def losses_of(workdir) -> dict[tuple[str, int], float]:
     return {(line["phase"], line["step"]): line["loss"] for line in lines}
 
 
-@pytest.mark.parametrize(("num_processes", "num_devices"), [(1, 4), (2, 2)])
-def test_a_run_goes_on_with_other_processes_and_devices(tmp_path, alone, stopped, num_processes, num_devices):
-    """Saved on eight devices; finished by four of one process, or of two."""
+def test_a_run_goes_on_with_other_processes_and_devices(tmp_path, alone, stopped):
+    """Saved on eight devices of one process; finished by four of two."""
     workdir = tmp_path / "workdir"
     shutil.copytree(stopped, workdir)
     before = losses_of(workdir)
     assert max(step for phase, step in before if phase == "mcl_1") == 5
-    assert_finished(run(workdir, "nowhere", num_processes=num_processes, num_devices=num_devices))
+    assert_finished(run(workdir, "nowhere", num_processes=2, num_devices=2))
     expected, found = losses_of(alone), losses_of(workdir)
     after = expected.keys() - before.keys()
     assert {("mcl_1", 6), ("mcl_1", 7), ("router", 7)} <= after and found.keys() == expected.keys()
