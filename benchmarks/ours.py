@@ -3,6 +3,7 @@
 Each section is a function `(workload, group) -> {program: function that makes it}`.
 """
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks import moe_block
 from benchmarks.timing import Program
-from benchmarks.workload import ATTENTION, RULES, Workload
+from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload
 from clipmoe_jax import sharding, trees
 from clipmoe_jax.models.attention import IMPLEMENTATIONS, attention
 from clipmoe_jax.models.clip import normalize_features
@@ -90,9 +91,13 @@ def attention_section(workload: Workload, group: str) -> Builders:
         function, arguments = attend(workload, group, implementation)
         return _program(lambda: function(*arguments), workload.attention_flops(group), workload.batch)
 
+    return {f"{NAME} {name}": lambda name=name: build(name) for name in implementations(workload)}
+
+
+def implementations(workload: Workload) -> list[str]:
+    """Of attention, that this platform has."""
     has_cudnn = workload.platform == "cuda" and workload.dtype != "float32"
-    names = [name for name in IMPLEMENTATIONS if name != "cudnn" or has_cudnn]
-    return {f"{NAME} {name}": lambda name=name: build(name) for name in names}
+    return [name for name in IMPLEMENTATIONS if name != "cudnn" or has_cudnn]
 
 
 def moe(workload: Workload, group: str) -> Builders:
@@ -142,6 +147,18 @@ def steps(workload: Workload, group: str) -> Builders:
     return {NAME: build}
 
 
+def settings(workload: Workload, group: str) -> Builders:
+    """A step with each value that a field of the config can have. group: the field."""
+    kind, values = SETTINGS[group]
+    values = implementations(workload) if group == "run.attention" else values
+
+    def build(value: str) -> Program:
+        chosen = dataclasses.replace(workload, settings=((group, value),))
+        return steps(chosen, kind)[NAME]()
+
+    return {value: lambda value=value: build(value) for value in values}
+
+
 def embed(workload: Workload, group: str) -> Builders:
     """Unit features of images and captions, as the stages embed a data set. group: the batch size."""
     size = int(group)
@@ -165,5 +182,6 @@ SECTIONS = {
     "attention": attention_section,
     "moe": moe,
     "steps": steps,
+    "settings": settings,
     "embed": embed,
 }

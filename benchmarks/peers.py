@@ -277,5 +277,6 @@ SECTIONS = {
     "attention": attention,
     "moe": moe,
     "steps": steps,
+    "settings": lambda workload, group: {},
     "embed": embed,
 }

@@ -3,12 +3,15 @@
     python -m benchmarks.run                                     # sizes for this platform, minutes to an hour
     python -m benchmarks.run --only=towers,steps --variant=ViT-B/32 --batch=32 --text=248 --dtype=float32
     python -m benchmarks.run --caption_tokens=60                 # captions of realistic length, not all full
+    python -m benchmarks.run --only=settings,embed               # what to set on this device
     python -m benchmarks.run --variant=tiny --batch=4 --text=32 --rounds=1    # to try the command
 
 Sections: peak (always), towers, attention, moe, steps (MCL, routers, everything trains), embed, start (of
-processes), loader, demo. Programs of a group take turns; a time is the median of the rounds, a ratio
-the median of the ratios of each round: "2.00 x PyTorch" is twice as fast. FLOPs are those of the model
-(clipmoe_jax/models/flops.py): padding and what is computed again do not count.
+processes), loader, demo; and only where it is asked for settings: steps with every attention, exact dispatch
+and remat. Of settings and embed the fastest are named as flags for `clipmoe_jax.main`. Programs of a group
+take turns; a time is the median of the rounds, a ratio the median of the ratios of each round: "2.00 x
+PyTorch" is twice as fast. FLOPs are those of the model (clipmoe_jax/models/flops.py): padding and what is
+computed again do not count.
 
 PyTorch's side is transformers' CLIPModel (SDPA attention, not compiled) on the same weights, and as mixture a
 CLIPModel with a masked loop over the experts, as the released code has it; its captions are padded to the
@@ -25,11 +28,13 @@ from typing import Any
 from benchmarks import commands
 from benchmarks.sides import Row, Sides, say
 from benchmarks.table import format_found
+from benchmarks.worker import OURS
 from clipmoe_jax.accelerators import of_kind
 
-ON_DEVICE = ("peak", "towers", "attention", "moe", "steps", "embed")
+ON_DEVICE = ("peak", "towers", "attention", "moe", "steps", "settings", "embed")
 SECTIONS = (*ON_DEVICE, *commands.SECTIONS)
 PEAK_ROUNDS = 9  # of which the fastest is the peak
+BEST = "fastest, batch "
 WORTH_IT = 1.03  # embed: a batch twice the size is tried while some program gains as much
 
 
@@ -119,6 +124,18 @@ def best_batches(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def fastest_settings(rows: Sequence[Row]) -> list[str]:
+    """Flags for `clipmoe_jax.main`: the values with the fastest steps, and the best batch to embed."""
+    rows = [row for row in rows if "error" not in row]
+    fastest: dict[str, Row] = {}
+    for row in (row for row in rows if row["section"] == "settings"):
+        fastest[row["group"]] = min(row, fastest.get(row["group"], row), key=lambda r: r["milliseconds"])
+    flags = [f"--config.{field}={row['program']}" for field, row in fastest.items()]
+    ours = [row for row in rows if row["section"] == "embed" and row["program"] == OURS]
+    batches = [row["group"].removeprefix(BEST) for row in ours if row["group"].startswith(BEST)]
+    return [*flags, *(f"--config.embed.batch_size={batch}" for batch in batches)]
+
+
 def peak_of(rows: Sequence[Row], device_kind: str, dtype: str) -> dict[str, Any]:
     """What MFU is a share of: the vendor's peak where it is known, else the fastest square product.
 
@@ -137,7 +154,8 @@ def peak_of(rows: Sequence[Row], device_kind: str, dtype: str) -> dict[str, Any]
 def main() -> None:
     """Measures, prints the table, writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
+    usual = ",".join(name for name in SECTIONS if name != "settings")
+    parser.add_argument("--only", default=usual, help="sections, with commas between")
     parser.add_argument("--groups", default="", help="of the sections: --only=steps --groups=mcl,router")
     parser.add_argument("--variant", default="", help="ViT-B/32 on CPU, else ViT-L/14")
     parser.add_argument("--batch", type=int, default=0, help="pairs; 32 on CPU, else 100")
@@ -163,6 +181,8 @@ def main() -> None:
     among = list(filter(None, args.groups.split(",")))
     found = run(only, {name: getattr(args, name) for name in names}, args.rounds, among, keep)
     print(format_found(found, args.markdown))
+    if flags := fastest_settings(found["rows"]):
+        print(f"fastest: {' '.join(flags)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.tokenizer import END_ID, PAD_ID, START_ID
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
+from clipmoe_jax.models.attention import IMPLEMENTATIONS
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.transformer import REMAT
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import MAX_LOGIT_SCALE, LossConfig
 
@@ -42,11 +44,19 @@ ATTENTION = {
     for gradient in (False, True)
 }
 
+# {field of a config: (kind of step, values)}: what the section `settings` times.
+SETTINGS = {
+    "run.attention": ("mcl", IMPLEMENTATIONS),
+    "moe.dispatch": ("router", ("ragged", "dense")),
+    "run.remat": ("router", REMAT),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Sizes of everything. text: the context length. caption_tokens: mean length of the captions, 0 is all of
-    the context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`."""
+    the context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. settings: (field, value) of
+    the config, instead of its own."""
 
     variant: str
     batch: int
@@ -55,6 +65,7 @@ class Workload:
     platform: str
     caption_tokens: int = 0
     expert_dropout_rate: float = 0.1
+    settings: tuple[tuple[str, str], ...] = ()
 
     def config(self) -> ConfigDict:
         """The default config at these sizes."""
@@ -66,6 +77,7 @@ class Workload:
         config.moe.expert_dropout_rate = self.expert_dropout_rate
         for section in (config.mcl, config.router):
             section.batch_size = self.batch
+        config.update_from_flattened_dict(dict(self.settings))
         return config
 
     def model(self, kind: str) -> Clip:
@@ -199,6 +211,7 @@ class Workload:
             "moe": ["forward", "forward+gradient"],
             "steps": list(RULES),
             "embed": [str(self.batch * 2**i) for i in range(7)],
+            "settings": list(SETTINGS),
         }[section]
 
 

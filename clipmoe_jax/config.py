@@ -219,7 +219,7 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     Empty fields are chosen here. On CPU ragged dispatch is the fastest exact one (benchmarks/moe_block.py).
     On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product with every expert's matrix
     for every row (openxla/xla pull request 45996), K times the work of dense dispatch. Neither has been
-    measured here.
+    measured here; `python -m benchmarks.run --only=settings` measures and names what is fastest on a device.
     """
     return RunConfig(
         dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),

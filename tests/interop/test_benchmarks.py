@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ours, peers, run, sides, table, timing
-from benchmarks.workload import ATTENTION, RULES, Workload
+from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload
 from clipmoe_jax import accelerators, checkpoints, trees
 from clipmoe_jax.interop import huggingface
 from clipmoe_jax.models import flops
@@ -124,6 +124,40 @@ def test_rows_follow_from_seconds():
         "| s: g | b | 6,000.00 | 1.7 | 1.333 |  |  |",
         "| s: g | c |  |  |  |  | not measured: out of memory |",
     ]
+
+
+def test_fastest_settings_are_told_as_flags():
+    """Of what ran; of PyTorch's batch nothing."""
+
+    def row(section, group, program, milliseconds=1.0, **fields):
+        return {"section": section, "group": group, "program": program, "milliseconds": milliseconds} | fields
+
+    rows = [
+        row("settings", "run.attention", "xla", 3.0),
+        row("settings", "run.attention", "cudnn", 2.0),
+        row("settings", "run.remat", "dots", 9.0),
+        {"section": "settings", "group": "run.remat", "program": "none", "error": "out of memory"},
+        row("embed", "batch 64", "clipmoe_jax"),
+        row("embed", "fastest, batch 128", "clipmoe_jax"),
+        row("embed", "fastest, batch 256", "PyTorch"),
+        row("steps", "mcl", "clipmoe_jax"),
+    ]
+    flags = run.fastest_settings(rows)
+    assert flags == [
+        "--config.run.attention=cudnn",
+        "--config.run.remat=dots",
+        "--config.embed.batch_size=128",
+    ]
+    assert run.fastest_settings(rows[-1:]) == []
+
+
+def test_a_setting_reaches_the_step():
+    for field, (kind, values) in SETTINGS.items():
+        for value in values:
+            found = dataclasses.replace(TINY, settings=((field, value),)).model(kind).run
+            assert getattr(found, field.split(".")[1]) == value
+    assert list(ours.settings(TINY, "run.attention")) == ["xla", "chunked"]  # cuDNN is not on CPUs
+    assert peers.SECTIONS["settings"](TINY, "run.attention") == {}
 
 
 def test_the_best_batch_of_each_side_counts():
