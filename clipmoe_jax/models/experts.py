@@ -98,8 +98,8 @@ def blocks(rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidd
     blocks, from dy to d(rows) and into sums over the kernels.
 
     The last block of a group runs over into the next group's rows, and the next group, written later,
-    overwrites what it left there; so groups need neither masks nor padding between them. Only the sums leave out
-    what is not the group's.
+    overwrites what it left there; so groups need neither masks nor padding between them. Only the sums leave
+    out what is not the group's.
     """
     key, hidden = hidden.dropout_key, hidden._replace(dropout_key=None)
     return _blocks(hidden, key, rows, gates, group_sizes, *experts[:3])
