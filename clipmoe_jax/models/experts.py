@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from clipmoe_jax.models.linear import HIDDEN, contract
+from clipmoe_jax.models.linear import HIDDEN, contract, weight_gradients
 
 Array = jax.Array
 
@@ -58,6 +58,7 @@ class Hidden(NamedTuple):
         return jax.random.bernoulli(key, 1 - self.dropout_rate, shape)
 
     def gate(self, h: Array, kept: Array | None, gates: Array) -> Array:
+        """What a call computes, of units that are known to be kept; None is all."""
         h = self.activation(h)
         if kept is not None:
             h = jnp.where(kept, h / (1 - self.dropout_rate), 0)
@@ -153,12 +154,7 @@ def _blocks_bwd(hidden, residuals, dy):
             gradients = _update(gradients, (contract(dh, fc_kernel, 1, 1), dgate), row)
             mine = (row + jnp.arange(num_rows) < ends[e])[:, None]
             dh, g = jnp.where(mine, dh, 0), jnp.where(mine, g, 0)
-            more = (
-                contract(x, dh, 0, 0, jnp.float32),
-                dh.sum(axis=0),
-                contract(activated, g, 0, 0, jnp.float32),
-            )
-            return gradients, jax.tree.map(jnp.add, sums, more)
+            return gradients, jax.tree.map(jnp.add, sums, weight_gradients(x, dh, activated, g))
 
         zeros = tuple(jnp.zeros(w.shape[1:], jnp.float32) for w in weights)
         return _for_each_block(len(rows), group_sizes, e, block, (gradients, zeros))

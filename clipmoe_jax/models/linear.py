@@ -125,9 +125,8 @@ def _feed_forward_bwd(activation, chunk_rows, kept, gradient):
         x, h, g = (lax.dynamic_slice_in_dim(array, row, num_rows) for array in arrays)
         activated, pullback = jax.vjp(activation, h)
         (dh,) = pullback(contract(g, proj_kernel, 1, 1))
-        more = contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), contract(activated, g, 0, 0, jnp.float32)
         dx = lax.dynamic_update_slice_in_dim(dx, contract(dh, fc_kernel, 1, 1), row, axis=0)
-        return dx, jax.tree.map(jnp.add, sums, more)
+        return dx, jax.tree.map(jnp.add, sums, weight_gradients(x, dh, activated, g))
 
     shapes = fc_kernel.shape, h.shape[-1:], proj_kernel.shape
     zeros = jnp.zeros_like(arrays[0]), tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
@@ -144,6 +143,14 @@ _feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
 def _rows(x: Array) -> Array:
     """(B, L, D) -> (N, D)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def weight_gradients(x: Array, dh: Array, activated: Array, g: Array) -> tuple[Array, Array, Array]:
+    """What rows add to the gradients of a feed-forward layer's fc_kernel, fc_bias and proj_kernel.
+
+    x (N, D), dh (N, F) the gradient before the activation, activated (N, F), g (N, D); kernels in float32.
+    """
+    return contract(x, dh, 0, 0, jnp.float32), dh.sum(axis=0), contract(activated, g, 0, 0, jnp.float32)
 
 
 def contract(a: Array, b: Array, axis: int, other: int, dtype: jnp.dtype | None = None) -> Array:
