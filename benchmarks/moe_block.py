@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
+from clipmoe_jax import config as configs
+from clipmoe_jax import sharding
 from clipmoe_jax.evaluation.cost import interleaved_seconds
 from clipmoe_jax.models.moe import MoeMlp
 from clipmoe_jax.models.transformer import Mlp, quick_gelu
@@ -45,9 +47,9 @@ def make_calls(
         if layer == DENSE:
             mlp = Mlp(hidden, quick_gelu, dtype)
             return mlp.apply, mlp.init(jax.random.key(2), x)
-        grouped_mlp = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+        run = configs.run_config(configs.default_config(), sharding.platform())
         moe = MoeMlp(
-            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_mlp=grouped_mlp, dtype=dtype
+            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_mlp=run.grouped_mlp, dtype=dtype
         )
         return (lambda params, x: moe.apply(params, x)[0]), moe.init(jax.random.key(2), x)
 

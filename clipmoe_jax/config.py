@@ -216,16 +216,17 @@ def moe_config(config: ConfigDict) -> MoeConfig:
 def run_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> RunConfig:
     """How models are computed on `platform` ("cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention).
 
-    Empty fields are chosen here. On CPU ragged dispatch is the fastest exact one (benchmarks/moe_block.py).
-    On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product with every expert's matrix
-    for every row (openxla/xla pull request 45996), K times the work of dense dispatch. Neither has been
-    measured here; `python -m benchmarks.run --only=settings` measures and names what is fastest on a device.
+    Empty fields are chosen here. Ragged dispatch is the exact one that computes least, and on CPU the fastest
+    (benchmarks/moe_block.py). On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product
+    with every expert's matrix for every row (openxla/xla pull request 45996), so blocks of rows take its
+    place. Neither has been measured on an accelerator; `python -m benchmarks.run --only=settings` measures
+    and names what is fastest on a device.
     """
     return RunConfig(
         dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=config.run.remat,
-        dispatch=config.moe.dispatch or ("dense" if platform in ("gpu", "cuda") else "ragged"),
-        grouped_mlp="blocks" if platform == "cpu" else "ragged_dot",
+        dispatch=config.moe.dispatch or "ragged",
+        grouped_mlp={"cpu": "blocks", "tpu": "ragged_dot"}.get(platform, "fixed_blocks"),
         attention=config.run.attention or {"cuda": "cudnn", "cpu": "chunked"}.get(platform, "xla"),
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,

@@ -19,10 +19,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from clipmoe_jax.models.experts import GROUPED_MLPS, NARROW_BLOCK, Experts, Hidden
-from clipmoe_jax.models.linear import HIDDEN
+from clipmoe_jax.models.experts import Experts, Hidden, make_grouped_mlp
 
 Array = jax.Array
 
@@ -31,7 +29,7 @@ def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: H
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
     combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0]).astype(x.dtype)
     h = jnp.einsum("nd,edf->nef", x, experts.fc_kernel) + experts.fc_bias
-    h = hidden(checkpoint_name(h, HIDDEN), combine_weights[:, :, None])
+    h = hidden(h, combine_weights[:, :, None])
     y = jnp.einsum("nef,efd->nd", h, experts.proj_kernel) + combine_weights @ experts.proj_bias
     return y, jnp.zeros(x.shape[0], jnp.int32)
 
@@ -43,22 +41,23 @@ def ragged(
     experts: Experts,
     hidden: Hidden,
     *,
-    grouped_mlp: Callable[[Array, Array, Array, Experts, Hidden], Array],
+    grouped_mlp: str,
 ) -> tuple[Array, Array]:
     """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
     grouped_mlp: of GROUPED_MLPS.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    # Slots past N*K belong to no expert, sort last, and are the spare rows that `grouped_mlp` asks for.
-    slot_expert = jnp.pad(expert_ids.reshape(-1), (0, NARROW_BLOCK), constant_values=num_experts)
+    run_groups, spare_rows = make_grouped_mlp(grouped_mlp, num_tokens * num_selected, num_experts)
+    # Slots past N*K belong to no expert, sort last, and are the spare rows.
+    slot_expert = jnp.pad(expert_ids.reshape(-1), (0, spare_rows), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
     group_sizes = jnp.bincount(slot_expert, length=num_experts).astype(jnp.int32)
 
     rows = _rows_from_tokens(x, order, position)
     row_gates = _rows_from_tokens(gates.astype(x.dtype).reshape(-1, 1), order, position)
-    y = grouped_mlp(rows, row_gates, group_sizes, experts, hidden)
+    y = run_groups(rows, row_gates, group_sizes, experts, hidden)
     y = jnp.where(slot_expert[order][:, None] < num_experts, y, 0)
 
     y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
@@ -155,7 +154,7 @@ def make_dispatch(
         return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
     if name not in ("dense", "ragged"):
         raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
-    local = functools.partial(ragged, grouped_mlp=GROUPED_MLPS[grouped_mlp]) if name == "ragged" else dense
+    local = functools.partial(ragged, grouped_mlp=grouped_mlp) if name == "ragged" else dense
     return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
 
 

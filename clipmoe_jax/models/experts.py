@@ -4,8 +4,9 @@ Letters: R rows sorted by expert, E experts, D width, F expert hidden width.
 
 Contract of a grouped feed-forward layer `(rows, gates, group_sizes, experts, hidden) -> y`:
   rows (R, D); gates (R, 1) in rows' dtype; group_sizes (E,) int32, of consecutive rows for one expert each,
-  which leave at least NARROW_BLOCK rows over. y (R, D) is gate * expert(row) without proj_bias; what comes
-  out for the rows left over is undefined but finite, and so is their gradient, zero where that of y is.
+  which leave the spare rows it asks for (`make_grouped_mlp`) over. y (R, D) is gate * expert(row) without
+  proj_bias; what comes out for the rows left over is undefined but finite, and so is their gradient, zero
+  where that of y is.
 """
 
 import functools
@@ -21,10 +22,16 @@ from clipmoe_jax.models.linear import HIDDEN, contract, weight_gradients
 
 Array = jax.Array
 
-# Rows of one product in the blocked CPU kernel: wide blocks while a group lasts, narrow ones for its end.
-# Wide blocks alone leave the last one half empty; narrow ones alone pack the kernel anew too often
-# (benchmarks/moe_block.py).
+# Rows of one product on CPU: wide blocks while a group lasts, narrow ones for its end. Wide blocks alone
+# leave the last one half empty; narrow ones alone pack the kernel anew too often (benchmarks/moe_block.py).
 WIDE_BLOCK, NARROW_BLOCK = 256, 64
+
+# Rows of one product on GPU, at most. Not measured: 1,024 make few tiles of ViT-L/14's second product, 132
+# processors' worth and less; of 4,096 those that are too many cost a third more.
+GPU_BLOCK = 2048
+
+# What the names of RunConfig.grouped_mlp stand for.
+GROUPED_MLPS = ("blocks", "fixed_blocks", "ragged_dot")
 
 
 class Experts(NamedTuple):
@@ -37,9 +44,10 @@ class Experts(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What happens between the two layers of an expert: activation, dropout, and the gate.
+    """What happens between the two layers of an expert: dropout, activation, and the gate.
 
-    dropout_key: None where nothing is dropped out.
+    What is dropped out is marked in h, by -inf, so that a gradient needs no mask kept or drawn again.
+    dropout_key: None where nothing is dropped out, with a rate of 0.
     """
 
     activation: Callable[[Array], Array]
@@ -51,31 +59,39 @@ class Hidden(NamedTuple):
         return _gated(self._replace(dropout_key=None), h, self.draw(h.shape), gates)
 
     def draw(self, shape: tuple[int, ...], block: Array | None = None) -> Array | None:
-        """Which units are kept, bool; each block has its own."""
+        """Which units are kept, bool, or None if all; each block has its own. The rate is one of 2^16."""
         if self.dropout_key is None:
             return None
         key = self.dropout_key if block is None else jax.random.fold_in(self.dropout_key, block)
-        return jax.random.bernoulli(key, 1 - self.dropout_rate, shape)
+        return jax.random.bits(key, shape, jnp.uint16) >= round(self.dropout_rate * 2**16)
 
-    def gate(self, h: Array, kept: Array | None, gates: Array) -> Array:
-        """What a call computes, of units that are known to be kept; None is all."""
-        h = self.activation(h)
-        if kept is not None:
-            h = jnp.where(kept, h / (1 - self.dropout_rate), 0)
-        return h * gates
-
-
-_gated = jax.custom_vjp(Hidden.gate, nondiff_argnums=(0,))
+    def gate(self, marked: Array, gates: Array) -> Array:
+        """What a call computes, of h as `mark` returns it."""
+        if self.dropout_rate == 0:
+            return self.activation(marked) * gates
+        kept = marked > -jnp.inf
+        h = self.activation(jnp.where(kept, marked, 0)) / (1 - self.dropout_rate)
+        return jnp.where(kept, h, 0) * gates
 
 
-def _gated_fwd(hidden, *arguments):
-    return hidden.gate(*arguments), arguments
+def mark(h: Array, kept: Array | None) -> Array:
+    """h, -inf where it is not kept."""
+    return h if kept is None else jnp.where(kept, h, -jnp.inf)
 
 
-def _gated_bwd(hidden, arguments, g):
-    """From the arguments alone: activations are computed again."""
-    h, kept, gates = arguments
-    dh, dgates = jax.vjp(lambda h, gates: hidden.gate(h, kept, gates), h, gates)[1](g)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(hidden: Hidden, h: Array, kept: Array | None, gates: Array) -> Array:
+    return hidden.gate(mark(h, kept), gates)
+
+
+def _gated_fwd(hidden, h, kept, gates):
+    marked = checkpoint_name(mark(h, kept), HIDDEN)
+    return hidden.gate(marked, gates), (marked, gates)
+
+
+def _gated_bwd(hidden, residuals, g):
+    """From what goes in alone: activations are computed again."""
+    dh, dgates = jax.vjp(hidden.gate, *residuals)[1](g)
     return dh, None, dgates
 
 
@@ -88,79 +104,73 @@ def ragged_dot(rows: Array, gates: Array, group_sizes: Array, experts: Experts, 
     # A row of no expert gets zero, and its gradient goes nowhere.
     expert_of_row = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(rows)), side="right")
     h = h + experts.fc_bias.at[expert_of_row].get(mode="fill", fill_value=0)
-    return lax.ragged_dot(hidden(checkpoint_name(h, HIDDEN), gates), experts.proj_kernel, group_sizes)
+    return lax.ragged_dot(hidden(h, gates), experts.proj_kernel, group_sizes)
 
 
-def blocks(rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden) -> Array:
-    """Both layers of an expert on one block of rows after the other, on CPU.
+def blocks(
+    rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden, *, fold: "Fold"
+) -> Array:
+    """Both layers of an expert on one block of rows after the other.
 
-    Only as many products as the groups need, and nothing as wide as F leaves the cache but, where there is a
-    gradient to come, h before the activation and a byte for each mask. The gradient goes through the same
-    blocks, from dy to d(rows) and into sums over the kernels.
+    Only h before the activation outlives a block, and only where there is a gradient to come. The gradient
+    goes through the same blocks, from dy to d(rows) and into sums over the kernels.
 
     The last block of a group runs over into the next group's rows, and the next group, written later,
     overwrites what it left there; so groups need neither masks nor padding between them. Only the sums leave
     out what is not the group's.
+
+    fold: `_as_needed`, or `_fixed_number` of so many rows.
     """
     key, hidden = hidden.dropout_key, hidden._replace(dropout_key=None)
-    return _blocks(hidden, key, rows, gates, group_sizes, *experts[:3])
+    return _blocks(hidden, fold, key, rows, gates, group_sizes, *experts[:3])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(hidden, key, rows, gates, group_sizes, *weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocks(hidden, fold, key, rows, gates, group_sizes, *weights):
     """`weights`: the first three of Experts."""
-    return _forward(hidden, key, rows, gates, group_sizes, weights, keep=False)[0]
+    return _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep=False)[0]
 
 
-def _blocks_fwd(hidden, key, rows, gates, group_sizes, *weights):
-    y, *kept = _forward(hidden, key, rows, gates, group_sizes, weights, keep=True)
-    return y, (rows, gates, group_sizes, weights, checkpoint_name(kept, HIDDEN))
+def _blocks_fwd(hidden, fold, key, rows, gates, group_sizes, *weights):
+    y, marked = _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep=True)
+    return y, (rows, gates, group_sizes, weights, checkpoint_name(marked, HIDDEN))
 
 
-def _forward(hidden, key, rows, gates, group_sizes, weights, keep: bool):
-    """y, and if asked for h and the mask, else None."""
-    hidden, shape = hidden._replace(dropout_key=key), (len(rows), weights[0].shape[2])
-    h_zeros = jnp.zeros(shape, rows.dtype) if keep else None
-    mask_zeros = jnp.zeros(shape, bool) if keep and key is not None else None
+def _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep: bool):
+    """y, and if asked for h with its marks, else None."""
+    hidden = hidden._replace(dropout_key=key)
 
-    def group(e, outputs):
-        fc_kernel, fc_bias, proj_kernel = (lax.dynamic_index_in_dim(w, e, keepdims=False) for w in weights)
+    def block(outputs, expert, weights, row, num_rows):
+        fc_kernel, fc_bias, proj_kernel = weights
+        x, gate = _slice((rows, gates), row, num_rows)
+        h = x @ fc_kernel + fc_bias
+        h = mark(h, hidden.draw(h.shape, row))
+        y = hidden.gate(h, gate) @ proj_kernel
+        return _update(outputs, (y, h if keep else None), row), ()
 
-        def block(row, num_rows, outputs):
-            x, gate = _slice((rows, gates), row, num_rows)
-            h = x @ fc_kernel + fc_bias
-            mask = hidden.draw(h.shape, row)
-            y = hidden.gate(h, mask, gate) @ proj_kernel
-            return _update(outputs, (y, h, mask) if keep else (y, None, None), row)
-
-        return _for_each_block(len(rows), group_sizes, e, block, outputs)
-
-    return lax.fori_loop(0, len(group_sizes), group, (jnp.zeros_like(rows), h_zeros, mask_zeros))
+    hidden_dim = weights[0].shape[2]
+    outputs = jnp.zeros_like(rows), jnp.zeros((len(rows), hidden_dim), rows.dtype) if keep else None
+    return fold(block, outputs, (), len(rows), group_sizes, weights)[0]
 
 
-def _blocks_bwd(hidden, residuals, dy):
+def _blocks_bwd(hidden, fold, residuals, dy):
     # Where the experts are frozen their sums are dead code and XLA drops them.
-    rows, gates, group_sizes, weights, kept = residuals
-    arrays, ends = (rows, gates, dy, *kept), jnp.cumsum(group_sizes)
+    rows, gates, group_sizes, weights, marked = residuals
+    arrays, ends = (rows, gates, dy, marked), jnp.cumsum(group_sizes)
 
-    def group(gradients, e):
-        fc_kernel, fc_bias, proj_kernel = (lax.dynamic_index_in_dim(w, e, keepdims=False) for w in weights)
-
-        def block(row, num_rows, gradients_and_sums):
-            gradients, sums = gradients_and_sums
-            x, gate, g, h, mask = _slice(arrays, row, num_rows)
-            activated, pullback = jax.vjp(lambda h, gate: hidden.gate(h, mask, gate), h, gate)
-            dh, dgate = pullback(contract(g, proj_kernel, 1, 1))
-            gradients = _update(gradients, (contract(dh, fc_kernel, 1, 1), dgate), row)
-            mine = (row + jnp.arange(num_rows) < ends[e])[:, None]
-            dh, g = jnp.where(mine, dh, 0), jnp.where(mine, g, 0)
-            return gradients, jax.tree.map(jnp.add, sums, weight_gradients(x, dh, activated, g))
-
-        zeros = tuple(jnp.zeros(w.shape[1:], jnp.float32) for w in weights)
-        return _for_each_block(len(rows), group_sizes, e, block, (gradients, zeros))
+    def block(gradients, expert, weights, row, num_rows):
+        fc_kernel, _, proj_kernel = weights
+        x, gate, g, h = _slice(arrays, row, num_rows)
+        activated, pullback = jax.vjp(hidden.gate, h, gate)
+        dh, dgate = pullback(contract(g, proj_kernel, 1, 1))
+        gradients = _update(gradients, (contract(dh, fc_kernel, 1, 1), dgate), row)
+        of_group = (row + jnp.arange(num_rows) < ends[expert])[:, None]
+        dh, g = jnp.where(of_group, dh, 0), jnp.where(of_group, g, 0)
+        return gradients, weight_gradients(x, dh, activated, g)
 
     zeros = jnp.zeros_like(rows), jnp.zeros_like(gates)
-    (drows, dgates), sums = lax.scan(group, zeros, jnp.arange(len(group_sizes)))
+    sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
+    (drows, dgates), sums = fold(block, zeros, sums, len(rows), group_sizes, weights)
     dweights = (total.astype(w.dtype) for total, w in zip(sums, weights, strict=True))
     return None, drows, dgates, None, *dweights
 
@@ -176,19 +186,78 @@ def _update(arrays: Any, parts: Any, row: Array) -> Any:
     return jax.tree.map(lambda a, part: lax.dynamic_update_slice_in_dim(a, part, row, axis=0), arrays, parts)
 
 
-def _for_each_block(
-    num_rows: int, group_sizes: Array, e: Array, step: Callable[[Array, int, Any], Any], carry: Any
-) -> Any:
-    """Folds `step(first_row, block_rows, carry)` over the blocks that cover group e of `num_rows` rows."""
-    wide = min(WIDE_BLOCK, num_rows)
-    start, size = jnp.cumsum(group_sizes)[e] - group_sizes[e], group_sizes[e]
-    num_wide = size // wide
-    carry = lax.fori_loop(0, num_wide, lambda i, c: step(start + i * wide, wide, c), carry)
-    start, rest = start + num_wide * wide, size - num_wide * wide
-    num_narrow = (rest + NARROW_BLOCK - 1) // NARROW_BLOCK
-    return lax.fori_loop(0, num_narrow, lambda i, c: step(start + i * NARROW_BLOCK, NARROW_BLOCK, c), carry)
+def _at(stacked: Any, expert: Array) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, expert, keepdims=False), stacked)
 
 
-# `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row with
-# every kernel, E times the work: blocks are for CPU, and on GPU dense dispatch does less.
-GROUPED_MLPS = {"blocks": blocks, "ragged_dot": ragged_dot}
+# Steps on blocks that cover all groups in order: `fold(step, carry, sums, R, group_sizes, stacked)` -> carry,
+# sums by `step(carry, expert, stacked[expert], first_row, rows_of_block)` -> carry, parts. sums[expert], from
+# zero, is the sum of the parts of its blocks.
+Step = Callable[[Any, Array, Any, Array, int], tuple[Any, Any]]
+Fold = Callable[[Step, Any, Any, int, Array, Any], tuple[Any, Any]]
+
+
+def _as_needed(
+    step: Step, carry: Any, sums: Any, num_rows: int, group_sizes: Array, stacked: Any
+) -> tuple[Any, Any]:
+    """As many wide and narrow blocks as each group needs, in loops whose length depends on group_sizes."""
+    wide, starts = min(WIDE_BLOCK, num_rows), jnp.cumsum(group_sizes) - group_sizes
+
+    def group(carry, expert):
+        own, start, size = _at(stacked, expert), starts[expert], group_sizes[expert]
+
+        def cover(carry_and_sums, start, rows, count):
+            def block(i, carry_and_sums):
+                carry, parts = step(carry_and_sums[0], expert, own, start + i * rows, rows)
+                return carry, jax.tree.map(jnp.add, carry_and_sums[1], parts)
+
+            return lax.fori_loop(0, count, block, carry_and_sums)
+
+        zeros = jax.tree.map(lambda total: jnp.zeros_like(total[0]), sums)
+        carry_and_sums = cover((carry, zeros), start, wide, size // wide)
+        done = size // wide * wide
+        narrow = (size - done + NARROW_BLOCK - 1) // NARROW_BLOCK
+        return cover(carry_and_sums, start + done, NARROW_BLOCK, narrow)
+
+    return lax.scan(group, carry, jnp.arange(len(group_sizes)))
+
+
+def _fixed_number(
+    step: Step, carry: Any, sums: Any, num_rows: int, group_sizes: Array, stacked: Any, *, block_rows: int
+) -> tuple[Any, Any]:
+    """As many blocks of block_rows as any group_sizes may need; those too many fall on rows left over.
+
+    For GPU, where each turn of a loop whose length depends on data waits for the host.
+    """
+    num_slots, num_experts = num_rows - block_rows, len(group_sizes)
+    counts, starts = (group_sizes + block_rows - 1) // block_rows, jnp.cumsum(group_sizes) - group_sizes
+    ends = jnp.cumsum(counts)
+    block = jnp.arange(num_slots // block_rows + num_experts)
+    experts = jnp.searchsorted(ends, block, side="right").clip(max=num_experts - 1)
+    rows = starts[experts] + (block - (ends - counts)[experts]) * block_rows
+    rows = rows.clip(max=num_slots)
+
+    def body(carry_and_sums, block):
+        (carry, sums), (expert, row) = carry_and_sums, block
+        carry, parts = step(carry, expert, _at(stacked, expert), row, block_rows)
+        return (carry, jax.tree.map(lambda total, part: total.at[expert].add(part), sums, parts)), None
+
+    return lax.scan(body, (carry, sums), (experts, rows))[0]
+
+
+def make_grouped_mlp(
+    name: str, num_slots: int, num_experts: int
+) -> tuple[Callable[[Array, Array, Array, Experts, Hidden], Array], int]:
+    """The grouped feed-forward layer of GROUPED_MLPS for so many slots, and how many spare rows it wants.
+
+    `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row
+    with every kernel: for them blocks, of a number that follows the groups or is fixed.
+    """
+    if name == "ragged_dot":
+        return ragged_dot, 0
+    if name == "blocks":
+        return functools.partial(blocks, fold=_as_needed), NARROW_BLOCK
+    block_rows = GPU_BLOCK
+    while block_rows > 64 and block_rows * num_experts > num_slots:
+        block_rows //= 2
+    return functools.partial(blocks, fold=functools.partial(_fixed_number, block_rows=block_rows)), block_rows

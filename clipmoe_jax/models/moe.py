@@ -113,7 +113,7 @@ class MoeMlp(nn.Module):
             expert_ids.reshape(-1, self.num_selected_experts),
             experts,
             dropout_key=self.make_rng("dropout") if dropping else None,
-            dropout_rate=self.dropout_rate,
+            dropout_rate=self.dropout_rate if dropping else 0.0,
             activation=self.activation,
             name=self.dispatch,
             capacity_factor=self.capacity_factor,

@@ -155,7 +155,7 @@ def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
 
 
 def slots_of_token(config: ClipConfig, run: RunConfig) -> float:
-    """How many experts compute on a token."""
+    """How many experts compute on a token, spare rows left out."""
     if config.moe is None:
         return 0
     num_experts, num_selected = config.moe.num_experts, config.moe.num_selected_experts
@@ -221,7 +221,9 @@ def kept_bytes(
 ) -> float:
     """Bytes for each pair of a device that a tower's forward pass keeps for the backward pass: what grows of
     the residuals of `jax.vjp` when the batch does."""
-    run = dataclasses.replace(run, attention="xla")  # cuDNN's cannot be traced without a GPU, and keeps less
+    # cuDNN's attention cannot be traced without a GPU, and keeps less. The spare rows of blocks of a fixed
+    # number would count more among few pairs than among many.
+    run = dataclasses.replace(run, attention="xla", grouped_mlp="ragged_dot")
     trainable, frozen = trees.partition(params, rules)
     encode = _encoder(config, run, tower)
 

@@ -11,7 +11,14 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.experts import GROUPED_MLPS, NARROW_BLOCK, WIDE_BLOCK, Experts, Hidden
+from clipmoe_jax.models.experts import (
+    GROUPED_MLPS,
+    NARROW_BLOCK,
+    WIDE_BLOCK,
+    Experts,
+    Hidden,
+    make_grouped_mlp,
+)
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
 
@@ -100,7 +107,8 @@ def random_experts():
 def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
     """Values, and gradients for rows, gates and experts."""
     used, ends, experts, hidden = sum(sizes), np.cumsum(sizes), random_experts(), Hidden(quick_gelu)
-    rows = jax.random.normal(jax.random.key(4), (400 + NARROW_BLOCK, D))
+    run, spare_rows = make_grouped_mlp(name, 400, E)
+    rows = jax.random.normal(jax.random.key(4), (400 + spare_rows, D))
     gates = jax.random.uniform(jax.random.key(5), (len(rows), 1))
 
     def by_group(rows, gates, experts):
@@ -111,7 +119,7 @@ def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
         return jnp.concatenate(parts)
 
     def grouped(rows, gates, experts):
-        return GROUPED_MLPS[name](rows, gates, jnp.array(sizes, jnp.int32), experts, hidden)[:used]
+        return run(rows, gates, jnp.array(sizes, jnp.int32), experts, hidden)[:used]
 
     expected, expected_pullback = jax.vjp(by_group, rows, gates, experts)
     y, pullback = jax.vjp(jax.jit(grouped), rows, gates, experts)
@@ -120,19 +128,23 @@ def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
     chex.assert_trees_all_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block():
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [("blocks", (0, WIDE_BLOCK, 2 * WIDE_BLOCK, 2 * WIDE_BLOCK + NARROW_BLOCK)), ("fixed_blocks", (0, 512))],
+)
+def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name, starts):
     """Units that are all one show what is kept; with it the same is written out, with gradients."""
     num_rows, width, rate = 2 * WIDE_BLOCK + 70, 32, 0.25
     ones = Experts(jnp.zeros((1, width, width)), jnp.ones((1, width)), jnp.eye(width)[None], None)
-    shape = num_rows + NARROW_BLOCK, width
+    run_groups, spare_rows = make_grouped_mlp(name, num_rows, 1)
+    shape = num_rows + spare_rows, width
 
     def run(activation, rows, gates, experts):
         hidden = Hidden(activation, jax.random.key(0), rate)
-        return GROUPED_MLPS["blocks"](rows, gates, jnp.array([num_rows]), experts, hidden)[:num_rows]
+        return run_groups(rows, gates, jnp.array([num_rows]), experts, hidden)[:num_rows]
 
     kept = np.asarray(run(lambda h: h, jnp.zeros(shape), jnp.ones((shape[0], 1)), ones)) != 0
     assert abs(kept.mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.size) ** 0.5
-    starts = 0, WIDE_BLOCK, 2 * WIDE_BLOCK, 2 * WIDE_BLOCK + NARROW_BLOCK
     assert len({kept[start : start + 6].tobytes() for start in starts}) == len(starts)
 
     def whole(rows, gates, experts):
@@ -168,17 +180,19 @@ def test_hidden_has_the_gradient_of_what_it_computes():
 
 
 @pytest.mark.parametrize(("train", "products"), [(False, 4), (True, 6)], ids=["frozen", "trained"])
-def test_frozen_experts_cost_no_gradient(train, products):
-    """Two products forward, two for the rows' gradient, two for the kernels'; in blocks wide and narrow."""
-    shape = 400 + NARROW_BLOCK, D
+@pytest.mark.parametrize(("name", "kinds_of_block"), [("blocks", 2), ("fixed_blocks", 1)])
+def test_frozen_experts_cost_no_gradient(name, kinds_of_block, train, products):
+    """Two products forward, two for the rows' gradient, two for the kernels', in each kind of block."""
+    run, spare_rows = make_grouped_mlp(name, 400, E)
+    shape = 400 + spare_rows, D
 
     def loss(rows, experts, sizes):
-        y = GROUPED_MLPS["blocks"](rows, jnp.ones((len(rows), 1)), sizes, experts, Hidden(quick_gelu))
+        y = run(rows, jnp.ones((len(rows), 1)), sizes, experts, Hidden(quick_gelu))
         return jnp.sum(jnp.sin(y))
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if train else 0))
     compiled = gradient.lower(jnp.ones(shape), random_experts(), jnp.full(E, 100)).compile().as_text()
-    assert compiled.count(" dot(") == 2 * products
+    assert compiled.count(" dot(") == kinds_of_block * products
 
 
 def test_capacity_drops_second_choices_first_and_counts_them():
