@@ -2,17 +2,21 @@
 
     python -m benchmarks.l14_steps --batch=100                          # for this machine's CPU
     python -m benchmarks.l14_steps --batch=100 --target=v5p --remat=dots    # for a TPU that need not be here
+    python -m benchmarks.l14_steps --batch=100 --target=h100 --remat=dots   # for a GPU that need not be here
 
 Each step is compiled in a process of its own, twice, with a compilation cache that is empty at first. Memory
 is the compiler's own account (`memory_analysis`): arguments, results, temporaries, and the peak of all. For a
-TPU its compiler has to be installed (`pip install "jax[tpu]"`); also printed is what that compiler expects
-the step to take, the sum of the cycles it estimates for each instruction: no measurement. On a CPU XLA
-computes bfloat16 products in float32 and undoes rematerialisation: its account there bounds no accelerator's.
+TPU or GPU its compiler has to be installed (`pip install "jax[tpu]"` or `"jax[cuda13]"`). For a TPU also
+printed is what the compiler expects the step to take, the sum of the cycles it estimates for each
+instruction: no measurement. For a GPU that is not there nothing is tuned, and attention is XLA's, since
+cuDNN's needs the device. On a CPU XLA computes bfloat16 products in float32 and undoes rematerialisation: its
+account there bounds no accelerator's.
 """
 
 import argparse
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -22,23 +26,34 @@ import time
 KINDS = {"mcl": "mcl_1", "router": "router"}  # and the first stage that takes such steps
 # The smallest slice of each.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "gpu"}
+# XLA tries kernels out on the device unless told not to, and its Triton products have no default tiling.
+UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def target_device(target: str):
-    """A device to compile for: this machine's CPU, or a TPU that is described to its compiler."""
+    """A device to compile for: this machine's CPU, or one that is described to its compiler."""
     import jax
     from jax.experimental import topologies
 
     if target == "cpu":
         return jax.devices()[0]
+    gpu = target == "h100"
     try:
-        return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
+        if not gpu:
+            return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
+        described = pathlib.Path(__file__).with_name("h100.txtpb").read_text()
+        found = topologies.get_topology_desc(target, "cuda", target_config=described, topology="1x1x1")
+        return found.devices[0]
     except Exception as error:  # whatever a missing plugin raises
-        message = f'--target={target}: there is no TPU compiler here: pip install "jax[tpu]" ({error})'
+        package = "jax[cuda13]" if gpu else "jax[tpu]"
+        message = f'--target={target}: there is no compiler for it here: pip install "{package}" ({error})'
         raise SystemExit(message) from error
 
 
 def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
+    if args.target == "h100":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
     import jax
 
     from clipmoe_jax import config as configs
@@ -46,7 +61,7 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
     from clipmoe_jax.planning.plan import abstract_step
     from clipmoe_jax.planning.trainings import trainings
 
-    config, platform = configs.default_config(), "cpu" if args.target == "cpu" else "tpu"
+    config, platform = configs.default_config(), PLATFORMS[args.target]
     config.run.dtype, config.run.remat = args.dtype, args.remat
     config.mcl.batch_size = config.router.batch_size = args.batch
     training = next(t for t in trainings(config, platform, 10**6) if t.name == KINDS[kind])
@@ -70,7 +85,7 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
         "temporaries_GiB": memory.temp_size_in_bytes / 2**30,
         "peak_GiB": memory.peak_memory_in_bytes / 2**30,
     }
-    if args.target != "cpu":
+    if platform == "tpu":
         program = compiled.as_text()
         entry = program[program.index("\nENTRY") :]
         cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
@@ -81,8 +96,8 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--target", choices=("cpu", *TOPOLOGIES), default="cpu")
-    parser.add_argument("--dtype", help="float32 on CPU and bfloat16 on TPU if not given")
+    parser.add_argument("--target", choices=PLATFORMS, default="cpu")
+    parser.add_argument("--dtype", help="float32 on CPU, else bfloat16, if not given")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     parser.add_argument("--kind", choices=KINDS, help="one of the steps; all if not given")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
