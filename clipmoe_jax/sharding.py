@@ -172,7 +172,9 @@ def put_param(mesh: Mesh, name: str, array: np.ndarray) -> jax.Array:
 def init_params(mesh: Mesh, init: Callable[[jax.Array], trees.Params], key: jax.Array) -> dict:
     """Runs `init(key)` so that each parameter is born where it will live."""
     shardings = param_shardings(mesh, jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(key)
+    # It runs once, and LLVM takes longer to optimize it than it takes to run.
+    options = {"xla_backend_optimization_level": 1} if platform() == "cpu" else {}
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
 
 def check_batch(mesh: Mesh | AbstractMesh, global_batch: int, accumulation_steps: int = 1) -> None:

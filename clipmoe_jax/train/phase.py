@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import optax
 
@@ -53,7 +54,7 @@ class PhaseConfig:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, num_steps, 0.0
         )
-        return np.asarray(schedule(np.arange(num_steps)), np.float32)
+        return np.asarray(jax.jit(schedule)(np.arange(num_steps)), np.float32)
 
     def direction(self) -> optax.GradientTransformation:
         """AdamW without its learning rate, which is an argument of the step: one compiled step serves every
