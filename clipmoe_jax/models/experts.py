@@ -26,8 +26,9 @@ Array = jax.Array
 # leave the last one half empty; narrow ones alone pack the kernel anew too often (benchmarks/moe_block.py).
 WIDE_BLOCK, NARROW_BLOCK = 256, 64
 
-# Rows of one product on GPU, at most. Not measured: 1,024 make few tiles of ViT-L/14's second product, 132
-# processors' worth and less; of 4,096 those that are too many cost a third more.
+# Rows of one product on GPU, at most; not measured. Of a fixed number of blocks up to E are too many: small
+# ones waste less. Large ones fill a GPU (ViT-L/14's second product has 128 tiles of 128 x 128, an H100 132
+# processors) and copy an expert's kernels seldom.
 GPU_BLOCK = 2048
 
 # What the names of RunConfig.grouped_mlp stand for.
@@ -69,7 +70,7 @@ class Hidden(NamedTuple):
         """What a call computes, of h as `mark` returns it."""
         if self.dropout_rate == 0:
             return self.activation(marked) * gates
-        kept = marked > -jnp.inf
+        kept = marked != -jnp.inf  # a NaN is kept, to be seen
         h = self.activation(jnp.where(kept, marked, 0)) / (1 - self.dropout_rate)
         return jnp.where(kept, h, 0) * gates
 
@@ -258,6 +259,6 @@ def make_grouped_mlp(
     if name == "blocks":
         return functools.partial(blocks, fold=_as_needed), NARROW_BLOCK
     block_rows = GPU_BLOCK
-    while block_rows > 64 and block_rows * num_experts > num_slots:
+    while block_rows > 64 and 4 * block_rows * num_experts > num_slots:  # at most a quarter too many
         block_rows //= 2
     return functools.partial(blocks, fold=functools.partial(_fixed_number, block_rows=block_rows)), block_rows

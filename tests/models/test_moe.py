@@ -22,13 +22,18 @@ from clipmoe_jax.models.experts import (
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
 
-EXACT = {"dense": {}, "ragged": {}, "capacity": {"capacity_factor": 2.0}}  # 2 = E / K never drops
+EXACT = {
+    "dense": {"dispatch": "dense"},
+    "ragged": {"dispatch": "ragged"},
+    "ragged by fixed blocks": {"dispatch": "ragged", "grouped_mlp": "fixed_blocks"},
+    "capacity": {"dispatch": "capacity", "capacity_factor": 2.0},  # 2 = E / K never drops
+}
 N, D, F, E, K = 2 * 13, 8, 12, 4, 2
 AS_IT_IS = Hidden(lambda h: h)
 
 
-def make_layer(name="ragged", **fields):
-    return MoeMlp(E, K, F, quick_gelu, dispatch=name, **fields)
+def make_layer(**fields):
+    return MoeMlp(E, K, F, quick_gelu, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +73,19 @@ def reference(params, x):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_values_equal_a_loop_over_tokens(params, x, name):
-    y, aux = make_layer(name, **EXACT[name]).apply({"params": params}, x)
+    y, aux = make_layer(**EXACT[name]).apply({"params": params}, x)
     np.testing.assert_allclose(y, reference(params, x), rtol=2e-4, atol=2e-4)
     chex.assert_shape(aux["router_logits"], (2, 13, E))
     np.testing.assert_array_equal(aux["dropped_slots"], [0, 0])
 
 
-@pytest.mark.parametrize("name", ["ragged", "capacity"])
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "dense"])
 def test_gradients_equal_the_dense_dispatch(params, x, name):
     """With respect to inputs, router and experts."""
     target = jax.random.normal(jax.random.key(2), x.shape)
 
     def gradients(name):
-        layer = make_layer(name, **EXACT[name])
+        layer = make_layer(**EXACT[name])
         return jax.jit(
             jax.grad(lambda p, x: jnp.sum(layer.apply({"params": p}, x)[0] * target), argnums=(0, 1))
         )(params, x)
@@ -130,7 +135,10 @@ def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
 
 @pytest.mark.parametrize(
     ("name", "starts"),
-    [("blocks", (0, WIDE_BLOCK, 2 * WIDE_BLOCK, 2 * WIDE_BLOCK + NARROW_BLOCK)), ("fixed_blocks", (0, 512))],
+    [
+        ("blocks", (0, WIDE_BLOCK, 2 * WIDE_BLOCK, 2 * WIDE_BLOCK + NARROW_BLOCK)),
+        ("fixed_blocks", (0, 128, 256, 384, 512)),
+    ],
 )
 def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name, starts):
     """Units that are all one show what is kept; with it the same is written out, with gradients."""
@@ -161,6 +169,12 @@ def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name
     expected, expected_pullback = jax.vjp(whole, *arguments)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(pullback(y), expected_pullback(y), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_lets_a_nan_through():
+    h = jnp.array([[1.0, jnp.nan] * 8])
+    y = Hidden(quick_gelu, jax.random.key(0), 0.25)(h, jnp.ones((1, 1)))
+    assert jnp.isnan(y).any() and not jnp.isnan(y[:, ::2]).any()
 
 
 def test_hidden_has_the_gradient_of_what_it_computes():
@@ -212,8 +226,8 @@ def test_only_tokens_that_are_read_visit_their_experts(params, name, sizes):
     """Three of each unit of two rows: they come out as of the whole batch, and all tokens are routed."""
     x = jax.random.normal(jax.random.key(1), (16, 13, D))
     read = jax.random.randint(jax.random.key(2), (8, 3), 0, 2 * 13)
-    whole, whole_aux = make_layer("dense").apply({"params": params}, x)
-    layer = make_layer(name, **EXACT[name])
+    whole, whole_aux = make_layer(**EXACT["dense"]).apply({"params": params}, x)
+    layer = make_layer(**EXACT[name])
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, {"x": x, "read": read})
@@ -262,7 +276,7 @@ def test_dropout_acts_on_hidden_units_and_only_in_training(params, x):
 def test_sharded_equals_one_device(params, name, sizes):
     """Values and gradients, with the batch over every device and the experts over their axis."""
     x = jax.random.normal(jax.random.key(1), (8, 13, D))
-    layer = make_layer(name, **EXACT[name])
+    layer = make_layer(**EXACT[name])
 
     def loss(params, x):
         return jnp.sum(jnp.sin(layer.apply({"params": params}, x)[0]))
@@ -303,4 +317,4 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
 
 def test_unknown_dispatch_says_which_there_are(params, x):
     with pytest.raises(ValueError, match="'dense', 'ragged' or 'capacity'"):
-        make_layer("scatter").apply({"params": params}, x)
+        make_layer(dispatch="scatter").apply({"params": params}, x)
