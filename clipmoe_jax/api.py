@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from clipmoe_jax import config as configs
+from clipmoe_jax import sharding
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
 from clipmoe_jax.interop.load import read_model
@@ -90,4 +92,7 @@ def load(
         place=lambda _, leaf: jnp.asarray(leaf),
     )
     print(f"{path}: {found.source}")
-    return LoadedClip(found.config, found.params, found.source, RunConfig(dtype=dtype))
+    config = configs.default_config()
+    config.run.dtype = dtype
+    run = configs.run_config(config, sharding.platform())
+    return LoadedClip(found.config, found.params, found.source, run)

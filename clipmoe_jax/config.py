@@ -107,7 +107,7 @@ def default_config() -> ConfigDict:
     config.moe = ConfigDict()
     config.moe.num_selected_experts = 2
     config.moe.num_moe_layers = 0  # of the last blocks of each tower; 0 is all
-    config.moe.dispatch = ""  # "ragged", "dense", "capacity"; "" is the fastest exact one (`run_config`)
+    config.moe.dispatch = "ragged"  # or "dense", exact too, or "capacity"
     config.moe.capacity_factor = 1.25  # for dispatch = "capacity"
     config.moe.expert_dropout_rate = 0.1  # in router training
     config.moe.router_stddev = 0.02
@@ -222,12 +222,14 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     place. Neither has been measured on an accelerator; `python -m benchmarks.run --only=settings` measures
     and names what is fastest on a device.
     """
+    dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    attention = {"cuda": "xla" if dtype == "float32" else "cudnn", "cpu": "chunked"}.get(platform, "xla")
     return RunConfig(
-        dtype=config.run.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        dtype=dtype,
         remat=config.run.remat,
-        dispatch=config.moe.dispatch or "ragged",
+        dispatch=config.moe.dispatch,
         grouped_mlp={"cpu": "blocks", "tpu": "ragged_dot"}.get(platform, "fixed_blocks"),
-        attention=config.run.attention or {"cuda": "cudnn", "cpu": "chunked"}.get(platform, "xla"),
+        attention=config.run.attention or attention,
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
@@ -252,7 +254,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             f"cluster.num_clusters={config.cluster.num_clusters} makes more than 2^63 clusters in "
             f"mcl.num_stages={config.mcl.num_stages}: choose fewer"
         )
-    _check_choice("moe.dispatch", config.moe.dispatch, ("", "ragged", "dense", "capacity"))
+    _check_choice("moe.dispatch", config.moe.dispatch, ("ragged", "dense", "capacity"))
     _check_choice("run.remat", config.run.remat, REMAT)
     _check_choice("run.attention", config.run.attention, ("", *IMPLEMENTATIONS))
     _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))

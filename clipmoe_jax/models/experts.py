@@ -31,7 +31,7 @@ WIDE_BLOCK, NARROW_BLOCK = 256, 64
 # processors) and copy an expert's kernels seldom.
 GPU_BLOCK = 2048
 
-# What the names of RunConfig.grouped_mlp stand for.
+# Values of RunConfig.grouped_mlp (`make_grouped_mlp`).
 GROUPED_MLPS = ("blocks", "fixed_blocks", "ragged_dot")
 
 
@@ -47,7 +47,8 @@ class Experts(NamedTuple):
 class Hidden(NamedTuple):
     """What happens between the two layers of an expert: dropout, activation, and the gate.
 
-    What is dropped out is marked in h, by -inf, so that a gradient needs no mask kept or drawn again.
+    What is dropped out is marked in h, by -inf, so that a gradient needs no mask kept or drawn again. (An h
+    that overflows to -inf counts as dropped out; an activation of it tends to 0.)
     dropout_key: None where nothing is dropped out, with a rate of 0.
     """
 
@@ -60,7 +61,7 @@ class Hidden(NamedTuple):
         return _gated(self._replace(dropout_key=None), h, self.draw(h.shape), gates)
 
     def draw(self, shape: tuple[int, ...], block: Array | None = None) -> Array | None:
-        """Which units are kept, bool, or None if all; each block has its own. The rate is one of 2^16."""
+        """Which units are kept, bool, or None if all; each block has its own. Rates are rounded to 2^-16."""
         if self.dropout_key is None:
             return None
         key = self.dropout_key if block is None else jax.random.fold_in(self.dropout_key, block)
@@ -228,14 +229,15 @@ def _fixed_number(
 ) -> tuple[Any, Any]:
     """As many blocks of block_rows as any group_sizes may need; those too many fall on rows left over.
 
-    For GPU, where each turn of a loop whose length depends on data waits for the host.
+    For GPU, where each turn of a loop whose length depends on data waits for the host. Slots of experts that
+    another device holds count as well.
     """
     num_slots, num_experts = num_rows - block_rows, len(group_sizes)
     counts, starts = (group_sizes + block_rows - 1) // block_rows, jnp.cumsum(group_sizes) - group_sizes
     ends = jnp.cumsum(counts)
-    block = jnp.arange(num_slots // block_rows + num_experts)
-    experts = jnp.searchsorted(ends, block, side="right").clip(max=num_experts - 1)
-    rows = starts[experts] + (block - (ends - counts)[experts]) * block_rows
+    numbers = jnp.arange(num_slots // block_rows + num_experts)
+    experts = jnp.searchsorted(ends, numbers, side="right").clip(max=num_experts - 1)
+    rows = starts[experts] + (numbers - (ends - counts)[experts]) * block_rows
     rows = rows.clip(max=num_slots)
 
     def body(carry_and_sums, block):
@@ -253,12 +255,15 @@ def make_grouped_mlp(
 
     `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row
     with every kernel: for them blocks, of a number that follows the groups or is fixed.
+    Raises ValueError if the name is none of GROUPED_MLPS.
     """
+    if name not in GROUPED_MLPS:
+        raise ValueError(f"grouped_mlp={name!r} is not known: choose one of {', '.join(GROUPED_MLPS)}")
     if name == "ragged_dot":
         return ragged_dot, 0
     if name == "blocks":
         return functools.partial(blocks, fold=_as_needed), NARROW_BLOCK
-    block_rows = GPU_BLOCK
-    while block_rows > 64 and 4 * block_rows * num_experts > num_slots:  # at most a quarter too many
+    block_rows = GPU_BLOCK  # or less, where more than a quarter were too many
+    while block_rows > NARROW_BLOCK and 4 * block_rows * num_experts > num_slots:
         block_rows //= 2
     return functools.partial(blocks, fold=functools.partial(_fixed_number, block_rows=block_rows)), block_rows

@@ -137,7 +137,7 @@ def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
     config, run, phase = training.config, training.run, training.phase
     trains = trees.match_rules(training.rules, list(trees.flatten(placed_params(mesh, config))))
     model_flops = flops.forward_backward(config, trains)
-    experts = slots_of_token(config, run)
+    experts = slots_of_token(config, run, mesh)
     computed = flops.forward_backward(config, trains, slots=experts)
     if training.short_length:
         of_text = functools.partial(
@@ -154,13 +154,16 @@ def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
     )
 
 
-def slots_of_token(config: ClipConfig, run: RunConfig) -> float:
-    """How many experts compute on a token, spare rows left out."""
+def slots_of_token(config: ClipConfig, run: RunConfig, mesh: AbstractMesh) -> float:
+    """How many experts compute on a token. What routing leaves empty of a GPU's blocks, up to a quarter, is
+    left out."""
     if config.moe is None:
         return 0
     num_experts, num_selected = config.moe.num_experts, config.moe.num_selected_experts
     if run.dispatch == "capacity":
         return min(num_experts, run.capacity_factor * num_selected)
+    if run.grouped_mlp == "fixed_blocks":  # on all slots of the tokens that are gathered
+        num_selected = min(num_experts, num_selected * mesh.shape["expert"])
     return num_experts if run.dispatch == "dense" else num_selected
 
 

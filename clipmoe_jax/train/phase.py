@@ -54,6 +54,7 @@ class PhaseConfig:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, num_steps, 0.0
         )
+        # One program: operation by operation it would be ten to compile.
         return np.asarray(jax.jit(schedule)(np.arange(num_steps)), np.float32)
 
     def direction(self) -> optax.GradientTransformation:

@@ -232,18 +232,29 @@ def test_aux_is_of_the_moe_blocks_alone(config, outputs):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize(("dispatch", "chunk_rows"), [("ragged", 3), ("dense", 0)])
-def test_recomputed_blocks_give_the_same_values_and_gradients(inputs, dispatch, remat, chunk_rows):
-    """Of a dense and a MoE block."""
+@pytest.mark.parametrize(
+    ("dispatch", "grouped_mlp", "chunk_rows"),
+    [("ragged", "blocks", 3), ("ragged", "fixed_blocks", 0), ("dense", "blocks", 0)],
+)
+def test_recomputed_blocks_give_the_same_values_and_gradients(
+    inputs, dispatch, grouped_mlp, remat, chunk_rows
+):
+    """Of a dense and a MoE block, with expert dropout."""
     params = random_params(MOE)
 
     def value_and_gradient(remat, chunk_rows):
-        model = Clip(MOE, RunConfig(remat=remat, dispatch=dispatch, mlp_chunk_rows=chunk_rows))
+        run = RunConfig(
+            remat=remat,
+            dispatch=dispatch,
+            grouped_mlp=grouped_mlp,
+            mlp_chunk_rows=chunk_rows,
+            expert_dropout_rate=0.25,
+        )
 
         def value(text_params):
-            features, _ = model.apply(
-                {"params": params | {"text": text_params}}, inputs[1], method="encode_text"
-            )
+            variables = {"params": params | {"text": text_params}}
+            rngs = {"dropout": jax.random.key(0)}
+            features, _ = Clip(MOE, run).apply(variables, inputs[1], False, method="encode_text", rngs=rngs)
             return jnp.sum(jnp.sin(features))
 
         return jax.jit(jax.value_and_grad(value))(params["text"])

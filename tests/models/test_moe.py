@@ -1,6 +1,7 @@
 """The MoE block: hand numbers for the router, one contract for three dispatches, exactness under a mesh."""
 
 import functools
+import math
 
 import chex
 import jax
@@ -13,12 +14,12 @@ from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
 from clipmoe_jax.models.experts import (
     GROUPED_MLPS,
-    NARROW_BLOCK,
     WIDE_BLOCK,
     Experts,
     Hidden,
     make_grouped_mlp,
 )
+from clipmoe_jax.models.linear import HIDDEN
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
 
@@ -134,41 +135,61 @@ def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
 
 
 @pytest.mark.parametrize(
-    ("name", "starts"),
-    [
-        ("blocks", (0, WIDE_BLOCK, 2 * WIDE_BLOCK, 2 * WIDE_BLOCK + NARROW_BLOCK)),
-        ("fixed_blocks", (0, 128, 256, 384, 512)),
-    ],
+    ("name", "starts"), [("blocks", (0, 256, 512, 576, 582, 646)), ("fixed_blocks", (0, 64, 512, 582, 646))]
 )
 def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name, starts):
-    """Units that are all one show what is kept; with it the same is written out, with gradients."""
-    num_rows, width, rate = 2 * WIDE_BLOCK + 70, 32, 0.25
-    ones = Experts(jnp.zeros((1, width, width)), jnp.ones((1, width)), jnp.eye(width)[None], None)
-    run_groups, spare_rows = make_grouped_mlp(name, num_rows, 1)
+    """Units that are all one show what is kept; with it the same is written out, with gradients. The last
+    block of the first group runs over into the last group, the one between is empty."""
+    sizes, width, rate = (2 * WIDE_BLOCK + 70, 0, 100), 32, 0.25
+    num_rows = sum(sizes)
+    run_groups, spare_rows = make_grouped_mlp(name, num_rows, 3)
     shape = num_rows + spare_rows, width
+    stacked = 3, width, width
+    identity = jnp.broadcast_to(jnp.eye(width), stacked)
+    ones = Experts(jnp.zeros(stacked), jnp.ones(stacked[:2]), identity, None)
 
     def run(activation, rows, gates, experts):
         hidden = Hidden(activation, jax.random.key(0), rate)
-        return run_groups(rows, gates, jnp.array([num_rows]), experts, hidden)[:num_rows]
+        return run_groups(rows, gates, jnp.array(sizes), experts, hidden)[:num_rows]
 
     kept = np.asarray(run(lambda h: h, jnp.zeros(shape), jnp.ones((shape[0], 1)), ones)) != 0
     assert abs(kept.mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.size) ** 0.5
     assert len({kept[start : start + 6].tobytes() for start in starts}) == len(starts)
 
     def whole(rows, gates, experts):
-        h = (rows @ experts.fc_kernel[0] + experts.fc_bias[0])[:num_rows]
+        of_row = np.repeat(np.arange(3), sizes)
+        h = jnp.einsum("nd,ndf->nf", rows[:num_rows], experts.fc_kernel[of_row]) + experts.fc_bias[of_row]
         h = jnp.where(kept, quick_gelu(h) / (1 - rate), 0) * gates[:num_rows]
-        return h @ experts.proj_kernel[0]
+        return jnp.einsum("nf,nfd->nd", h, experts.proj_kernel[of_row])
 
-    rows, fc_kernel, proj_kernel = (
-        0.2 * jax.random.normal(jax.random.key(i), (shape[0], width)) for i in range(3)
-    )
-    experts = ones._replace(fc_kernel=fc_kernel[None, :width], proj_kernel=proj_kernel[None, :width])
+    rows = 0.2 * jax.random.normal(jax.random.key(0), shape)
+    fc_kernel, proj_kernel = (0.2 * jax.random.normal(jax.random.key(i), stacked) for i in (1, 2))
+    experts = ones._replace(fc_kernel=fc_kernel, proj_kernel=proj_kernel)
     arguments = rows, jax.random.uniform(jax.random.key(3), (shape[0], 1)), experts
     y, pullback = jax.vjp(functools.partial(run, quick_gelu), *arguments)
     expected, expected_pullback = jax.vjp(whole, *arguments)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(pullback(y), expected_pullback(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_only_marks_are_kept_of_a_hidden_layer_with_dropout(params, x, name):
+    """One array as wide as F, no mask beside it, and none that is drawn again."""
+    layer = make_layer(**EXACT[name], dropout_rate=0.25, deterministic=False)
+
+    def apply(x):
+        return layer.apply({"params": params}, x, rngs={"dropout": jax.random.key(0)})[0]
+
+    keep = jax.checkpoint_policies.save_only_these_names(HIDDEN)
+    residuals = jax.eval_shape(lambda x: jax.vjp(jax.checkpoint(apply, policy=keep), x)[1], x)
+    rows = math.prod(x.shape[:2]) * K
+    of_units = [leaf for leaf in jax.tree.leaves(residuals) if leaf.size >= rows * F]
+    assert [leaf.dtype for leaf in of_units] == [jnp.float32]
+
+    def draws(apply):
+        return str(jax.make_jaxpr(jax.grad(lambda x: apply(x).sum()))(x)).count("random_bits")
+
+    assert draws(jax.checkpoint(apply, policy=keep)) == draws(apply) > 0
 
 
 def test_dropout_lets_a_nan_through():
@@ -178,7 +199,7 @@ def test_dropout_lets_a_nan_through():
 
 
 def test_hidden_has_the_gradient_of_what_it_computes():
-    """Its own is written by hand, from the mask that the forward pass drew."""
+    """Its own is written by hand, from the marks in h."""
     key = jax.random.key(0)
     h, gates = jax.random.normal(key, (300, F)), jax.random.uniform(key, (300, 1))
     y, pullback = jax.vjp(Hidden(quick_gelu, key, 0.25), h, gates)

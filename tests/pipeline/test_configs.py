@@ -98,9 +98,26 @@ def test_config_arguments():
         get_config("demo", "sedes=3")
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype", "grouped_mlp", "attention"),
+    [
+        ("cpu", "float32", "blocks", "chunked"),
+        ("tpu", "bfloat16", "ragged_dot", "xla"),
+        ("gpu", "bfloat16", "fixed_blocks", "xla"),
+        ("cuda", "bfloat16", "fixed_blocks", "cudnn"),
+        ("cuda", "float32", "fixed_blocks", "xla"),  # cuDNN's attention has half precision alone
+    ],
+)
+def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, attention):
+    config = configs.default_config()
+    config.run.dtype = dtype
+    run = configs.run_config(config, platform)
+    assert (run.grouped_mlp, run.attention) == (grouped_mlp, attention)
+
+
 BAD_FIELDS = {
     "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
-    "unknown dispatch": ("moe.dispatch", "scatter", "choose one of , ragged, dense, capacity"),
+    "unknown dispatch": ("moe.dispatch", "scatter", "choose one of ragged, dense, capacity"),
     "unknown init_from": ("mcl.init_from", "last", "base, previous"),
     "unknown balance": ("router.balance", "none", "paper, released"),
     "unknown baseline": ("baselines", ("lora",), "direct_ft"),
