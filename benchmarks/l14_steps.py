@@ -36,23 +36,23 @@ def target_device(target: str):
     import jax
     from jax.experimental import topologies
 
-    if target == "cpu":
+    platform = PLATFORMS[target]
+    if platform == "cpu":
         return jax.devices()[0]
-    gpu = target == "h100"
     try:
-        if not gpu:
+        if platform == "tpu":
             return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
-        described = pathlib.Path(__file__).with_name("h100.txtpb").read_text()
+        described = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text()
         found = topologies.get_topology_desc(target, "cuda", target_config=described, topology="1x1x1")
         return found.devices[0]
     except Exception as error:  # whatever a missing plugin raises
-        package = "jax[cuda13]" if gpu else "jax[tpu]"
+        package = {"tpu": "jax[tpu]", "gpu": "jax[cuda13]"}[platform]
         message = f'--target={target}: there is no compiler for it here: pip install "{package}" ({error})'
         raise SystemExit(message) from error
 
 
 def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
-    if args.target == "h100":
+    if PLATFORMS[args.target] == "gpu":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
     import jax
 

@@ -15,7 +15,7 @@ from benchmarks import moe_block
 from benchmarks.timing import Program
 from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload
 from clipmoe_jax import sharding, trees
-from clipmoe_jax.models.attention import IMPLEMENTATIONS, attention
+from clipmoe_jax.models.attention import attention, implementations
 from clipmoe_jax.models.clip import normalize_features
 from clipmoe_jax.models.encoder import METHODS, make_encode
 from clipmoe_jax.train.step import TrainState, init_state, make_train_step
@@ -91,13 +91,10 @@ def attention_section(workload: Workload, group: str) -> Builders:
         function, arguments = attend(workload, group, implementation)
         return _program(lambda: function(*arguments), workload.attention_flops(group), workload.batch)
 
-    return {f"{NAME} {name}": lambda name=name: build(name) for name in implementations(workload)}
-
-
-def implementations(workload: Workload) -> list[str]:
-    """Of attention, that this platform has."""
-    has_cudnn = workload.platform == "cuda" and workload.dtype != "float32"
-    return [name for name in IMPLEMENTATIONS if name != "cudnn" or has_cudnn]
+    return {
+        f"{NAME} {name}": lambda name=name: build(name)
+        for name in implementations(workload.platform, workload.dtype)
+    }
 
 
 def moe(workload: Workload, group: str) -> Builders:
@@ -150,7 +147,7 @@ def steps(workload: Workload, group: str) -> Builders:
 def settings(workload: Workload, group: str) -> Builders:
     """A step with each value that a field of the config can have. group: the field."""
     kind, values = SETTINGS[group]
-    values = implementations(workload) if group == "run.attention" else values
+    values = implementations(workload.platform, workload.dtype) if group == "run.attention" else values
 
     def build(value: str) -> Program:
         chosen = dataclasses.replace(workload, settings=((group, value),))

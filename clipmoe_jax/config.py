@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.models.attention import IMPLEMENTATIONS
+from clipmoe_jax.models.attention import IMPLEMENTATIONS, implementations
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.transformer import REMAT, MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
@@ -223,7 +223,9 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     and names what is fastest on a device.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    attention = {"cuda": "xla" if dtype == "float32" else "cudnn", "cpu": "chunked"}.get(platform, "xla")
+    attention = "chunked" if platform == "cpu" else "xla"
+    if "cudnn" in implementations(platform, dtype):
+        attention = "cudnn"
     return RunConfig(
         dtype=dtype,
         remat=config.run.remat,

@@ -50,6 +50,12 @@ def attention(
     )
 
 
+def implementations(platform: str, dtype: str) -> list[str]:
+    """Those that a platform (`sharding.platform`) has for a dtype: cuDNN's has half precision alone."""
+    has_cudnn = platform == "cuda" and dtype != "float32"
+    return [name for name in IMPLEMENTATIONS if name != "cudnn" or has_cudnn]
+
+
 def _same_segment(segments: Array) -> Array:
     """(…, L) -> (…, L, L) bool."""
     return segments[..., :, None] == segments[..., None, :]

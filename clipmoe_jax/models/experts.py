@@ -49,7 +49,7 @@ class Hidden(NamedTuple):
 
     What is dropped out is marked in h, by -inf, so that a gradient needs no mask kept or drawn again. (An h
     that overflows to -inf counts as dropped out; an activation of it tends to 0.)
-    dropout_key: None where nothing is dropped out, with a rate of 0.
+    dropout_key: None will do where dropout_rate is 0.
     """
 
     activation: Callable[[Array], Array]
@@ -62,7 +62,7 @@ class Hidden(NamedTuple):
 
     def draw(self, shape: tuple[int, ...], block: Array | None = None) -> Array | None:
         """Which units are kept, bool, or None if all; each block has its own. Rates are rounded to 2^-16."""
-        if self.dropout_key is None:
+        if self.dropout_rate == 0:
             return None
         key = self.dropout_key if block is None else jax.random.fold_in(self.dropout_key, block)
         return jax.random.bits(key, shape, jnp.uint16) >= round(self.dropout_rate * 2**16)
@@ -109,8 +109,15 @@ def ragged_dot(rows: Array, gates: Array, group_sizes: Array, experts: Experts, 
     return lax.ragged_dot(hidden(h, gates), experts.proj_kernel, group_sizes)
 
 
+# Steps on blocks that cover all groups in order: `fold(step, carry, sums, R, group_sizes, stacked)` -> carry,
+# sums by `step(carry, expert, stacked[expert], first_row, rows_of_block)` -> carry, parts. sums[expert], from
+# zero, is the sum of the parts of its blocks.
+Step = Callable[[Any, Array, Any, Array, int], tuple[Any, Any]]
+Fold = Callable[[Step, Any, Any, int, Array, Any], tuple[Any, Any]]
+
+
 def blocks(
-    rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden, *, fold: "Fold"
+    rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden, *, fold: Fold
 ) -> Array:
     """Both layers of an expert on one block of rows after the other.
 
@@ -128,17 +135,17 @@ def blocks(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocks(hidden, fold, key, rows, gates, group_sizes, *weights):
-    """`weights`: the first three of Experts."""
-    return _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep=False)[0]
+def _blocks(hidden, fold, key, rows, gates, group_sizes, *stacked):
+    """`stacked`: the first three of Experts."""
+    return _forward(hidden, fold, key, rows, gates, group_sizes, stacked, keep=False)[0]
 
 
-def _blocks_fwd(hidden, fold, key, rows, gates, group_sizes, *weights):
-    y, marked = _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep=True)
-    return y, (rows, gates, group_sizes, weights, checkpoint_name(marked, HIDDEN))
+def _blocks_fwd(hidden, fold, key, rows, gates, group_sizes, *stacked):
+    y, marked = _forward(hidden, fold, key, rows, gates, group_sizes, stacked, keep=True)
+    return y, (rows, gates, group_sizes, stacked, checkpoint_name(marked, HIDDEN))
 
 
-def _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep: bool):
+def _forward(hidden, fold, key, rows, gates, group_sizes, stacked, keep: bool):
     """y, and if asked for h with its marks, else None."""
     hidden = hidden._replace(dropout_key=key)
 
@@ -150,14 +157,14 @@ def _forward(hidden, fold, key, rows, gates, group_sizes, weights, keep: bool):
         y = hidden.gate(h, gate) @ proj_kernel
         return _update(outputs, (y, h if keep else None), row), ()
 
-    hidden_dim = weights[0].shape[2]
+    hidden_dim = stacked[0].shape[2]
     outputs = jnp.zeros_like(rows), jnp.zeros((len(rows), hidden_dim), rows.dtype) if keep else None
-    return fold(block, outputs, (), len(rows), group_sizes, weights)[0]
+    return fold(block, outputs, (), len(rows), group_sizes, stacked)[0]
 
 
 def _blocks_bwd(hidden, fold, residuals, dy):
     # Where the experts are frozen their sums are dead code and XLA drops them.
-    rows, gates, group_sizes, weights, marked = residuals
+    rows, gates, group_sizes, stacked, marked = residuals
     arrays, ends = (rows, gates, dy, marked), jnp.cumsum(group_sizes)
 
     def block(gradients, expert, weights, row, num_rows):
@@ -171,10 +178,10 @@ def _blocks_bwd(hidden, fold, residuals, dy):
         return gradients, weight_gradients(x, dh, activated, g)
 
     zeros = jnp.zeros_like(rows), jnp.zeros_like(gates)
-    sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    (drows, dgates), sums = fold(block, zeros, sums, len(rows), group_sizes, weights)
-    dweights = (total.astype(w.dtype) for total, w in zip(sums, weights, strict=True))
-    return None, drows, dgates, None, *dweights
+    sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in stacked)
+    (drows, dgates), sums = fold(block, zeros, sums, len(rows), group_sizes, stacked)
+    dstacked = (total.astype(w.dtype) for total, w in zip(sums, stacked, strict=True))
+    return None, drows, dgates, None, *dstacked
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
@@ -190,13 +197,6 @@ def _update(arrays: Any, parts: Any, row: Array) -> Any:
 
 def _at(stacked: Any, expert: Array) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, expert, keepdims=False), stacked)
-
-
-# Steps on blocks that cover all groups in order: `fold(step, carry, sums, R, group_sizes, stacked)` -> carry,
-# sums by `step(carry, expert, stacked[expert], first_row, rows_of_block)` -> carry, parts. sums[expert], from
-# zero, is the sum of the parts of its blocks.
-Step = Callable[[Any, Array, Any, Array, int], tuple[Any, Any]]
-Fold = Callable[[Step, Any, Any, int, Array, Any], tuple[Any, Any]]
 
 
 def _as_needed(

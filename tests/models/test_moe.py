@@ -12,13 +12,7 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.experts import (
-    GROUPED_MLPS,
-    WIDE_BLOCK,
-    Experts,
-    Hidden,
-    make_grouped_mlp,
-)
+from clipmoe_jax.models.experts import GROUPED_MLPS, WIDE_BLOCK, Experts, Hidden, make_grouped_mlp
 from clipmoe_jax.models.linear import HIDDEN
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
@@ -339,3 +333,5 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
 def test_unknown_dispatch_says_which_there_are(params, x):
     with pytest.raises(ValueError, match="'dense', 'ragged' or 'capacity'"):
         make_layer(dispatch="scatter").apply({"params": params}, x)
+    with pytest.raises(ValueError, match="choose one of blocks, fixed_blocks, ragged_dot"):
+        make_layer(grouped_mlp="scatter").apply({"params": params}, x)
