@@ -10,6 +10,7 @@ Contract of a grouped feed-forward layer `(rows, gates, group_sizes, experts, hi
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,23 +50,22 @@ class Hidden(NamedTuple):
 
     What is dropped out is marked in h, by -inf, so that a gradient needs no mask kept or drawn again. (An h
     that overflows to -inf counts as dropped out; an activation of it tends to 0.)
-    dropout_key: None will do where dropout_rate is 0.
+    dropout_words: (2,) uint32, random, what masks are made from; None will do where dropout_rate is 0.
     """
 
     activation: Callable[[Array], Array]
-    dropout_key: Array | None = None
+    dropout_words: Array | None = None
     dropout_rate: float = 0.0
 
     def __call__(self, h: Array, gates: Array) -> Array:
         """h (N, ..., F), gates (N, ..., 1) -> as h."""
-        return _gated(self._replace(dropout_key=None), h, self.draw(h.shape), gates)
+        return _gated(self._replace(dropout_words=None), h, self.draw(h.shape), gates)
 
-    def draw(self, shape: tuple[int, ...], block: Array | None = None) -> Array | None:
-        """Which units are kept, bool, or None if all; each block has its own. Rates are rounded to 2^-16."""
+    def draw(self, shape: tuple[int, ...], first_row: Array | int = 0) -> Array | None:
+        """Which units are kept of the rows from first_row on, bool (rows, ..., F), or None if all are."""
         if self.dropout_rate == 0:
             return None
-        key = self.dropout_key if block is None else jax.random.fold_in(self.dropout_key, block)
-        return jax.random.bits(key, shape, jnp.uint16) >= round(self.dropout_rate * 2**16)
+        return random_bits(self.dropout_words, shape, first_row) >= jnp.uint32(self.dropout_rate * 2**32)
 
     def gate(self, marked: Array, gates: Array) -> Array:
         """What a call computes, of h as `mark` returns it."""
@@ -74,6 +74,24 @@ class Hidden(NamedTuple):
         kept = marked != -jnp.inf  # a NaN is kept, to be seen
         h = self.activation(jnp.where(kept, marked, 0)) / (1 - self.dropout_rate)
         return jnp.where(kept, h, 0) * gates
+
+
+def random_bits(words: Array, shape: tuple[int, ...], first_row: Array | int) -> Array:
+    """uint32 of the shape (rows, ...), the same for a row whatever rows are asked for with it.
+
+    MurmurHash3's 32-bit finalizer, once for each word, of a unit's number: a tenth of the operations of
+    `jax.random.bits`, so that dropout costs next to nothing (benchmarks/LOG.md).
+    """
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    bits = jnp.uint32(first_row) * jnp.uint32(strides[0])
+    for axis, stride in enumerate(strides):
+        bits += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    for word in words:
+        bits ^= word
+        bits = (bits ^ bits >> 16) * jnp.uint32(0x85EBCA6B)
+        bits = (bits ^ bits >> 13) * jnp.uint32(0xC2B2AE35)
+        bits ^= bits >> 16
+    return bits
 
 
 def mark(h: Array, kept: Array | None) -> Array:
@@ -130,24 +148,24 @@ def blocks(
 
     fold: `_as_needed`, or `_fixed_number` of so many rows.
     """
-    key, hidden = hidden.dropout_key, hidden._replace(dropout_key=None)
-    return _blocks(hidden, fold, key, rows, gates, group_sizes, *experts[:3])
+    words, hidden = hidden.dropout_words, hidden._replace(dropout_words=None)
+    return _blocks(hidden, fold, words, rows, gates, group_sizes, *experts[:3])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocks(hidden, fold, key, rows, gates, group_sizes, *stacked):
+def _blocks(hidden, fold, words, rows, gates, group_sizes, *stacked):
     """`stacked`: the first three of Experts."""
-    return _forward(hidden, fold, key, rows, gates, group_sizes, stacked, keep=False)[0]
+    return _forward(hidden, fold, words, rows, gates, group_sizes, stacked, keep=False)[0]
 
 
-def _blocks_fwd(hidden, fold, key, rows, gates, group_sizes, *stacked):
-    y, marked = _forward(hidden, fold, key, rows, gates, group_sizes, stacked, keep=True)
+def _blocks_fwd(hidden, fold, words, rows, gates, group_sizes, *stacked):
+    y, marked = _forward(hidden, fold, words, rows, gates, group_sizes, stacked, keep=True)
     return y, (rows, gates, group_sizes, stacked, checkpoint_name(marked, HIDDEN))
 
 
-def _forward(hidden, fold, key, rows, gates, group_sizes, stacked, keep: bool):
+def _forward(hidden, fold, words, rows, gates, group_sizes, stacked, keep: bool):
     """y, and if asked for h with its marks, else None."""
-    hidden = hidden._replace(dropout_key=key)
+    hidden = hidden._replace(dropout_words=words)
 
     def block(outputs, expert, weights, row, num_rows):
         fc_kernel, fc_bias, proj_kernel = weights

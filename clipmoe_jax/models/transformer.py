@@ -170,7 +170,7 @@ def apply_blocks(
     blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
     The feed-forward layer of the last block is computed for the tokens that are read alone.
     """
-    block_class = _rematerialised(run.remat)
+    block_class = _block_class(run.remat)
     first_moe = first_moe_layer(num_layers, moe)
     block_aux = []
     for i in range(num_layers):
@@ -194,11 +194,12 @@ def apply_blocks(
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *block_aux)
 
 
-def _rematerialised(remat: str) -> type[Block]:
+def _block_class(remat: str) -> type[Block]:
+    """Traced once for all blocks that are alike."""
     if remat == "none":
-        return Block
+        return nn.jit(Block)
     keep = KEPT if remat == "dots" else ()
-    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*keep))
+    return nn.jit(nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*keep)))
 
 
 def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:

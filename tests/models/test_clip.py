@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from clipmoe_jax import trees
 from clipmoe_jax.checkpoints import abstract_params
 from clipmoe_jax.data import preprocess
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, text_mask
-from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig, apply_blocks
 
 DENSE = ClipConfig(
     embed_dim=24,
@@ -262,6 +263,55 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(
     chex.assert_trees_all_close(
         value_and_gradient(remat, chunk_rows), value_and_gradient("none", 0), rtol=1e-4, atol=1e-5
     )
+
+
+class Blocks(nn.Module):
+    """MoE blocks of one head, all tokens read."""
+
+    num_layers: int
+    run: RunConfig
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        return apply_blocks(
+            x,
+            jnp.arange(x.shape[1])[None],
+            num_layers=self.num_layers,
+            num_heads=1,
+            mlp_width=64,
+            activation="gelu",
+            layer_norm_eps=1e-5,
+            causal=False,
+            moe=MoeConfig(2, 2),
+            run=self.run,
+            deterministic=deterministic,
+        )[0]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_blocks_that_are_alike_drop_out_differently(remat):
+    """They are traced once. Attention adds nothing and experts very little: two blocks add the same, but for
+    what is dropped out."""
+    run, key = RunConfig(remat=remat, expert_dropout_rate=0.5), jax.random.key(0)
+    x = jnp.broadcast_to(jnp.array([1.0, -1.0] * 4), (1, 3, 8))
+    block = Blocks(1, run).init(key, x, True)["params"]["resblocks_0"]
+    block["attn"]["out_proj"] = jax.tree.map(jnp.zeros_like, block["attn"]["out_proj"])
+    block["moe"]["c_proj"] = jax.tree.map(lambda leaf: 1e-4 * leaf, block["moe"]["c_proj"])
+    params = {"resblocks_0": block, "resblocks_1": block}
+
+    def added(deterministic):
+        """By the first block and by the second."""
+        once, twice = (
+            Blocks(num_layers, run).apply({"params": params}, x, deterministic, rngs={"dropout": key})
+            for num_layers in (1, 2)
+        )
+        return once - x[0], twice - once
+
+    first, second = added(deterministic=True)
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    assert jnp.abs(first).max() > 1e-5
+    first, second = added(deterministic=False)
+    assert jnp.abs(first - second).max() > 1e-5
 
 
 def test_bfloat16_is_close_to_float32_and_gives_float32(config, params, inputs, outputs):

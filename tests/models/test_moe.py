@@ -12,7 +12,14 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.experts import GROUPED_MLPS, WIDE_BLOCK, Experts, Hidden, make_grouped_mlp
+from clipmoe_jax.models.experts import (
+    GROUPED_MLPS,
+    WIDE_BLOCK,
+    Experts,
+    Hidden,
+    make_grouped_mlp,
+    random_bits,
+)
 from clipmoe_jax.models.linear import HIDDEN
 from clipmoe_jax.models.moe import MoeMlp, route
 from clipmoe_jax.models.transformer import quick_gelu
@@ -25,6 +32,7 @@ EXACT = {
 }
 N, D, F, E, K = 2 * 13, 8, 12, 4, 2
 AS_IT_IS = Hidden(lambda h: h)
+WORDS = np.array([2654435769, 42], np.uint32)
 
 
 def make_layer(**fields):
@@ -143,7 +151,7 @@ def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name
     ones = Experts(jnp.zeros(stacked), jnp.ones(stacked[:2]), identity, None)
 
     def run(activation, rows, gates, experts):
-        hidden = Hidden(activation, jax.random.key(0), rate)
+        hidden = Hidden(activation, WORDS, rate)
         return run_groups(rows, gates, jnp.array(sizes), experts, hidden)[:num_rows]
 
     kept = np.asarray(run(lambda h: h, jnp.zeros(shape), jnp.ones((shape[0], 1)), ones)) != 0
@@ -181,14 +189,33 @@ def test_only_marks_are_kept_of_a_hidden_layer_with_dropout(params, x, name):
     assert [leaf.dtype for leaf in of_units] == [jnp.float32]
 
     def draws(apply):
-        return str(jax.make_jaxpr(jax.grad(lambda x: apply(x).sum()))(x)).count("random_bits")
+        return str(jax.make_jaxpr(jax.grad(lambda x: apply(x).sum()))(x)).count(f" {0x85EBCA6B}:u32")
 
     assert draws(jax.checkpoint(apply, policy=keep)) == draws(apply) > 0
 
 
+def test_random_bits_are_fair_and_independent():
+    """Of a million units each bit is set half of the time, within five deviations; no bit agrees more often
+    than not with that of a unit beside it, in the next row, in another layer, or whose words are swapped."""
+    shape = 1024, 1000
+    others = WORDS[::-1], WORDS + np.array([1, 0], np.uint32), WORDS + np.array([0, 1], np.uint32)
+    bits, *of_others = (np.asarray(random_bits(words, shape, 0)) for words in (WORDS, *others))
+    shifted = [np.roll(bits, 1, axis) for axis in (0, 1)] + [np.roll(bits, 2**i) for i in range(10)]
+    for array in [bits] + [bits ^ other for other in shifted + of_others]:
+        ones = np.array([np.mean(array >> np.uint32(i) & 1) for i in range(32)])
+        assert np.abs(ones - 0.5).max() < 5 * 0.5 / array.size**0.5
+    counts = np.bincount((bits >> 24).ravel(), minlength=256)
+    assert np.sum((counts - bits.size / 256) ** 2 / (bits.size / 256)) < 255 + 5 * (2 * 255) ** 0.5
+
+
+def test_random_bits_of_a_row_do_not_depend_on_the_rows_beside_it():
+    whole = random_bits(WORDS, (64, 3, F), 0)
+    np.testing.assert_array_equal(random_bits(WORDS, (16, 3, F), jnp.int32(40)), whole[40:56])
+
+
 def test_dropout_lets_a_nan_through():
     h = jnp.array([[1.0, jnp.nan] * 8])
-    y = Hidden(quick_gelu, jax.random.key(0), 0.25)(h, jnp.ones((1, 1)))
+    y = Hidden(quick_gelu, WORDS, 0.25)(h, jnp.ones((1, 1)))
     assert jnp.isnan(y).any() and not jnp.isnan(y[:, ::2]).any()
 
 
@@ -196,7 +223,7 @@ def test_hidden_has_the_gradient_of_what_it_computes():
     """Its own is written by hand, from the marks in h."""
     key = jax.random.key(0)
     h, gates = jax.random.normal(key, (300, F)), jax.random.uniform(key, (300, 1))
-    y, pullback = jax.vjp(Hidden(quick_gelu, key, 0.25), h, gates)
+    y, pullback = jax.vjp(Hidden(quick_gelu, WORDS, 0.25), h, gates)
     kept = y != 0
     assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / kept.size) ** 0.5
 
