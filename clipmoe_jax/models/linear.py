@@ -72,17 +72,17 @@ def _product(x: Array, kernel: Array) -> Array:
 
 
 def _product_fwd(x, kernel):
-    """Keeps what the gradients asked for need."""
-    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    """Keeps what the gradients asked for need, and an empty array for the rest: where blocks are traced once,
+    all that they keep must have one structure."""
+    none = jnp.zeros(0)
+    kept = x.value if kernel.perturbed else none, kernel.value if x.perturbed else none
     return x.value @ kernel.value, kept
 
 
 def _product_bwd(kept, g):
-    (x, kernel), dx, dkernel = kept, None, None
-    if kernel is not None:
-        dx = contract(g, kernel, g.ndim - 1, 1)
-    if x is not None:
-        dkernel = contract(_rows(x), _rows(g), 0, 0)
+    x, kernel = kept
+    dx = contract(g, kernel, g.ndim - 1, 1) if kernel.size else None
+    dkernel = contract(_rows(x), _rows(g), 0, 0) if x.size else None
     return dx, dkernel
 
 

@@ -13,6 +13,7 @@ import pytest
 from clipmoe_jax import trees
 from clipmoe_jax.checkpoints import abstract_params
 from clipmoe_jax.data import preprocess
+from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, text_mask
 from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig, apply_blocks
 
@@ -263,6 +264,30 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(
     chex.assert_trees_all_close(
         value_and_gradient(remat, chunk_rows), value_and_gradient("none", 0), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("rules", [TRAIN_FFN, TRAIN_ROUTERS], ids=["ffn", "routers"])
+def test_gradients_do_not_depend_on_what_else_trains(inputs, rules):
+    """Of three blocks, which are traced once though the first has no gradient to pass on and the last
+    computes less."""
+    text = dataclasses.replace(DENSE.text, num_layers=3)
+    moe = None if rules is TRAIN_FFN else MoeConfig(4, 2)
+    config = dataclasses.replace(DENSE, text=text, moe=moe)
+    params = random_params(config)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(run, trainable, frozen):
+        def value(trainable):
+            variables = {"params": trees.merge(trainable, frozen)}
+            features, _ = Clip(config, run).apply(variables, inputs[1], method="encode_text")
+            return jnp.sum(jnp.sin(features))
+
+        return jax.grad(value)(trainable)
+
+    every, _ = trees.partition(gradient(RunConfig(), params, {}), rules)
+    for remat in ("none", "dots"):
+        found = gradient(RunConfig(remat=remat), *trees.partition(params, rules))
+        chex.assert_trees_all_close(found, every, rtol=1e-4, atol=1e-5)
 
 
 class Blocks(nn.Module):
