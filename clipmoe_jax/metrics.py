@@ -1,5 +1,6 @@
 """Where numbers go: the console's progress bar, `metrics.jsonl` and TensorBoard. Process 0 alone writes."""
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -18,12 +19,17 @@ class Metrics:
         self._active = distributed.is_main()
         if not self._active:
             return
-        from tensorboardX import SummaryWriter  # here because it is slow to import
+        self._workdir = epath.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._jsonl = (self._workdir / "metrics.jsonl").open("a")
 
-        workdir = epath.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._jsonl = (workdir / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+    @functools.cached_property
+    def _tensorboard(self):
+        """Opened with the first numbers: slow to import (with it comes torch, where that is installed), and a
+        run in which nothing is left to do writes no file."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._workdir / "tensorboard"))
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """One line of numbers after `step` steps of a phase ("stage_1", "router", …)."""
@@ -55,6 +61,8 @@ class Metrics:
 
     def close(self) -> None:
         """Writes what is buffered."""
-        if self._active:
-            self._jsonl.close()
+        if not self._active:
+            return
+        self._jsonl.close()
+        if "_tensorboard" in vars(self):
             self._tensorboard.close()
