@@ -50,7 +50,7 @@ class Hidden(NamedTuple):
 
     What is dropped out is marked in h, by -inf, so that a gradient needs no mask kept or drawn again. (An h
     that overflows to -inf counts as dropped out; an activation of it tends to 0.)
-    dropout_words: (2,) uint32, random, what masks are made from; None will do where dropout_rate is 0.
+    dropout_words: (W,) uint32, those of a random key; None will do where dropout_rate is 0.
     """
 
     activation: Callable[[Array], Array]

@@ -143,7 +143,7 @@ def _run_experts(
     """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
 
     def run(x, gates, expert_ids, experts, key, expert_axis=None):
-        words = None if key is None else jax.random.bits(key, (2,))
+        words = None if key is None else jax.random.key_data(key)
         hidden = Hidden(activation, words, dropout_rate)
         run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_mlp, expert_axis)
         return run_experts(x, gates, expert_ids, experts, hidden)

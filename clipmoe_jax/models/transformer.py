@@ -195,7 +195,7 @@ def apply_blocks(
 
 
 def _block_class(remat: str) -> type[Block]:
-    """Traced once for all blocks that are alike."""
+    """Traced once for all blocks that are alike. (A profile then has the first one's name for all.)"""
     if remat == "none":
         return nn.jit(Block)
     keep = KEPT if remat == "dots" else ()
