@@ -72,21 +72,16 @@ def _product(x: Array, kernel: Array) -> Array:
 
 
 def _product_fwd(x, kernel):
-    """Keeps what the gradients asked for need, and an empty array for the rest: where blocks are traced once,
-    all that they keep must have one structure."""
-    none = jnp.zeros(0)
-    kept = x.value if kernel.perturbed else none, kernel.value if x.perturbed else none
-    return x.value @ kernel.value, kept
+    return x @ kernel, (x, kernel)
 
 
 def _product_bwd(kept, g):
+    """Of what is frozen no gradient is wanted: it is dead code, and with it what was kept for it."""
     x, kernel = kept
-    dx = contract(g, kernel, g.ndim - 1, 1) if kernel.size else None
-    dkernel = contract(_rows(x), _rows(g), 0, 0) if x.size else None
-    return dx, dkernel
+    return contract(g, kernel, g.ndim - 1, 1), contract(_rows(x), _rows(g), 0, 0)
 
 
-_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

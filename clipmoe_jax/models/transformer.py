@@ -5,6 +5,7 @@ B / U rows each (a row, or what a device has of them) and P tokens that are read
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -194,8 +195,10 @@ def apply_blocks(
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *block_aux)
 
 
+@functools.cache
 def _block_class(remat: str) -> type[Block]:
-    """Traced once for all blocks that are alike. (A profile then has the first one's name for all.)"""
+    """Traced once for all blocks that are alike, and for all calls: what is compiled is kept with the class
+    that `nn.jit` returns. (A profile then has the first one's name for all.)"""
     if remat == "none":
         return nn.jit(Block)
     keep = KEPT if remat == "dots" else ()

@@ -14,6 +14,7 @@ from clipmoe_jax import trees
 from clipmoe_jax.checkpoints import abstract_params
 from clipmoe_jax.data import preprocess
 from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.models import transformer
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, text_mask
 from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig, apply_blocks
 
@@ -288,6 +289,17 @@ def test_gradients_do_not_depend_on_what_else_trains(inputs, rules):
     for remat in ("none", "dots"):
         found = gradient(RunConfig(remat=remat), *trees.partition(params, rules))
         chex.assert_trees_all_close(found, every, rtol=1e-4, atol=1e-5)
+
+
+def test_calls_that_are_not_jitted_share_their_blocks(config, params, inputs, monkeypatch):
+    """The second compiles nothing."""
+    traced, attention = [], transformer.attention
+    monkeypatch.setattr(transformer, "attention", lambda *a, **k: traced.append(1) or attention(*a, **k))
+    model = Clip(dataclasses.replace(config, layer_norm_eps=2e-5))  # which no other test has traced
+    model.apply({"params": params}, *inputs)
+    of_the_first = len(traced)
+    model.apply({"params": params}, *inputs)
+    assert len(traced) == of_the_first > 0
 
 
 class Blocks(nn.Module):
