@@ -5,6 +5,7 @@ them; its coarse caption, like alt-text on the web, mostly the three that are ea
 is scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for training than for test.
 """
 
+import functools
 import json
 
 import numpy as np
@@ -83,16 +84,19 @@ def write_scenes(folder: epath.Path, num_scenes: int, *, split: str, seed: int) 
 
     bunch = load_digits()
     part = slice(None, NUM_TRAINING_DIGITS) if split == "train" else slice(NUM_TRAINING_DIGITS, None)
-    glyphs, targets = bunch.images[part], bunch.target[part]
+    glyphs = {name: bunch.images[part][bunch.target[part] == i] for i, name in enumerate(DIGITS)}
     rng = np.random.default_rng((seed, split == "test"))
+
+    def choose(values):
+        return values[rng.integers(len(values))]
+
     folder = epath.Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     detailed, coarse, attributes = [], [], []
     for i in range(num_scenes):
-        scene = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()}
-        glyph = glyphs[rng.choice(np.flatnonzero(targets == DIGITS.index(scene["digit"])))]
+        scene = {name: choose(values) for name, values in ATTRIBUTES.items()}
         name = f"images/{i:06d}.png"
-        Image.fromarray(draw(scene, glyph, rng)).save(folder / name)
+        Image.fromarray(draw(scene, choose(glyphs[scene["digit"]]), rng)).save(folder / name)
         detailed.append(_entry(i, name, describe(scene, rng)))
         seen = {a: v for a, v in scene.items() if rng.random() < COARSE_PROBABILITY.get(a, OTHER_PROBABILITY)}
         coarse.append(_entry(i, name, describe(seen, rng)))
@@ -109,7 +113,7 @@ def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> 
 
     image = np.empty((SIZE, SIZE, 3))
     image[:] = colour(BACKGROUNDS[scene["background"]])
-    image += 0.22 * _texture(scene["texture"])[:, :, None]
+    image += 0.22 * _texture(scene["texture"])
 
     side = round(PIXELS[scene["size"]] * rng.uniform(0.95, 1.05))
     alpha = Image.fromarray(np.uint8(glyph / 16 * 255)).resize((side, side), Image.BILINEAR)
@@ -146,15 +150,16 @@ def describe(scene: dict[str, str], rng: np.random.Generator) -> str:
     return " ".join(filter(None, (phrases[i] for i in ORDERS[rng.integers(len(ORDERS))])))
 
 
+@functools.cache
 def _texture(name: str) -> np.ndarray:
-    """(32, 32) of 0 and 1."""
+    """(32, 32, 1) of 0 and 1."""
     y, x = np.mgrid[:SIZE, :SIZE]
     return {
         "plain": np.zeros((SIZE, SIZE)),
         "striped": (y // 2) % 2,
         "dotted": (y % 4 == 0) & (x % 4 == 0),
         "checked": (y // 4 + x // 4) % 2,
-    }[name].astype(float)
+    }[name].astype(float)[:, :, None]
 
 
 def _entry(i: int, image: str, caption: str) -> dict:
