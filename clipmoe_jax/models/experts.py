@@ -175,9 +175,10 @@ def _forward(hidden, fold, words, rows, gates, group_sizes, stacked, keep: bool)
         y = hidden.gate(h, gate) @ proj_kernel
         return _update(outputs, (y, h if keep else None), row), ()
 
-    hidden_dim = stacked[0].shape[2]
-    outputs = jnp.zeros_like(rows), jnp.zeros((len(rows), hidden_dim), rows.dtype) if keep else None
-    return fold(block, outputs, (), len(rows), group_sizes, stacked)[0]
+    # y begins as rows, and drows below as dy, since what no block writes has to be finite, or zero. Not as
+    # zeros: those of all layers do not depend on anything, and XLA makes them at once where a step begins.
+    marked = lax.empty((len(rows), stacked[0].shape[2]), rows.dtype) if keep else None
+    return fold(block, (rows, marked), (), len(rows), group_sizes, stacked)[0]
 
 
 def _blocks_bwd(hidden, fold, residuals, dy):
@@ -195,9 +196,8 @@ def _blocks_bwd(hidden, fold, residuals, dy):
         dh, g = jnp.where(of_group, dh, 0), jnp.where(of_group, g, 0)
         return gradients, weight_gradients(x, dh, activated, g)
 
-    zeros = jnp.zeros_like(rows), jnp.zeros_like(gates)
     sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in stacked)
-    (drows, dgates), sums = fold(block, zeros, sums, len(rows), group_sizes, stacked)
+    (drows, dgates), sums = fold(block, (dy, jnp.zeros_like(gates)), sums, len(rows), group_sizes, stacked)
     dstacked = (total.astype(w.dtype) for total, w in zip(sums, stacked, strict=True))
     return None, drows, dgates, None, *dstacked
 
