@@ -29,7 +29,7 @@ def commands(arguments: argparse.Namespace, port: int) -> list[tuple[dict[str, s
         (
             {
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.devices}",
+                "JAX_NUM_CPU_DEVICES": str(arguments.devices),
                 "CLIPMOE_COORDINATOR": f"127.0.0.1:{port}",
                 "CLIPMOE_NUM_PROCESSES": str(arguments.processes),
                 "CLIPMOE_PROCESS_ID": str(process),

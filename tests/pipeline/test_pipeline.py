@@ -31,7 +31,7 @@ TINY = ClipConfig(
     vision=VisionConfig(image_size=32, patch_size=16, width=64, num_layers=2),
     text=TextConfig(context_length=77, width=64, num_layers=1),
 )
-ONE_DEVICE = os.environ | {"XLA_FLAGS": ""}  # as a laptop has it
+ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}  # as a laptop has it
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "gray": (120, 120, 120)}
 
 

@@ -25,7 +25,7 @@ def environment(num_devices: int) -> dict[str, str]:
     return kept | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
     }
 
 
@@ -239,7 +239,7 @@ def test_local_py_starts_what_it_says(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and "CLIPMOE_PROCESS_ID=1" in lines[1]
     assert lines[0].endswith("-m clipmoe_jax.main --config=configs/demo.py:small '--workdir=two words'")
-    assert "XLA_FLAGS=--xla_force_host_platform_device_count=4" in lines[0]
+    assert "JAX_NUM_CPU_DEVICES=4" in lines[0]
 
 
 def test_local_py_ends_the_others_when_one_fails(tmp_path):

@@ -18,8 +18,7 @@ from killed_run import PLACES  # noqa: E402
 
 
 def run(workdir, place: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     return subprocess.run(
         [sys.executable, str(SCRIPT), str(workdir), place], env=environment, capture_output=True, text=True
     )
