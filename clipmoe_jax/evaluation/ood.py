@@ -4,7 +4,7 @@ Letters: N images, C classes, d embedding. A score is higher for what looks like
 """
 
 import numpy as np
-from scipy.special import entr, logsumexp, softmax
+import scipy  # scipy.special is imported where it is first used
 
 CLIP_LOGIT_SCALE = 100.0
 
@@ -36,12 +36,12 @@ def max_probability(probabilities: np.ndarray) -> np.ndarray:
 
 def negative_entropy(probabilities: np.ndarray) -> np.ndarray:
     """Minus the entropy in nats: (N, C) -> (N,)."""
-    return -entr(probabilities).sum(axis=1)
+    return -scipy.special.entr(probabilities).sum(axis=1)
 
 
 def negative_energy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """T·log Σ exp(logit / T), minus the energy of arXiv 2010.03759, eq. 4: (N, C) -> (N,)."""
-    return temperature * logsumexp(logits / temperature, axis=1)
+    return temperature * scipy.special.logsumexp(logits / temperature, axis=1)
 
 
 def zero_shot_probabilities(
@@ -51,7 +51,7 @@ def zero_shot_probabilities(
 
     logit_scale is the factor itself, not its logarithm.
     """
-    return softmax(logit_scale * (image_features @ classes.T), axis=1)
+    return scipy.special.softmax(logit_scale * (image_features @ classes.T), axis=1)
 
 
 def cooked_probabilities(classifier: np.ndarray, probe: np.ndarray, zero_shot: np.ndarray) -> np.ndarray:
