@@ -193,15 +193,18 @@ class _Ready(NamedTuple):
 def _decoded(entries: Iterable[Pair | BadRecord], pixels: int | None) -> Iterator[_Ready | BadRecord]:
     """Decodes images on all cores, in order; only a few chunks are in memory at a time."""
     entries = iter(entries)
-    decode = functools.partial(_decode, pixels=pixels)
+
+    def decode_all(chunk):
+        return [_decode(entry, pixels) for entry in chunk]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pending = collections.deque()
         while True:
-            while len(pending) < 64 and (entry := next(entries, None)) is not None:
-                pending.append(pool.submit(decode, entry))
+            while len(pending) < 2 * os.cpu_count() and (chunk := list(itertools.islice(entries, 16))):
+                pending.append(pool.submit(decode_all, chunk))
             if not pending:
                 return
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
 
 
 def _decode(record: Pair | BadRecord, pixels: int | None) -> _Ready | BadRecord:
