@@ -19,10 +19,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from clipmoe_jax.models.experts import Experts, Hidden, make_grouped_mlp
 
 Array = jax.Array
+
+ROUTING = "routing"  # the name of what says where each token goes, a thousandth of its activations
 
 
 def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
@@ -53,12 +56,16 @@ def ragged(
     slot_expert = jnp.pad(expert_ids.reshape(-1), (0, spare_rows), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
-    group_sizes = jnp.bincount(slot_expert, length=num_experts).astype(jnp.int32)
+    group_sizes = jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    order, position, group_sizes = (checkpoint_name(a, ROUTING) for a in (order, position, group_sizes))
+    has_expert = jnp.arange(len(order))[:, None] < group_sizes.sum()
 
-    rows = _rows_from_tokens(x, order, position)
+    # Of rows without an expert neither y nor a gradient is defined: both are masked, not multiplied.
+    rows = jnp.where(has_expert, _rows_from_tokens(x, order, position), 0)
     row_gates = _rows_from_tokens(gates.astype(x.dtype).reshape(-1, 1), order, position)
+    row_gates = jnp.where(has_expert, row_gates, 0)
     y = run_groups(rows, row_gates, group_sizes, experts, hidden)
-    y = jnp.where(slot_expert[order][:, None] < num_experts, y, 0)
+    y = jnp.where(has_expert, y, 0)
 
     y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
     combine_weights = _combine_weights(gates, expert_ids, num_experts).astype(x.dtype)

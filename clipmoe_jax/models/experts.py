@@ -5,8 +5,8 @@ Letters: R rows sorted by expert, E experts, D width, F expert hidden width.
 Contract of a grouped feed-forward layer `(rows, gates, group_sizes, experts, hidden) -> y`:
   rows (R, D); gates (R, 1) in rows' dtype; group_sizes (E,) int32, of consecutive rows for one expert each,
   which leave the spare rows it asks for (`make_grouped_mlp`) over. y (R, D) is gate * expert(row) without
-  proj_bias; what comes out for the rows left over is undefined but finite, and so is their gradient, zero
-  where that of y is.
+  proj_bias. For the rows left over y is undefined, NaN perhaps, and so are the gradients of rows and gates;
+  what goes in for them, and comes back as the gradient of y, has to be finite.
 """
 
 import functools
@@ -121,9 +121,10 @@ _gated.defvjp(_gated_fwd, _gated_bwd)
 def ragged_dot(rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden) -> Array:
     """By two `lax.ragged_dot`."""
     h = lax.ragged_dot(rows, experts.fc_kernel, group_sizes)
-    # A row of no expert gets zero, and its gradient goes nowhere.
-    expert_of_row = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(rows)), side="right")
-    h = h + experts.fc_bias.at[expert_of_row].get(mode="fill", fill_value=0)
+    expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
+    h = h + experts.fc_bias.at[expert_of_row].get(mode="clip")
+    # A kernel may leave rows of no group as they were in memory; with them both products' sums end here.
+    h = jnp.where((expert_of_row < len(group_sizes))[:, None], h, 0)
     return lax.ragged_dot(hidden(h, gates), experts.proj_kernel, group_sizes)
 
 
@@ -175,10 +176,10 @@ def _forward(hidden, fold, words, rows, gates, group_sizes, stacked, keep: bool)
         y = hidden.gate(h, gate) @ proj_kernel
         return _update(outputs, (y, h if keep else None), row), ()
 
-    # y begins as rows, and drows below as dy, since what no block writes has to be finite, or zero. Not as
-    # zeros: those of all layers do not depend on anything, and XLA makes them at once where a step begins.
+    # Not zeros: those of all layers depend on nothing, and XLA makes them at once where a step begins.
     marked = lax.empty((len(rows), stacked[0].shape[2]), rows.dtype) if keep else None
-    return fold(block, (rows, marked), (), len(rows), group_sizes, stacked)[0]
+    outputs = lax.empty(rows.shape, rows.dtype), marked
+    return fold(block, outputs, (), len(rows), group_sizes, stacked)[0]
 
 
 def _blocks_bwd(hidden, fold, residuals, dy):
@@ -196,8 +197,9 @@ def _blocks_bwd(hidden, fold, residuals, dy):
         dh, g = jnp.where(of_group, dh, 0), jnp.where(of_group, g, 0)
         return gradients, weight_gradients(x, dh, activated, g)
 
+    gradients = tuple(lax.empty(a.shape, a.dtype) for a in (rows, gates))
     sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in stacked)
-    (drows, dgates), sums = fold(block, (dy, jnp.zeros_like(gates)), sums, len(rows), group_sizes, stacked)
+    (drows, dgates), sums = fold(block, gradients, sums, len(rows), group_sizes, stacked)
     dstacked = (total.astype(w.dtype) for total, w in zip(sums, stacked, strict=True))
     return None, drows, dgates, None, *dstacked
 
@@ -211,6 +213,11 @@ def _slice(arrays: Any, row: Array, num_rows: int) -> Any:
 
 def _update(arrays: Any, parts: Any, row: Array) -> Any:
     return jax.tree.map(lambda a, part: lax.dynamic_update_slice_in_dim(a, part, row, axis=0), arrays, parts)
+
+
+def _count_until(ends: Array, places: Array) -> Array:
+    """How many ends lie at or before each place: ends (E,) in order, places (P,) -> (P,)."""
+    return jnp.searchsorted(ends, places, side="right", method="compare_all")
 
 
 def _at(stacked: Any, expert: Array) -> Any:
@@ -254,7 +261,7 @@ def _fixed_number(
     counts, starts = (group_sizes + block_rows - 1) // block_rows, jnp.cumsum(group_sizes) - group_sizes
     ends = jnp.cumsum(counts)
     numbers = jnp.arange(num_slots // block_rows + num_experts)
-    experts = jnp.searchsorted(ends, numbers, side="right").clip(max=num_experts - 1)
+    experts = _count_until(ends, numbers).clip(max=num_experts - 1)
     rows = starts[experts] + (numbers - (ends - counts)[experts]) * block_rows
     rows = rows.clip(max=num_slots)
 

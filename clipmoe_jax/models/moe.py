@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from clipmoe_jax.models import dispatch
@@ -96,6 +97,7 @@ class MoeMlp(nn.Module):
             kernel_init=nn.initializers.normal(0.02),
             name="router",
         )(x.astype(jnp.float32))
+        router_logits = checkpoint_name(router_logits, dispatch.ROUTING)
         tokens = pick(x, read)
         gates, expert_ids = route(pick(router_logits, read), self.num_selected_experts)
 
@@ -162,5 +164,5 @@ def _run_experts(
         on_device,
         in_specs=(tokens, tokens, tokens, stacked, PartitionSpec()),
         out_specs=tokens,
-        check_vma=False,  # the blocked kernel's loops start from zeros, which vary over no axis
+        check_vma=False,  # loops over blocks begin with sums, and memory, that vary over no axis
     )(x, gates, expert_ids, experts, dropout_key)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from clipmoe_jax.models.attention import attention
+from clipmoe_jax.models.dispatch import ROUTING
 from clipmoe_jax.models.linear import HIDDEN, Linear, Mlp
 from clipmoe_jax.models.moe import MoeMlp, pick
 from clipmoe_jax.sharding import split_batch
@@ -36,8 +37,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "g
 
 REMAT = ("none", "dots", "full")
 # What remat="dots" keeps of a block, besides its input: queries, keys and values; what attention makes of
-# them; the stream after attention; the hidden layer before its activation.
-KEPT = ("qkv", "attended", "attention_added", HIDDEN)
+# them; the stream after attention; the hidden layer before its activation; where routers send tokens.
+KEPT = ("qkv", "attended", "attention_added", HIDDEN, ROUTING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipmoe_jax import sharding
@@ -28,6 +29,7 @@ EXACT = {
     "dense": {"dispatch": "dense"},
     "ragged": {"dispatch": "ragged"},
     "ragged by fixed blocks": {"dispatch": "ragged", "grouped_mlp": "fixed_blocks"},
+    "ragged by ragged_dot": {"dispatch": "ragged", "grouped_mlp": "ragged_dot"},
     "capacity": {"dispatch": "capacity", "capacity_factor": 2.0},  # 2 = E / K never drops
 }
 N, D, F, E, K = 2 * 13, 8, 12, 4, 2
@@ -313,11 +315,37 @@ def test_dropout_acts_on_hidden_units_and_only_in_training(params, x):
     assert not np.allclose(a, still) and not np.allclose(a, b)
 
 
+@pytest.fixture
+def nan_where_undefined(monkeypatch):
+    """NaN in memory that was never written, and in rows of no group: for those a kernel of `lax.ragged_dot`
+    on TPU may write nothing, nor for their gradient, which it does not read; on CPU both are zero."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def mask(y, used, fills):  # fills: of rows past `used` in y, and in its gradient
+        return jnp.where(jnp.arange(len(y))[:, None] < used, y, y if fills[0] is None else fills[0])
+
+    def mask_bwd(fills, used, g):
+        return jnp.where(jnp.arange(len(g))[:, None] < used, g, fills[1]), None
+
+    mask.defvjp(lambda y, used, fills: (mask(y, used, fills), used), mask_bwd)
+    ragged_dot = lax.ragged_dot
+
+    def kernel(rows, stacked, group_sizes):
+        used = group_sizes.sum()
+        y = ragged_dot(mask(rows, used, (None, jnp.nan)), stacked, group_sizes)
+        return mask(y, used, (jnp.nan, 0))
+
+    monkeypatch.setattr(lax, "ragged_dot", kernel)
+    monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+
+
+@pytest.mark.usefixtures("nan_where_undefined")
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
 def test_sharded_equals_one_device(params, name, sizes):
-    """Values and gradients, with the batch over every device and the experts over their axis."""
-    x = jax.random.normal(jax.random.key(1), (8, 13, D))
+    """Values and gradients, with the batch over every device and the experts over their axis: so many tokens
+    that no block of rows runs over all of those whose expert is elsewhere."""
+    x = jax.random.normal(jax.random.key(1), (8, 50, D))
     layer = make_layer(**EXACT[name])
 
     def loss(params, x):
