@@ -15,7 +15,8 @@ computed again do not count.
 
 PyTorch's side is transformers' CLIPModel (SDPA attention, not compiled) on the same weights, and as mixture a
 CLIPModel with a masked loop over the experts, as the released code has it; its captions are padded to the
-context length. Its parameters are held in --dtype; ours are float32 and cast in each call, as in a run.
+context length, and it computes nothing again. Its parameters are held in --dtype; ours are float32 and cast
+in each call, but for what is frozen in steps, as in a run.
 """
 
 import argparse
@@ -46,23 +47,27 @@ def run(
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Everything found: device, workload, peak, rows, and what could not be had; `keep` gets it after each
-    section. among: groups of the sections, all if empty."""
+    section. among: groups of the sections, all if empty. Raises SystemExit if no section has one of them."""
     machine = {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
     found: dict[str, Any] = {**machine, "rounds": rounds, "rows": [], "not_measured": []}
+    known: list[str] = []
     for section in SECTIONS:
         if section != "peak" and section not in only:
             continue
         if section in ON_DEVICE:
-            _measure_on_device(section, sizes, rounds, among, found)
+            known += _measure_on_device(section, sizes, rounds, among, found)
         else:
             _measure_commands(section, found)
         keep(found)
+    if unknown := [name for name in among if name not in known]:
+        raise SystemExit(f"--groups: {unknown[0]!r} is in none of --only: choose among {', '.join(known)}")
     return found
 
 
 def _measure_on_device(
     section: str, sizes: Mapping[str, Any], rounds: int, among: Sequence[str], found: dict[str, Any]
-) -> None:
+) -> Sequence[str]:
+    """Adds to `found`; the section's groups."""
     sides = Sides(section, sizes)
     try:
         if section == "embed":
@@ -80,6 +85,7 @@ def _measure_on_device(
         mfu = {"mfu": row["tflops"] / found["peak"]["tflops"]} if "tflops" in row and found["peak"] else {}
         found["rows"].append({"section": section, **row, **mfu})
     found["not_measured"] += [f"{section}: {side}: {why}" for side, why in sides.missing.items()]
+    return sides.groups
 
 
 def _measure_commands(section: str, found: dict[str, Any]) -> None:
@@ -161,6 +167,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="pairs; 32 on CPU, else 100")
     parser.add_argument("--text", type=int, default=248, help="context length")
     parser.add_argument("--dtype", default="", help="float32 on CPU, else bfloat16")
+    parser.add_argument(
+        "--remat", default="", choices=("none", "dots", "full"), help="of our steps; none on CPU, else dots"
+    )
     parser.add_argument("--caption_tokens", type=int, default=0, help="their mean; 0 is the context length")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", action="store_true", help="the table's form")
@@ -169,7 +178,7 @@ def main() -> None:
     only = args.only.split(",")
     if unknown := [name for name in only if name not in SECTIONS]:
         raise SystemExit(f"--only: {unknown[0]!r} is no section: choose among {', '.join(SECTIONS)}")
-    names = ("variant", "batch", "text", "dtype", "caption_tokens")
+    names = ("variant", "batch", "text", "dtype", "remat", "caption_tokens")
 
     def keep(found: dict[str, Any]) -> None:
         if args.out:

@@ -16,7 +16,7 @@ def format_found(found: dict[str, Any], markdown: bool) -> str:
         f"{device['device_kind']}, {found['cores']} cores, load average {found['load_before']} before; "
         f"{', '.join(versions)}",
         f"{sizes['variant']}, batch {sizes['batch']}, {captions}{sizes['text']} text positions, "
-        f"{sizes['dtype']}; medians of {found['rounds']} rounds",
+        f"{sizes['dtype']}, remat {sizes['remat']}; medians of {found['rounds']} rounds",
         f"MFU is the share of {peak['tflops']:,.3f} TFLOP/s, {peak['of']}" if peak else "MFU: not measured",
         "",
         format_rows(found["rows"], markdown),

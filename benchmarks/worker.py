@@ -95,6 +95,7 @@ def _ours(sizes: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         "variant": "ViT-B/32" if on_cpu else "ViT-L/14",
         "batch": 32 if on_cpu else 100,
         "dtype": "float32" if on_cpu else "bfloat16",
+        "remat": "none" if on_cpu else "dots",
     }
     given = {name: value for name, value in sizes.items() if value}
     return ours, device, defaults | given | {"platform": device["platform"]}

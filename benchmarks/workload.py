@@ -55,8 +55,8 @@ SETTINGS = {
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Sizes of everything. text: the context length. caption_tokens: mean length of the captions, 0 is all of
-    the context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. settings: (field, value) of
-    the config, instead of its own."""
+    the context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. remat: of our steps.
+    settings: (field, value) of the config, instead of its own."""
 
     variant: str
     batch: int
@@ -64,6 +64,7 @@ class Workload:
     dtype: str
     platform: str
     caption_tokens: int = 0
+    remat: str = "none"
     expert_dropout_rate: float = 0.1
     settings: tuple[tuple[str, str], ...] = ()
 
@@ -73,7 +74,7 @@ class Workload:
         model = (VARIANTS | {"tiny": TINY})[self.variant]
         text = dataclasses.replace(model.text, context_length=self.text)
         config.base.architecture = ConfigDict(dataclasses.replace(model, text=text).to_dict())
-        config.run.dtype = self.dtype
+        config.run.dtype, config.run.remat = self.dtype, self.remat
         config.moe.expert_dropout_rate = self.expert_dropout_rate
         for section in (config.mcl, config.router):
             section.batch_size = self.batch

@@ -191,16 +191,17 @@ class _Ready(NamedTuple):
 
 
 def _decoded(entries: Iterable[Pair | BadRecord], pixels: int | None) -> Iterator[_Ready | BadRecord]:
-    """Decodes images on all cores, in order; only a few chunks are in memory at a time."""
-    entries = iter(entries)
+    """Decodes images on all cores, in order; of each core a few chunks are in memory at a time."""
+    entries, cores = iter(entries), os.cpu_count()
+    size = max(1, 32 // cores)  # many at a time are less work for one thread, few occupy many
 
     def decode_all(chunk):
         return [_decode(entry, pixels) for entry in chunk]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores) as pool:
         pending = collections.deque()
         while True:
-            while len(pending) < 2 * os.cpu_count() and (chunk := list(itertools.islice(entries, 16))):
+            while len(pending) < 4 * cores and (chunk := list(itertools.islice(entries, size))):
                 pending.append(pool.submit(decode_all, chunk))
             if not pending:
                 return

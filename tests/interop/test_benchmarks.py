@@ -207,6 +207,29 @@ def test_a_device_that_pytorch_has_not():
         peers.describe("tpu")
 
 
+def test_a_group_that_no_section_has(monkeypatch):
+    class Stub:
+        workload, missing = {"dtype": "float32"}, {}
+        device = {"device_kind": "cpu"}
+
+        def __init__(self, section, sizes):
+            self.groups = {"peak": ["square product"], "steps": ["mcl", "router"]}[section]
+
+        def measure(self, group, rounds):
+            return [{"group": group, "program": "clipmoe_jax"}]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(run, "Sides", Stub)
+    kept = []
+    found = run.run(["steps"], {}, 1, ["router"], kept.append)
+    assert [row["group"] for row in found["rows"]] == ["square product", "router"]
+    with pytest.raises(SystemExit, match="'routers' is in none of --only: choose among .*mcl, router"):
+        run.run(["steps"], {}, 1, ["mcl", "routers"], kept.append)
+    assert [row["group"] for row in kept[-1]["rows"]] == ["square product", "mcl"]  # nothing is lost
+
+
 def test_the_command(tmp_path):
     flags = ("--only=towers", "--variant=tiny", "--batch=4", "--text=16", "--rounds=1")
     done = subprocess.run(
