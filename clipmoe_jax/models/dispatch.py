@@ -30,10 +30,11 @@ ROUTING = "routing"  # the name of what says where each token goes, a thousandth
 
 def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
-    combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0]).astype(x.dtype)
+    combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0])
     h = jnp.einsum("nd,edf->nef", x, experts.fc_kernel) + experts.fc_bias
     h = hidden(h, combine_weights[:, :, None])
-    y = jnp.einsum("nef,efd->nd", h, experts.proj_kernel) + combine_weights @ experts.proj_bias
+    y = jnp.einsum("nef,efd->nd", h, experts.proj_kernel)
+    y += _gated_bias(combine_weights, experts)
     return y, jnp.zeros(x.shape[0], jnp.int32)
 
 
@@ -45,10 +46,11 @@ def ragged(
     hidden: Hidden,
     *,
     grouped_mlp: str,
+    all_here: bool,
 ) -> tuple[Array, Array]:
     """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
-    grouped_mlp: of GROUPED_MLPS.
+    grouped_mlp: of GROUPED_MLPS. all_here: no id is E.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
     run_groups, spare_rows = make_grouped_mlp(grouped_mlp, num_tokens * num_selected, num_experts)
@@ -58,18 +60,17 @@ def ragged(
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
     group_sizes = jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     order, position, group_sizes = (checkpoint_name(a, ROUTING) for a in (order, position, group_sizes))
-    has_expert = jnp.arange(len(order))[:, None] < group_sizes.sum()
 
-    # Of rows without an expert neither y nor a gradient is defined: both are masked, not multiplied.
-    rows = jnp.where(has_expert, _rows_from_tokens(x, order, position), 0)
-    row_gates = _rows_from_tokens(gates.astype(x.dtype).reshape(-1, 1), order, position)
-    row_gates = jnp.where(has_expert, row_gates, 0)
-    y = run_groups(rows, row_gates, group_sizes, experts, hidden)
-    y = jnp.where(has_expert, y, 0)
+    def of_experts(rows):
+        """What is undefined becomes zero, and its gradient. (Of spare rows no slot reads it.)"""
+        return rows if all_here else jnp.where(jnp.arange(len(rows))[:, None] < group_sizes.sum(), rows, 0)
 
+    rows = of_experts(_rows_from_tokens(x, order, position))
+    row_gates = of_experts(_rows_from_tokens(gates.reshape(-1, 1), order, position))
+    y = of_experts(run_groups(rows, row_gates, group_sizes, experts, hidden))
     y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
-    combine_weights = _combine_weights(gates, expert_ids, num_experts).astype(x.dtype)
-    return y + combine_weights @ experts.proj_bias, jnp.zeros(num_tokens, jnp.int32)
+    y += _gated_bias(_combine_weights(gates, expert_ids, num_experts), experts)
+    return y, jnp.zeros(num_tokens, jnp.int32)
 
 
 def capacity(
@@ -108,7 +109,7 @@ def capacity(
         buffers = lax.all_to_all(buffers, expert_axis, 0, 1, tiled=True)
     h = jnp.einsum("ecd,edf->ecf", buffers, experts.fc_kernel) + experts.fc_bias[:, None]
     y = (
-        jnp.einsum("ecf,efd->ecd", hidden(h, jnp.ones((*h.shape[:2], 1), h.dtype)), experts.proj_kernel)
+        jnp.einsum("ecf,efd->ecd", hidden(h, jnp.ones((*h.shape[:2], 1))), experts.proj_kernel)
         + experts.proj_bias[:, None]
     )
     if expert_axis is not None:
@@ -116,7 +117,7 @@ def capacity(
 
     y = y.reshape(num_experts * rows, -1).at[destination].get(mode="fill", fill_value=0)
     y = y.reshape(num_selected, num_tokens, -1)
-    y = jnp.einsum("knd,nk->nd", y, gates.astype(y.dtype))
+    y = jnp.einsum("knd,nk->nd", y, gates).astype(x.dtype)
     dropped = (~kept).reshape(num_selected, num_tokens).sum(axis=0, dtype=jnp.int32)
     return y, dropped
 
@@ -161,13 +162,21 @@ def make_dispatch(
         return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
     if name not in ("dense", "ragged"):
         raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
-    local = functools.partial(ragged, grouped_mlp=grouped_mlp) if name == "ragged" else dense
+    local = dense
+    if name == "ragged":
+        local = functools.partial(ragged, grouped_mlp=grouped_mlp, all_here=expert_axis is None)
     return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
 
 
 def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array:
     """(N, K) -> (N, E) float32: each expert's gate, zero for those not selected and for an id of E."""
     return jnp.einsum("nk,nke->ne", gates, jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype))
+
+
+def _gated_bias(combine_weights: Array, experts: Experts) -> Array:
+    """Weights (N, E) float32, and so is their gradient (`Hidden.gate` says why) -> (N, D) in bias's dtype."""
+    bias = experts.proj_bias
+    return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
 
 
 @jax.custom_vjp
@@ -204,7 +213,7 @@ def _slots_from_rows_fwd(y, order, position):
 
 
 def _slots_from_rows_bwd(order, g):
-    # A spare row gets some slot's gradient here; `ragged` has masked it out before.
+    # A spare row gets some slot's gradient; what that makes of it, no slot reads.
     return jnp.take(g, order, axis=0, mode="clip"), None, None
 
 

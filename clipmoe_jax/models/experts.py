@@ -3,7 +3,7 @@
 Letters: R rows sorted by expert, E experts, D width, F expert hidden width.
 
 Contract of a grouped feed-forward layer `(rows, gates, group_sizes, experts, hidden) -> y`:
-  rows (R, D); gates (R, 1) in rows' dtype; group_sizes (E,) int32, of consecutive rows for one expert each,
+  rows (R, D); gates (R, 1) float32; group_sizes (E,) int32, of consecutive rows for one expert each,
   which leave the spare rows it asks for (`make_grouped_mlp`) over. y (R, D) is gate * expert(row) without
   proj_bias. For the rows left over y is undefined, NaN perhaps, and so are the gradients of rows and gates;
   what goes in for them, and comes back as the gradient of y, has to be finite.
@@ -58,7 +58,7 @@ class Hidden(NamedTuple):
     dropout_rate: float = 0.0
 
     def __call__(self, h: Array, gates: Array) -> Array:
-        """h (N, ..., F), gates (N, ..., 1) -> as h."""
+        """h (N, ..., F), gates (N, ..., 1) float32 -> as h."""
         return _gated(self._replace(dropout_words=None), h, self.draw(h.shape), gates)
 
     def draw(self, shape: tuple[int, ...], first_row: Array | int = 0) -> Array | None:
@@ -68,12 +68,16 @@ class Hidden(NamedTuple):
         return random_bits(self.dropout_words, shape, first_row) >= jnp.uint32(self.dropout_rate * 2**32)
 
     def gate(self, marked: Array, gates: Array) -> Array:
-        """What a call computes, of h as `mark` returns it."""
+        """What a call computes, of h as `mark` returns it.
+
+        The product is float32: a token's gates sum to 1, so that the router learns from the difference of
+        their gradients, which nearly equal experts would lose in half precision.
+        """
         if self.dropout_rate == 0:
-            return self.activation(marked) * gates
+            return (self.activation(marked) * gates).astype(marked.dtype)
         kept = marked != -jnp.inf  # a NaN is kept, to be seen
         h = self.activation(jnp.where(kept, marked, 0)) / (1 - self.dropout_rate)
-        return jnp.where(kept, h, 0) * gates
+        return (jnp.where(kept, h, 0) * gates).astype(marked.dtype)
 
 
 def random_bits(words: Array, shape: tuple[int, ...], first_row: Array | int) -> Array:
