@@ -53,7 +53,9 @@ def ragged(
     grouped_mlp: of GROUPED_MLPS. all_here: no id is E.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
-    run_groups, spare_rows = make_grouped_mlp(grouped_mlp, num_tokens * num_selected, num_experts)
+    run_groups, spare_rows = make_grouped_mlp(
+        grouped_mlp, num_tokens * num_selected, num_experts, all_grouped=all_here
+    )
     # Slots past N*K belong to no expert, sort last, and are the spare rows.
     slot_expert = jnp.pad(expert_ids.reshape(-1), (0, spare_rows), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot

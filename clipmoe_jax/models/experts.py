@@ -122,13 +122,15 @@ def _gated_bwd(hidden, residuals, g):
 _gated.defvjp(_gated_fwd, _gated_bwd)
 
 
-def ragged_dot(rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden) -> Array:
-    """By two `lax.ragged_dot`."""
+def ragged_dot(
+    rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden, *, all_grouped: bool
+) -> Array:
+    """By two `lax.ragged_dot`. all_grouped: no rows are left over."""
     h = lax.ragged_dot(rows, experts.fc_kernel, group_sizes)
     expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
-    h = h + experts.fc_bias.at[expert_of_row].get(mode="clip")
-    # A kernel may leave rows of no group as they were in memory; with them both products' sums end here.
-    h = jnp.where((expert_of_row < len(group_sizes))[:, None], h, 0)
+    h = h + experts.fc_bias.at[expert_of_row].get(mode="fill", fill_value=0)
+    if not all_grouped:  # a kernel may leave them as they were in memory, here and in their gradient
+        h = jnp.where((expert_of_row < len(group_sizes))[:, None], h, 0)
     return lax.ragged_dot(hidden(h, gates), experts.proj_kernel, group_sizes)
 
 
@@ -278,9 +280,10 @@ def _fixed_number(
 
 
 def make_grouped_mlp(
-    name: str, num_slots: int, num_experts: int
+    name: str, num_slots: int, num_experts: int, *, all_grouped: bool
 ) -> tuple[Callable[[Array, Array, Array, Experts, Hidden], Array], int]:
     """The grouped feed-forward layer of GROUPED_MLPS for so many slots, and how many spare rows it wants.
+    all_grouped: every slot is of a group.
 
     `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row
     with every kernel: for them blocks, of a number that follows the groups or is fixed.
@@ -289,7 +292,7 @@ def make_grouped_mlp(
     if name not in GROUPED_MLPS:
         raise ValueError(f"grouped_mlp={name!r} is not known: choose one of {', '.join(GROUPED_MLPS)}")
     if name == "ragged_dot":
-        return ragged_dot, 0
+        return functools.partial(ragged_dot, all_grouped=all_grouped), 0
     if name == "blocks":
         return functools.partial(blocks, fold=_as_needed), NARROW_BLOCK
     block_rows = GPU_BLOCK  # or less, where more than a quarter were too many

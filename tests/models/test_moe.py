@@ -117,7 +117,7 @@ def random_experts():
 def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
     """Values, and gradients for rows, gates and experts."""
     used, ends, experts, hidden = sum(sizes), np.cumsum(sizes), random_experts(), Hidden(quick_gelu)
-    run, spare_rows = make_grouped_mlp(name, 400, E)
+    run, spare_rows = make_grouped_mlp(name, 400, E, all_grouped=False)
     rows = jax.random.normal(jax.random.key(4), (400 + spare_rows, D))
     gates = jax.random.uniform(jax.random.key(5), (len(rows), 1))
 
@@ -146,7 +146,7 @@ def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name
     block of the first group runs over into the last group, the one between is empty."""
     sizes, width, rate = (2 * WIDE_BLOCK + 70, 0, 100), 32, 0.25
     num_rows = sum(sizes)
-    run_groups, spare_rows = make_grouped_mlp(name, num_rows, 3)
+    run_groups, spare_rows = make_grouped_mlp(name, num_rows, 3, all_grouped=False)
     shape = num_rows + spare_rows, width
     stacked = 3, width, width
     identity = jnp.broadcast_to(jnp.eye(width), stacked)
@@ -241,7 +241,7 @@ def test_hidden_has_the_gradient_of_what_it_computes():
 @pytest.mark.parametrize(("name", "kinds_of_block"), [("blocks", 2), ("fixed_blocks", 1)])
 def test_frozen_experts_cost_no_gradient(name, kinds_of_block, train, products):
     """Two products forward, two for the rows' gradient, two for the kernels', in each kind of block."""
-    run, spare_rows = make_grouped_mlp(name, 400, E)
+    run, spare_rows = make_grouped_mlp(name, 400, E, all_grouped=False)
     shape = 400 + spare_rows, D
 
     def loss(rows, experts, sizes):
