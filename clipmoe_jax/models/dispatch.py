@@ -176,7 +176,7 @@ def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array
 
 
 def _gated_bias(combine_weights: Array, experts: Experts) -> Array:
-    """combine_weights (N, E) -> (N, D); their gradient is float32 too (`Hidden.pull_back` says why)."""
+    """combine_weights (N, E) -> (N, D); their gradient is float32 too (`Hidden.gate` says why)."""
     bias = experts.proj_bias
     return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
 

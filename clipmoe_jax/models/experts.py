@@ -67,28 +67,17 @@ class Hidden(NamedTuple):
             return None
         return random_bits(self.dropout_words, shape, first_row) >= jnp.uint32(self.dropout_rate * 2**32)
 
-    def activate(self, marked: Array) -> Array:
-        """What a call computes but for the gate, of h as `mark` returns it."""
+    def gate(self, marked: Array, gates: Array) -> Array:
+        """What a call computes, of h as `mark` returns it.
+
+        The product is float32: a token's gates sum to 1, so that the router learns from the difference of
+        their gradients, which nearly equal experts would lose in half precision.
+        """
         if self.dropout_rate == 0:
-            return self.activation(marked)
+            return (self.activation(marked) * gates).astype(marked.dtype)
         kept = marked != -jnp.inf  # a NaN is kept, to be seen
         h = self.activation(jnp.where(kept, marked, 0)) / (1 - self.dropout_rate)
-        return jnp.where(kept, h, 0)
-
-    def gate(self, marked: Array, gates: Array) -> Array:
-        """What a call computes, of h as `mark` returns it."""
-        return self.activate(marked) * gates.astype(marked.dtype)
-
-    def pull_back(self, marked: Array, gates: Array, g: Array) -> tuple[Array, Array, Array]:
-        """Of g, the gradient of `gate`: what `gate` computes, and the gradients of h and gates.
-
-        That of gates is a float32 sum: a token's gates sum to 1, so that the router learns from the
-        difference of their gradients, which nearly equal experts would lose in half precision.
-        """
-        activated, pullback = jax.vjp(self.activate, marked)
-        gates = gates.astype(marked.dtype)
-        (dh,) = pullback(g * gates)
-        return activated * gates, dh, jnp.sum(activated * g, axis=-1, keepdims=True, dtype=jnp.float32)
+        return (jnp.where(kept, h, 0) * gates).astype(marked.dtype)
 
 
 def random_bits(words: Array, shape: tuple[int, ...], first_row: Array | int) -> Array:
@@ -126,7 +115,7 @@ def _gated_fwd(hidden, h, kept, gates):
 
 def _gated_bwd(hidden, residuals, g):
     """From what goes in alone: activations are computed again."""
-    _, dh, dgates = hidden.pull_back(*residuals, g)
+    dh, dgates = jax.vjp(hidden.gate, *residuals)[1](g)
     return dh, None, dgates
 
 
@@ -207,7 +196,8 @@ def _blocks_bwd(hidden, fold, residuals, dy):
     def block(gradients, expert, weights, row, num_rows):
         fc_kernel, _, proj_kernel = weights
         x, gate, g, h = _slice(arrays, row, num_rows)
-        activated, dh, dgate = hidden.pull_back(h, gate, contract(g, proj_kernel, 1, 1))
+        activated, pullback = jax.vjp(hidden.gate, h, gate)
+        dh, dgate = pullback(contract(g, proj_kernel, 1, 1))
         gradients = _update(gradients, (contract(dh, fc_kernel, 1, 1), dgate), row)
         of_group = (row + jnp.arange(num_rows) < ends[expert])[:, None]
         dh, g = jnp.where(of_group, dh, 0), jnp.where(of_group, g, 0)
