@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # scipy.special is imported where it is first used
 
 from clipmoe_jax.evaluation.zero_shot import label_ranks, metrics_of_ranks
 
@@ -31,9 +32,7 @@ class Probe(NamedTuple):
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """(N, d) -> (N, C), rows that sum to 1."""
-        from scipy.special import softmax
-
-        return softmax(self.logits(features), axis=1)
+        return scipy.special.softmax(self.logits(features), axis=1)
 
 
 def fit_linear_probe(

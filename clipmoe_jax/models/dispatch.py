@@ -46,15 +46,15 @@ def ragged(
     hidden: Hidden,
     *,
     grouped_mlp: str,
-    all_here: bool,
+    all_grouped: bool,
 ) -> tuple[Array, Array]:
     """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
-    grouped_mlp: of GROUPED_MLPS. all_here: no id is E.
+    grouped_mlp: of GROUPED_MLPS. all_grouped: no id is E.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
     run_groups, spare_rows = make_grouped_mlp(
-        grouped_mlp, num_tokens * num_selected, num_experts, all_grouped=all_here
+        grouped_mlp, num_tokens * num_selected, num_experts, all_grouped=all_grouped
     )
     # Slots past N*K belong to no expert, sort last, and are the spare rows.
     slot_expert = jnp.pad(expert_ids.reshape(-1), (0, spare_rows), constant_values=num_experts)
@@ -65,7 +65,9 @@ def ragged(
 
     def of_experts(rows):
         """What is undefined becomes zero, and its gradient. (Of spare rows no slot reads it.)"""
-        return rows if all_here else jnp.where(jnp.arange(len(rows))[:, None] < group_sizes.sum(), rows, 0)
+        if all_grouped:
+            return rows
+        return jnp.where(jnp.arange(len(rows))[:, None] < group_sizes.sum(), rows, 0)
 
     rows = of_experts(_rows_from_tokens(x, order, position))
     row_gates = of_experts(_rows_from_tokens(gates.reshape(-1, 1), order, position))
@@ -166,7 +168,7 @@ def make_dispatch(
         raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
     local = dense
     if name == "ragged":
-        local = functools.partial(ragged, grouped_mlp=grouped_mlp, all_here=expert_axis is None)
+        local = functools.partial(ragged, grouped_mlp=grouped_mlp, all_grouped=expert_axis is None)
     return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
 
 
