@@ -10,14 +10,12 @@ images as they came or, by --pixels, as a model takes them. Beside it lie `repor
 goes on with the file it was writing when the same command starts again.
 """
 
-import collections
 import functools
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sized
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sized
 from typing import NamedTuple, Protocol, TextIO
 
 import numpy as np
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 from clipmoe_jax import artifacts, cli
 from clipmoe_jax.data import records, sources
+from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources import BadRecord, Pair
 from clipmoe_jax.data.tokenizer import word_ids
@@ -162,7 +161,7 @@ def _make_shard(
     # Neither JPEG files nor pixels get much smaller by compression, and reading is half as fast then.
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1,uncompressed")
     try:
-        for record in _decoded(entries, pixels):
+        for record in map_decoding(functools.partial(_decode, pixels=pixels), entries, _num_bytes):
             progress.update()
             if isinstance(record, BadRecord):
                 part["bad"].append(record._asdict())
@@ -190,22 +189,8 @@ class _Ready(NamedTuple):
     token_count: int
 
 
-def _decoded(entries: Iterable[Pair | BadRecord], pixels: int | None) -> Iterator[_Ready | BadRecord]:
-    """Decodes images on all cores, in order; of each core a few chunks are in memory at a time."""
-    entries, cores = iter(entries), os.cpu_count()
-    size = max(1, 32 // cores)  # many at a time are less work for one thread, few occupy many
-
-    def decode_all(chunk):
-        return [_decode(entry, pixels) for entry in chunk]
-
-    with ThreadPoolExecutor(cores) as pool:
-        pending = collections.deque()
-        while True:
-            while len(pending) < 4 * cores and (chunk := list(itertools.islice(entries, size))):
-                pending.append(pool.submit(decode_all, chunk))
-            if not pending:
-                return
-            yield from pending.popleft().result()
+def _num_bytes(record: Pair | BadRecord) -> int:
+    return len(record.image) if isinstance(record, Pair) else 0
 
 
 def _decode(record: Pair | BadRecord, pixels: int | None) -> _Ready | BadRecord:

@@ -55,10 +55,10 @@ def golden(golden_dir) -> dict[str, np.ndarray]:
 def scenes(tmp_path_factory) -> pathlib.Path:
     """96 digit scenes prepared as a user's data would be, with detailed captions."""
     from clipmoe_jax.data import digit_scenes
-    from clipmoe_jax.data.sources import ShareGPT4V
+    from clipmoe_jax.data.sources import Pair
     from clipmoe_jax.prepare import prepare
 
-    folder = tmp_path_factory.mktemp("scenes")
-    digit_scenes.write_scenes(folder, 96, split="train", seed=0)
-    prepare(ShareGPT4V(folder / "detailed.json", folder), str(folder / "prepared"))
-    return folder / "prepared"
+    drawn = digit_scenes.make_scenes(96, split="train", seed=0)
+    folder = tmp_path_factory.mktemp("scenes") / "prepared"
+    prepare([Pair(f"{i:06d}", scene.image, (scene.detailed,)) for i, scene in enumerate(drawn)], str(folder))
+    return folder

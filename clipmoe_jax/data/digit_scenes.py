@@ -6,10 +6,11 @@ is scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for 
 """
 
 import functools
-import json
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 SIZE, BORDER, MARK = 32, 2, 5
@@ -72,11 +73,19 @@ PROMPTS = {
 ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2), (2, 0, 1, 3))
 
 
-def write_scenes(folder: epath.Path, num_scenes: int, *, split: str, seed: int) -> None:
-    """Writes images/*.png, detailed.json and coarse.json (ShareGPT4V's form) and attributes.json (one dict an
-    image).
+class Scene(NamedTuple):
+    """image: a PNG file. attributes: a value of each of ATTRIBUTES."""
 
-    split: "train" or "test", which handwriting to use and which random numbers.
+    image: bytes
+    attributes: dict[str, str]
+    detailed: str
+    coarse: str
+
+
+def make_scenes(num_scenes: int, *, split: str, seed: int) -> Iterator[Scene]:
+    """Draws scenes one after the other.
+
+    split: "train" or "test", which handwriting to use and which random numbers; ValueError for another.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: choose 'train' or 'test'")
@@ -90,19 +99,13 @@ def write_scenes(folder: epath.Path, num_scenes: int, *, split: str, seed: int) 
     def choose(values):
         return values[rng.integers(len(values))]
 
-    folder = epath.Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    detailed, coarse, attributes = [], [], []
-    for i in range(num_scenes):
+    for _ in range(num_scenes):
         scene = {name: choose(values) for name, values in ATTRIBUTES.items()}
-        name = f"images/{i:06d}.png"
-        Image.fromarray(draw(scene, choose(glyphs[scene["digit"]]), rng)).save(folder / name)
-        detailed.append(_entry(i, name, describe(scene, rng)))
+        image, file = draw(scene, choose(glyphs[scene["digit"]]), rng), io.BytesIO()
+        Image.fromarray(image).save(file, "PNG", compress_level=0)  # noise gets no smaller
+        detailed = describe(scene, rng)
         seen = {a: v for a, v in scene.items() if rng.random() < COARSE_PROBABILITY.get(a, OTHER_PROBABILITY)}
-        coarse.append(_entry(i, name, describe(seen, rng)))
-        attributes.append(scene)
-    for name, content in (("detailed", detailed), ("coarse", coarse), ("attributes", attributes)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        yield Scene(file.getvalue(), scene, detailed, describe(seen, rng))
 
 
 def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -160,14 +163,3 @@ def _texture(name: str) -> np.ndarray:
         "dotted": (y % 4 == 0) & (x % 4 == 0),
         "checked": (y // 4 + x // 4) % 2,
     }[name].astype(float)[:, :, None]
-
-
-def _entry(i: int, image: str, caption: str) -> dict:
-    return {
-        "id": f"{i:06d}",
-        "image": image,
-        "conversations": [
-            {"from": "human", "value": "<image>\nDescribe the picture."},
-            {"from": "gpt", "value": caption},
-        ],
-    }

@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.packing import PackedText, Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -145,12 +146,15 @@ class DecodedPairs:
         """
         self._image = np.empty((len(records), image_size, image_size, 3), np.uint8)
 
-        def fill(index: int) -> list[str]:
-            record = records[index]
+        def fill(item: tuple[int, dict]) -> list[str]:
+            index, record = item
             self._image[index] = _decode(record, index, image_size)
             return record["captions"]
 
-        decoding = _threads(os.cpu_count()).map(fill, range(len(records)))
+        def num_bytes(item: tuple[int, dict]) -> int:
+            return 0 if records.image_size else len(item[1]["image"])  # stored pixels are decoded
+
+        decoding = map_decoding(fill, ((i, records[i]) for i in range(len(records))), num_bytes)
         captions = list(tqdm(decoding, "decoding", len(records), delay=2, disable=None))
         self._num_captions = np.array([len(of_one) for of_one in captions])  # (N,)
         self._first_caption = np.cumsum(self._num_captions) - self._num_captions  # (N,) in _text

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.data import digit_scenes, samplers
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array, map_array
-from clipmoe_jax.data.sources import ShareGPT4V
+from clipmoe_jax.data.sources import Pair
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
 from clipmoe_jax.dmu.upcycling import count_active_parameters, reinitialize_experts, stack_experts
@@ -66,29 +67,27 @@ def model_fields(run: Run, stage: int) -> dict:
 
 
 def make_scenes(run: Run) -> None:
-    """data/: digit scenes as images and JSON, prepared as a user's data would be."""
+    """data/: digit scenes, prepared as a user's data would be, and attributes.json of those for test."""
 
     def build(folder: epath.Path) -> dict:
         if not distributed.is_main():
             return {}
-        run.metrics.say(
-            f"data: drawing {run.config.data.digit_scenes} training scenes and an eighth for test"
-        )
+        count = run.config.data.digit_scenes
+        run.metrics.say(f"data: drawing {count} training scenes and an eighth for test")
+        train = list(digit_scenes.make_scenes(count, split="train", seed=run.seed))
+        test = list(digit_scenes.make_scenes(count // 8, split="test", seed=run.seed))
+        captioned = {
+            "base": [(scene.image, scene.coarse) for scene in train],
+            "train": [(scene.image, scene.detailed) for scene in train],
+            "test": [(scene.image, scene.detailed) for scene in test],
+        }
         measured = {}
-        for split, count in (
-            ("train", run.config.data.digit_scenes),
-            ("test", run.config.data.digit_scenes // 8),
-        ):
-            digit_scenes.write_scenes(folder / "scenes" / split, count, split=split, seed=run.seed)
-        for name, split, captions in (
-            ("base", "train", "coarse"),
-            ("train", "train", "detailed"),
-            ("test", "test", "detailed"),
-        ):
-            source = ShareGPT4V(folder / "scenes" / split / f"{captions}.json", folder / "scenes" / split)
+        for name, scenes in captioned.items():
             if (folder / name).exists():
                 (folder / name).rmtree()
-            measured[name] = prepare(source, str(folder / name))
+            pairs = [Pair(f"{i:06d}", image, (caption,)) for i, (image, caption) in enumerate(scenes)]
+            measured[name] = prepare(pairs, str(folder / name))
+        artifacts.write_json(folder / "attributes.json", [scene.attributes for scene in test])
         return measured
 
     run.make(run.workdir / "data", run.fields("data.digit_scenes"), build)
@@ -106,9 +105,12 @@ def make_base(run: Run) -> None:
         model = run.model(config)
         images = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
         tokens = jnp.zeros((1, config.text.context_length), jnp.int32)
-        params = sharding.init_params(
-            run.mesh, lambda key: model.init(key, images, tokens)["params"], jax.random.key(run.seed)
-        )
+        with ThreadPoolExecutor(1) as thread:
+            pairs = thread.submit(run.pairs, "base", short_captions=False)  # while initialisation compiles
+            params = sharding.init_params(
+                run.mesh, lambda key: model.init(key, images, tokens)["params"], jax.random.key(run.seed)
+            )
+            pairs.result()  # raises what is wrong with them
         section = run.config.base.train
         sampler = samplers.ShuffledSampler(len(run.records("base")), section.batch_size, run.seed)
         return run.train(

@@ -268,8 +268,7 @@ def read_captions(run: Run) -> Captions:
 
 def _zero_shot_by_attribute(run: Run, encoder: Encoder, image_features: np.ndarray) -> dict[str, float]:
     """How well each attribute of a digit scene is told from a phrase for each of its values."""
-    file = run.workdir / "data" / "scenes" / "test" / "attributes.json"
-    scenes = json.loads(file.read_text())
+    scenes = json.loads((run.workdir / "data" / "attributes.json").read_text())
     accuracy = {}
     for attribute, values in digit_scenes.ATTRIBUTES.items():
         prompts = [digit_scenes.PROMPTS[attribute].format(value) for value in values]

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from clipmoe_jax.data import digit_scenes
-from clipmoe_jax.data.sources import ShareGPT4V
+from clipmoe_jax.data.sources import Pair
 from clipmoe_jax.prepare import prepare
 
 SCRIPT = "<script>alert('caption')</script> a \"large\" seven & more"
@@ -46,12 +46,10 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
 
 
 def write_records(folder: pathlib.Path, split: str, count: int, seed: int) -> None:
-    scenes = folder / "scenes" / split
-    digit_scenes.write_scenes(scenes, count, split=split, seed=seed)
-    entries = json.loads((scenes / "detailed.json").read_text())
-    entries[0]["conversations"][1]["value"] = SCRIPT
-    write_json(scenes / "detailed.json", entries)
-    prepare(ShareGPT4V(scenes / "detailed.json", scenes), str(folder / split))
+    scenes = digit_scenes.make_scenes(count, split=split, seed=seed)
+    captioned = [(scene.image, scene.detailed if i else SCRIPT) for i, scene in enumerate(scenes)]
+    pairs = [Pair(f"{i:06d}", image, (caption,)) for i, (image, caption) in enumerate(captioned)]
+    prepare(pairs, str(folder / split))
 
 
 def write_metrics(folder: pathlib.Path, rng: np.random.Generator) -> None:

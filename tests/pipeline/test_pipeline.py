@@ -2,6 +2,7 @@
 main."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from test_configs import get_config
 
 import clipmoe_jax
 from clipmoe_jax import main
+from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import ImageFolder
 from clipmoe_jax.evaluation.table import format_differences, format_evaluations, format_table
 from clipmoe_jax.interop import released
@@ -77,9 +79,10 @@ def test_demo_numbers_are_those_of_the_saved_models(demo):
     workdir, _ = demo
     results = json.loads((workdir / "eval" / "results.json").read_text())
     clip = clipmoe_jax.load(str(workdir / "moe" / "params"))
-    entries = json.loads((workdir / "data" / "scenes" / "test" / "detailed.json").read_text())
-    images = [Image.open(workdir / "data" / "scenes" / "test" / entry["image"]) for entry in entries]
-    captions = [entry["conversations"][1]["value"] for entry in entries]
+    test = Records(workdir / "data" / "test")
+    pairs = [test[i] for i in range(len(test))]
+    images = [Image.open(io.BytesIO(pair["image"])) for pair in pairs]
+    captions = [pair["captions"][0] for pair in pairs]
     scores = np.asarray(
         clip.encode_image(images, normalize=True) @ clip.encode_text(captions, normalize=True).T
     )
@@ -87,8 +90,8 @@ def test_demo_numbers_are_those_of_the_saved_models(demo):
     image_to_text = np.mean((scores >= right[:, None]).sum(axis=1) == 1)
     text_to_image = np.mean((scores >= right[None, :]).sum(axis=0) == 1)
     # One query more or less: two programs round differently.
-    assert results["CLIP-MoE"]["image_to_text_r1"] == pytest.approx(image_to_text, abs=1.5 / len(entries))
-    assert results["CLIP-MoE"]["text_to_image_r1"] == pytest.approx(text_to_image, abs=1.5 / len(entries))
+    assert results["CLIP-MoE"]["image_to_text_r1"] == pytest.approx(image_to_text, abs=1.5 / len(test))
+    assert results["CLIP-MoE"]["text_to_image_r1"] == pytest.approx(text_to_image, abs=1.5 / len(test))
     assert results["CLIP-MoE"]["parameters"] > results["CLIP-MoE"]["active_parameters"]
 
 
