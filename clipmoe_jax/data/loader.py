@@ -152,7 +152,8 @@ class DecodedPairs:
             return record["captions"]
 
         def num_bytes(item: tuple[int, dict]) -> int:
-            return 0 if records.image_size else len(item[1]["image"])  # stored pixels are decoded
+            image = item[1]["image"]
+            return 0 if isinstance(image, np.ndarray) else len(image)  # stored pixels are decoded
 
         decoding = map_decoding(fill, ((i, records[i]) for i in range(len(records))), num_bytes)
         captions = list(tqdm(decoding, "decoding", len(records), delay=2, disable=None))
