@@ -90,7 +90,7 @@ def default_config() -> ConfigDict:
 
     config.run = ConfigDict()
     config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
-    config.run.attention = ""  # "xla", "chunked", "cudnn"; "" by platform (`run_config`)
+    config.run.attention = ""  # "xla", "chunked", "cudnn", "pallas"; "" by platform (`run_config`)
     config.run.remat = "none"  # "dots", "full": what the backward pass computes again (`RunConfig`)
     config.run.frozen_dtype = ""  # what frozen matrices are held in while a stage trains; "" is run.dtype's
 
@@ -223,7 +223,7 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     and names what is fastest on a device.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    attention = "chunked" if platform == "cpu" else "xla"
+    attention = {"cpu": "chunked", "tpu": "pallas"}.get(platform, "xla")
     if "cudnn" in implementations(platform, dtype):
         attention = "cudnn"
     return RunConfig(

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from clipmoe_jax.models.pallas_attention import is_possible, pallas_attention
 from clipmoe_jax.sharding import BATCH_AXES, devices_in_use
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("xla", "cudnn", "chunked")
+IMPLEMENTATIONS = ("xla", "cudnn", "pallas", "chunked")
 
 # Scores of a chunk, all heads: what a core's cache holds (benchmarks/LOG.md).
 CHUNK_SCORES = 1 << 20
@@ -37,10 +38,15 @@ def attention(
 
     implementation: "xla" computes all scores at once; "chunked" a few examples at a time, and again in the
     backward pass (for CPUs, where scores of a whole batch fall out of the cache); "cudnn" is cuDNN's fused
-    kernel (NVIDIA GPUs from compute capability 8.0, half precision).
+    kernel (NVIDIA GPUs from compute capability 8.0, half precision); "pallas" is ours (TPUs), and XLA's where
+    heads do not fill its lanes.
     """
     if implementation == "chunked":
-        return _chunked(qkv, segments, causal)
+        return _of_each_device(_chunked, causal, qkv, segments)
+    if implementation == "pallas":
+        if is_possible(*qkv.shape[3:]):
+            return _of_each_device(pallas_attention, causal, qkv, segments)
+        implementation = "xla"
     query, key, value = (qkv[:, :, i] for i in range(3))
     if implementation == "cudnn":
         return _cudnn(query, key, value, segments, causal)
@@ -52,8 +58,10 @@ def attention(
 
 def implementations(platform: str, dtype: str) -> list[str]:
     """Those that a platform (`sharding.platform`) has for a dtype: cuDNN's has half precision alone."""
-    has_cudnn = platform == "cuda" and dtype != "float32"
-    return [name for name in IMPLEMENTATIONS if name != "cudnn" or has_cudnn]
+    missing = {"cudnn"} if platform != "cuda" or dtype == "float32" else set()
+    if platform != "tpu":
+        missing.add("pallas")
+    return [name for name in IMPLEMENTATIONS if name not in missing]
 
 
 def _same_segment(segments: Array) -> Array:
@@ -84,15 +92,21 @@ def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causa
     return y[:, :length]
 
 
-def _chunked(qkv: Array, segments: Array | None, causal: bool) -> Array:
-    attend = functools.partial(_attend_in_chunks, causal)
-    if segments is None:
-        segments = jnp.zeros(qkv.shape[:2], jnp.int32)
+def _of_each_device(
+    attend: Callable[[bool, Array, Array | None], Array], causal: bool, qkv: Array, segments: Array | None
+) -> Array:
+    """Each device attends to its own examples: XLA would not split a kernel or a loop over them."""
+    attend = functools.partial(attend, causal)
     if devices_in_use() == 1:
         return attend(qkv, segments)
-    # Each device loops over its own examples.
     rows = PartitionSpec(BATCH_AXES)
     return jax.shard_map(attend, in_specs=(rows, rows), out_specs=rows, check_vma=False)(qkv, segments)
+
+
+def _chunked(causal: bool, qkv: Array, segments: Array | None) -> Array:
+    if segments is None:
+        segments = jnp.zeros(qkv.shape[:2], jnp.int32)
+    return _attend_in_chunks(causal, qkv, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

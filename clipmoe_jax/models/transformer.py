@@ -69,7 +69,7 @@ class RunConfig:
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
     grouped_mlp: what "ragged" runs experts by, "blocks" (CPU), "fixed_blocks" (GPU) or "ragged_dot" (TPU);
       models/experts.py.
-    attention: "xla", "chunked" or "cudnn" (models/attention.py).
+    attention: "xla", "chunked", "cudnn" or "pallas" (models/attention.py).
     mlp_chunk_rows: how many rows of a dense feed-forward layer are pulled back at a time (on one CPU device,
       models/linear.py); 0 is all.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
