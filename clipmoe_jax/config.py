@@ -220,18 +220,22 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     (benchmarks/moe_block.py). On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product
     with every expert's matrix for every row (openxla/xla pull request 45996), so blocks of rows take its
     place. Neither has been measured on an accelerator; `python -m benchmarks.run --only=settings` measures
-    and names what is fastest on a device.
+    and names what is fastest on a device. Raises ValueError for an attention that the platform has not.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    attention = {"cpu": "chunked", "tpu": "pallas"}.get(platform, "xla")
-    if "cudnn" in implementations(platform, dtype):
-        attention = "cudnn"
+    possible = implementations(platform, dtype)
+    attention = config.run.attention or possible[0]
+    if attention not in possible:
+        raise ValueError(
+            f"run.attention={attention} does not run on {platform} in {dtype}: choose one of "
+            f"{', '.join(possible)}, or leave it empty"
+        )
     return RunConfig(
         dtype=dtype,
         remat=config.run.remat,
         dispatch=config.moe.dispatch,
         grouped_mlp={"cpu": "blocks", "tpu": "ragged_dot"}.get(platform, "fixed_blocks"),
-        attention=config.run.attention or attention,
+        attention=attention,
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,

@@ -57,11 +57,11 @@ def attention(
 
 
 def implementations(platform: str, dtype: str) -> list[str]:
-    """Those that a platform (`sharding.platform`) has for a dtype: cuDNN's has half precision alone."""
-    missing = {"cudnn"} if platform != "cuda" or dtype == "float32" else set()
-    if platform != "tpu":
-        missing.add("pallas")
-    return [name for name in IMPLEMENTATIONS if name not in missing]
+    """Those that a platform (`sharding.platform`) has for a dtype, its own first: cuDNN's has half precision
+    alone."""
+    of_cuda = "xla" if dtype == "float32" else "cudnn"
+    own = {"cpu": "chunked", "tpu": "pallas", "cuda": of_cuda}.get(platform, "xla")
+    return list(dict.fromkeys([own, "xla", "chunked"]))
 
 
 def _same_segment(segments: Array) -> Array:

@@ -32,7 +32,9 @@ def is_possible(num_heads: int, width: int) -> bool:
 def pallas_attention(causal: bool, qkv: Array, segments: Array | None) -> Array:
     """Queries, keys and values (B, L, 3, H, W) -> (B, L, H, W) in their dtype; segments (B, L) int32, None is
     one each. On one device, where `is_possible(H, W)`."""
-    return _call(_forward, 1, causal, qkv, segments)[0]
+    batch, length, _, num_heads, width = qkv.shape
+    (y,) = _call(_forward, 1, causal, qkv, segments)
+    return y.reshape(batch, length, num_heads, width)
 
 
 def _attention_fwd(causal: bool, qkv: Array, segments: Array | None) -> tuple[Array, tuple]:
@@ -40,7 +42,8 @@ def _attention_fwd(causal: bool, qkv: Array, segments: Array | None) -> tuple[Ar
 
 
 def _attention_bwd(causal: bool, residuals: tuple, gradient: Array) -> tuple[Array, None]:
-    return jnp.stack(_call(_backward, 3, causal, *residuals, gradient), axis=2), None
+    gradients = _call(_backward, 3, causal, *residuals, gradient)
+    return jnp.concatenate(gradients, axis=2).reshape(residuals[0].shape), None
 
 
 pallas_attention.defvjp(_attention_fwd, _attention_bwd)
@@ -54,7 +57,7 @@ def _call(
     segments: Array | None,
     *others: Array,
 ) -> list[Array]:
-    """The kernel's results, (B, L, H, W) each. others: (B, L, H, W) too."""
+    """The kernel's results, (B, L, D) each. others: (B, L, H, W)."""
     batch, length, _, num_heads, width = qkv.shape
     lanes = num_heads * width
     block = (1, length, LANES)
@@ -72,7 +75,7 @@ def _call(
         for shape in ((length, 1), (1, length)):
             arrays.append(segments.reshape(batch, *shape))
             specs.append(pl.BlockSpec((1, *shape), lambda b, j: (b, 0, 0)))
-    results = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(kernel, causal, width, segments is not None),
         grid=(batch, lanes // LANES),
         in_specs=specs,
@@ -80,7 +83,6 @@ def _call(
         out_shape=[jax.ShapeDtypeStruct((batch, length, lanes), qkv.dtype)] * num_results,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(*arrays)
-    return [result.reshape(batch, length, num_heads, width) for result in results]
 
 
 def _forward(causal: bool, width: int, has_segments: bool, q_ref, k_ref, v_ref, *refs) -> None:

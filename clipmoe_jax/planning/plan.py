@@ -224,9 +224,8 @@ def kept_bytes(
 ) -> float:
     """Bytes for each pair of a device that a tower's forward pass keeps for the backward pass: what grows of
     the residuals of `jax.vjp` when the batch does."""
-    # cuDNN's attention cannot be traced without a GPU, and keeps less. The spare rows of blocks of a fixed
-    # number would count more among few pairs than among many.
-    run = dataclasses.replace(run, attention="xla", grouped_mlp="ragged_dot")
+    # The spare rows of blocks of a fixed number would count more among few pairs than among many.
+    run = dataclasses.replace(_traceable(run), grouped_mlp="ragged_dot")
     trainable, frozen = trees.partition(params, rules)
     encode = _encoder(config, run, tower)
 
@@ -334,10 +333,14 @@ def transfer_seconds(device: Accelerator, mesh: AbstractMesh, transfer: Transfer
 
 def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
-    run = dataclasses.replace(training.run, attention="xla")  # cuDNN's asks for a GPU
-    step, arguments = abstract_step(mesh, dataclasses.replace(training, run=run))
+    step, arguments = abstract_step(mesh, dataclasses.replace(training, run=_traceable(training.run)))
     with jax.sharding.use_abstract_mesh(mesh):
         step.trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+def _traceable(run: RunConfig) -> RunConfig:
+    """cuDNN's attention cannot be traced without a GPU; XLA's keeps more."""
+    return dataclasses.replace(run, attention="xla") if run.attention == "cudnn" else run
 
 
 def abstract_step(

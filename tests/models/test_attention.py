@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from clipmoe_jax import sharding
 from clipmoe_jax.models import attention as module
@@ -56,18 +57,81 @@ def test_chunked_gradients_equal_those_of_autodiff(monkeypatch, chunk, segments)
     np.testing.assert_allclose(gradients("chunked"), gradients("xla"), atol=1e-5)
 
 
-def test_chunked_stays_on_its_device():
-    """Eight devices loop over their own examples: nothing travels."""
+@pytest.fixture
+def interpreted():
+    """TPU kernels step by step on CPU, which reads of memory that nothing wrote find NaN in."""
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+def values_and_gradient(implementation, qkv, causal, segments, target):
+    def loss(qkv):
+        y = attention(qkv, causal=causal, segments=segments, implementation=implementation)
+        return jnp.sum(y * target, dtype=jnp.float32), y
+
+    (_, y), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
+    return np.asarray(y, np.float32), np.asarray(gradient, np.float32)
+
+
+@pytest.mark.parametrize("num_heads, width", [(2, 64), (8, 32), (1, 128)], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("has_segments", [False, True], ids=["one segment", "segments"])
+def test_pallas_equals_xla(interpreted, num_heads, width, causal, has_segments):
+    """Heads that share lanes, and lengths that fill no tile."""
+    qkv = jax.random.normal(jax.random.key(0), (2, 50, 3, num_heads, width))
+    target = jax.random.normal(jax.random.key(1), (2, 50, num_heads, width))
+    segments = np.array([[0] * 50, [1] * 20 + [2] * 25 + [0] * 5], np.int32) if has_segments else None
+    found, wanted = (values_and_gradient(name, qkv, causal, segments, target) for name in ("pallas", "xla"))
+    np.testing.assert_allclose(found[0], wanted[0], atol=5e-6)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+
+
+def test_pallas_in_half_precision_is_as_close_to_float32_as_xla(interpreted):
+    shape = (1, 77, 3, 2, 64)
+    qkv = jax.random.normal(jax.random.key(0), shape)
+    target = jax.random.normal(jax.random.key(1), (1, 77, 2, 64))
+    exact = values_and_gradient("xla", qkv, True, None, target)
+    half = [
+        values_and_gradient(name, qkv.astype(jnp.bfloat16), True, None, target) for name in ("pallas", "xla")
+    ]
+    for i in range(2):
+        ours, xlas = (np.linalg.norm(found[i] - exact[i]) for found in half)
+        assert 0 < ours < 1.2 * xlas
+
+
+def test_pallas_gives_way_to_xla_where_heads_do_not_fill_its_lanes():
+    found = attention(QKV, causal=True, segments=SEGMENTS, implementation="pallas")
+    np.testing.assert_array_equal(found, attention(QKV, causal=True, segments=SEGMENTS))
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+def test_stays_on_its_device(interpreted, implementation):
+    """Eight devices attend to their own examples: nothing travels."""
     mesh = sharding.make_mesh(2, 2, 2)
-    placed = sharding.put_batch(mesh, {"qkv": QKV, "segments": SEGMENTS})
+    qkv = jax.random.normal(jax.random.key(0), (B, L, 3, 2, 64))
+    placed = sharding.put_batch(mesh, {"qkv": qkv, "segments": SEGMENTS})
 
     @jax.jit
     def run(qkv, segments):
-        return attention(qkv, causal=True, segments=segments, implementation="chunked")
+        return attention(qkv, causal=True, segments=segments, implementation=implementation)
 
     with jax.set_mesh(mesh):
         compiled = run.lower(*placed.values()).compile()
         found = run(*placed.values())
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
-    wanted = attention(QKV, causal=True, segments=SEGMENTS)
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    wanted = attention(qkv, causal=True, segments=SEGMENTS)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_pallas_lowers_for_tpus(causal):
+    """A TPU need not be here."""
+    abstract = jax.ShapeDtypeStruct((4, 257, 3, 16, 64), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((4, 257), jnp.int32)
+
+    @jax.value_and_grad
+    def total(qkv, segments):
+        return attention(qkv, causal=causal, segments=segments, implementation="pallas").sum()
+
+    text = jax.jit(total).trace(abstract, segments).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2  # forward and backward

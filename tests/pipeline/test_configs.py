@@ -102,7 +102,7 @@ def test_config_arguments():
     ("platform", "dtype", "grouped_mlp", "attention"),
     [
         ("cpu", "float32", "blocks", "chunked"),
-        ("tpu", "bfloat16", "ragged_dot", "xla"),
+        ("tpu", "bfloat16", "ragged_dot", "pallas"),
         ("gpu", "bfloat16", "fixed_blocks", "xla"),
         ("cuda", "bfloat16", "fixed_blocks", "cudnn"),
         ("cuda", "float32", "fixed_blocks", "xla"),  # cuDNN's attention has half precision alone
@@ -113,6 +113,19 @@ def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, atten
     config.run.dtype = dtype
     run = configs.run_config(config, platform)
     assert (run.grouped_mlp, run.attention) == (grouped_mlp, attention)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "attention"),
+    [("cpu", "float32", "pallas"), ("tpu", "bfloat16", "cudnn"), ("cuda", "float32", "cudnn")],
+)
+def test_an_attention_that_the_platform_has_not_is_an_error(platform, dtype, attention):
+    config = configs.default_config()
+    config.run.dtype, config.run.attention = dtype, attention
+    with pytest.raises(
+        ValueError, match=f"run.attention={attention} does not run on {platform} in {dtype}: .* xla"
+    ):
+        configs.run_config(config, platform)
 
 
 BAD_FIELDS = {
