@@ -72,7 +72,7 @@ def ragged(
     rows = of_experts(_rows_from_tokens(x, order, position))
     row_gates = of_experts(_rows_from_tokens(gates.reshape(-1, 1), order, position))
     y = of_experts(run_groups(rows, row_gates, group_sizes, experts, hidden))
-    y = _slots_from_rows(y, order, position).reshape(num_tokens, num_selected, -1).sum(axis=1)
+    y = _tokens_from_rows(y, order, position.reshape(num_tokens, num_selected))
     y += _gated_bias(_combine_weights(gates, expert_ids, num_experts), experts)
     return y, jnp.zeros(num_tokens, jnp.int32)
 
@@ -187,38 +187,40 @@ def _gated_bias(combine_weights: Array, experts: Experts) -> Array:
 def _rows_from_tokens(x: Array, order: Array, position: Array) -> Array:
     """Each sorted row's token. x (N, D), order (R,) slots, position (N*K,) rows -> (R, D).
 
-    This and the next function have gathers as gradients; autodiff's scatters are serial on CPU.
+    This and the next function are each other's transposes: gathers both, where autodiff's scatters are
+    serial on CPU, and without an array (N, K, D), which TPUs pad fourfold.
     """
     tokens = order // (position.shape[0] // x.shape[0])
     return jnp.take(x, tokens, axis=0, mode="clip")
 
 
 def _rows_from_tokens_fwd(x, order, position):
-    return _rows_from_tokens(x, order, position), (position, x.shape[0])
+    return _rows_from_tokens(x, order, position), (order, position.reshape(len(x), -1))
 
 
 def _rows_from_tokens_bwd(residuals, g):
-    position, num_tokens = residuals
-    return g[position].reshape(num_tokens, -1, g.shape[1]).sum(axis=1), None, None
+    return _tokens_from_rows(g, *residuals), None, None
 
 
 _rows_from_tokens.defvjp(_rows_from_tokens_fwd, _rows_from_tokens_bwd)
 
 
 @jax.custom_vjp
-def _slots_from_rows(y: Array, order: Array, position: Array) -> Array:
-    """Rows back in the order of the slots, spare rows left out. y (R, D) -> (N*K, D)."""
+def _tokens_from_rows(rows: Array, order: Array, position: Array) -> Array:
+    """The sum of each token's rows, spare rows left out. rows (R, D), position (N, K) -> (N, D)."""
     del order
-    return y[position]
+    total = sum(jnp.take(rows, of_slot, axis=0, mode="clip").astype(jnp.float32) for of_slot in position.T)
+    return total.astype(rows.dtype)
 
 
-def _slots_from_rows_fwd(y, order, position):
-    return y[position], order
+def _tokens_from_rows_fwd(rows, order, position):
+    return _tokens_from_rows(rows, order, position), (order, position)
 
 
-def _slots_from_rows_bwd(order, g):
-    # A spare row gets some slot's gradient; what that makes of it, no slot reads.
-    return jnp.take(g, order, axis=0, mode="clip"), None, None
+def _tokens_from_rows_bwd(residuals, g):
+    # A spare row gets some token's gradient; what that makes of it, no slot reads.
+    order, position = residuals
+    return _rows_from_tokens(g, order, position.reshape(-1)), None, None
 
 
-_slots_from_rows.defvjp(_slots_from_rows_fwd, _slots_from_rows_bwd)
+_tokens_from_rows.defvjp(_tokens_from_rows_fwd, _tokens_from_rows_bwd)

@@ -128,7 +128,9 @@ def ragged_dot(
     """By two `lax.ragged_dot`. all_grouped: no rows are left over."""
     h = lax.ragged_dot(rows, experts.fc_kernel, group_sizes)
     expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
-    h = h + experts.fc_bias[expert_of_row]  # of a row left over whatever it is
+    # A product, which XLA fuses with what follows: a gather would write as many biases as h has values.
+    one_hot = jax.nn.one_hot(expert_of_row, len(group_sizes), dtype=h.dtype)
+    h = h + jnp.dot(one_hot, experts.fc_bias, precision=lax.Precision.HIGHEST)
     if not all_grouped:  # a kernel may leave them as they were in memory, here and in their gradient
         h = jnp.where((expert_of_row < len(group_sizes))[:, None], h, 0)
     return lax.ragged_dot(hidden(h, gates), experts.proj_kernel, group_sizes)

@@ -237,6 +237,19 @@ def test_hidden_has_the_gradient_of_what_it_computes():
     chex.assert_trees_all_close(pullback(y), expected_pullback(y), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("grouped_mlp", GROUPED_MLPS)
+def test_slots_of_a_token_are_no_axis_of_an_array(params, x, grouped_mlp):
+    """TPUs pad (N, K, D) fourfold where K = 2, forward and backward."""
+    layer = make_layer(grouped_mlp=grouped_mlp)
+
+    def loss(params, x):
+        return layer.apply({"params": params}, x)[0].sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).as_text()
+    assert f"tensor<{N}x{D}x" in text
+    assert f"tensor<{N}x{K}x{D}x" not in text
+
+
 @pytest.mark.parametrize(("train", "products"), [(False, 4), (True, 6)], ids=["frozen", "trained"])
 @pytest.mark.parametrize(("name", "kinds_of_block"), [("blocks", 2), ("fixed_blocks", 1)])
 def test_frozen_experts_cost_no_gradient(name, kinds_of_block, train, products):
