@@ -39,12 +39,12 @@ def attention(
     implementation: "xla" computes all scores at once; "chunked" a few examples at a time, and again in the
     backward pass (for CPUs, where scores of a whole batch fall out of the cache); "cudnn" is cuDNN's fused
     kernel (NVIDIA GPUs from compute capability 8.0, half precision); "pallas" is ours (TPUs), and XLA's where
-    heads do not fill its lanes.
+    it is not possible: L above 785, or heads that do not fill lanes.
     """
     if implementation == "chunked":
         return _of_each_device(_chunked, causal, qkv, segments)
     if implementation == "pallas":
-        if is_possible(*qkv.shape[3:]):
+        if is_possible(qkv.shape[1], *qkv.shape[3:]):
             return _of_each_device(pallas_attention, causal, qkv, segments)
         implementation = "xla"
     query, key, value = (qkv[:, :, i] for i in range(3))

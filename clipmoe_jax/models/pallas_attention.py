@@ -20,18 +20,19 @@ from jax.experimental.pallas import tpu as pltpu
 Array = jax.Array
 
 LANES = 128
+MAX_LENGTH = 785  # 392 pixels in patches of 14; in float32 896 do not fit in a TPU v5's VMEM
 MASKED = -1e30
 
 
-def is_possible(num_heads: int, width: int) -> bool:
-    """Whether heads of that width fill lanes."""
-    return LANES % width == 0 and num_heads * width % LANES == 0
+def is_possible(length: int, num_heads: int, width: int) -> bool:
+    """Whether the scores of a head fit in VMEM, and heads of that width fill lanes."""
+    return length <= MAX_LENGTH and LANES % width == 0 and num_heads * width % LANES == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def pallas_attention(causal: bool, qkv: Array, segments: Array | None) -> Array:
     """Queries, keys and values (B, L, 3, H, W) -> (B, L, H, W) in their dtype; segments (B, L) int32, None is
-    one each. On one device, where `is_possible(H, W)`."""
+    one each. On one device, where `is_possible(L, H, W)`."""
     batch, length, _, num_heads, width = qkv.shape
     (y,) = _call(_forward, 1, causal, qkv, segments)
     return y.reshape(batch, length, num_heads, width)
