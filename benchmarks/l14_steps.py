@@ -8,7 +8,8 @@ Each step is compiled in a process of its own, twice, with a compilation cache t
 is the compiler's own account (`memory_analysis`): arguments, results, temporaries, and the peak of all. For a
 TPU or GPU its compiler has to be installed (`pip install "jax[tpu]"` or `"jax[cuda13]"`). For a TPU also
 printed is what the compiler expects the step to take, the sum of the cycles it estimates for each
-instruction: no measurement. For a GPU that is not there nothing is tuned, and attention is XLA's, since
+instruction: no measurement, and without kernels (attention, experts' products) and gathers, for which it has
+no estimate. For a GPU that is not there nothing is tuned, and attention is XLA's, since
 cuDNN's needs the device. On a CPU XLA computes bfloat16 products in float32 and undoes rematerialisation: its
 account there bounds no accelerator's.
 """
