@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks import moe_block
 from benchmarks.timing import Program
-from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload
+from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_values
 from clipmoe_jax import sharding, trees
 from clipmoe_jax.models.attention import attention, implementations
 from clipmoe_jax.models.clip import normalize_features
@@ -146,13 +146,12 @@ def steps(workload: Workload, group: str) -> Builders:
 
 def settings(workload: Workload, group: str) -> Builders:
     """A step with each value that a field of the config can have. group: the field."""
-    kind, values = SETTINGS[group]
-    values = implementations(workload.platform, workload.dtype) if group == "run.attention" else values
 
     def build(value: str) -> Program:
         chosen = dataclasses.replace(workload, settings=((group, value),))
-        return steps(chosen, kind)[NAME]()
+        return steps(chosen, SETTINGS[group])[NAME]()
 
+    values = setting_values(group, workload.platform, workload.dtype)
     return {value: lambda value=value: build(value) for value in values}
 
 

@@ -19,7 +19,7 @@ from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.tokenizer import END_ID, PAD_ID, START_ID
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.attention import IMPLEMENTATIONS
+from clipmoe_jax.models.attention import implementations
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.transformer import REMAT
 from clipmoe_jax.train.phase import PhaseConfig
@@ -44,12 +44,14 @@ ATTENTION = {
     for gradient in (False, True)
 }
 
-# {field of a config: (kind of step, values)}: what the section `settings` times.
-SETTINGS = {
-    "run.attention": ("mcl", IMPLEMENTATIONS),
-    "moe.dispatch": ("router", ("ragged", "dense")),
-    "run.remat": ("router", REMAT),
-}
+# {field of a config: kind of step}: what the section `settings` times, with the values of `setting_values`.
+SETTINGS = {"run.attention": "mcl", "moe.dispatch": "router", "run.remat": "router"}
+
+
+def setting_values(field: str, platform: str, dtype: str) -> list[str]:
+    """Those of SETTINGS that a platform has."""
+    values = {"run.attention": implementations(platform, dtype), "moe.dispatch": ("ragged", "dense")}
+    return list(values.get(field, REMAT))
 
 
 @dataclasses.dataclass(frozen=True)

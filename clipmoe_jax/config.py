@@ -220,9 +220,12 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     (benchmarks/moe_block.py). On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product
     with every expert's matrix for every row (openxla/xla pull request 45996), so blocks of rows take its
     place. Neither has been measured on an accelerator; `python -m benchmarks.run --only=settings` measures
-    and names what is fastest on a device. Raises ValueError for an attention that the platform has not.
+    and names what is fastest on a device. Raises ValueError for an attention or dtype that the platform has
+    not.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    if (platform, dtype) == ("tpu", "float16"):
+        raise ValueError("run.dtype=float16: TPUs have no products of it, choose bfloat16")
     possible = implementations(platform, dtype)
     attention = config.run.attention or possible[0]
     if attention not in possible:

@@ -161,7 +161,7 @@ def _make_shard(
     # Neither JPEG files nor pixels get much smaller by compression, and reading is half as fast then.
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1,uncompressed")
     try:
-        for record in map_decoding(functools.partial(_decode, pixels=pixels), entries, _num_bytes):
+        for record in map_decoding(functools.partial(_decode, pixels=pixels), entries):
             progress.update()
             if isinstance(record, BadRecord):
                 part["bad"].append(record._asdict())
@@ -187,10 +187,6 @@ class _Ready(NamedTuple):
     num_captions: int
     image_bytes: int
     token_count: int
-
-
-def _num_bytes(record: Pair | BadRecord) -> int:
-    return len(record.image) if isinstance(record, Pair) else 0
 
 
 def _decode(record: Pair | BadRecord, pixels: int | None) -> _Ready | BadRecord:

@@ -146,16 +146,12 @@ class DecodedPairs:
         """
         self._image = np.empty((len(records), image_size, image_size, 3), np.uint8)
 
-        def fill(item: tuple[int, dict]) -> list[str]:
-            index, record = item
+        def fill(index: int) -> list[str]:
+            record = records[index]
             self._image[index] = _decode(record, index, image_size)
             return record["captions"]
 
-        def num_bytes(item: tuple[int, dict]) -> int:
-            image = item[1]["image"]
-            return 0 if isinstance(image, np.ndarray) else len(image)  # stored pixels are decoded
-
-        decoding = map_decoding(fill, ((i, records[i]) for i in range(len(records))), num_bytes)
+        decoding = map_decoding(fill, range(len(records)))
         captions = list(tqdm(decoding, "decoding", len(records), delay=2, disable=None))
         self._num_captions = np.array([len(of_one) for of_one in captions])  # (N,)
         self._first_caption = np.cumsum(self._num_captions) - self._num_captions  # (N,) in _text

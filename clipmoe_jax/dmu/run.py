@@ -103,7 +103,8 @@ class Run:
         return encoder.pairs(self.pairs(name), first, stop, towers, self.config.data.num_workers)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` returned when it was called under this key for the first time."""
+        """What `make` returned when it was called under this key for the first time. Threads must not ask for
+        the same key at once."""
         if key not in self._opened:
             self._opened[key] = make()
         return self._opened[key]

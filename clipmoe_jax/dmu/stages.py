@@ -74,8 +74,8 @@ def make_scenes(run: Run) -> None:
             return {}
         count = run.config.data.digit_scenes
         run.metrics.say(f"data: drawing {count} training scenes and an eighth for test")
-        train = list(digit_scenes.make_scenes(count, split="train", seed=run.seed))
-        test = list(digit_scenes.make_scenes(count // 8, split="test", seed=run.seed))
+        train = digit_scenes.make_scenes(count, split="train", seed=run.seed)
+        test = digit_scenes.make_scenes(count // 8, split="test", seed=run.seed)
         captioned = {
             "base": [(scene.image, scene.coarse) for scene in train],
             "train": [(scene.image, scene.detailed) for scene in train],
@@ -90,7 +90,7 @@ def make_scenes(run: Run) -> None:
         artifacts.write_json(folder / "attributes.json", [scene.attributes for scene in test])
         return measured
 
-    run.make(run.workdir / "data", run.fields("data.digit_scenes"), build)
+    run.make(run.workdir / "data", run.fields("data.digit_scenes") | {"version": 2}, build)
 
 
 def make_base(run: Run) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from clipmoe_jax.models.pallas_attention import is_possible, pallas_attention
+from clipmoe_jax.models.pallas_attention import MASKED, is_possible, pallas_attention
 from clipmoe_jax.sharding import BATCH_AXES, devices_in_use
 
 Array = jax.Array
@@ -23,7 +23,6 @@ IMPLEMENTATIONS = ("xla", "cudnn", "pallas", "chunked")
 
 # Scores of a chunk, all heads: what a core's cache holds (benchmarks/LOG.md).
 CHUNK_SCORES = 1 << 20
-MASKED = -1e30
 
 
 def attention(
@@ -39,7 +38,7 @@ def attention(
     implementation: "xla" computes all scores at once; "chunked" a few examples at a time, and again in the
     backward pass (for CPUs, where scores of a whole batch fall out of the cache); "cudnn" is cuDNN's fused
     kernel (NVIDIA GPUs from compute capability 8.0, half precision); "pallas" is ours (TPUs), and XLA's where
-    it is not possible: L above 785, or heads that do not fill lanes.
+    it is not possible: long sequences, or heads that do not fill lanes (`is_possible`).
     """
     if implementation == "chunked":
         return _of_each_device(_chunked, causal, qkv, segments)

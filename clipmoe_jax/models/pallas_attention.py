@@ -5,7 +5,8 @@ Letters: B batch, L length, D heads times their width W.
 XLA writes the scores of all heads to HBM and reads them back several times, forward and backward. A head of
 CLIP's lengths (50 to 577) has them all in VMEM at once, so that nothing need be tiled as in flash attention
 (arXiv 2205.14135): a program takes one example's heads that share LANES lanes, and its softmax is the plain
-one. The backward pass computes the scores again from queries and keys.
+one. The backward pass computes the scores again from queries and keys. Lengths need fill no tile: Mosaic
+masks what lies beyond them in products and reductions.
 """
 
 import functools
@@ -26,7 +27,8 @@ MASKED = -1e30
 
 def is_possible(length: int, num_heads: int, width: int) -> bool:
     """Whether the scores of a head fit in VMEM, and heads of that width fill lanes."""
-    return length <= MAX_LENGTH and LANES % width == 0 and num_heads * width % LANES == 0
+    lanes = num_heads * width
+    return length <= MAX_LENGTH and width in (32, 64, LANES) and lanes % LANES == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -2,42 +2,59 @@
 
 import itertools
 import threading
+import time
 
 import pytest
 
-from clipmoe_jax.data.decoding import SMALL_BYTES, map_decoding
+from clipmoe_jax.data.decoding import SLOW_SECONDS, map_decoding
 
 
-@pytest.mark.parametrize("sizes", [[0], [SMALL_BYTES], [0] * 50 + [SMALL_BYTES] * 100], ids=str)
-def test_results_are_in_order(sizes):
-    items = list(zip(range(1000), itertools.cycle(sizes)))
-    found = map_decoding(lambda item: -item[0], items, lambda item: item[1])
-    assert list(found) == [-i for i in range(1000)]
+def wait(slow: bool) -> None:
+    if slow:
+        time.sleep(2 * SLOW_SECONDS)
 
 
-def test_small_images_are_decoded_where_the_caller_is_and_others_by_threads():
-    def threads_of(size):
-        return set(map_decoding(lambda _: threading.current_thread(), range(200), lambda _: size))
+@pytest.mark.parametrize("first_slow", [0, 150, 10_000], ids=["slow", "slow later", "fast"])
+def test_results_are_in_order(first_slow):
+    def decode(item):
+        wait(item >= first_slow)
+        return -item
 
-    assert threads_of(SMALL_BYTES - 1) == {threading.current_thread()}
-    assert threading.current_thread() not in threads_of(SMALL_BYTES)
+    assert list(map_decoding(decode, range(1000))) == [-i for i in range(1000)]
 
 
-@pytest.mark.parametrize("size", [0, SMALL_BYTES])
-def test_items_are_taken_as_results_are_used(size):
+def test_threads_decode_what_is_slow_and_the_caller_what_is_not():
+    def threads_of(slow):
+        def decode(_):
+            wait(slow)
+            return threading.current_thread()
+
+        return list(map_decoding(decode, range(500)))
+
+    assert set(threads_of(slow=False)) == {threading.current_thread()}
+    assert threading.current_thread() not in threads_of(slow=True)[100:]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_items_are_taken_as_results_are_used(slow):
+    def decode(item):
+        wait(slow)
+        return item
+
     taken = itertools.count()
-    found = map_decoding(lambda item: item, taken, lambda _: size)
-    assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4]
+    found = map_decoding(decode, taken)
+    assert [next(found) for _ in range(150)] == list(range(150))
     found.close()
     assert next(taken) < 10_000
 
 
-@pytest.mark.parametrize("size", [0, SMALL_BYTES])
-def test_an_error_is_the_callers(size):
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_error_is_the_callers(slow):
     def decode(item):
-        if item == 77:
-            raise ValueError("record 77")
+        wait(slow)
+        if item == 777:
+            raise ValueError("record 777")
         return item
 
-    with pytest.raises(ValueError, match="record 77"):
-        list(map_decoding(decode, range(1000), lambda _: size))
+    with pytest.raises(ValueError, match="record 777"):
+        list(map_decoding(decode, range(1000)))

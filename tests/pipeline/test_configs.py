@@ -128,6 +128,13 @@ def test_an_attention_that_the_platform_has_not_is_an_error(platform, dtype, att
         configs.run_config(config, platform)
 
 
+def test_tpus_have_no_float16():
+    config = configs.default_config()
+    config.run.dtype = "float16"
+    with pytest.raises(ValueError, match="run.dtype=float16: .*bfloat16"):
+        configs.run_config(config, "tpu")
+
+
 BAD_FIELDS = {
     "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
     "unknown dispatch": ("moe.dispatch", "scatter", "choose one of ragged, dense, capacity"),
