@@ -50,8 +50,11 @@ SETTINGS = {"run.attention": "mcl", "moe.dispatch": "router", "run.remat": "rout
 
 def setting_values(field: str, platform: str, dtype: str) -> list[str]:
     """Those of SETTINGS that a platform has."""
-    values = {"run.attention": implementations(platform, dtype), "moe.dispatch": ("ragged", "dense")}
-    return list(values.get(field, REMAT))
+    return {
+        "run.attention": implementations(platform, dtype),
+        "moe.dispatch": ["ragged", "dense"],
+        "run.remat": list(REMAT),
+    }[field]
 
 
 @dataclasses.dataclass(frozen=True)

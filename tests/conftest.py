@@ -55,10 +55,9 @@ def golden(golden_dir) -> dict[str, np.ndarray]:
 def scenes(tmp_path_factory) -> pathlib.Path:
     """96 digit scenes prepared as a user's data would be, with detailed captions."""
     from clipmoe_jax.data import digit_scenes
-    from clipmoe_jax.data.sources import Pair
     from clipmoe_jax.prepare import prepare
 
     drawn = digit_scenes.make_scenes(96, split="train", seed=0)
     folder = tmp_path_factory.mktemp("scenes") / "prepared"
-    prepare([Pair(f"{i:06d}", scene.image, (scene.detailed,)) for i, scene in enumerate(drawn)], str(folder))
+    prepare(digit_scenes.pairs(drawn, "detailed"), str(folder))
     return folder

@@ -7,10 +7,13 @@ is scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for 
 
 import functools
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from clipmoe_jax.data.sources import Pair
 
 SIZE, BORDER, MARK = 32, 2, 5
 NUM_TRAINING_DIGITS = 1200
@@ -105,6 +108,11 @@ def make_scenes(num_scenes: int, *, split: str, seed: int) -> list[Scene]:
         seen = {a: v for a, v in scene.items() if rng.random() < COARSE_PROBABILITY.get(a, OTHER_PROBABILITY)}
         scenes.append(Scene(file.getvalue(), scene, detailed, describe(seen, rng)))
     return scenes
+
+
+def pairs(scenes: Sequence[Scene], caption: str) -> list[Pair]:
+    """What `prepare` reads. caption: "detailed" or "coarse"."""
+    return [Pair(f"{i:06d}", scene.image, (getattr(scene, caption),)) for i, scene in enumerate(scenes)]
 
 
 def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:

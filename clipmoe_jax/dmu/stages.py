@@ -27,7 +27,6 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.data import digit_scenes, samplers
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array, map_array
-from clipmoe_jax.data.sources import Pair
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
 from clipmoe_jax.dmu.upcycling import count_active_parameters, reinitialize_experts, stack_experts
@@ -76,17 +75,15 @@ def make_scenes(run: Run) -> None:
         run.metrics.say(f"data: drawing {count} training scenes and an eighth for test")
         train = digit_scenes.make_scenes(count, split="train", seed=run.seed)
         test = digit_scenes.make_scenes(count // 8, split="test", seed=run.seed)
-        captioned = {
-            "base": [(scene.image, scene.coarse) for scene in train],
-            "train": [(scene.image, scene.detailed) for scene in train],
-            "test": [(scene.image, scene.detailed) for scene in test],
-        }
         measured = {}
-        for name, scenes in captioned.items():
+        for name, scenes, caption in (
+            ("base", train, "coarse"),
+            ("train", train, "detailed"),
+            ("test", test, "detailed"),
+        ):
             if (folder / name).exists():
                 (folder / name).rmtree()
-            pairs = [Pair(f"{i:06d}", image, (caption,)) for i, (image, caption) in enumerate(scenes)]
-            measured[name] = prepare(pairs, str(folder / name))
+            measured[name] = prepare(digit_scenes.pairs(scenes, caption), str(folder / name))
         artifacts.write_json(folder / "attributes.json", [scene.attributes for scene in test])
         return measured
 

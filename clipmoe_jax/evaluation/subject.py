@@ -3,13 +3,12 @@
 Letters: N images, T texts, d embedding.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -49,5 +48,4 @@ class Subject:
             except UnreadableImageError as error:
                 raise ValueError(f"{file} does not decode: {error}") from error
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return self.encoder.images(np.stack(list(pool.map(decode, files))))
+        return self.encoder.images(np.stack(list(map_decoding(decode, files))))

@@ -69,10 +69,11 @@ def ragged(
             return rows
         return jnp.where(jnp.arange(len(rows))[:, None] < group_sizes.sum(), rows, 0)
 
-    rows = of_experts(_rows_from_tokens(x, order, position))
-    row_gates = of_experts(_rows_from_tokens(gates.reshape(-1, 1), order, position))
+    of_tokens = position.reshape(num_tokens, num_selected)
+    rows = of_experts(_rows_from_tokens(x, order, of_tokens))
+    row_gates = of_experts(_rows_from_tokens(gates.reshape(-1, 1), order, position[:, None]))
     y = of_experts(run_groups(rows, row_gates, group_sizes, experts, hidden))
-    y = _tokens_from_rows(y, order, position.reshape(num_tokens, num_selected))
+    y = _tokens_from_rows(y, order, of_tokens)
     y += _gated_bias(_combine_weights(gates, expert_ids, num_experts), experts)
     return y, jnp.zeros(num_tokens, jnp.int32)
 
@@ -185,17 +186,16 @@ def _gated_bias(combine_weights: Array, experts: Experts) -> Array:
 
 @jax.custom_vjp
 def _rows_from_tokens(x: Array, order: Array, position: Array) -> Array:
-    """Each sorted row's token. x (N, D), order (R,) slots, position (N*K,) rows -> (R, D).
+    """Each sorted row's token. x (N, D), order (R,) slots, position (N, K) rows -> (R, D).
 
     This and the next function are each other's transposes: gathers both, where autodiff's scatters are
     serial on CPU, and without an array (N, K, D), which TPUs pad fourfold.
     """
-    tokens = order // (position.shape[0] // x.shape[0])
-    return jnp.take(x, tokens, axis=0, mode="clip")
+    return jnp.take(x, order // position.shape[1], axis=0, mode="clip")
 
 
 def _rows_from_tokens_fwd(x, order, position):
-    return _rows_from_tokens(x, order, position), (order, position.reshape(len(x), -1))
+    return _rows_from_tokens(x, order, position), (order, position)
 
 
 def _rows_from_tokens_bwd(residuals, g):
@@ -207,7 +207,7 @@ _rows_from_tokens.defvjp(_rows_from_tokens_fwd, _rows_from_tokens_bwd)
 
 @jax.custom_vjp
 def _tokens_from_rows(rows: Array, order: Array, position: Array) -> Array:
-    """The sum of each token's rows, spare rows left out. rows (R, D), position (N, K) -> (N, D)."""
+    """The sum of each token's rows, spare rows left out. rows (R, D) -> (N, D)."""
     del order
     total = sum(jnp.take(rows, of_slot, axis=0, mode="clip").astype(jnp.float32) for of_slot in position.T)
     return total.astype(rows.dtype)
@@ -219,8 +219,7 @@ def _tokens_from_rows_fwd(rows, order, position):
 
 def _tokens_from_rows_bwd(residuals, g):
     # A spare row gets some token's gradient; what that makes of it, no slot reads.
-    order, position = residuals
-    return _rows_from_tokens(g, order, position.reshape(-1)), None, None
+    return _rows_from_tokens(g, *residuals), None, None
 
 
 _tokens_from_rows.defvjp(_tokens_from_rows_fwd, _tokens_from_rows_bwd)

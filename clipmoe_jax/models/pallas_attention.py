@@ -79,7 +79,7 @@ def _call(
             arrays.append(segments.reshape(batch, *shape))
             specs.append(pl.BlockSpec((1, *shape), lambda b, j: (b, 0, 0)))
     return pl.pallas_call(
-        functools.partial(kernel, causal, width, segments is not None),
+        functools.partial(kernel, causal, width),
         grid=(batch, lanes // LANES),
         in_specs=specs,
         out_specs=[part(0)] * num_results,
@@ -88,12 +88,12 @@ def _call(
     )(*arrays)
 
 
-def _forward(causal: bool, width: int, has_segments: bool, q_ref, k_ref, v_ref, *refs) -> None:
-    """Refs (1, L, LANES), and of segments (1, L, 1) and (1, 1, L). Lanes of other heads are zeros in a
-    product, which takes as long."""
+def _forward(causal: bool, width: int, q_ref, k_ref, v_ref, *refs) -> None:
+    """Refs (1, L, LANES), and of segments, if there are any, (1, L, 1) and (1, 1, L). Lanes of other heads
+    are zeros in a product, which takes as long."""
     *segment_refs, y_ref = refs
     q, k, v = _scaled(q_ref[0], width), k_ref[0], v_ref[0]
-    visible = _visible(q.shape[0], causal, segment_refs if has_segments else None)
+    visible = _visible(q.shape[0], causal, segment_refs)
     y = jnp.zeros(q.shape, jnp.float32)
     for head in range(LANES // width):
         p, total = _weights(_of_head(q, head, width), k, visible)
@@ -101,11 +101,11 @@ def _forward(causal: bool, width: int, has_segments: bool, q_ref, k_ref, v_ref, 
     y_ref[0] = y.astype(y_ref.dtype)
 
 
-def _backward(causal: bool, width: int, has_segments: bool, q_ref, k_ref, v_ref, g_ref, *refs) -> None:
+def _backward(causal: bool, width: int, q_ref, k_ref, v_ref, g_ref, *refs) -> None:
     """As `_forward`; g is the gradient of y. With p = softmax(s): ds = p (dp - sum(p dp))."""
     *segment_refs, dq_ref, dk_ref, dv_ref = refs
     q, k, v, g = _scaled(q_ref[0], width), k_ref[0], v_ref[0], g_ref[0]
-    visible = _visible(q.shape[0], causal, segment_refs if has_segments else None)
+    visible = _visible(q.shape[0], causal, segment_refs)
     dq, dk, dv = (jnp.zeros(q.shape, jnp.float32) for _ in range(3))
     for head in range(LANES // width):
         q_head, g_head = _of_head(q, head, width), _of_head(g, head, width)
@@ -130,10 +130,10 @@ def _weights(q: Array, k: Array, visible: Array | None) -> tuple[Array, Array]:
     return p, jnp.sum(p, axis=1, keepdims=True)
 
 
-def _visible(length: int, causal: bool, segment_refs: list | None) -> Array | None:
+def _visible(length: int, causal: bool, segment_refs: list) -> Array | None:
     """(L, L) bool, which keys a query sees; None is all."""
     visible = None
-    if segment_refs is not None:
+    if segment_refs:
         of_queries, of_keys = segment_refs
         visible = of_queries[0] == of_keys[0]
     if causal:

@@ -9,7 +9,6 @@ import pathlib
 import numpy as np
 
 from clipmoe_jax.data import digit_scenes
-from clipmoe_jax.data.sources import Pair
 from clipmoe_jax.prepare import prepare
 
 SCRIPT = "<script>alert('caption')</script> a \"large\" seven & more"
@@ -46,10 +45,9 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
 
 
 def write_records(folder: pathlib.Path, split: str, count: int, seed: int) -> None:
-    scenes = digit_scenes.make_scenes(count, split=split, seed=seed)
-    captioned = [(scene.image, scene.detailed if i else SCRIPT) for i, scene in enumerate(scenes)]
-    pairs = [Pair(f"{i:06d}", image, (caption,)) for i, (image, caption) in enumerate(captioned)]
-    prepare(pairs, str(folder / split))
+    first, *others = digit_scenes.make_scenes(count, split=split, seed=seed)
+    scenes = [first._replace(detailed=SCRIPT), *others]
+    prepare(digit_scenes.pairs(scenes, "detailed"), str(folder / split))
 
 
 def write_metrics(folder: pathlib.Path, rng: np.random.Generator) -> None:

@@ -104,7 +104,7 @@ def test_pallas_in_half_precision_is_as_close_to_float32_as_xla(interpreted):
     "length, num_heads, width", [(7, 2, 4), (7, 3, 64), (7, 1, 96), (786, 2, 64)], ids=str
 )
 def test_pallas_gives_way_to_xla_where_it_is_not_possible(length, num_heads, width):
-    """Neither interpreted nor on a TPU it would raise."""
+    """Not interpreted: on a CPU the kernel itself would raise."""
     qkv = jax.random.normal(jax.random.key(0), (1, length, 3, num_heads, width))
     found = attention(qkv, causal=True, implementation="pallas")
     np.testing.assert_array_equal(found, attention(qkv, causal=True))
@@ -131,8 +131,9 @@ def test_stays_on_its_device(interpreted, implementation, segments):
         compiled = sharded.lower(**placed).compile()
         found = sharded(**placed)
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
-    for ours, wanted in zip(found, run("xla", **given), strict=True):
-        np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    wanted = run("xla", **given)
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
