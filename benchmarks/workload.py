@@ -21,6 +21,7 @@ from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.attention import implementations
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.experts import grouped_mlps
 from clipmoe_jax.models.transformer import REMAT
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import MAX_LOGIT_SCALE, LossConfig
@@ -45,13 +46,19 @@ ATTENTION = {
 }
 
 # {field of a config: kind of step}: what the section `settings` times, with the values of `setting_values`.
-SETTINGS = {"run.attention": "mcl", "moe.dispatch": "router", "run.remat": "router"}
+SETTINGS = {
+    "run.attention": "mcl",
+    "run.grouped_mlp": "router",
+    "moe.dispatch": "router",
+    "run.remat": "router",
+}
 
 
 def setting_values(field: str, platform: str, dtype: str) -> list[str]:
     """Those of SETTINGS that a platform has."""
     return {
         "run.attention": implementations(platform, dtype),
+        "run.grouped_mlp": grouped_mlps(platform),
         "moe.dispatch": ["ragged", "dense"],
         "run.remat": list(REMAT),
     }[field]

@@ -5,14 +5,16 @@ since the config is locked. Times are in steps, rates per step, batch sizes glob
 """
 
 import dataclasses
+import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from clipmoe_jax.models.attention import IMPLEMENTATIONS, implementations
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
+from clipmoe_jax.models.experts import GROUPED_MLPS, grouped_mlps
 from clipmoe_jax.models.transformer import REMAT, MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
@@ -91,6 +93,8 @@ def default_config() -> ConfigDict:
     config.run = ConfigDict()
     config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
     config.run.attention = ""  # "xla", "chunked", "cudnn", "pallas"; "" by platform (`run_config`)
+    # What runs experts under "ragged": "blocks", "fixed_blocks", "ragged_dot", "tokamax"; "" by platform.
+    config.run.grouped_mlp = ""
     config.run.remat = "none"  # "dots", "full": what the backward pass computes again (`RunConfig`)
     config.run.frozen_dtype = ""  # what frozen matrices are held in while a stage trains; "" is run.dtype's
 
@@ -217,33 +221,38 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     """How models are computed on `platform` ("cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention).
 
     Empty fields are chosen here. Ragged dispatch is the exact one that computes least, and on CPU the fastest
-    (benchmarks/moe_block.py). On TPU `lax.ragged_dot` has a kernel of its own; on GPU it expands to a product
-    with every expert's matrix for every row (openxla/xla pull request 45996), so blocks of rows take its
-    place. Neither has been measured on an accelerator; `python -m benchmarks.run --only=settings` measures
-    and names what is fastest on a device. Raises ValueError for an attention or dtype that the platform has
-    not.
+    (benchmarks/moe_block.py). Nothing has been measured on an accelerator; `python -m benchmarks.run
+    --only=settings` measures and names what is fastest on a device. Raises ValueError for an attention, a
+    grouped_mlp or a dtype that the platform has not.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
     if (platform, dtype) == ("tpu", "float16"):
         raise ValueError("run.dtype=float16: TPUs have no products of it, choose bfloat16")
-    possible = implementations(platform, dtype)
-    attention = config.run.attention or possible[0]
-    if attention not in possible:
-        raise ValueError(
-            f"run.attention={attention} does not run on {platform} in {dtype}: choose one of "
-            f"{', '.join(possible)}, or leave it empty"
-        )
+    on = f"on {platform} in {dtype}"
+    attention = _chosen("run.attention", config.run.attention, implementations(platform, dtype), on)
+    grouped_mlp = _chosen("run.grouped_mlp", config.run.grouped_mlp, grouped_mlps(platform), on)
+    if grouped_mlp == "tokamax" and not importlib.util.find_spec("tokamax"):
+        raise ValueError("run.grouped_mlp=tokamax is not installed: pip install tokamax")
     return RunConfig(
         dtype=dtype,
         remat=config.run.remat,
         dispatch=config.moe.dispatch,
-        grouped_mlp={"cpu": "blocks", "tpu": "ragged_dot"}.get(platform, "fixed_blocks"),
+        grouped_mlp=grouped_mlp,
         attention=attention,
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
         compiler_options=CPU_OPTIONS if platform == "cpu" else (),
     )
+
+
+def _chosen(field: str, value: str, possible: Sequence[str], on: str) -> str:
+    """The value of a field, the first possible one if it is empty."""
+    if value and value not in possible:
+        raise ValueError(
+            f"{field}={value} does not run {on}: choose one of {', '.join(possible)}, or leave it empty"
+        )
+    return value or possible[0]
 
 
 def validate(config: ConfigDict, paths: bool = True) -> None:
@@ -265,6 +274,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         )
     _check_choice("moe.dispatch", config.moe.dispatch, ("ragged", "dense", "capacity"))
     _check_choice("run.remat", config.run.remat, REMAT)
+    _check_choice("run.grouped_mlp", config.run.grouped_mlp, ("", *GROUPED_MLPS))
     _check_choice("run.attention", config.run.attention, ("", *IMPLEMENTATIONS))
     _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))
     _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("", "float32", "bfloat16"))

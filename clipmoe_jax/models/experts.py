@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -33,7 +34,10 @@ WIDE_BLOCK, NARROW_BLOCK = 256, 64
 GPU_BLOCK = 2048
 
 # Values of RunConfig.grouped_mlp (`make_grouped_mlp`).
-GROUPED_MLPS = ("blocks", "fixed_blocks", "ragged_dot")
+GROUPED_MLPS = ("blocks", "fixed_blocks", "ragged_dot", "tokamax")
+
+# Rows that tokamax's kernels for Hopper want a multiple of.
+TOKAMAX_ROWS = 128
 
 
 class Experts(NamedTuple):
@@ -123,17 +127,24 @@ _gated.defvjp(_gated_fwd, _gated_bwd)
 
 
 def ragged_dot(
-    rows: Array, gates: Array, group_sizes: Array, experts: Experts, hidden: Hidden, *, all_grouped: bool
+    rows: Array,
+    gates: Array,
+    group_sizes: Array,
+    experts: Experts,
+    hidden: Hidden,
+    *,
+    dot: Callable[[Array, Array, Array], Array],
+    all_grouped: bool,
 ) -> Array:
-    """By two `lax.ragged_dot`. all_grouped: no rows are left over."""
-    h = lax.ragged_dot(rows, experts.fc_kernel, group_sizes)
+    """By two `dot`, as `lax.ragged_dot`. all_grouped: no rows are left over."""
+    h = dot(rows, experts.fc_kernel, group_sizes)
     expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
     # A product, which XLA fuses with what follows: a gather would write as many biases as h has values.
     one_hot = jax.nn.one_hot(expert_of_row, len(group_sizes), dtype=h.dtype)
     h = h + jnp.dot(one_hot, experts.fc_bias, precision=lax.Precision.HIGHEST)
     if not all_grouped:  # a kernel may leave them as they were in memory, here and in their gradient
         h = jnp.where((expert_of_row < len(group_sizes))[:, None], h, 0)
-    return lax.ragged_dot(hidden(h, gates), experts.proj_kernel, group_sizes)
+    return dot(hidden(h, gates), experts.proj_kernel, group_sizes)
 
 
 # Steps on blocks that cover all groups in order: `fold(step, carry, sums, R, group_sizes, stacked)` -> carry,
@@ -281,20 +292,41 @@ def _fixed_number(
     return lax.scan(body, (carry, sums), (experts, rows))[0]
 
 
+def grouped_mlps(platform: str) -> list[str]:
+    """Those of GROUPED_MLPS that a platform (`sharding.platform`) has, its own first.
+
+    `lax.ragged_dot` has a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row
+    with every kernel (openxla/xla pull request 45996): for them blocks, of a number that follows the groups
+    or is fixed.
+    """
+    if platform == "cpu":
+        return ["blocks", "fixed_blocks", "ragged_dot"]
+    own = ["ragged_dot", "fixed_blocks"] if platform == "tpu" else ["fixed_blocks", "ragged_dot"]
+    return [*own, "tokamax"]
+
+
+def _tokamax_ragged_dot() -> Callable[[Array, Array, Array], Array]:
+    import tokamax
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # or it takes the arguments of whatever program this is for its own
+    return tokamax.ragged_dot
+
+
 def make_grouped_mlp(
     name: str, num_slots: int, num_experts: int, *, all_grouped: bool
 ) -> tuple[Callable[[Array, Array, Array, Experts, Hidden], Array], int]:
     """The grouped feed-forward layer of GROUPED_MLPS for so many slots, and how many spare rows it wants.
-    all_grouped: every slot is of a group.
-
-    `lax.ragged_dot` is a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row
-    with every kernel: for them blocks, of a number that follows the groups or is fixed.
-    Raises ValueError if the name is none of GROUPED_MLPS.
+    all_grouped: every slot is of a group. Raises ValueError if the name is none of GROUPED_MLPS.
     """
     if name not in GROUPED_MLPS:
         raise ValueError(f"grouped_mlp={name!r} is not known: choose one of {', '.join(GROUPED_MLPS)}")
     if name == "ragged_dot":
-        return functools.partial(ragged_dot, all_grouped=all_grouped), 0
+        return functools.partial(ragged_dot, dot=lax.ragged_dot, all_grouped=all_grouped), 0
+    if name == "tokamax":
+        spare_rows = -num_slots % TOKAMAX_ROWS
+        all_grouped = all_grouped and spare_rows == 0
+        return functools.partial(ragged_dot, dot=_tokamax_ragged_dot(), all_grouped=all_grouped), spare_rows
     if name == "blocks":
         return functools.partial(blocks, fold=_as_needed), NARROW_BLOCK
     block_rows = GPU_BLOCK  # or less, where more than a quarter were too many

@@ -67,8 +67,8 @@ class RunConfig:
     remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights
     (KEPT), so scores, norms and activations; "full": each block from its input.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
-    grouped_mlp: what "ragged" runs experts by, "blocks" (CPU), "fixed_blocks" (GPU) or "ragged_dot" (TPU);
-      models/experts.py.
+    grouped_mlp: what "ragged" runs experts by, "blocks" (CPU), "fixed_blocks" (GPU), "ragged_dot" (TPU) or
+      "tokamax" (models/experts.py).
     attention: "xla", "chunked", "cudnn" or "pallas" (models/attention.py).
     mlp_chunk_rows: how many rows of a dense feed-forward layer are pulled back at a time (on one CPU device,
       models/linear.py); 0 is all.

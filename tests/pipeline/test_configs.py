@@ -116,16 +116,31 @@ def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, atten
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "attention"),
-    [("cpu", "float32", "pallas"), ("tpu", "bfloat16", "cudnn"), ("cuda", "float32", "cudnn")],
+    ("platform", "dtype", "field", "value"),
+    [
+        ("cpu", "float32", "attention", "pallas"),
+        ("tpu", "bfloat16", "attention", "cudnn"),
+        ("cuda", "float32", "attention", "cudnn"),
+        ("cpu", "float32", "grouped_mlp", "tokamax"),
+        ("cuda", "bfloat16", "grouped_mlp", "blocks"),  # each turn of its loops would ask the host
+    ],
 )
-def test_an_attention_that_the_platform_has_not_is_an_error(platform, dtype, attention):
+def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value):
     config = configs.default_config()
-    config.run.dtype, config.run.attention = dtype, attention
+    config.run.update({"dtype": dtype, field: value})
     with pytest.raises(
-        ValueError, match=f"run.attention={attention} does not run on {platform} in {dtype}: .* xla"
+        ValueError, match=f"run.{field}={value} does not run on {platform} in {dtype}: choose one of .*, or"
     ):
         configs.run_config(config, platform)
+
+
+def test_tokamax_runs_experts_where_it_is_installed(monkeypatch):
+    config = configs.default_config()
+    config.run.grouped_mlp = "tokamax"
+    assert configs.run_config(config, "cuda").grouped_mlp == "tokamax"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="run.grouped_mlp=tokamax is not installed: pip install tokamax"):
+        configs.run_config(config, "cuda")
 
 
 def test_tpus_have_no_float16():
