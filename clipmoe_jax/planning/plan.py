@@ -271,12 +271,15 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
         gathered -= sum(size for name, size in whole.items() if name.rpartition("/")[0] not in pulls)
     add(["fsdp"], "parameters", "all-gather", gathered / FLOAT_BYTES * itemsize, 1)
     scattered = sum(size for name, size in whole.items() if trains[name])
-    add(["fsdp"], "gradients", "reduce-scatter", scattered, 1)
+    add(["fsdp"], "gradients", "reduce-scatter", scattered / FLOAT_BYTES * itemsize, 1)
     replicated = collections.Counter()
     for name, leaf in leaves.items():
         if trains[name]:
-            axes = tuple(axis for axis in sharding.BATCH_AXES if axis not in leaf.sharding.spec)
-            replicated[axes] += device_bytes(leaf)
+            split = leaf.sharding.spec
+            axes = tuple(a for a in sharding.BATCH_AXES if mesh.shape[a] > 1 and a not in split)
+            # Matrices' gradients travel as products make them: in the compiled steps for v5p and H100.
+            size = itemsize if leaf.ndim > 1 else FLOAT_BYTES
+            replicated[axes] += device_bytes(leaf) / FLOAT_BYTES * size
     for axes, size in replicated.items():
         add(axes, "gradients", "all-reduce", size, 1)
 

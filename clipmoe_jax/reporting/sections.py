@@ -65,7 +65,7 @@ def results(folders: Sequence[Folder]) -> Context:
     alt = f"Bars of recall at 1 in per cent, image to text and text to image: {'; '.join(numbers)}."
     return {
         "table": tables.recall_table(seeds),
-        "differences": len(seeds) > 1 and tables.difference_table(seeds, [f.path.name for f in folders]),
+        "differences": len(seeds) > 1 and tables.difference_table(seeds),
         "bars": charts.draw_paired_bars("recall", alt, titles, pairs, x="recall@1 (%)", strong=CLIP_MOE),
         "attributes": _attributes(seeds),
         "further": tables.evaluation_tables(seeds),

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipmoe_jax.evaluation.evaluate import CLIP_MOE
 from clipmoe_jax.evaluation.retrieval import RANKS
-from clipmoe_jax.evaluation.table import Results, has_retrieval, short_count, short_name
+from clipmoe_jax.evaluation.table import Results, differences, has_retrieval, short_count, short_name
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 FIRST = {f"{direction}_r1": label for direction, label in DIRECTIONS.items()}  # recall@1
@@ -91,14 +91,15 @@ def score_cells(scores: np.ndarray, lower_is_better: Sequence[bool] | None = Non
     ]
 
 
-def difference_table(seeds: Sequence[Results], names: Sequence[str]) -> Table:
-    """CLIP-MoE minus each other model, R@1 in points, one column a seed: what is the same in all of them."""
-    rows = {title: [] for title in seeds[0] if title != CLIP_MOE}
-    for title, cells in rows.items():
-        for r in seeds:
-            points = (f"{100 * (r[CLIP_MOE][key] - r[title][key]):+.1f}" for key in FIRST)
-            cells.append(Cell(" / ".join(points).replace("-", "−")))
-    return Table("CLIP-MoE minus …, R@1 in points, image → text / text → image", {"": list(names)}, rows)
+def difference_table(seeds: Sequence[Results]) -> Table:
+    """CLIP-MoE minus each other model in each of the seeds, R@1 in points."""
+    found = differences(seeds)
+    rows = {
+        title: [Cell(text.replace("-", "−")) for text in columns.values()] for title, columns in found.items()
+    }
+    caption = f"CLIP-MoE minus each other model in each of {len(seeds)} seeds, R@1 in points"
+    columns = list(next(iter(found.values())))
+    return Table(f"{caption}, {' / '.join(DIRECTIONS.values())}", {"": columns}, rows)
 
 
 def phase_table(curves: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[str, str]) -> Table:

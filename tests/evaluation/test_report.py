@@ -156,8 +156,9 @@ def test_several_seeds_are_means_with_deviations(seeds):
         assert rows["CLIP-MoE"][column][0] == f"{mean:.1f} ± 1.4"  # two values 2 apart: sqrt(2)
         assert rows["base"][column][0].endswith("± 0.0")
     differences = table_rows(page, "CLIP-MoE minus")["base"]
-    apart = [float(cell.partition(" /")[0].replace("−", "-")) for cell, _ in differences]
-    assert apart[1] - apart[0] == pytest.approx(2, abs=0.11)
+    mean, least, most = (float(cell.partition(" /")[0].replace("−", "-")) for cell, _ in differences[:3])
+    assert most - least == pytest.approx(2, abs=0.11) and mean - least == pytest.approx(1, abs=0.11)
+    assert differences[3][0] == "2 / 2"
     [lead] = [element["text"] for element in page.all("p") if element.get("class") == "lead"]
     assert "means of 2 seeds" in lead and "in\neach of them" in lead
     assert "Of seed_1 alone." in {element["text"] for element in page.all("p")}
