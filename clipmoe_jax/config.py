@@ -223,14 +223,14 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     Empty fields are chosen here. Ragged dispatch is the exact one that computes least, and on CPU the fastest
     (benchmarks/moe_block.py). Nothing has been measured on an accelerator; `python -m benchmarks.run
     --only=settings` measures and names what is fastest on a device. Raises ValueError for an attention, a
-    grouped_mlp or a dtype that the platform has not.
+    grouped_mlp or a dtype that the platform has not, or that is not installed.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
     if (platform, dtype) == ("tpu", "float16"):
         raise ValueError("run.dtype=float16: TPUs have no products of it, choose bfloat16")
-    on = f"on {platform} in {dtype}"
-    attention = _chosen("run.attention", config.run.attention, implementations(platform, dtype), on)
-    grouped_mlp = _chosen("run.grouped_mlp", config.run.grouped_mlp, grouped_mlps(platform), on)
+    possible = implementations(platform, dtype)
+    attention = _chosen("run.attention", config.run.attention, possible, f"{platform} in {dtype}")
+    grouped_mlp = _chosen("run.grouped_mlp", config.run.grouped_mlp, grouped_mlps(platform), platform)
     if grouped_mlp == "tokamax" and not importlib.util.find_spec("tokamax"):
         raise ValueError("run.grouped_mlp=tokamax is not installed: pip install tokamax")
     return RunConfig(
@@ -246,11 +246,11 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     )
 
 
-def _chosen(field: str, value: str, possible: Sequence[str], on: str) -> str:
+def _chosen(field: str, value: str, possible: Sequence[str], where: str) -> str:
     """The value of a field, the first possible one if it is empty."""
     if value and value not in possible:
         raise ValueError(
-            f"{field}={value} does not run {on}: choose one of {', '.join(possible)}, or leave it empty"
+            f"{field}={value} does not run on {where}: choose one of {', '.join(possible)}, or leave it empty"
         )
     return value or possible[0]
 

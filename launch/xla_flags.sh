@@ -6,7 +6,7 @@
 # Flags that the environment already has come last and so win. A flag that the installed jaxlib does not know
 # ends the program at its start with "Unknown flag": take it out here.
 
-# Collectives under computation (docs.jax.dev, GPU performance tips).
+# FSDP's collectives under computation (docs.jax.dev, GPU performance tips; docs/scaling.md has what else it does).
 GPU_FLAGS=(
     --xla_gpu_enable_latency_hiding_scheduler=true
 )

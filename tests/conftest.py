@@ -21,6 +21,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # with the flag). XLA's own passes stay: fusion, partitioning and the collectives that tests look for. (The
 # demo's test has all but LLVM's as a user has it.)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = ""
 if jaxlib.version.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 

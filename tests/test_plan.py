@@ -109,6 +109,27 @@ def test_what_travels(kind, sizes, name):
         assert found[operation] == pytest.approx(num_bytes, abs=2000, rel=0.01), operation
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "in_half", "in_float32"),
+    [
+        # Kernels, and biases, of two feed-forward layers of each tower.
+        ("feed-forward layers", (8, 1, 1), 4 * 64 * 256 + 4 * 48 * 192, 2 * (256 + 64) + 2 * (192 + 48)),
+        ("feed-forward layers", (1, 8, 1), 4 * 64 * 256 + 4 * 48 * 192, 2 * (256 + 64) + 2 * (192 + 48)),
+        ("routers", (8, 1, 1), 0, 2 * 64 * 4 + 2 * 48 * 4),
+    ],
+    ids=str,
+)
+def test_gradients_travel_as_products_make_them(kind, sizes, in_half, in_float32):
+    """In half precision but for vectors and routers. What is split over fsdp is scattered once, the rest is
+    reduced to all: twice 7/8 of it."""
+    transfers = plan.plan_transfers(abstract(sharding.make_mesh(*sizes)), training(kind, dtype="bfloat16"))
+    found = {t.operation: t.num_bytes for t in transfers if t.what == "gradients"}
+    if sizes[1] == 1:
+        assert found == {"all-reduce": 7 / 8 * 2 * (2 * in_half + 4 * in_float32)}
+    else:
+        assert found == {"reduce-scatter": 7 / 8 * 2 * in_half, "all-reduce": 7 / 8 * 2 * 4 * in_float32}
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_fsdp_gathers_parameters_and_no_activations(remat):
     """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:

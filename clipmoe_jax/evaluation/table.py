@@ -16,7 +16,7 @@ COLUMNS = {
     "t2i R@1": "text_to_image_r1",
     "t2i R@5": "text_to_image_r5",
 }
-FIRST = ("image_to_text_r1", "text_to_image_r1")
+RECALL_AT_1 = ("image_to_text_r1", "text_to_image_r1")
 HOW_TO_READ = (
     "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
     "caption. Active: what one token uses."
@@ -126,8 +126,10 @@ def differences(seeds: Sequence[Results]) -> dict[str, dict[str, str]]:
     """CLIP-MoE minus each other model, seed by seed: recall@1, "i2t / t2i", as {title: {column: points}}:
     the mean, the least and the most, and in how many seeds it is above."""
     found = {}
-    for title in (title for title in seeds[0] if title != CLIP_MOE):
-        points = np.array([[100 * (r[CLIP_MOE][key] - r[title][key]) for key in FIRST] for r in seeds])
+    for title in seeds[0]:
+        if title == CLIP_MOE:
+            continue
+        points = np.array([[100 * (r[CLIP_MOE][key] - r[title][key]) for key in RECALL_AT_1] for r in seeds])
         columns = {"mean": points.mean(0), "least": points.min(0), "most": points.max(0)}
         found[title] = {name: f"{i2t:+.1f} / {t2i:+.1f}" for name, (i2t, t2i) in columns.items()}
         found[title]["seeds above"] = " / ".join(map(str, (points > 0).sum(0)))
@@ -139,8 +141,8 @@ def format_differences(seeds: Sequence[Results]) -> str:
     rows = differences(seeds)
     width = max(map(len, rows))
     lines = [f"CLIP-MoE minus each other model in each of {len(seeds)} seeds, R@1 in points, i2t / t2i"]
-    lines.append(" " * width + "".join(f"{name:>15}" for name in next(iter(rows.values()))))
-    lines += [f"{title:{width}}" + "".join(f"{p:>15}" for p in row.values()) for title, row in rows.items()]
+    lines.append(" " * width + "".join(f"{name:>16}" for name in next(iter(rows.values()))))
+    lines += [f"{title:{width}}" + "".join(f"{p:>16}" for p in row.values()) for title, row in rows.items()]
     return "\n".join(lines)
 
 

@@ -136,7 +136,7 @@ def ragged_dot(
     dot: Callable[[Array, Array, Array], Array],
     all_grouped: bool,
 ) -> Array:
-    """By two `dot`, as `lax.ragged_dot`. all_grouped: no rows are left over."""
+    """By two grouped products. dot: `lax.ragged_dot` or one like it; all_grouped: no rows are left over."""
     h = dot(rows, experts.fc_kernel, group_sizes)
     expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
     # A product, which XLA fuses with what follows: a gather would write as many biases as h has values.
@@ -297,12 +297,13 @@ def grouped_mlps(platform: str) -> list[str]:
 
     `lax.ragged_dot` has a kernel of its own on TPU. On CPU and GPU XLA expands it to a product of every row
     with every kernel (openxla/xla pull request 45996): for them blocks, of a number that follows the groups
-    or is fixed.
+    or is fixed. tokamax, where it is installed, trains on TPUs and Hopper GPUs: its kernels for others have
+    no gradient.
     """
-    if platform == "cpu":
-        return ["blocks", "fixed_blocks", "ragged_dot"]
-    own = ["ragged_dot", "fixed_blocks"] if platform == "tpu" else ["fixed_blocks", "ragged_dot"]
-    return [*own, "tokamax"]
+    return {
+        "cpu": ["blocks", "fixed_blocks"],
+        "tpu": ["ragged_dot", "fixed_blocks", "tokamax"],
+    }.get(platform, ["fixed_blocks", "tokamax"])
 
 
 def _tokamax_ragged_dot() -> Callable[[Array, Array, Array], Array]:

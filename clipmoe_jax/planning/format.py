@@ -54,8 +54,8 @@ def format_plan(plan: Plan) -> str:
     lines += [
         "",
         "Time is at the stated MFU, without k-means (on the CPU of process 0), compilation and reading.",
-        "Activations are an upper bound. Transfers are at the vendor's bandwidth; XLA runs them under the",
-        "computation where it can.",
+        "Activations are an upper bound. Transfers are at the vendor's bandwidth; docs/scaling.md says which",
+        "of them run under the computation.",
     ]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from clipmoe_jax.planning.trainings import Training, models_of, trainings
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
 FLOAT_BYTES = 4
+# Parameters that are not cast to the type of activations where they are used. (Nor are vectors, mostly.)
+USED_IN_FLOAT32 = r".*/moe/router/kernel|text/token_embedding/embedding|text/positional_embedding"
 # What the loss keeps at once of the similarity matrix: logits and the gradients through its two log-sums.
 SIMILARITY_COPIES = 3
 
@@ -259,6 +262,11 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
             sent = times * num_bytes * (n - 1) / n * (2 if operation == "all-reduce" else 1)
             found.append(Transfer(tuple(axes), what, operation, sent))
 
+    def as_gradient(name: str, num_bytes: float) -> float:
+        """Of a float32 leaf's bytes those of its gradient as products make it, which is what travels."""
+        in_float32 = leaves[name].ndim == 1 or re.fullmatch(USED_IN_FLOAT32, name)
+        return num_bytes if in_float32 else num_bytes / FLOAT_BYTES * itemsize
+
     features = phase.batch_size * config.embed_dim * FLOAT_BYTES
     add(sharding.BATCH_AXES, "features of captions", "all-gather", features, 1)
     add(sharding.BATCH_AXES, "their gradient", "all-reduce", features, 1)
@@ -270,16 +278,14 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
         pulls = flops.input_gradients(config, trains)
         gathered -= sum(size for name, size in whole.items() if name.rpartition("/")[0] not in pulls)
     add(["fsdp"], "parameters", "all-gather", gathered / FLOAT_BYTES * itemsize, 1)
-    scattered = sum(size for name, size in whole.items() if trains[name])
-    add(["fsdp"], "gradients", "reduce-scatter", scattered / FLOAT_BYTES * itemsize, 1)
+    scattered = sum(as_gradient(name, size) for name, size in whole.items() if trains[name])
+    add(["fsdp"], "gradients", "reduce-scatter", scattered, 1)
     replicated = collections.Counter()
     for name, leaf in leaves.items():
         if trains[name]:
-            split = leaf.sharding.spec
-            axes = tuple(a for a in sharding.BATCH_AXES if mesh.shape[a] > 1 and a not in split)
-            # Matrices' gradients travel as products make them: in the compiled steps for v5p and H100.
-            size = itemsize if leaf.ndim > 1 else FLOAT_BYTES
-            replicated[axes] += device_bytes(leaf) / FLOAT_BYTES * size
+            spec = leaf.sharding.spec
+            axes = tuple(a for a in sharding.BATCH_AXES if mesh.shape[a] > 1 and a not in spec)
+            replicated[axes] += as_gradient(name, device_bytes(leaf))
     for axes, size in replicated.items():
         add(axes, "gradients", "all-reduce", size, 1)
 

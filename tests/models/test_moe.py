@@ -380,6 +380,7 @@ def nan_where_undefined(monkeypatch):
         return mask(y, used, (jnp.nan, 0))
 
     monkeypatch.setattr(lax, "ragged_dot", kernel)
+    monkeypatch.setattr("tokamax.ragged_dot", kernel)
     monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
 
 
@@ -432,5 +433,5 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
 def test_unknown_dispatch_says_which_there_are(params, x):
     with pytest.raises(ValueError, match="'dense', 'ragged' or 'capacity'"):
         make_layer(dispatch="scatter").apply({"params": params}, x)
-    with pytest.raises(ValueError, match="choose one of blocks, fixed_blocks, ragged_dot"):
+    with pytest.raises(ValueError, match="choose one of blocks, fixed_blocks, ragged_dot, tokamax"):
         make_layer(grouped_mlp="scatter").apply({"params": params}, x)

@@ -116,20 +116,23 @@ def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, atten
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "field", "value"),
+    ("platform", "dtype", "field", "value", "others"),
     [
-        ("cpu", "float32", "attention", "pallas"),
-        ("tpu", "bfloat16", "attention", "cudnn"),
-        ("cuda", "float32", "attention", "cudnn"),
-        ("cpu", "float32", "grouped_mlp", "tokamax"),
-        ("cuda", "bfloat16", "grouped_mlp", "blocks"),  # each turn of its loops would ask the host
+        ("cpu", "float32", "attention", "pallas", "chunked, xla"),
+        ("tpu", "bfloat16", "attention", "cudnn", "pallas, xla, chunked"),
+        ("cuda", "float32", "attention", "cudnn", "xla, chunked"),
+        ("cpu", "float32", "grouped_mlp", "tokamax", "blocks, fixed_blocks"),
+        # Each turn of its loops would ask the host.
+        ("cuda", "bfloat16", "grouped_mlp", "blocks", "fixed_blocks, tokamax"),
+        # XLA makes of it every kernel for every row.
+        ("cuda", "bfloat16", "grouped_mlp", "ragged_dot", "fixed_blocks, tokamax"),
     ],
 )
-def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value):
+def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value, others):
     config = configs.default_config()
     config.run.update({"dtype": dtype, field: value})
     with pytest.raises(
-        ValueError, match=f"run.{field}={value} does not run on {platform} in {dtype}: choose one of .*, or"
+        ValueError, match=f"run.{field}={value} does not run on {platform}.*: choose one of {others}, or"
     ):
         configs.run_config(config, platform)
 
@@ -153,6 +156,7 @@ def test_tpus_have_no_float16():
 BAD_FIELDS = {
     "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
     "unknown dispatch": ("moe.dispatch", "scatter", "choose one of ragged, dense, capacity"),
+    "unknown grouped_mlp": ("run.grouped_mlp", "gmm", "blocks, fixed_blocks, ragged_dot, tokamax"),
     "unknown init_from": ("mcl.init_from", "last", "base, previous"),
     "unknown balance": ("router.balance", "none", "paper, released"),
     "unknown baseline": ("baselines", ("lora",), "direct_ft"),
