@@ -9,9 +9,8 @@ is the compiler's own account (`memory_analysis`): arguments, results, temporari
 TPU or GPU its compiler has to be installed (`pip install "jax[tpu]"` or `"jax[cuda13]"`). For a TPU also
 printed is what the compiler expects the step to take, the sum of the cycles it estimates for each
 instruction: no measurement, and without kernels (attention, experts' products) and gathers, for which it has
-no estimate. For a GPU that is not there nothing is tuned, and attention is XLA's, since
-cuDNN's needs the device. On a CPU XLA computes bfloat16 products in float32 and undoes rematerialisation: its
-account there bounds no accelerator's.
+no estimate. For a GPU that is not there nothing is tuned. On a CPU XLA computes bfloat16 products in float32
+and undoes rematerialisation: its account there bounds no accelerator's.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import time
 KINDS = {"mcl": "mcl_1", "router": "router"}  # and the first stage that takes such steps
 # The smallest slice of each.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "gpu"}
+PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "cuda"}
 # XLA tries kernels out on the device unless told not to, and its Triton products have no default tiling.
 UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
@@ -47,13 +46,13 @@ def target_device(target: str):
         found = topologies.get_topology_desc(target, "cuda", target_config=described, topology="1x1x1")
         return found.devices[0]
     except Exception as error:  # whatever a missing plugin raises
-        package = {"tpu": "jax[tpu]", "gpu": "jax[cuda13]"}[platform]
+        package = {"tpu": "jax[tpu]", "cuda": "jax[cuda13]"}[platform]
         message = f'--target={target}: there is no compiler for it here: pip install "{package}" ({error})'
         raise SystemExit(message) from error
 
 
 def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
-    if PLATFORMS[args.target] == "gpu":
+    if PLATFORMS[args.target] == "cuda":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
     import jax
 

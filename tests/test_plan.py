@@ -130,6 +130,21 @@ def test_gradients_travel_as_products_make_them(kind, sizes, in_half, in_float32
         assert found == {"reduce-scatter": 7 / 8 * 2 * in_half, "all-reduce": 7 / 8 * 2 * 4 * in_float32}
 
 
+def test_accumulated_gradients_travel_once_and_in_float32():
+    phase = dataclasses.replace(PHASE, accumulation_steps=2)
+    half, full = (
+        [
+            t.num_bytes
+            for t in plan.plan_transfers(
+                abstract(sharding.make_mesh(8, 1, 1)), training("feed-forward layers", phase, dtype=dtype)
+            )
+            if t.what == "gradients"
+        ]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert half == full
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_fsdp_gathers_parameters_and_no_activations(remat):
     """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:

@@ -263,9 +263,12 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
             found.append(Transfer(tuple(axes), what, operation, sent))
 
     def as_gradient(name: str, num_bytes: float) -> float:
-        """Of a float32 leaf's bytes those of its gradient as products make it, which is what travels."""
+        """Of a float32 leaf's bytes those of its gradient as it travels: as products make it, or where
+        microbatches are accumulated their sum, once."""
         in_float32 = leaves[name].ndim == 1 or re.fullmatch(USED_IN_FLOAT32, name)
-        return num_bytes if in_float32 else num_bytes / FLOAT_BYTES * itemsize
+        if in_float32 or phase.accumulation_steps > 1:
+            return num_bytes
+        return num_bytes / FLOAT_BYTES * itemsize
 
     features = phase.batch_size * config.embed_dim * FLOAT_BYTES
     add(sharding.BATCH_AXES, "features of captions", "all-gather", features, 1)
@@ -348,7 +351,7 @@ def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
 
 
 def _traceable(run: RunConfig) -> RunConfig:
-    """cuDNN's attention cannot be traced without a GPU; XLA's keeps more."""
+    """cuDNN's attention cannot be traced without CUDA's libraries; XLA's keeps more."""
     return dataclasses.replace(run, attention="xla") if run.attention == "cudnn" else run
 
 
