@@ -16,7 +16,7 @@ COLUMNS = {
     "t2i R@1": "text_to_image_r1",
     "t2i R@5": "text_to_image_r5",
 }
-RECALL_AT_1 = ("image_to_text_r1", "text_to_image_r1")
+RECALL_AT_1 = COLUMNS["i2t R@1"], COLUMNS["t2i R@1"]
 HOW_TO_READ = (
     "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
     "caption. Active: what one token uses."

@@ -404,7 +404,7 @@ def test_sharded_equals_one_device(params, name, sizes):
         found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
             placed["visual"]["resblocks_0"]["moe"], jax.device_put(x, sharding.batch_sharding(mesh))
         )
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=5e-7)
 
 
 def test_capacity_over_the_expert_axis_drops_by_device_and_counts():

@@ -116,23 +116,23 @@ def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, atten
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "field", "value", "others"),
+    ("platform", "dtype", "field", "value", "where", "others"),
     [
-        ("cpu", "float32", "attention", "pallas", "chunked, xla"),
-        ("tpu", "bfloat16", "attention", "cudnn", "pallas, xla, chunked"),
-        ("cuda", "float32", "attention", "cudnn", "xla, chunked"),
-        ("cpu", "float32", "grouped_mlp", "tokamax", "blocks, fixed_blocks"),
+        ("cpu", "float32", "attention", "pallas", "cpu in float32", "chunked, xla"),
+        ("tpu", "bfloat16", "attention", "cudnn", "tpu in bfloat16", "pallas, xla, chunked"),
+        ("cuda", "float32", "attention", "cudnn", "cuda in float32", "xla, chunked"),
+        ("cpu", "float32", "grouped_mlp", "tokamax", "cpu", "blocks, fixed_blocks"),
         # Each turn of its loops would ask the host.
-        ("cuda", "bfloat16", "grouped_mlp", "blocks", "fixed_blocks, tokamax"),
+        ("cuda", "bfloat16", "grouped_mlp", "blocks", "cuda", "fixed_blocks, tokamax"),
         # XLA makes of it every kernel for every row.
-        ("cuda", "bfloat16", "grouped_mlp", "ragged_dot", "fixed_blocks, tokamax"),
+        ("cuda", "bfloat16", "grouped_mlp", "ragged_dot", "cuda", "fixed_blocks, tokamax"),
     ],
 )
-def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value, others):
+def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value, where, others):
     config = configs.default_config()
     config.run.update({"dtype": dtype, field: value})
     with pytest.raises(
-        ValueError, match=f"run.{field}={value} does not run on {platform}.*: choose one of {others}, or"
+        ValueError, match=f"run.{field}={value} does not run on {where}: choose one of {others}, or leave"
     ):
         configs.run_config(config, platform)
 
