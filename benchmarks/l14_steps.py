@@ -58,7 +58,7 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
 
     from clipmoe_jax import config as configs
     from clipmoe_jax import sharding
-    from clipmoe_jax.planning.plan import abstract_step
+    from clipmoe_jax.planning.abstract import abstract_step
     from clipmoe_jax.planning.trainings import trainings
 
     config, platform = configs.default_config(), PLATFORMS[args.target]

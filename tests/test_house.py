@@ -54,6 +54,6 @@ def test_imports_only_from_its_row_or_above(path):
 
 
 def test_one_loop_over_steps():
-    """Only train/loop.py takes training steps; plan.py looks at one."""
+    """Only train/loop.py takes training steps; planning/abstract.py looks at one."""
     callers = {p.name for p in modules() if "make_train_step(" in p.read_text() and p.name != "step.py"}
-    assert callers == {"loop.py", "plan.py"}
+    assert callers == {"loop.py", "abstract.py"}

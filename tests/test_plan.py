@@ -21,6 +21,7 @@ from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 from clipmoe_jax.planning import plan, scaling
 from clipmoe_jax.planning.format import format_plan, format_scaling
 from clipmoe_jax.planning.trainings import Training, models_of, trainings
+from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
@@ -101,7 +102,7 @@ def test_what_travels(kind, sizes, name):
     pair: log-sums, shares of experts, metrics."""
     mesh = sharding.make_mesh(*sizes)
     planned = collections.Counter()
-    for transfer in plan.plan_transfers(abstract(mesh), training(kind, dispatch=name)):
+    for transfer in plan_transfers(abstract(mesh), training(kind, dispatch=name)):
         planned[transfer.operation] += transfer.num_bytes
     found = sent(compiled_step(kind, mesh, dispatch=name))
     assert found.keys() == planned.keys()
@@ -122,7 +123,7 @@ def test_what_travels(kind, sizes, name):
 def test_gradients_travel_as_products_make_them(kind, sizes, in_half, in_float32):
     """In half precision but for vectors and routers. What is split over fsdp is scattered once, the rest is
     reduced to all: twice 7/8 of it."""
-    transfers = plan.plan_transfers(abstract(sharding.make_mesh(*sizes)), training(kind, dtype="bfloat16"))
+    transfers = plan_transfers(abstract(sharding.make_mesh(*sizes)), training(kind, dtype="bfloat16"))
     found = {t.operation: t.num_bytes for t in transfers if t.what == "gradients"}
     if sizes[1] == 1:
         assert found == {"all-reduce": 7 / 8 * 2 * (2 * in_half + 4 * in_float32)}
@@ -135,7 +136,7 @@ def test_accumulated_gradients_travel_once_and_in_float32():
     half, full = (
         [
             t.num_bytes
-            for t in plan.plan_transfers(
+            for t in plan_transfers(
                 abstract(sharding.make_mesh(8, 1, 1)), training("feed-forward layers", phase, dtype=dtype)
             )
             if t.what == "gradients"
@@ -152,9 +153,7 @@ def test_fsdp_gathers_parameters_and_no_activations(remat):
     mesh, phase = sharding.make_mesh(1, 8, 1), dataclasses.replace(PHASE, batch_size=256)
     planned = sum(
         transfer.num_bytes
-        for transfer in plan.plan_transfers(
-            abstract(mesh), training("feed-forward layers", phase, remat=remat)
-        )
+        for transfer in plan_transfers(abstract(mesh), training("feed-forward layers", phase, remat=remat))
         if transfer.operation == "all-gather"
     )
     found = sent(compiled_step("feed-forward layers", mesh, phase, remat=remat))
@@ -297,8 +296,8 @@ H100, V5E = ACCELERATORS["h100"], ACCELERATORS["v5e"]
 )
 def test_time_of_a_transfer(sizes, axes, milliseconds):
     mesh = sharding.make_abstract_mesh(*sizes, num_devices=int(np.prod(sizes)))
-    transfer = plan.Transfer(tuple(axes), "gradients", "all-reduce", 1.8e9)
-    assert plan.transfer_seconds(H100, mesh, transfer) == pytest.approx(milliseconds / 1e3)
+    transfer = Transfer(tuple(axes), "gradients", "all-reduce", 1.8e9)
+    assert transfer_seconds(H100, mesh, transfer) == pytest.approx(milliseconds / 1e3)
 
 
 def test_weak_scaling_by_hand():
@@ -357,8 +356,8 @@ def test_when_what_travels_takes_a_tenth():
 
     def row(num_devices):
         transfers = [
-            plan.Transfer(("data",), "gradients", "all-reduce", 1),
-            plan.Transfer(("data",), "features of captions", "all-gather", 1),
+            Transfer(("data",), "gradients", "all-reduce", 1),
+            Transfer(("data",), "features of captions", "all-gather", 1),
         ]
         travels = [4e-3, num_devices * 1e-3 if num_devices < 16 else 8e-3]
         return scaling.Row(num_devices, num_devices, 90e-3, 0, 0, transfers, travels)

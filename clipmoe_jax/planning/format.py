@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from clipmoe_jax.planning.plan import Memory, Plan, Stage, transfer_seconds
+from clipmoe_jax.planning.plan import Memory, Plan, Stage
 from clipmoe_jax.planning.scaling import Row, Scaling
+from clipmoe_jax.planning.transfers import transfer_seconds
 
 
 def format_plan(plan: Plan) -> str:

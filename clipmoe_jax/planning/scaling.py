@@ -15,15 +15,9 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import sharding
 from clipmoe_jax.accelerators import ACCELERATORS, Accelerator
-from clipmoe_jax.planning.plan import (
-    Memory,
-    Transfer,
-    plan_step,
-    plan_transfers,
-    similarity_bytes,
-    transfer_seconds,
-)
+from clipmoe_jax.planning.plan import Memory, plan_step, similarity_bytes
 from clipmoe_jax.planning.trainings import Training, trainings
+from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
 
 NUM_DEVICES = tuple(2**k for k in range(10))
 FURTHER = tuple(2**k for k in range(10, 18))  # looked at to find what breaks, not shown
