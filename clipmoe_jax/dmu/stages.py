@@ -87,7 +87,7 @@ def make_scenes(run: Run) -> None:
         artifacts.write_json(folder / "attributes.json", [scene.attributes for scene in test])
         return measured
 
-    run.make(run.workdir / "data", run.fields("data.digit_scenes") | {"version": 2}, build)
+    run.make(run.workdir / "data", run.fields("data.digit_scenes") | {"version": 3}, build)
 
 
 def make_base(run: Run) -> None:
