@@ -6,6 +6,7 @@ items `trainable`, `opt_state` and `meta`.
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from clipmoe_jax.models.clip import Clip, ClipConfig
 
 def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes a model folder; `params` may be sharded. Replaces what a killed run left there."""
-    path = epath.Path(path).resolve()
+    path = _absolute(path)
     path.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(path / "model.json", config.to_dict())
     with ocp.StandardCheckpointer() as checkpointer:
@@ -43,7 +44,7 @@ def load_model(
     place: from a tree of ShapeDtypeStructs to their shardings; None loads numpy arrays.
     Raises FileNotFoundError if the folder is not a model.
     """
-    path = epath.Path(path).resolve()
+    path = _absolute(path)
     config = read_config(path)
     abstract = abstract_params(config)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -109,7 +110,7 @@ class Checkpointer:
 
     def __init__(self, folder: epath.Path, max_to_keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
-        self._manager = _CheckpointManager(epath.Path(folder).resolve(), options=options)
+        self._manager = _CheckpointManager(_absolute(folder), options=options)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to write a state (`trainable`, `opt_state`) after `step` steps, and numbers to go with
@@ -168,3 +169,9 @@ class Checkpointer:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    """As orbax wants it; what names a bucket is (`resolve` would put the working directory before it)."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.resolve()

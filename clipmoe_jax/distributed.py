@@ -128,7 +128,7 @@ def preempted() -> bool:
     All processes must ask equally often, and get the same answer at the same time.
     """
     global _terminated
-    if jax.process_count() > 1 and not _terminated:
+    if _client() is not None and not _terminated:  # then JAX has taken SIGTERM, of a single process too
         # True at one point alone, the same in all processes: from then on it is known.
         _terminated = multihost_utils.reached_preemption_sync_point(next(_sync_points))
     return _terminated

@@ -219,6 +219,36 @@ def test_a_barrier_names_the_host_that_is_late():
     assert f"all meet: after 3 s these are missing: process 1 on {socket.gethostname()}" in output
 
 
+TERMINATED = """
+import os, signal
+from clipmoe_jax import distributed
+distributed.initialize()
+assert not distributed.preempted()
+os.kill(os.getpid(), signal.SIGTERM)
+while not distributed.preempted():
+    pass
+raise distributed.Preempted("alone")
+"""
+
+
+def test_sigterm_reaches_a_single_process_that_joined_as_if_there_were_others():
+    """As on a TPU slice of one host."""
+    process = {
+        "CLIPMOE_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "CLIPMOE_NUM_PROCESSES": "1",
+        "CLIPMOE_PROCESS_ID": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED],
+        env=environment(1) | process,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert "alone: stopped by SIGTERM; start the same command again" in done.stdout
+
+
 def test_variables_that_are_not_all_there(monkeypatch):
     from clipmoe_jax import distributed
 
