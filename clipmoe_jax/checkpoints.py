@@ -127,17 +127,27 @@ class Checkpointer:
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """(newest state, shaped and placed as the given one; its meta); None if there is no checkpoint.
 
-        One that cannot be read, truncated say, is deleted with a warning and the one before it taken.
+        One that cannot be read, truncated say, is deleted with a warning and the one before it taken. Raises
+        ValueError if none can be read: they stay, as it may be the disk or the memory that is at fault.
         """
+        unreadable = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found, reason = self._restore(step, like), ""
             except Exception as error:  # of tensorstore, JSON, the file system: what a broken file leads to
                 found, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
             if distributed.all_are(found is not None):
+                for broken, why in unreadable.items():
+                    logging.warning("the checkpoint of step %d cannot be read and is deleted: %s", broken, why)
+                    self._manager.delete(broken)
                 return found
-            logging.warning("the checkpoint of step %d cannot be read and is deleted: %s", step, reason)
-            self._manager.delete(step)
+            unreadable[step] = reason or "another process could not"
+        if unreadable:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items())
+            raise ValueError(
+                f"no checkpoint in {self._manager.directory} can be read ({reasons}): start the same command "
+                "again if the disk was at fault, or delete that folder to begin with step 0"
+            )
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:

@@ -172,12 +172,16 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog
         assert checkpointer.restore(saved[1])[1] == {"loss": 7.0}
 
 
-def test_no_checkpoint_that_can_be_read_is_none(saved, tmp_path):
+def test_if_none_can_be_read_they_stay(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     cut_files(folder / "2" / "opt_state")
     (folder / "3" / "meta" / "metadata").write_text('{"loss"')
     with Checkpointer(folder, max_to_keep=2) as checkpointer:
-        assert checkpointer.restore(saved[1]) is None
+        with pytest.raises(
+            ValueError, match=r"no checkpoint in \S+ can be read \(step 3: .+; step 2: .+\): start the same"
+        ):
+            checkpointer.restore(saved[1])
+    assert {path.name for path in folder.iterdir()} == {"2", "3"}
 
 
 def test_nothing_to_restore(tmp_path):

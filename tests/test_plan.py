@@ -146,6 +146,45 @@ def test_accumulated_gradients_travel_once_and_in_float32():
     assert half == full
 
 
+def test_every_microbatch_gathers_and_scatters():
+    """Parameters forward, and forward and backward again; matrices' gradients as products make them."""
+    mesh = abstract(sharding.make_mesh(2, 4, 1))
+    whole, parts = (
+        {
+            (transfer.operation, transfer.axes): transfer.num_bytes
+            for transfer in plan_transfers(
+                mesh,
+                training(
+                    "feed-forward layers",
+                    dataclasses.replace(PHASE, accumulation_steps=steps),
+                    dtype="bfloat16",
+                ),
+            )
+            if transfer.what in ("parameters", "gradients")
+        }
+        for steps in (1, 4)
+    )
+    assert parts["all-gather", ("fsdp",)] == 4 * 2 * whole["all-gather", ("fsdp",)]
+    assert parts["reduce-scatter", ("fsdp",)] == 4 * whole["reduce-scatter", ("fsdp",)]
+    assert parts["all-reduce", ("data",)] == 2 * whole["all-reduce", ("data",)]  # once, in float32
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    mesh = sharding.make_mesh(8, 1, 1)
+
+    @jax.jit
+    def powers(x):
+        def body(x, _):
+            return sharding.split_batch(x @ x), None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    x = jax.device_put(np.eye(64, dtype=np.float32), sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        found = sent(powers.lower(x).compile().as_text())
+    assert found == {"all-gather": 5 * 7 / 8 * 64 * 64 * 4}
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_fsdp_gathers_parameters_and_no_activations(remat):
     """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:

@@ -42,7 +42,8 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     trains = trees.match_rules(training.rules, list(leaves))
     itemsize = jnp.dtype(run.dtype).itemsize
     recomputes = run.remat != "none"
-    passes = 1 + recomputes + (phase.accumulation_steps > 1)  # forward ones
+    microbatches = phase.accumulation_steps
+    passes = 1 + recomputes + (microbatches > 1)  # forward ones
     found = []
 
     def add(axes: Sequence[str], what: str, operation: str, num_bytes: float, times: int) -> None:
@@ -52,13 +53,10 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
             sent = times * num_bytes * (n - 1) / n * (2 if operation == "all-reduce" else 1)
             found.append(Transfer(tuple(axes), what, operation, sent))
 
-    def as_gradient(name: str, num_bytes: float) -> float:
-        """Of a float32 leaf's bytes those of its gradient as it travels: as products make it, or where
-        microbatches are accumulated their sum, once."""
+    def as_made(name: str, num_bytes: float) -> float:
+        """Of a float32 leaf's bytes those of its gradient as products make it."""
         in_float32 = leaves[name].ndim == 1 or re.fullmatch(USED_IN_FLOAT32, name)
-        if in_float32 or phase.accumulation_steps > 1:
-            return num_bytes
-        return num_bytes / FLOAT_BYTES * itemsize
+        return num_bytes if in_float32 else num_bytes / FLOAT_BYTES * itemsize
 
     features = phase.batch_size * config.embed_dim * FLOAT_BYTES
     add(sharding.BATCH_AXES, "features of captions", "all-gather", features, 1)
@@ -70,15 +68,17 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     if run.remat == "dots":  # backward only those that pull a gradient back
         pulls = flops.input_gradients(config, trains)
         gathered -= sum(size for name, size in whole.items() if name.rpartition("/")[0] not in pulls)
-    add(["fsdp"], "parameters", "all-gather", gathered / FLOAT_BYTES * itemsize, 1)
-    scattered = sum(as_gradient(name, size) for name, size in whole.items() if trains[name])
-    add(["fsdp"], "gradients", "reduce-scatter", scattered, 1)
+    # Every microbatch gathers parameters and scatters gradients; what is reduced to all is their float32 sum.
+    add(["fsdp"], "parameters", "all-gather", gathered / FLOAT_BYTES * itemsize, microbatches)
+    scattered = sum(as_made(name, size) for name, size in whole.items() if trains[name])
+    add(["fsdp"], "gradients", "reduce-scatter", scattered, microbatches)
     replicated = collections.Counter()
     for name, leaf in leaves.items():
         if trains[name]:
             spec = leaf.sharding.spec
             axes = tuple(a for a in sharding.BATCH_AXES if mesh.shape[a] > 1 and a not in spec)
-            replicated[axes] += as_gradient(name, device_bytes(leaf))
+            size = device_bytes(leaf)
+            replicated[axes] += size if microbatches > 1 else as_made(name, size)
     for axes, size in replicated.items():
         add(axes, "gradients", "all-reduce", size, 1)
 

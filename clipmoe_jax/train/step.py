@@ -178,14 +178,12 @@ def abstract_state(mesh: Mesh | AbstractMesh, phase: PhaseConfig, trainable: Map
 
 
 def init_state(mesh: Mesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
-    """The state before the first step, on the mesh: a copy of the trainable leaves, and their moments alone.
-
-    (A step gives its donated input away, hence the copy.)
-    """
+    """The state before the first step, on the mesh: the trainable leaves, which the caller gives away, and
+    their moments alone."""
     tx = phase.direction()
 
     def init(trainable):
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), tx.init(trainable))
+        return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, phase, trainable))
-    return jax.jit(init, out_shardings=where)(trainable)
+    return jax.jit(init, out_shardings=where, donate_argnums=0)(trainable)

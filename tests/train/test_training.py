@@ -106,6 +106,7 @@ def test_no_optimizer_state_for_frozen_leaves():
     # Two moments a trainable parameter and Adam's step count, nothing else.
     assert trees.count_parameters(state.opt_state) == 2 * trees.count_parameters(trainable) + 1
     assert trees.count_parameters(frozen) > trees.count_parameters(trainable)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))  # no second copy on the device
 
 
 # Every mesh, and every kind of training on one at least.
