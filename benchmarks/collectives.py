@@ -14,7 +14,9 @@ def sent(compiled: str) -> dict[str, float]:
     times = _times(computations)
     for name, lines in computations.items():
         for line in lines:
-            operation = re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(", line)
+            operation = re.search(
+                r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(", line
+            )
             if not operation:
                 continue
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", operation[1])

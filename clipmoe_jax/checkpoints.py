@@ -138,7 +138,9 @@ class Checkpointer:
                 found, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
             if distributed.all_are(found is not None):
                 for broken, why in unreadable.items():
-                    logging.warning("the checkpoint of step %d cannot be read and is deleted: %s", broken, why)
+                    logging.warning(
+                        "the checkpoint of step %d cannot be read and is deleted: %s", broken, why
+                    )
                     self._manager.delete(broken)
                 return found
             unreadable[step] = reason or "another process could not"

@@ -38,6 +38,7 @@ from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.planning.format import format_plan, format_scaling
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.planning.scaling import weak_scaling
+from clipmoe_jax.planning.trainings import check_mesh, trainings
 from clipmoe_jax.report import write_report
 
 
@@ -146,9 +147,10 @@ def check_run(config: ConfigDict, only: str = "") -> None:
             )
         try:
             phase.length(num_pairs // phase.batch_size)
-            sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    for training in trainings(config, sharding.platform(), num_pairs):
+        check_mesh(mesh, training)
 
 
 def print_plan(config: ConfigDict) -> None:

@@ -33,7 +33,7 @@ from clipmoe_jax.planning.abstract import (
     placed_params,
     traceable,
 )
-from clipmoe_jax.planning.trainings import Training, models_of, trainings
+from clipmoe_jax.planning.trainings import Training, check_mesh, models_of, trainings
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers
 from clipmoe_jax.train.step import abstract_state
 
@@ -114,10 +114,7 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
     embedding = flops.forward(dense)
     planned: dict[tuple, StepPlan] = {}
     for training in trainings(config, device.platform, num_pairs):
-        try:
-            sharding.check_batch(mesh, training.phase.batch_size, training.phase.accumulation_steps)
-        except ValueError as error:
-            raise ValueError(f"{training.name}: {error}") from error
+        check_mesh(mesh, training)
         if training.kind not in planned:
             lower_step(mesh, training, device.platform)
             planned[training.kind] = plan_step(mesh, training)

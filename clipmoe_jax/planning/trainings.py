@@ -5,10 +5,11 @@ import functools
 import math
 from collections.abc import Iterator
 
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from clipmoe_jax import checkpoints, sharding, trees
 from clipmoe_jax import config as configs
-from clipmoe_jax import trees
 from clipmoe_jax.data.loader import SHORT_LENGTH
 from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import ClipConfig
@@ -75,6 +76,16 @@ def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Tra
     ):
         if name in config.baselines:
             yield stage(name, *rest)
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, training: Training) -> None:
+    """Raises ValueError if its batch or its parameters cannot be split over the mesh."""
+    try:
+        sharding.check_batch(mesh, training.phase.batch_size, training.phase.accumulation_steps)
+        if mesh.size > mesh.shape["data"]:  # else every device holds all of them
+            sharding.param_shardings(mesh, checkpoints.abstract_params(training.config))
+    except ValueError as error:
+        raise ValueError(f"{training.name}: {error}") from error
 
 
 def moe_of_two(config: ClipConfig) -> ClipConfig:

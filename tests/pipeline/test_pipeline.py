@@ -299,6 +299,10 @@ def batch_not_divisible(config, folder, tmp_path):
     config.mcl.batch_size = 12
 
 
+def experts_not_divisible(config, folder, tmp_path):
+    config.mesh.expert = 8
+
+
 def moe_as_base(config, folder, tmp_path):
     config.base.checkpoint = str(ROOT / "tests" / "golden" / "moe_all.pt")
 
@@ -317,6 +321,7 @@ BAD_RUNS = {
     "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
     "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
     "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
+    "experts not divisible": (experts_not_divisible, r"^router: .* which mesh.expert=8 does not divide"),
     "an MoE as base": (moe_as_base, "the base must be a dense CLIP"),
 }
 
@@ -327,6 +332,7 @@ def test_bad_input_is_named_with_the_fix(users_files, tmp_path, spoil, message):
     spoil(config, users_files, tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main.run_pipeline(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run" / "base").exists()  # before any training
 
 
 CLI_ERRORS = {
