@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks import moe_block
 from benchmarks.timing import Program
-from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_values
+from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_choices
 from clipmoe_jax import sharding, trees
 from clipmoe_jax.models.attention import attention, implementations
 from clipmoe_jax.models.clip import normalize_features
@@ -121,7 +121,8 @@ class Training:
         phase, loss = workload.phase(kind)
         trainable, self._frozen = trees.partition(workload.params(kind), RULES[kind])
         self._frozen = trees.cast_matrices(self._frozen, workload.dtype)  # as `train.loop.fit` holds them
-        self.state: TrainState = init_state(mesh, phase, trainable)
+        mine = jax.tree.map(jnp.copy, trainable)  # the state takes them; the next program wants them too
+        self.state: TrainState = init_state(mesh, phase, mine)
         self._mesh, self._step = mesh, make_train_step(workload.model(kind), loss, phase)
         self._batch = sharding.put_batch(mesh, workload.make_batch(workload.batch))
         self._rate = sharding.put_replicated(mesh, jnp.float32(phase.learning_rate))
@@ -145,14 +146,13 @@ def steps(workload: Workload, group: str) -> Builders:
 
 
 def settings(workload: Workload, group: str) -> Builders:
-    """A step with each value that a field of the config can have. group: the field."""
+    """A step with each choice of a group of SETTINGS."""
 
-    def build(value: str) -> Program:
-        chosen = dataclasses.replace(workload, settings=((group, value),))
-        return steps(chosen, SETTINGS[group])[NAME]()
+    def build(choice: str) -> Program:
+        return steps(dataclasses.replace(workload, settings=choice), SETTINGS[group])[NAME]()
 
-    values = setting_values(group, workload.platform, workload.dtype)
-    return {value: lambda value=value: build(value) for value in values}
+    choices = setting_choices(group, workload.platform, workload.dtype)
+    return {choice: lambda choice=choice: build(choice) for choice in choices}
 
 
 def embed(workload: Workload, group: str) -> Builders:

@@ -45,30 +45,27 @@ ATTENTION = {
     for gradient in (False, True)
 }
 
-# {field of a config: kind of step}: what the section `settings` times, with the values of `setting_values`.
-SETTINGS = {
-    "run.attention": "mcl",
-    "run.grouped_mlp": "router",
-    "moe.dispatch": "router",
-    "run.remat": "router",
-}
+# {group: kind of step}: what the section `settings` times, with the choices of `setting_choices`.
+SETTINGS = {"attention": "mcl", "experts": "router", "remat": "router"}
 
 
-def setting_values(field: str, platform: str, dtype: str) -> list[str]:
-    """Those of SETTINGS that a platform has."""
+def setting_choices(group: str, platform: str, dtype: str) -> list[str]:
+    """What a group of SETTINGS compares on a platform, each "FIELD=VALUE …" of a config; its own first."""
     return {
-        "run.attention": implementations(platform, dtype),
-        "run.grouped_mlp": grouped_mlps(platform),
-        "moe.dispatch": ["ragged", "dense"],
-        "run.remat": list(REMAT),
-    }[field]
+        "attention": [f"run.attention={name}" for name in implementations(platform, dtype)],
+        "experts": [
+            *(f"moe.dispatch=ragged run.grouped_mlp={name}" for name in grouped_mlps(platform)),
+            "moe.dispatch=dense",
+        ],
+        "remat": [f"run.remat={name}" for name in REMAT],
+    }[group]
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Sizes of everything. text: the context length. caption_tokens: mean length of the captions, 0 is all of
     the context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. remat: of our steps.
-    settings: (field, value) of the config, instead of its own."""
+    settings: "FIELD=VALUE …" of the config, instead of its own."""
 
     variant: str
     batch: int
@@ -78,7 +75,7 @@ class Workload:
     caption_tokens: int = 0
     remat: str = "none"
     expert_dropout_rate: float = 0.1
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: str = ""
 
     def config(self) -> ConfigDict:
         """The default config at these sizes."""
@@ -90,7 +87,7 @@ class Workload:
         config.moe.expert_dropout_rate = self.expert_dropout_rate
         for section in (config.mcl, config.router):
             section.batch_size = self.batch
-        config.update_from_flattened_dict(dict(self.settings))
+        config.update_from_flattened_dict(dict(setting.split("=") for setting in self.settings.split()))
         return config
 
     def model(self, kind: str) -> Clip:

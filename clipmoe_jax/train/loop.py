@@ -42,10 +42,11 @@ def fit(
 ) -> tuple[dict, dict[str, float]]:
     """Trains the leaves that the rules say, going on from the newest checkpoint; returns (params, measured).
 
-    params: placed on the mesh; its trainable leaves are given up, and with another frozen_dtype than float32
-    the frozen ones, which the device then holds in that type alone. Batches, learning rates and dropout depend on the step and the
-    seed alone, so an interrupted phase ends with the params of an uninterrupted one. measured: how many
-    steps, how many of them now and in what time, and the last step's numbers.
+    params: placed on the mesh; its trainable leaves are given up, and with another frozen_dtype than
+    float32 the frozen ones, which the device then holds in that type alone. Batches, learning rates and
+    dropout depend on the step and the seed alone, so an interrupted phase ends with the params of an
+    uninterrupted one. measured: how many steps, how many of them now and in what time, and the last step's
+    numbers.
     Raises ValueError naming the step, its records and the last good checkpoint if the loss stops being
     finite, Preempted when SIGTERM came and a checkpoint is written.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ours, peers, run, sides, table, timing
-from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_values
+from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_choices
 from clipmoe_jax import accelerators, checkpoints, trees
 from clipmoe_jax.interop import huggingface
 from clipmoe_jax.models import flops
@@ -133,10 +133,13 @@ def test_fastest_settings_are_told_as_flags():
         return {"section": section, "group": group, "program": program, "milliseconds": milliseconds} | fields
 
     rows = [
-        row("settings", "run.attention", "xla", 3.0),
-        row("settings", "run.attention", "cudnn", 2.0),
-        row("settings", "run.remat", "dots", 9.0),
-        {"section": "settings", "group": "run.remat", "program": "none", "error": "out of memory"},
+        row("settings", "attention", "run.attention=xla", 3.0),
+        row("settings", "attention", "run.attention=cudnn", 2.0),
+        row("settings", "experts", "moe.dispatch=ragged run.grouped_mlp=fixed_blocks", 5.0),
+        row("settings", "experts", "moe.dispatch=ragged run.grouped_mlp=tokamax", 4.95),  # noise
+        row("settings", "experts", "moe.dispatch=dense", 7.0),
+        {"section": "settings", "group": "remat", "program": "run.remat=none", "error": "out of memory"},
+        row("settings", "remat", "run.remat=dots", 9.0),
         row("embed", "batch 64", "clipmoe_jax"),
         row("embed", "fastest, batch 128", "clipmoe_jax"),
         row("embed", "fastest, batch 256", "PyTorch"),
@@ -145,6 +148,8 @@ def test_fastest_settings_are_told_as_flags():
     flags = run.fastest_settings(rows)
     assert flags == [
         "--config.run.attention=cudnn",
+        "--config.moe.dispatch=ragged",
+        "--config.run.grouped_mlp=fixed_blocks",
         "--config.run.remat=dots",
         "--config.embed.batch_size=128",
     ]
@@ -152,12 +157,14 @@ def test_fastest_settings_are_told_as_flags():
 
 
 def test_a_setting_reaches_the_step():
-    for field, kind in SETTINGS.items():
-        for value in setting_values(field, "cpu", "float32"):
-            found = dataclasses.replace(TINY, settings=((field, value),)).model(kind).run
-            assert getattr(found, field.split(".")[1]) == value
-    assert list(ours.settings(TINY, "run.attention")) == ["chunked", "xla"]  # cuDNN is not on CPUs
-    assert peers.SECTIONS["settings"](TINY, "run.attention") == {}
+    for group, kind in SETTINGS.items():
+        for choice in setting_choices(group, "cpu", "float32"):
+            found = dataclasses.replace(TINY, settings=choice).model(kind).run
+            for field, value in (setting.split("=") for setting in choice.split()):
+                assert getattr(found, field.split(".")[1]) == value
+    attention = ["run.attention=chunked", "run.attention=xla"]  # cuDNN is not on CPUs
+    assert list(ours.settings(TINY, "attention")) == attention
+    assert peers.SECTIONS["settings"](TINY, "attention") == {}
 
 
 def test_the_best_batch_of_each_side_counts():
