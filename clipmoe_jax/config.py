@@ -223,11 +223,9 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     Empty fields are chosen here. Ragged dispatch is the exact one that computes least, and on CPU the fastest
     (benchmarks/moe_block.py). Nothing has been measured on an accelerator; `python -m benchmarks.run
     --only=settings` measures and names what is fastest on a device. Raises ValueError for an attention, a
-    grouped_mlp or a dtype that the platform has not, or that is not installed.
+    grouped_mlp that the platform has not, or that is not installed.
     """
     dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    if (platform, dtype) == ("tpu", "float16"):
-        raise ValueError("run.dtype=float16: TPUs have no products of it, choose bfloat16")
     possible = implementations(platform, dtype)
     attention = _chosen("run.attention", config.run.attention, possible, f"{platform} in {dtype}")
     grouped_mlp = _chosen("run.grouped_mlp", config.run.grouped_mlp, grouped_mlps(platform), platform)
@@ -276,7 +274,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     _check_choice("run.remat", config.run.remat, REMAT)
     _check_choice("run.grouped_mlp", config.run.grouped_mlp, ("", *GROUPED_MLPS))
     _check_choice("run.attention", config.run.attention, ("", *IMPLEMENTATIONS))
-    _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16", "float16"))
+    # Not float16: gradients of a mean over a batch would vanish in it.
+    _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16"))
     _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("", "float32", "bfloat16"))
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))

@@ -7,7 +7,7 @@ from etils import epath
 
 from clipmoe_jax import artifacts, trees
 from clipmoe_jax.dmu.upcycling import count_active_parameters
-from clipmoe_jax.evaluation.table import COLUMNS
+from clipmoe_jax.evaluation.table import COLUMNS, has_retrieval
 from clipmoe_jax.interop.load import Loaded
 from clipmoe_jax.models.clip import ClipConfig
 
@@ -200,8 +200,8 @@ def _provenance(source: epath.Path) -> list[str]:
             f"```json\n{json.dumps(done['inputs'], indent=2)}\n```",
         ]
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
-    if results is not None:
-        sections += ["## Evaluation", _results(json.loads(results.read_text()))]
+    if results is not None and has_retrieval([found := json.loads(results.read_text())]):
+        sections += ["## Evaluation", _results(found)]
     return sections
 
 

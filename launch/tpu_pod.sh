@@ -74,9 +74,12 @@ create() {
 }
 
 install() {
-    on_all "rm -rf clipmoe"
-    do_it gcloud compute tpus tpu-vm scp --recurse . "$name:clipmoe" --zone="$zone" --worker=all
-    on_all "cd clipmoe && pip install --quiet -r requirements.txt 'jax[tpu]'"
+    do_it tar --exclude-vcs --exclude=./runs --exclude=./data -czf "$archive" .
+    do_it gcloud compute tpus tpu-vm scp "$archive" "$name:clipmoe.tar.gz" --zone="$zone" --worker=all
+    # A Python of its own: that of the system is older than what JAX wants.
+    on_all "rm -rf clipmoe && mkdir clipmoe && cd clipmoe && tar -xzf ../clipmoe.tar.gz \
+        && pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 .venv \
+        && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'"
 }
 
 on_all() {
@@ -87,7 +90,9 @@ delete() {
     do_it gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet
 }
 
-run="cd clipmoe && launch/node.sh --platform=tpu -- $(printf '%q ' "$@")"
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+run="cd clipmoe && PYTHON=.venv/bin/python launch/node.sh --platform=tpu -- $(printf '%q ' "$@")"
 code=1
 for ((i = 0; i <= restarts; i++)); do
     if $dry_run || [[ "$(state)" != ACTIVE ]]; then

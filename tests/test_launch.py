@@ -120,8 +120,9 @@ def test_sigterm_to_the_script_saves_and_ends_it(tmp_path):
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
 def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
     stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/requeued')
-    path = stand_in(tmp_path, "srun", f"exit {code}")
-    done = run("slurm.sbatch", "--config=x", PATH=path, SLURM_JOB_ID="12", SLURM_SUBMIT_DIR=str(ROOT))
+    path = stand_in(tmp_path, "srun", f"[[ $SRUN_CPUS_PER_TASK == 7 ]] || exit 9; exit {code}")
+    job = {"SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    done = run("slurm.sbatch", "--config=x", PATH=path, **job)
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 12\n"
@@ -150,7 +151,7 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path):
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     did = [call.split()[1] for call in calls if not call.startswith("queued-resources describe")]
-    attempt = ["create", "ssh", "scp", "ssh", "ssh"]  # remove the old copy, copy, install, run
+    attempt = ["create", "scp", "ssh", "ssh"]  # copy, install, run
     assert did == [*attempt, "delete", *attempt, "delete"]
 
 

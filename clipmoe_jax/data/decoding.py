@@ -17,10 +17,15 @@ SLOW_SECONDS = 3e-4
 SLOW_CHUNKS = 3  # so many in a row are no accident
 
 
+def num_cores() -> int:
+    """Those that this process may use: under SLURM or in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def map_decoding(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """function of each item, in order: where the caller is until that turns out to be slow, then on all
     cores, for each of which a few chunks of items are in memory at a time."""
-    items, cores = iter(items), os.cpu_count()
+    items, cores = iter(items), num_cores()
     size = max(1, 32 // cores)  # many at a time are less work for one thread, few occupy many
 
     def take() -> list[Item]:

@@ -17,7 +17,6 @@ With `short_captions` there is also "short_text", int32 (B, L'): the first sente
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -25,7 +24,7 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from clipmoe_jax.data.decoding import map_decoding
+from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import PackedText, Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -67,7 +66,7 @@ class StreamedPairs:
     image_size: int
     packing_steps: int = 0
     short_captions: bool = False
-    num_threads: int = os.cpu_count()
+    num_threads: int = num_cores()
 
     def __len__(self) -> int:
         return len(self.records)

@@ -304,8 +304,8 @@ def stack_models(
     half of each expert's hidden units drawn anew (`reinitialize_experts`)."""
 
     def build(folder: epath.Path) -> dict:
-        loaded = [run.load(path) for path in paths]
-        dense, experts = loaded[0][0], [params for _, params in loaded]
+        loaded = {path: run.load(path) for path in dict.fromkeys(paths)}
+        dense, experts = loaded[paths[0]][0], [loaded[path][1] for path in paths]
         moe = dataclasses.replace(
             configs.moe_config(run.config),
             num_experts=len(paths),

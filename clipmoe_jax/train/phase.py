@@ -58,8 +58,8 @@ class PhaseConfig:
         return np.asarray(jax.jit(schedule)(np.arange(num_steps)), np.float32)
 
     def direction(self) -> optax.GradientTransformation:
-        """AdamW without its learning rate, which is an argument of the step: one compiled step serves every
-        phase that differs in the schedule alone."""
+        """AdamW without its learning rate, which is an argument of the step: its program is that of every
+        schedule."""
         clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
         return optax.chain(
             clip,

@@ -1,12 +1,13 @@
 """Decoding in order, by threads or without."""
 
 import itertools
+import os
 import threading
 import time
 
 import pytest
 
-from clipmoe_jax.data.decoding import SLOW_SECONDS, map_decoding
+from clipmoe_jax.data.decoding import SLOW_SECONDS, map_decoding, num_cores
 
 
 def wait(slow: bool) -> None:
@@ -58,3 +59,13 @@ def test_an_error_is_the_callers(slow):
 
     with pytest.raises(ValueError, match="record 777"):
         list(map_decoding(decode, range(1000)))
+
+
+def test_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert num_cores() == len(allowed)

@@ -211,6 +211,10 @@ def test_the_card_tells_sizes_training_and_scores(tmp_path):
     assert '"mcl.learning_rate": 1e-05' in card
     assert "| CLIP-MoE | 12.5 | 12.5 | 12.5 | 12.5 |" in card
     assert 'clipmoe.loadMoE(\n    "out/model.pt", num_experts=4, top_k=2, moe_layers=2\n)' in card
+    # A run without a test set has other evaluations alone.
+    (run / "eval" / "results.json").write_text(json.dumps({"base": {"parameters": 1, "evaluations": {}}}))
+    convert(str(run / "moe" / "params"), "clipmoe", str(tmp_path / "another"))
+    assert "## Evaluation" not in (tmp_path / "another" / "README.md").read_text()
 
 
 REFUSED = {
