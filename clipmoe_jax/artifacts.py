@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from clipmoe_jax import distributed
+from clipmoe_jax.paths import in_bucket, written_whole
 
 CHECKPOINTS = "checkpoints"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
@@ -32,7 +33,7 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
     inputs = _as_json(inputs)
     unfinished = path.parent / f"{path.name}.unfinished"
     if distributed.is_main() and not is_done(path) and is_done(unfinished):
-        unfinished.rename(path)  # killed between the last lines below
+        _finish(unfinished, path)  # killed between the last lines below
     if distributed.agree(is_done(path)):
         if distributed.is_main():
             _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
@@ -56,7 +57,7 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
         write_json(unfinished / "done.json", done)
-        unfinished.rename(path)
+        _finish(unfinished, path)
         _tidy(path)
     distributed.barrier(f"{path} is whole")
     return True
@@ -84,7 +85,7 @@ def copy(path: epath.Path, inputs: Mapping[str, Any], others: Sequence[epath.Pat
         _delete(unfinished)
         _copy_folder(other, unfinished, without=("done.json", "inputs.json", CHECKPOINTS))
         write_json(unfinished / "done.json", {**done, "copied_from": str(other)})
-        unfinished.rename(path)
+        _finish(unfinished, path)
         return other
     return None
 
@@ -139,9 +140,19 @@ def write_json(path: epath.Path, content: Any) -> None:
     """Writes a JSON file whole or not at all; process 0 does."""
     if not distributed.is_main():
         return
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _finish(unfinished: epath.Path, path: epath.Path) -> None:
+    """Gives what is whole its name. A bucket copies object by object, and done.json last of all."""
+    if not in_bucket(path):
+        unfinished.rename(path)
+        return
+    _delete(path)  # what a killed copy left
+    _copy_folder(unfinished, path, without=("done.json", "inputs.json", CHECKPOINTS))
+    (unfinished / "done.json").copy(path / "done.json")
+    _delete(unfinished)
 
 
 def _tidy(path: epath.Path) -> None:

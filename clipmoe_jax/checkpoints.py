@@ -6,7 +6,6 @@ items `trainable`, `opt_state` and `meta`.
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,12 @@ from etils import epath
 
 from clipmoe_jax import artifacts, distributed, trees
 from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.paths import absolute
 
 
 def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes a model folder; `params` may be sharded. Replaces what a killed run left there."""
-    path = _absolute(path)
+    path = absolute(path)
     path.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(path / "model.json", config.to_dict())
     with ocp.StandardCheckpointer() as checkpointer:
@@ -44,7 +44,7 @@ def load_model(
     place: from a tree of ShapeDtypeStructs to their shardings; None loads numpy arrays.
     Raises FileNotFoundError if the folder is not a model.
     """
-    path = _absolute(path)
+    path = absolute(path)
     config = read_config(path)
     abstract = abstract_params(config)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -110,7 +110,7 @@ class Checkpointer:
 
     def __init__(self, folder: epath.Path, max_to_keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
-        self._manager = _CheckpointManager(_absolute(folder), options=options)
+        self._manager = _CheckpointManager(absolute(folder), options=options)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to write a state (`trainable`, `opt_state`) after `step` steps, and numbers to go with
@@ -181,9 +181,3 @@ class Checkpointer:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-    """As orbax wants it; what names a bucket is (`resolve` would put the working directory before it)."""
-    path = epath.Path(path)
-    return path if "://" in os.fspath(path) else path.resolve()

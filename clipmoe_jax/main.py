@@ -16,6 +16,7 @@ With `--plan_scaling=100` it prints instead how steps of 100 pairs a device scal
 what breaks first.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -97,18 +98,18 @@ def _run_seeds(
     for seed in config.seeds:
         part = f"seed_{seed}" if len(config.seeds) > 1 else ""
         folder = workdir / part
-        run = Run(config, seed, folder, mesh, Metrics(folder), [sibling / part for sibling in siblings])
         found = None
-        for name, function in table.items():
-            if only in ("", name):
-                found = function(run)
-                if is_wanted(config):
-                    evaluate_stage(run, name)
-                if distributed.preempted():
-                    raise distributed.Preempted(f"after stage {name}")
+        with contextlib.closing(Metrics(folder)) as metrics:
+            run = Run(config, seed, folder, mesh, metrics, [sibling / part for sibling in siblings])
+            for name, function in table.items():
+                if only in ("", name):
+                    found = function(run)
+                    if is_wanted(config):
+                        evaluate_stage(run, name)
+                    if distributed.preempted():
+                        raise distributed.Preempted(f"after stage {name}")
         if not only or not (folder / "config.json").exists():  # every stage has agreed with this config
             artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
-        run.metrics.close()
         if found and "evaluate" in table:
             results.append(found)
     return results

@@ -9,6 +9,9 @@ from etils import epath
 from tqdm import tqdm
 
 from clipmoe_jax import distributed
+from clipmoe_jax.paths import in_bucket
+
+UPLOAD_SECONDS = 30
 
 
 class Metrics:
@@ -21,7 +24,7 @@ class Metrics:
             return
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._jsonl = (self._workdir / "metrics.jsonl").open("a")
+        self._lines = _Lines(self._workdir / "metrics.jsonl")
 
     @functools.cached_property
     def _tensorboard(self):
@@ -37,8 +40,7 @@ class Metrics:
             return
         values = {name: float(value) for name, value in values.items()}
         line = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
-        self._jsonl.write(json.dumps(line) + "\n")
-        self._jsonl.flush()
+        self._lines.add(json.dumps(line) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
@@ -63,6 +65,34 @@ class Metrics:
         """Writes what is buffered."""
         if not self._active:
             return
-        self._jsonl.close()
+        self._lines.close()
         if "_tensorboard" in vars(self):
             self._tensorboard.close()
+
+
+class _Lines:
+    """A text file that lines are added to. In a bucket, which adds nothing to an object, it is written anew,
+    every UPLOAD_SECONDS at most and when it is closed."""
+
+    def __init__(self, path: epath.Path):
+        self._path, self._file, self._text, self._written = path, None, "", time.monotonic()
+        if not in_bucket(path):
+            self._file = path.open("a")
+        elif path.exists():
+            self._text = path.read_text()
+
+    def add(self, line: str) -> None:
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._written > UPLOAD_SECONDS:
+            self._path.write_text(self._text)
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        elif self._text:
+            self._path.write_text(self._text)

@@ -10,6 +10,7 @@ from absl import flags, logging
 from etils import epath
 
 from clipmoe_jax import cli
+from clipmoe_jax.paths import written_whole
 from clipmoe_jax.reporting.page import render
 
 
@@ -20,9 +21,9 @@ def write_report(workdir: epath.Path) -> epath.Path:
     """
     workdir = epath.Path(workdir)
     page = render(workdir)
-    path, temporary = workdir / "report.html", workdir / "report.html.tmp"
-    temporary.write_text(page)
-    temporary.replace(path)
+    path = workdir / "report.html"
+    with written_whole(path) as file:
+        file.write_text(page)
     return path
 
 

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "clipmoe_jax"
 
 # README, "The house". Data flows down; `config` describes models and training, so it stands below them.
 ROWS = [
-    ["trees", "sharding", "distributed", "metrics", "cli", "accelerators"],
+    ["trees", "paths", "sharding", "distributed", "metrics", "cli", "accelerators"],
     ["data"],
     ["models"],
     ["losses"],

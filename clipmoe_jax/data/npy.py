@@ -1,9 +1,9 @@
 """Arrays in .npy files, on a local disk or in a bucket."""
 
-import os
-
 import numpy as np
 from etils import epath
+
+from clipmoe_jax.paths import in_bucket
 
 
 def load_array(path: epath.Path) -> np.ndarray:
@@ -14,6 +14,6 @@ def load_array(path: epath.Path) -> np.ndarray:
 
 def map_array(path: epath.Path) -> np.ndarray:
     """Its rows are read from disk as they are used, where the disk is a local one."""
-    if "://" not in os.fspath(path):
+    if not in_bucket(path):
         return np.load(path, mmap_mode="r")
     return load_array(path)

@@ -32,6 +32,7 @@ from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
 from clipmoe_jax.dmu.upcycling import count_active_parameters, reinitialize_experts, stack_experts
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.encoder import Encoder
+from clipmoe_jax.paths import written_whole
 from clipmoe_jax.prepare import prepare
 
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
@@ -375,7 +376,5 @@ def save_array(path: epath.Path, array: np.ndarray) -> None:
     """Whole or not at all; process 0 does."""
     if not distributed.is_main():
         return
-    temporary = path.parent / f"{path.name}.tmp"
-    with temporary.open("wb") as file:
+    with written_whole(path) as where, where.open("wb") as file:
         np.save(file, array)
-    temporary.replace(path)
