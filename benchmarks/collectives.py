@@ -20,6 +20,8 @@ def sent(compiled: str) -> dict[str, float]:
             if not operation:
                 continue
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", operation[1])
+            if operation[3] and operation[2] != "all-reduce":  # operands, then results
+                shapes = shapes[len(shapes) // 2 :]
             size = sum(ITEM_BYTES[t] * math.prod(int(n) for n in s.split(",") if n) for t, s in shapes)
             n = group_size(line.split("replica_groups=")[1])
             if operation[2] == "reduce-scatter":  # whose result is one part

@@ -261,7 +261,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "The folder to make.")
     flags.DEFINE_string("split", "train", "The name of the split to write.")
     flags.DEFINE_float("max_bad_fraction", 1e-3, "Stop if a larger part of the records is bad.")
-    flags.DEFINE_integer("num_shards", None, "Files to write; TFDS chooses if not given.")
+    flags.DEFINE_integer("num_shards", None, f"Files to write; of {ENTRIES_PER_SHARD} entries if not given.")
     flags.DEFINE_integer("pixels", None, "Store images preprocessed at this size, captions tokenised.")
     flags.mark_flags_as_required(["source", "out"])
 

@@ -4,8 +4,9 @@
         --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/recap_datacomp_1m \\
         --config.data.test=data/coco_val
 
-`data/recap_datacomp_1m` is made by clipmoe_jax.prepare from images with a .txt beside each (the re-captioned
-text). Hardware and time as vit_l14_sharegpt4v.py, whose recipe this is.
+`data/recap_datacomp_1m` is made by clipmoe_jax.prepare, of what img2dataset downloaded (docs/data.md), and
+has a million good pairs or more; for fewer set --config.data.train_split=train. Hardware and time as
+vit_l14_sharegpt4v.py, whose recipe this is.
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 64.0, text-to-image 45.2; Flickr30k (all 31k images)
 56.8 and 40.8; ImageNet 74.3. Not yet reproduced with this code. Arguments as in vit_l14_sharegpt4v.py.
@@ -17,7 +18,7 @@ from clipmoe_jax.config import default_config, parse_arg, run_locally
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The paper's recipe on the first million pairs, whatever the size of the prepared set."""
+    """The paper's recipe on the first million pairs of the prepared set."""
     arg = parse_arg(arg, init_from="base", runlocal=False)
     config = default_config()
     config.data.train_split = "train[:1000000]"

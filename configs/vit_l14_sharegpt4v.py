@@ -2,26 +2,26 @@
 
     python -m clipmoe_jax.prepare --source=sharegpt4v:share-captioner_coco_lcs_sam_1246k_1107.json \\
         --images=DATA --out=data/sharegpt4v
-    python -m clipmoe_jax.prepare --source=folder:COCO_VAL --out=data/coco_val --split=test
+    python -m clipmoe_jax.prepare --source=coco:annotations/captions_val2017.json --images=val2017 \\
+        --out=data/coco_val --split=test
     python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
         --config.base.checkpoint=clip-vit-large-patch14 --config.data.train=data/sharegpt4v \\
         --config.data.test=data/coco_val
 
 The base is a Hugging Face CLIPModel folder, a state dict in OpenAI's names or a dense checkpoint of the
-released code; 77 text positions are stretched to 248. COCO_VAL is a folder of images with their captions in
-.txt files, a line each.
+released code; 77 text positions are stretched to 248.
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
 routers, 64 GiB a GPU at batch 100 each. Here the backward pass computes all but products with weights again
-(`run.remat`): 18 and 23 GiB, compiled for a TPU v5p (`python -m benchmarks.l14_steps`). On one GPU add
+(`run.remat`): 17.4 and 22.5 GiB, compiled for a TPU v5p (benchmarks/l14_steps.py). On one GPU add
 `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the same global batch in eight
 parts. Time and memory on a GPU have not been measured with this code yet.
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 65.0, text-to-image 46.8; the base 56.1 and 35.4;
 direct fine-tuning 63.3 and 44.5. Not yet reproduced with this code.
 
-Arguments: init_from=previous chains the stages instead of starting each from the base; runlocal shrinks
-batches so that a laptop can try the machinery on any prepared data set.
+Arguments: init_from=previous chains the stages instead of starting each from the base; runlocal takes 64
+pairs and a few steps of small batches, so that a laptop can try the machinery on any prepared data set.
 """
 
 from ml_collections import ConfigDict

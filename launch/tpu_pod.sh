@@ -2,7 +2,7 @@
 # A Cloud TPU slice from a queued resource: asks for it, waits, copies this repository to every host, runs, and
 # asks for a new slice when the old one is preempted.
 #
-#     launch/tpu_pod.sh --name=l14 --zone=us-east5-a --type=v5p-512 --runtime=v2-alpha-tpuv5 --spot -- \
+#     launch/tpu_pod.sh --name=l14 --zone=us-east5-a --type=v5p-64 --runtime=v2-alpha-tpuv5 --spot -- \
 #         --config=configs/vit_l14_sharegpt4v.py --workdir=gs://BUCKET/runs/l14 …
 #
 #     --name, --zone      of the slice
@@ -12,7 +12,8 @@
 #     --keep              leave the slice there at the end
 #     --dry-run           print the commands
 #
-# What follows -- goes to clipmoe_jax.main; workdir and data must lie in a bucket. gcloud must be logged in.
+# What follows -- goes to clipmoe_jax.main; workdir, data and base must lie in a bucket, the base as safetensors.
+# Batches must split over the chips: 800 over the 32 of a v5p-64. gcloud must be logged in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -79,7 +80,8 @@ install() {
     # A Python of its own: that of the system is older than what JAX wants.
     on_all "rm -rf clipmoe && mkdir clipmoe && cd clipmoe && tar -xzf ../clipmoe.tar.gz \
         && pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 .venv \
-        && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'"
+        && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]' \
+            gcsfs google-cloud-storage"
 }
 
 on_all() {
