@@ -31,6 +31,7 @@ from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources import BadRecord, Pair
 from clipmoe_jax.data.tokenizer import word_ids
+from clipmoe_jax.paths import in_bucket
 
 
 class Source(Sized, Iterable, Protocol):
@@ -72,7 +73,8 @@ def prepare(
         The report: {"pairs", "captions", "image_bytes", "pixels", "bad", "bad_by_kind"}.
 
     Raises:
-        ValueError: too many bad records, no usable pair, `out` taken, or an argument out of range.
+        ValueError: too many bad records, no usable pair, `out` taken or in a bucket, or an argument that
+            is out of range.
     """
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"--max_bad_fraction={max_bad_fraction} is not a fraction from 0 to 1.")
@@ -82,6 +84,8 @@ def prepare(
         raise ValueError(f"--pixels={pixels} is no size: use that of the model, such as 224.")
     if not split.isidentifier() or split == "all":
         raise ValueError(f"--split={split} cannot name a split: use a word such as train.")
+    if in_bucket(out):
+        raise ValueError(f"--out={out}: ArrayRecord files are written to a disk; copy the folder from there.")
     if not len(source):
         raise ValueError("The source is empty: check --source.")
     per_shard = -(-len(source) // num_shards) if num_shards else ENTRIES_PER_SHARD

@@ -200,6 +200,11 @@ def test_arguments_out_of_range(source, out, arguments, message):
         prepare(source, str(out), **arguments)
 
 
+def test_a_bucket_is_no_place_to_write_to(source):
+    with pytest.raises(ValueError, match="--out=gs://bucket/data: ArrayRecord files are written to a disk"):
+        prepare(source, "gs://bucket/data")
+
+
 def test_a_killed_run_leaves_nothing_that_reads_as_whole(source, out, tmp_path):
     killed = (
         "import os, sys; from clipmoe_jax import prepare as p\n"
