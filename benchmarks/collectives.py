@@ -27,7 +27,7 @@ def sent(compiled: str) -> dict[str, float]:
             if operation[2] == "reduce-scatter":  # whose result is one part
                 size *= n
             to_all = 2 if operation[2] == "all-reduce" else 1
-            found[operation[2]] += times[name] * size * (n - 1) / n * to_all
+            found[operation[2]] += (times[name] or 1) * size * (n - 1) / n * to_all
     return found
 
 

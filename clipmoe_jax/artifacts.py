@@ -38,6 +38,7 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
         if distributed.is_main():
             _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
             _tidy(path)
+            _delete(unfinished)  # in a bucket a kill may leave some of it
         return False
     if distributed.is_main():
         if (unfinished / "inputs.json").exists():
@@ -151,7 +152,8 @@ def _finish(unfinished: epath.Path, path: epath.Path) -> None:
         return
     _delete(path)  # what a killed copy left
     _copy_folder(unfinished, path, without=("done.json", "inputs.json", CHECKPOINTS))
-    (unfinished / "done.json").copy(path / "done.json")
+    (path / "done.json").write_text((unfinished / "done.json").read_text())
+    (unfinished / "done.json").unlink()  # what a kill leaves of it from here on is nothing that is done
     _delete(unfinished)
 
 

@@ -144,6 +144,7 @@ class Checkpointer:
                     self._manager.delete(broken)
                 return found
             unreadable[step] = reason or "another process could not"
+            found = None  # or it lies on the device beside the next
         if unreadable:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items())
             raise ValueError(

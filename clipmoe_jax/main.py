@@ -139,7 +139,10 @@ def check_run(config: ConfigDict, only: str = "") -> None:
             f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
             "transformers' CLIPModel or a model folder of a run"
         )
-    for name, section in (("mcl", config.mcl), ("router", config.router)):
+    sections = {"mcl": config.mcl, "router": config.router}
+    if not config.base.checkpoint:
+        sections["base.train"] = config.base.train
+    for name, section in sections.items():
         phase = configs.phase_config(section)
         if num_pairs < phase.batch_size:
             raise ValueError(
@@ -151,7 +154,8 @@ def check_run(config: ConfigDict, only: str = "") -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     for training in trainings(config, sharding.platform(), num_pairs):
-        check_mesh(mesh, training)
+        if only in ("", training.name, "baselines" if training.name in config.baselines else ""):
+            check_mesh(mesh, training)
 
 
 def print_plan(config: ConfigDict) -> None:

@@ -94,5 +94,5 @@ class _Lines:
     def close(self) -> None:
         if self._file:
             self._file.close()
-        elif self._text:
+        else:
             self._path.write_text(self._text)

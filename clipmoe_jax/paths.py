@@ -23,7 +23,11 @@ def absolute(path: os.PathLike | str) -> epath.Path:
 def written_whole(path: epath.Path) -> Iterator[epath.Path]:
     """Where to write a file that is to appear at `path` whole or not at all."""
     if in_bucket(path):
-        yield path
+        try:
+            yield path
+        except BaseException:  # an object that is closed is there, whole or not
+            path.unlink(missing_ok=True)
+            raise
         return
     temporary = path.parent / f"{path.name}.tmp"
     yield temporary

@@ -85,7 +85,7 @@ def prepare(
     if not split.isidentifier() or split == "all":
         raise ValueError(f"--split={split} cannot name a split: use a word such as train.")
     if in_bucket(out):
-        raise ValueError(f"--out={out}: ArrayRecord files are written to a disk; copy the folder from there.")
+        raise ValueError(f"{out} lies in a bucket: prepare on a disk, and copy the folder there.")
     if not len(source):
         raise ValueError("The source is empty: check --source.")
     per_shard = -(-len(source) // num_shards) if num_shards else ENTRIES_PER_SHARD

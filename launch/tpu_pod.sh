@@ -75,7 +75,7 @@ create() {
 }
 
 install() {
-    do_it tar --exclude-vcs --exclude=./runs --exclude=./data -czf "$archive" .
+    do_it tar --exclude-vcs --exclude=./runs --exclude=./data --exclude='./.venv*' -czf "$archive" .
     do_it gcloud compute tpus tpu-vm scp "$archive" "$name:clipmoe.tar.gz" --zone="$zone" --worker=all
     # A Python of its own: that of the system is older than what JAX wants.
     on_all "rm -rf clipmoe && mkdir clipmoe && cd clipmoe && tar -xzf ../clipmoe.tar.gz \

@@ -5,7 +5,7 @@ import json
 import pytest
 from etils import epath
 
-from clipmoe_jax import artifacts, metrics
+from clipmoe_jax import artifacts, metrics, paths
 from clipmoe_jax.paths import absolute, in_bucket, written_whole
 
 
@@ -26,6 +26,16 @@ def test_what_fails_leaves_the_file_that_was_there(tmp_path):
     with written_whole(path) as file:
         file.write_text("after")
     assert path.read_text() == "after" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_fails_leaves_nothing_half_in_a_bucket(tmp_path, monkeypatch):
+    """Where a file that is closed is uploaded."""
+    monkeypatch.setattr(paths, "in_bucket", lambda path: True)
+    path = epath.Path(tmp_path) / "file"
+    with pytest.raises(KeyError), paths.written_whole(path) as file, file.open("w") as opened:
+        opened.write("half")
+        raise KeyError
+    assert not path.exists()
 
 
 def build(folder):
@@ -57,6 +67,26 @@ def test_an_artifact_in_a_bucket_is_whole_when_its_last_object_is_there(tmp_path
     assert artifacts.measured(path) == {"loss": 0.5}
     assert (path / "params" / "deep" / "leaf").read_text() == "1.5"
     assert {found.name for found in path.iterdir()} == {"params", "done.json"}
+    assert {found.name for found in tmp_path.iterdir()} == {"base"}
+
+
+def test_what_is_left_of_a_copied_artifact_is_not_taken_for_one(tmp_path, monkeypatch):
+    """Killed while it was deleted: the next start deletes the rest."""
+    monkeypatch.setattr(artifacts, "in_bucket", lambda path: True)
+    path, unfinished = epath.Path(tmp_path) / "base", epath.Path(tmp_path) / "base.unfinished"
+    delete = artifacts._delete
+
+    def killed(folder):
+        if folder == unfinished and (folder / "params").exists():
+            raise KeyboardInterrupt
+        delete(folder)
+
+    monkeypatch.setattr(artifacts, "_delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.make(path, {"seed": 0}, build)
+    assert artifacts.is_done(path) and unfinished.exists() and not artifacts.is_done(unfinished)
+    monkeypatch.setattr(artifacts, "_delete", delete)
+    assert not artifacts.make(path, {"seed": 0}, never)
     assert {found.name for found in tmp_path.iterdir()} == {"base"}
 
 

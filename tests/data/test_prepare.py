@@ -201,7 +201,7 @@ def test_arguments_out_of_range(source, out, arguments, message):
 
 
 def test_a_bucket_is_no_place_to_write_to(source):
-    with pytest.raises(ValueError, match="--out=gs://bucket/data: ArrayRecord files are written to a disk"):
+    with pytest.raises(ValueError, match="gs://bucket/data lies in a bucket: prepare on a disk"):
         prepare(source, "gs://bucket/data")
 
 
