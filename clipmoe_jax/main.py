@@ -154,7 +154,7 @@ def check_run(config: ConfigDict, only: str = "") -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     for training in trainings(config, sharding.platform(), num_pairs):
-        if only in ("", training.name, "baselines" if training.name in config.baselines else ""):
+        if only in ("", training.stage):
             check_mesh(mesh, training)
 
 

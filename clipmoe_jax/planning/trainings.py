@@ -32,6 +32,11 @@ class Training:
     frozen_dtype: str = "float32"
 
     @property
+    def stage(self) -> str:
+        """The pipeline's stage that trains it: all baselines are one."""
+        return "baselines" if self.name in configs.BASELINES else self.name
+
+    @property
     def kind(self) -> tuple:
         """Stages of one kind compile to one step."""
         phase = dataclasses.replace(self.phase, num_steps=0)

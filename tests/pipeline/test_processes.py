@@ -35,20 +35,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def member(port: int, num_processes: int, i: int) -> dict[str, str]:
+    """What makes a process the i-th of several."""
+    return {
+        "CLIPMOE_COORDINATOR": f"127.0.0.1:{port}",
+        "CLIPMOE_NUM_PROCESSES": str(num_processes),
+        "CLIPMOE_PROCESS_ID": str(i),
+    }
+
+
 def run(*arguments, num_processes=2, num_devices=4, timeout=200) -> list[subprocess.CompletedProcess]:
     """killed_run.py in every process; none outlives it."""
-    coordinator, started = f"127.0.0.1:{free_port()}", []
+    port, started = free_port(), []
     try:
         for i in range(num_processes):
-            process = {
-                "CLIPMOE_COORDINATOR": coordinator,
-                "CLIPMOE_NUM_PROCESSES": str(num_processes),
-                "CLIPMOE_PROCESS_ID": str(i),
-            }
+            process = member(port, num_processes, i) if num_processes > 1 else {}
             started.append(
                 subprocess.Popen(
                     [sys.executable, str(SCRIPT), *map(str, arguments)],
-                    env=environment(num_devices) | (process if num_processes > 1 else {}),
+                    env=environment(num_devices) | process,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -202,13 +207,8 @@ def test_a_barrier_names_the_host_that_is_late():
     port, started = free_port(), []
     try:
         for i in range(2):
-            process = {
-                "CLIPMOE_COORDINATOR": f"127.0.0.1:{port}",
-                "CLIPMOE_NUM_PROCESSES": "2",
-                "CLIPMOE_PROCESS_ID": str(i),
-            }
             command = [sys.executable, "-c", BARRIER]
-            where = environment(1) | process
+            where = environment(1) | member(port, 2, i)
             started.append(subprocess.Popen(command, env=where, stdout=subprocess.PIPE, text=True))
         output, _ = started[0].communicate(timeout=60)
     finally:
@@ -233,14 +233,9 @@ raise distributed.Preempted("alone")
 
 def test_sigterm_reaches_a_single_process_that_joined_as_if_there_were_others():
     """As on a TPU slice of one host."""
-    process = {
-        "CLIPMOE_COORDINATOR": f"127.0.0.1:{free_port()}",
-        "CLIPMOE_NUM_PROCESSES": "1",
-        "CLIPMOE_PROCESS_ID": "0",
-    }
     done = subprocess.run(
         [sys.executable, "-c", TERMINATED],
-        env=environment(1) | process,
+        env=environment(1) | member(free_port(), 1, 0),
         capture_output=True,
         text=True,
         timeout=60,
