@@ -1,13 +1,15 @@
 """Digit scenes: handwriting composed into small captioned images, the demo's data.
 
 Each 32 x 32 scene has eight attributes, drawn uniformly and independently. Its detailed caption names all of
-them; its coarse caption, like alt-text on the web, mostly the three that are easiest to see. The handwriting
-is scikit-learn's `load_digits` (UCI ML hand-written digits), other samples for training than for test.
+them; its coarse caption, like alt-text on the web, mostly the three that are easiest to see. digits.npz has
+the handwriting of scikit-learn's `load_digits` (UCI's Optical Recognition of Handwritten Digits) without the
+second or two that scikit-learn takes to import; other samples serve for training than for test.
 """
 
 import functools
 import io
 from collections.abc import Sequence
+from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
@@ -89,11 +91,10 @@ def make_scenes(num_scenes: int, *, split: str, seed: int) -> list[Scene]:
     for another."""
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: choose 'train' or 'test'")
-    from sklearn.datasets import load_digits  # here because it is slow to import
-
-    bunch = load_digits()
-    part = slice(None, NUM_TRAINING_DIGITS) if split == "train" else slice(NUM_TRAINING_DIGITS, None)
-    glyphs = {name: bunch.images[part][bunch.target[part] == i] for i, name in enumerate(DIGITS)}
+    with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as digits:
+        part = slice(None, NUM_TRAINING_DIGITS) if split == "train" else slice(NUM_TRAINING_DIGITS, None)
+        images, target = digits["images"][part], digits["target"][part]
+    glyphs = {name: images[target == i] for i, name in enumerate(DIGITS)}
     rng = np.random.default_rng((seed, split == "test"))
 
     def choose(values):
@@ -116,7 +117,7 @@ def pairs(scenes: Sequence[Scene], caption: str) -> list[Pair]:
 
 
 def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One scene, uint8 (32, 32, 3); glyph (8, 8) float in 0 to 16."""
+    """One scene, uint8 (32, 32, 3); glyph uint8 (8, 8) of 0 to 16."""
 
     def colour(rgb):
         return np.array(rgb) / 255 * rng.uniform(0.8, 1.1)

@@ -40,13 +40,8 @@ def preprocess_image(image: Image.Image | bytes, image_size: int) -> np.ndarray:
     width, height = image.size
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise UnreadableImageError(f"{width}x{height} pixels is too narrow to resize")
-    if width <= height:
-        image = _resize(image, image_size, int(image_size * height / width))
-    else:
-        image = _resize(image, int(image_size * width / height), image_size)
-    left = int(round((image.width - image_size) / 2.0))  # rounds a half to even, as torchvision
-    top = int(round((image.height - image_size) / 2.0))
-    image = image.crop((left, top, left + image_size, top + image_size))
+    if width != image_size or height != image_size:
+        image = _resize_and_crop(image, image_size)
     try:
         return np.array(image.convert("RGB"))
     except ValueError as error:  # a few modes have no conversion, LAB in older Pillows
@@ -78,6 +73,17 @@ def decode_image(data: bytes) -> Image.Image:
     except Exception as error:  # PIL's format plugins raise anything on a broken file
         raise UnreadableImageError(str(error) or type(error).__name__) from error
     return image
+
+
+def _resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
+    width, height = image.size
+    if width <= height:
+        image = _resize(image, image_size, int(image_size * height / width))
+    else:
+        image = _resize(image, int(image_size * width / height), image_size)
+    left = int(round((image.width - image_size) / 2.0))  # rounds a half to even, as torchvision
+    top = int(round((image.height - image_size) / 2.0))
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
