@@ -208,7 +208,7 @@ class Training:
             betas=(phase.b1, phase.b2),
             eps=phase.eps,
             weight_decay=phase.weight_decay,
-            fused=workload.platform != "cpu",
+            fused=True,
         )
 
     def __call__(self) -> torch.Tensor:
