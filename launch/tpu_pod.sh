@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice from a queued resource: asks for it, waits, copies this repository to every host, runs, and
-# asks for a new slice when the old one is preempted.
+# asks for a new slice when the old one is preempted. The run goes on there when this script ends or its connection
+# is lost; the same command again follows it. To stop it, delete the slice.
 #
 #     launch/tpu_pod.sh --name=l14 --zone=us-east5-a --type=v5p-64 --runtime=v2-alpha-tpuv5 --spot -- \
 #         --config=configs/vit_l14_sharegpt4v.py --workdir=gs://BUCKET/runs/l14 …
@@ -92,20 +93,48 @@ delete() {
     do_it gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet
 }
 
+# Beside the repository on every host: run.log, run.pid, and run.status as soon as the run has ended.
+start() {
+    local run
+    run="PYTHON=.venv/bin/python launch/node.sh --platform=tpu -- $(printf '%q ' "$@"); echo \$? > run.status"
+    on_all "cd clipmoe && { nohup bash -c $(printf '%q' "$run") > run.log 2>&1 < /dev/null & echo \$! > run.pid; }"
+}
+
+# Fails where the run goes on, and without a connection.
+has_ended() {
+    on_all "! kill -0 \$(cat clipmoe/run.pid) 2> /dev/null"
+}
+
+follow() {
+    until on_all "cd clipmoe && tail -n 100 -f --pid=\$(cat run.pid) run.log"; do
+        if [[ "$(state)" != ACTIVE ]] || has_ended; then
+            break
+        fi
+        echo "the connection to $name was lost; the run goes on there" >&2
+        sleep 30
+    done
+    on_all "exit \$(cat clipmoe/run.status)"
+}
+
 archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
-run="cd clipmoe && PYTHON=.venv/bin/python launch/node.sh --platform=tpu -- $(printf '%q ' "$@")"
 code=1
 for ((i = 0; i <= restarts; i++)); do
-    if $dry_run || [[ "$(state)" != ACTIVE ]]; then
+    if ! $dry_run && [[ "$(state)" == ACTIVE ]]; then
+        new=false
+    else
         if ! $dry_run && [[ "$(state)" != NONE ]]; then
             delete
         fi
         create
+        new=true
     fi
-    install
+    if $new || has_ended; then
+        install
+        start "$@"
+    fi
     code=0
-    on_all "$run" || code=$?
+    follow || code=$?
     # An error of the run itself leaves the slice there, and would come again.
     if [[ $code -eq 0 || "$(state)" == ACTIVE ]]; then
         break

@@ -66,7 +66,7 @@ def test_dry_runs():
     assert "srun --kill-on-bad-exit=1" in slurm and slurm.rstrip().endswith(r"--workdir=two\ words")
     lines = run("tpu_pod.sh", *TPU_POD, "--spot", "--dry-run", "--", *config).stdout.splitlines()
     assert lines[0].startswith("gcloud compute tpus queued-resources create l14") and "--spot" in lines[0]
-    assert "--worker=all" in lines[-2] and "clipmoe_jax.main" not in lines[-2] and "node.sh" in lines[-2]
+    assert "--worker=all" in lines[-4] and "clipmoe_jax.main" not in lines[-4] and "node.sh" in lines[-4]
     assert "queued-resources delete l14" in lines[-1]
 
 
@@ -128,40 +128,86 @@ def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
-# A slice that is taken away during the first run. Each call is logged; `slice` holds its state.
+# A slice of one host, which is a folder. Calls are logged, `slice` holds the state, the first look at the run
+# is interrupted. ssh does what it is told, but for installing Python.
 GCLOUD = """
-echo "$3 $4 ${@: -1}" >> LOG/calls
+echo "$3 $4" >> LOG/calls
 case "$3 $4" in
 "queued-resources describe") cat LOG/slice 2>/dev/null || exit 1 ;;
 "queued-resources create") echo ACTIVE > LOG/slice ;;
 "queued-resources delete") rm LOG/slice ;;
 "tpu-vm ssh")
-    if [[ "$*" == *node.sh* && ! -e LOG/taken ]]; then
-        touch LOG/taken
-        echo SUSPENDED > LOG/slice
-        exit 255
-    fi ;;
+    [[ $(cat LOG/slice) == ACTIVE ]] || exit 255
+    cd LOG/host
+    command="${@: -1}"
+    case "$command" in
+    *"uv venv"*) mkdir -p clipmoe/.venv/bin && cp -r launch clipmoe && cp python clipmoe/.venv/bin ;;
+    *tail*)
+        if [[ ! -e LOG/interrupted ]]; then
+            touch LOG/interrupted
+            INTERRUPTION
+            exit 255
+        fi ;;&
+    *) setsid --wait bash -c "${command#--command=}" ;;
+    esac ;;
 esac
 """
 
 
-def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path):
-    path = stand_in(tmp_path, "gcloud", GCLOUD.replace("LOG", str(tmp_path)))
+@pytest.fixture
+def slice_of_one(tmp_path):
+    """The PATH with a `gcloud`, and a `sleep` that does not."""
+
+    def make(interruption, seconds=0, code=0):
+        (tmp_path / "host").mkdir()
+        (tmp_path / "host" / "launch").symlink_to(LAUNCH)
+        text = f'echo "$@" >> {tmp_path}/runs; echo loss 0.1; /bin/sleep {seconds}; exit {code}'
+        stand_in(tmp_path / "host", "python", text)
+        stand_in(tmp_path, "sleep", "")
+        gcloud = GCLOUD.replace("INTERRUPTION", interruption).replace("LOG", str(tmp_path))
+        return stand_in(tmp_path, "gcloud", gcloud)
+
+    return make
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, slice_of_one):
+    path = slice_of_one("echo SUSPENDED > LOG/slice")
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    did = [call.split()[1] for call in calls if not call.startswith("queued-resources describe")]
-    attempt = ["create", "scp", "ssh", "ssh"]  # copy, install, run
+    did = [call.split()[1] for call in calls if call != "queued-resources describe"]
+    attempt = ["create", "scp", "ssh", "ssh", "ssh", "ssh"]  # copy, install, start, follow, how it ended
     assert did == [*attempt, "delete", *attempt, "delete"]
+    assert (tmp_path / "runs").read_text() == 2 * "-m clipmoe_jax.main --config=x\n"
 
 
-def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path):
-    path = stand_in(
-        tmp_path, "gcloud", GCLOUD.replace("LOG", str(tmp_path)).replace("echo SUSPENDED > ", ": ")
-    )
-    done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=path)
-    assert done.returncode == 255
+def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path, slice_of_one):
+    done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=slice_of_one(":", code=3))
+    assert done.returncode == 3
+    assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x\n"
     assert (tmp_path / "slice").exists()  # kept
+
+
+def test_a_run_goes_on_without_a_connection(tmp_path, slice_of_one):
+    path = slice_of_one(":", seconds=1)
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", "--workdir=two words' end", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "connection to l14 was lost" in done.stderr and "loss 0.1" in done.stdout
+    assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x --workdir=two words' end\n"
+
+
+def test_the_same_command_again_follows_the_run(tmp_path, slice_of_one):
+    command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU_POD, "--", "--config=x"]
+    environment = os.environ | {"PATH": slice_of_one("/bin/sleep 60", seconds=3)}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as first:
+        while not (tmp_path / "interrupted").exists():
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGKILL)
+    assert (tmp_path / "slice").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "loss 0.1" in done.stdout
+    assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x\n"
 
 
 # Fields of jobset.sigs.k8s.io/docs/reference/jobset (v1alpha2) and of Kubernetes' Job and Pod that are used.
