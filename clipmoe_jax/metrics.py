@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Mapping
 
@@ -45,7 +46,7 @@ class Metrics:
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
     def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
-        """A progress bar with rate and time left; silent on other processes than 0."""
+        """A progress bar with rate and time left, rarer in a log file; silent on other processes than 0."""
         return tqdm(
             desc=f"{phase:<24}",
             initial=start,
@@ -53,7 +54,7 @@ class Metrics:
             unit=unit,
             disable=not self._active,
             dynamic_ncols=True,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file keeps every one
         )
 
     def say(self, text: str) -> None:
