@@ -52,13 +52,21 @@ do_it() {
     fi
 }
 
+# Of the slice, NONE if there is none. Without an answer it asks again: a slice that is there must not be taken for gone.
 state() {
     if $dry_run; then
         echo ACTIVE
-    else
-        gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' \
-            2>/dev/null || echo NONE
+        return
     fi
+    until gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' \
+        2> "$errors"; do
+        if grep -q NOT_FOUND "$errors"; then
+            echo NONE
+            return
+        fi
+        echo "no answer about $name, asking again: $(tail -n 1 "$errors")" >&2
+        sleep 30
+    done
 }
 
 create() {
@@ -113,11 +121,20 @@ follow() {
         echo "the connection to $name was lost; the run goes on there" >&2
         sleep 30
     done
-    on_all "exit \$(cat clipmoe/run.status)"
+    local code=255 tries
+    # ssh's own error is 255: the connection was lost again, unless that is the run's too.
+    for ((tries = 0; tries < 20 && code == 255; tries++)); do
+        [[ "$(state)" == ACTIVE ]] || return 255
+        code=0
+        on_all "exit \$(cat clipmoe/run.status)" || code=$?
+    done
+    return "$code"
 }
 
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
+archive=$(mktemp --suffix=.tar.gz) errors=$(mktemp)
+trap 'rm -f "$archive" "$errors"' EXIT
+# Whether gcloud is there and logged in is told at once.
+$dry_run || gcloud compute tpus queued-resources list --zone="$zone" > /dev/null
 code=1
 for ((i = 0; i <= restarts; i++)); do
     if ! $dry_run && [[ "$(state)" == ACTIVE ]]; then

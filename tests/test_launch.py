@@ -129,11 +129,17 @@ def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
 
 
 # A slice of one host, which is a folder. Calls are logged, `slice` holds the state, the first look at the run
-# is interrupted. ssh does what it is told, but for installing Python.
+# is interrupted. ssh does what it is told, but for installing Python. `offline` is how many calls get no answer.
 GCLOUD = """
 echo "$3 $4" >> LOG/calls
+offline=$(cat LOG/offline 2> /dev/null || echo 0)
+if [[ $offline -gt 0 ]]; then
+    echo $((offline - 1)) > LOG/offline
+    echo "ERROR: (gcloud) There was a problem connecting" >&2
+    [[ $4 == ssh ]] && exit 255 || exit 1
+fi
 case "$3 $4" in
-"queued-resources describe") cat LOG/slice 2>/dev/null || exit 1 ;;
+"queued-resources describe") cat LOG/slice 2> /dev/null || { echo "NOT_FOUND: Resource 'l14'" >&2 && exit 1; } ;;
 "queued-resources create") echo ACTIVE > LOG/slice ;;
 "queued-resources delete") rm LOG/slice ;;
 "tpu-vm ssh")
@@ -176,8 +182,8 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, slice_of_one):
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     did = [call.split()[1] for call in calls if call != "queued-resources describe"]
-    attempt = ["create", "scp", "ssh", "ssh", "ssh", "ssh"]  # copy, install, start, follow, how it ended
-    assert did == [*attempt, "delete", *attempt, "delete"]
+    attempt = ["create", "scp", "ssh", "ssh", "ssh"]  # copy, install, start, follow
+    assert did == ["list", *attempt, "delete", *attempt, "ssh", "delete"]  # the second's end has a code
     assert (tmp_path / "runs").read_text() == 2 * "-m clipmoe_jax.main --config=x\n"
 
 
@@ -189,11 +195,20 @@ def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path, slice_of_one):
 
 
 def test_a_run_goes_on_without_a_connection(tmp_path, slice_of_one):
-    path = slice_of_one(":", seconds=1)
+    path = slice_of_one("echo 3 > LOG/offline", seconds=1)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", "--workdir=two words' end", PATH=path)
     assert done.returncode == 0, done.stderr
     assert "connection to l14 was lost" in done.stderr and "loss 0.1" in done.stdout
+    assert done.stderr.count("no answer about l14, asking again: ERROR") == 3
     assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x --workdir=two words' end\n"
+
+
+def test_without_a_connection_nothing_begins(tmp_path, slice_of_one):
+    path = slice_of_one(":")
+    (tmp_path / "offline").write_text("1")
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
+    assert done.returncode == 1 and "problem connecting" in done.stderr
+    assert (tmp_path / "calls").read_text() == "queued-resources list\n"
 
 
 def test_the_same_command_again_follows_the_run(tmp_path, slice_of_one):
