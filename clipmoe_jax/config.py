@@ -44,9 +44,15 @@ _PHASE_RANGES = {
     "weight_decay": (0.0, 1e3),
     "label_smoothing": (0.0, 1.0),
     "clip_norm": (0.0, 1e9),
+    "b1": (0.0, 1 - 1e-9),
+    "b2": (0.0, 1 - 1e-9),
+    "eps": (0.0, 1.0),
 }
 RANGES = {
     **{f"{s}.{n}": r for s in ("base.train", "mcl", "router") for n, r in _PHASE_RANGES.items()},
+    "base.logit_scale": (0.0, 1e3),
+    "mesh.fsdp": (1, _MANY),
+    "mesh.expert": (1, _MANY),
     "cluster.num_clusters": (1, 1000),
     "cluster.max_fit_pairs": (1, _MANY),
     "embed.batch_size": (1, _MANY),
@@ -291,6 +297,10 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         )
     if not config.seeds:
         raise ValueError("seeds=() runs nothing: give at least one")
+    if len(set(config.seeds)) < len(config.seeds) or not all(
+        isinstance(seed, int) and 0 <= seed < 2**32 for seed in config.seeds
+    ):
+        raise ValueError(f"seeds={tuple(config.seeds)} must be whole numbers from 0, each once")
     if config.data.digit_scenes and (config.data.train or config.data.test):
         raise ValueError(
             f"data.digit_scenes={config.data.digit_scenes} makes the data: set it to 0 to use data.train"

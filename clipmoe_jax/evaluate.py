@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
     evaluations = [parse_evaluation(line) for line in lines]
     for evaluation in evaluations:
         _ = evaluation.data  # what is not there is told before the model is read
+    if given.out:
+        epath.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     model = read(
         given.model,
         num_selected_experts=given.num_selected_experts,

@@ -11,6 +11,7 @@ goes on with the file it was writing when the same command starts again.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -70,7 +71,8 @@ def prepare(
             result is the same byte for byte; without a name it starts anew.
 
     Returns:
-        The report: {"pairs", "captions", "image_bytes", "pixels", "bad", "bad_by_kind"}.
+        The report: {"pairs", "captions", "image_bytes", "sha256" of the records, "pixels", "bad",
+        "bad_by_kind"}.
 
     Raises:
         ValueError: too many bad records, no usable pair, `out` taken or in a bucket, or an argument that
@@ -106,6 +108,8 @@ def prepare(
         report = {name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")}
         if not report["pairs"]:
             raise ValueError(f"No usable pair in {len(source):,} records: {bad.summary()}.")
+        digests = "".join(part["sha256"] for part in parts)
+        report["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
         report |= {"pixels": pixels, "bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
         _write_metadata(data, split, pixels, parts)
         token_counts = [count for part in parts for count in part["token_counts"]]
@@ -134,7 +138,8 @@ class _BadRecords:
             raise ValueError(
                 f"At least {self.counts.total():,} of {self._total:,} records are bad, more than "
                 f"--max_bad_fraction={self._max_fraction:g} allows: {self.summary()}; first "
-                f"{', '.join(self._first)}. Fix them or raise --max_bad_fraction."
+                f"{', '.join(self._first)}. Raise --max_bad_fraction, or fix them and delete --out's "
+                ".unfinished folder, which keeps what was read."
             )
 
     def summary(self) -> str:
@@ -150,7 +155,8 @@ def _make_shard(
 ) -> dict:
     """Writes one file, whole or not at all, unless it is there.
 
-    Returns what it counted: {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records}.
+    Returns what it counted: {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records,
+    "sha256" of the others}.
     """
     done = path.parent / f"{path.name}.done.json"
     if done.exists():
@@ -160,6 +166,7 @@ def _make_shard(
         progress.update(sum(1 for _ in entries))  # read past them
         return part
     part = {"pairs": 0, "captions": 0, "image_bytes": 0, "token_counts": [], "bad": []}
+    digest = hashlib.sha256()
     serializer = tfds.core.example_serializer.ExampleSerializer(_features(pixels).get_serialized_info())
     unfinished = path.parent / f"{path.name}.unfinished"
     # Neither JPEG files nor pixels get much smaller by compression, and reading is half as fast then.
@@ -172,7 +179,9 @@ def _make_shard(
                 bad.add(record)
                 continue
             example = serializer.get_tf_example(_features(pixels).encode_example(record.example))
-            writer.write(example.SerializeToString(deterministic=True))
+            serialized = example.SerializeToString(deterministic=True)
+            writer.write(serialized)
+            digest.update(serialized)
             part["pairs"] += 1
             part["captions"] += record.num_captions
             part["image_bytes"] += record.image_bytes
@@ -180,6 +189,7 @@ def _make_shard(
     finally:
         writer.close()
     unfinished.replace(path)
+    part["sha256"] = digest.hexdigest()
     artifacts.write_json(done, part)
     return part
 
@@ -237,6 +247,15 @@ def _write_metadata(data: epath.Path, split: str, pixels: int | None, parts: lis
     )
 
 
+def _stamp(source: str) -> str:
+    """Changes with a source that is one file: what was read of another is not gone on with."""
+    path = source.partition(":")[2]
+    if not os.path.isfile(path):
+        return ""
+    found = os.stat(path)
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def main(argv: list[str]) -> None:
     """The command: reads flags, prepares, says what it made."""
     del argv
@@ -249,7 +268,7 @@ def main(argv: list[str]) -> None:
         max_bad_fraction=options.max_bad_fraction,
         num_shards=options.num_shards,
         pixels=options.pixels,
-        name=f"{options.source} {options.images or ''}",
+        name=f"{options.source} {options.images or ''} {_stamp(options.source)}",
     )
     print(
         f"{options.out}: {report['pairs']:,} pairs with {report['captions']:,} captions, "

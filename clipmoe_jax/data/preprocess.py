@@ -58,8 +58,22 @@ def check_normalisation(fields: Mapping[str, Any], names: tuple[str, str], sourc
             )
 
 
+def check_resizing(resizing: Mapping[str, tuple[Any, Any]], source: str) -> None:
+    """Raises ValueError if a checkpoint says that it resizes or crops otherwise than `preprocess_image`.
+
+    resizing: {field: (value, what it has to be)}.
+    """
+    for name, (value, ours) in resizing.items():
+        if value != ours:
+            raise ValueError(
+                f"{source} has {name}={value!r}; this program resizes the short side, bicubic, and crops the "
+                f"centre, which is {ours!r}: images would be others than the model knows. If it is to learn "
+                "these, write that into the file"
+            )
+
+
 def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image file in full, in its own mode.
+    """Decodes an image file in full, in its own mode; 16 bits of grey become 8, which PIL clips to white.
 
     Raises:
         UnreadableImageError: broken, truncated, of an unknown format, or so many pixels that PIL
@@ -72,6 +86,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise UnreadableImageError(f"not an image file ({len(data):,} bytes)") from error
     except Exception as error:  # PIL's format plugins raise anything on a broken file
         raise UnreadableImageError(str(error) or type(error).__name__) from error
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return image
 
 

@@ -51,7 +51,7 @@ class Records:
             raise ValueError(f"{path} has no split {split!r}: it has {splits}.")
         self.path = str(path)
         self.split = split
-        # What prepare wrote about the data tells one data set from another at the same path.
+        # What prepare wrote about the data, a hash too, tells one data set from another at the same path.
         report = (epath.Path(path) / "report.json").read_text()
         self.fingerprint = hashlib.sha256(f"{split} {report}".encode()).hexdigest()[:16]
         self.image_size = json.loads(report).get("pixels")

@@ -169,7 +169,7 @@ def _evaluate_model(run: Run, title: str, model: Model) -> dict[str, Any]:
     for evaluation in read_evaluations(run):
         digest = hashlib.sha256(evaluation.line.encode()).hexdigest()[:8]
         path = _folder(run, title) / f"{evaluation.kind}-{digest}"
-        inputs = _inputs(model) | {"line": evaluation.line}
+        inputs = _inputs(model) | {"line": evaluation.line, "contents": evaluation.contents}
         run.make(path, inputs, functools.partial(_evaluate_line, run, title, evaluation, once, config))
         found[evaluation.line] = json.loads((path / "results.json").read_text())
     if found:

@@ -8,10 +8,10 @@
     ood:data/imagenet?unknown=data/imagenet_o&classes=imagenet&train=data/imagenet_train
 
 `split` (of `unknown` and `train`: unknown_split, train_split) may be left out where there is only one.
-`classes` is a table of `classes.class_table`; "none", the default, takes labels as names. `ood` scores known
-against unknown images by zero-shot probabilities, with `train` also by a linear probe and by both, and with
-`classifier=FILE.npz` (probabilities "known" (N, C) and "unknown" (M, C) of a network that knows these classes
-alone, sorted as the table) by COOkeD's ensemble of all three.
+`classes` is a table of `classes.class_table`; "none", the default, takes the split's labels as names. `ood`
+scores known against unknown images by zero-shot probabilities, with `train` also by a linear probe and by
+both, and with `classifier=FILE.npz` (probabilities "known" (N, C) and "unknown" (M, C) of a network that
+knows these classes alone, sorted as the table) by COOkeD's ensemble of all three.
 
 Letters: N images, M unknown images, C classes, d embedding.
 """
@@ -68,10 +68,19 @@ class Evaluation:
         """{metric: value} of a model."""
         return KINDS[self.kind].measure(subject, self.data)
 
-    def records(self, option: str = "") -> Records:
-        """The prepared data set of the path or of an option."""
-        split = f"{option}_split" if option else "split"
-        return Records(self.options[option] if option else self.path, self.options.get(split, ""))
+    @functools.cached_property
+    def contents(self) -> dict[str, str]:
+        """{"path" or option: fingerprint} of the prepared data sets that the line names."""
+        found = {name: self.records(name) for name in ("train", "unknown") if name in self.options}
+        if self.kind != "mmvp":
+            found["path"] = self.records()
+        return {name: records.fingerprint for name, records in found.items()}
+
+    def records(self, option: str = "", *, whole: bool = False) -> Records:
+        """The prepared data set of the path or of an option; whole: of a slice, all of its split."""
+        split = self.options.get(f"{option}_split" if option else "split", "")
+        path = self.options[option] if option else self.path
+        return Records(path, split.partition("[")[0] if whole else split)
 
 
 def parse_evaluation(line: str) -> Evaluation:
@@ -83,8 +92,8 @@ def parse_evaluation(line: str) -> Evaluation:
             f"evaluation {line!r} is not KIND:PATH: choose a kind of {', '.join(KINDS)}, such as "
             "retrieval:data/coco_test"
         )
-    try:
-        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+    try:  # a plus is one, as in the path
+        options = dict(parse_qsl(query.replace("+", "%2B"), strict_parsing=bool(query)))
     except ValueError:
         raise ValueError(f"evaluation {line!r}: options are written ?name=value&name=value") from None
     known = KINDS[kind]
@@ -130,9 +139,13 @@ def _labels(records: Records) -> list[str]:
 
 
 def _open_zero_shot(evaluation: Evaluation) -> _Labelled:
-    records = evaluation.records()
-    table = class_table(evaluation.options.get("classes", OWN_NAMES), _labels(records))
-    return _open_labelled(evaluation, records, table)
+    return _open_labelled(evaluation, evaluation.records(), _table(evaluation))
+
+
+def _table(evaluation: Evaluation) -> dict[str, str]:
+    """The classes; a slice's labels alone might be one."""
+    labels = _labels(evaluation.records(whole=True))
+    return class_table(evaluation.options.get("classes", OWN_NAMES), labels)
 
 
 def _zero_shot(subject: Subject, data: _Labelled) -> Numbers:
@@ -154,6 +167,16 @@ def _open_trained(evaluation: Evaluation) -> tuple[_Labelled, _Labelled]:
 
 def _linear_probe(subject: Subject, data: tuple[_Labelled, _Labelled]) -> Numbers:
     return probe.linear_probe(*_features(subject, data), len(data[0].names))[0]
+
+
+def _open_knn(evaluation: Evaluation) -> tuple[_Labelled, _Labelled]:
+    train, test = _open_trained(evaluation)
+    if len(train.records) < probe.NEIGHBOURS:
+        raise ValueError(
+            f"{train.records.path} has {len(train.records)} images, and the {probe.NEIGHBOURS} nearest vote: "
+            "give more, or use linear_probe"
+        )
+    return train, test
 
 
 def _knn(subject: Subject, data: tuple[_Labelled, _Labelled]) -> Numbers:
@@ -195,9 +218,7 @@ class _KnownAndUnknown(NamedTuple):
 def _open_ood(evaluation: Evaluation) -> _KnownAndUnknown:
     known, unknown, train, classifier = _open_zero_shot(evaluation), evaluation.records("unknown"), None, None
     if "train" in evaluation.options:
-        records = evaluation.records("train")
-        table = class_table(evaluation.options.get("classes", OWN_NAMES), _labels(known.records))
-        train = _open_labelled(evaluation, records, table)
+        train = _open_labelled(evaluation, evaluation.records("train"), _table(evaluation))
     if file := evaluation.options.get("classifier"):
         if train is None:
             raise ValueError("COOkeD's ensemble has a linear probe: give train= beside classifier=")
@@ -237,7 +258,7 @@ KINDS = {
     "retrieval": Kind(_open_retrieval, _retrieval, ("split",)),
     "zero_shot": Kind(_open_zero_shot, _zero_shot, ("split", "classes")),
     "linear_probe": Kind(_open_trained, _linear_probe, ("split", "train", "train_split"), ("train",)),
-    "knn": Kind(_open_trained, _knn, ("split", "train", "train_split"), ("train",)),
+    "knn": Kind(_open_knn, _knn, ("split", "train", "train_split"), ("train",)),
     "mmvp": Kind(_open_mmvp, _mmvp),
     "ood": Kind(
         _open_ood,

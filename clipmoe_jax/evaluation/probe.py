@@ -13,6 +13,7 @@ import scipy  # scipy.special is imported where it is first used
 from clipmoe_jax.evaluation.zero_shot import label_ranks, metrics_of_ranks
 
 HELD_OUT = 0.2
+NEIGHBOURS = 20
 # log10 of C, the inverse of the L2 penalty: from 1e-6 to 1e6, to an eighth of a decade.
 COARSE_STRENGTHS = np.arange(-6.0, 7.0, 2.0)
 FINEST_STEP = 0.125
@@ -89,7 +90,7 @@ def knn(
     test_labels: np.ndarray,
     num_classes: int,
     *,
-    k: int = 20,
+    k: int = NEIGHBOURS,
     temperature: float = 0.07,
     chunk_size: int = 4096,
 ) -> dict[str, float]:

@@ -108,7 +108,7 @@ def _write_image_processor(folder: pathlib.Path, image_size: int) -> None:
 
 
 def _write_tokenizer(folder: pathlib.Path, context_length: int) -> None:
-    """Our byte-pair encoder with what CLIPTokenizer does around it; it does not repair broken Unicode."""
+    """Our byte-pair encoder with what CLIPTokenizer does around it; it does not repair text as ours does."""
     start, end = SPECIAL_IDS
     tokenizer = Backend.from_str(backend().to_str())
     tokenizer.normalizer = normalizers.Sequence(

@@ -240,3 +240,15 @@ def _import_eos(text: Mapping[str, Any]) -> int | None:
     if not isinstance(eos_token_id, int):
         raise ValueError(f"text_config.eos_token_id={eos_token_id!r}: this program looks for a single id")
     return eos_token_id
+
+
+def resizing(preprocessing: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{field: (value, what `preprocess_image` does)} of what preprocessor_config.json says on resizing."""
+    crop = preprocessing.get("crop_size", preprocessing.get("size"))
+    if isinstance(crop, Mapping):
+        crop = crop.get("height", crop.get("shortest_edge"))
+    ours = {"do_resize": True, "do_center_crop": True, "resample": 3, "size": {"shortest_edge": crop}}
+    found = {name: preprocessing.get(name, value) for name, value in ours.items()}
+    if isinstance(found["size"], int):  # as older files have it
+        found["size"] = {"shortest_edge": found["size"]}
+    return {name: (found[name], value) for name, value in ours.items()}

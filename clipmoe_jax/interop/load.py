@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax import checkpoints, trees
-from clipmoe_jax.data.preprocess import check_normalisation
+from clipmoe_jax.data.preprocess import check_normalisation, check_resizing
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig
@@ -174,7 +174,9 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
 def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Found:
     folder = source if source.is_dir() else source.parent
     preprocessing = _read_described(folder / "preprocessor_config.json")
-    check_normalisation(preprocessing, ("image_mean", "image_std"), f"{folder}/preprocessor_config.json")
+    described = f"{folder}/preprocessor_config.json"
+    check_normalisation(preprocessing, ("image_mean", "image_std"), described)
+    check_resizing(huggingface.resizing(preprocessing), described)
     tensors = huggingface.normalise(tensors)
     if "embeddings.class_embedding" in tensors:
         raise ValueError(

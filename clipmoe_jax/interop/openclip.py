@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from clipmoe_jax.data.preprocess import MEAN, STD, check_normalisation
+from clipmoe_jax.data.preprocess import MEAN, STD, check_normalisation, check_resizing
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
 CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
@@ -67,7 +67,10 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
                 raise ValueError(f"{name}.{field}={value!r} is not known to this program")
     if vision.get("pool_type", "tok") != "tok":
         raise ValueError(f"vision_cfg.pool_type={vision['pool_type']!r}: this program pools the class token")
-    check_normalisation(config.get("preprocess_cfg", {}), ("mean", "std"), CONFIG_FILE)
+    preprocessing = config.get("preprocess_cfg", {})
+    check_normalisation(preprocessing, ("mean", "std"), CONFIG_FILE)
+    known = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    check_resizing({k: (preprocessing.get(k) or ours, ours) for k, ours in known.items()}, CONFIG_FILE)
     if _eps(vision) != _eps(text):
         raise ValueError(
             f"vision_cfg has LayerNorms of eps {_eps(vision)}, text_cfg of {_eps(text)}: this program's "

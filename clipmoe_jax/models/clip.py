@@ -69,7 +69,12 @@ class ClipConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
         for name, tower in (("vision", self.vision), ("text", self.text)):
-            if tower is not None and tower.width % tower.head_width:
+            if tower is None:
+                continue
+            for field, value in dataclasses.asdict(tower).items():
+                if field != "eos_token_id" and value is not None and value < 1:
+                    raise ValueError(f"{name}.{field}={value} must be at least 1")
+            if tower.width % tower.head_width:
                 raise ValueError(
                     f"{name}.width={tower.width} is not a multiple of {name}.head_width={tower.head_width}"
                 )

@@ -187,6 +187,17 @@ def test_quotes_in_a_table(tmp_path):
     assert found[0][1] == "malformed entry" and found[-1] == ("c.png", "text")
 
 
+def test_quotes_and_commas_in_a_table_with_commas(tmp_path):
+    found = read_table(tmp_path, b'image,caption\na.png,a red car, in the snow\nb.png,"a, b"\nc.png,text,\n')
+    assert found == [("line 2", "malformed entry"), ("b.png", "a, b"), ("c.png", "text")]
+    found = read_table(tmp_path, b'image,caption\na.png,text\nb.png,"open\nc.png,lost\n')
+    assert found == [("a.png", "text"), ("line 4", "malformed entry")]
+    found = read_table(tmp_path, b'image,caption\na.png,"open\nb.png,"text"\nc.png,"two\nlines"\n')
+    assert found == [("line 3", "malformed entry"), ("c.png", "two\nlines")]
+    found = read_table(tmp_path, b"image|caption\na.png|x | y\nb.png|text\n")
+    assert found == [("line 2", "malformed entry"), ("b.png", "text")]
+
+
 def test_a_replacement_character_is_text(tmp_path):
     assert read_table(tmp_path, "filepath\ttitle\na.png\t\ufffd\n".encode()) == [("a.png", "\ufffd")]
 

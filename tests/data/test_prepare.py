@@ -56,7 +56,7 @@ def test_prepared_records_come_back_in_order(source, out, tmp_path):
         assert record == {"id": f"{i:02}.png", "image": image, "captions": captions}
     image_bytes = sum(path.stat().st_size for path in tmp_path.glob("pairs/*.png"))
     expected = {"pairs": 6, "captions": 12, "image_bytes": image_bytes, "pixels": None}
-    expected |= {"bad": 0, "bad_by_kind": {}}
+    expected |= {"bad": 0, "bad_by_kind": {}, "sha256": report["sha256"]}
     assert report == expected == json.loads((out / "report.json").read_text())
     files = ["bad_records.jsonl", "pairs", "report.json", "token_counts-train.npy"]
     assert sorted(os.listdir(out)) == files
@@ -273,6 +273,36 @@ def test_killed_at_random_moments_and_gone_on_with_is_the_same_byte_for_byte(out
     prepare(source, str(out), **options)
     assert contents(out) == contents(whole)
     assert len(Records(str(out))) == 119
+
+
+def test_other_captions_are_another_data_set(source, out, tmp_path):
+    """Of the same length, too: what a run made from the old ones is not taken for it."""
+    prepare(source, str(out))
+    (tmp_path / "pairs" / "03.txt").write_text("caption 7\nsecond caption 7 é\n")
+    prepare(source, str(tmp_path / "other"))
+    (tmp_path / "pairs" / "03.txt").write_text("caption 3\nsecond caption 3 é\n")
+    prepare(source, str(tmp_path / "again"), num_shards=1)
+    first, other, again = (
+        Records(str(path)).fingerprint for path in (out, tmp_path / "other", tmp_path / "again")
+    )
+    assert first == again != other
+
+
+def test_a_corrected_table_begins_anew(out, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (9, 8)).save(tmp_path / f"{i}.png")
+    table = tmp_path / "x.csv"
+
+    def run(names, caption):
+        table.write_text("image,caption\n" + "".join(f"{name}.png,{caption}\n" for name in names))
+        return run_command(f"--source=csv:{table}", f"--images={tmp_path}", f"--out={out}", "--num_shards=2")
+
+    failed = run([0, 1, 2, "none"], "wrong")
+    assert failed.returncode == 1 and "delete --out's .unfinished folder" in " ".join(failed.stderr.split())
+    assert len(list(out.with_name("out.unfinished").rglob("*.done.json"))) == 1
+    done = run([0, 1, 2, 3], "right")
+    assert done.returncode == 0, done.stderr
+    assert [Records(str(out))[i]["captions"] for i in range(4)] == 4 * [["right"]]
 
 
 def test_another_source_does_not_go_on_with_what_is_there(source, out, tmp_path):

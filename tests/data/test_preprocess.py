@@ -89,6 +89,12 @@ def test_file_contents_and_images_give_the_same():
     np.testing.assert_array_equal(preprocess_image(encode(image), 32), preprocess_image(image, 32))
 
 
+def test_16_bits_of_grey_are_as_bright_as_8():
+    grey = noise(50, 40, "L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    np.testing.assert_array_equal(preprocess_image(encode(deep), 32), preprocess_image(grey, 32))
+
+
 def test_exif_orientation_is_ignored():
     image, exif = noise(50, 40), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from clipmoe_jax.data.sources import BadRecord, ImageFolder, Pair, ShareGPT4V, open_source
+from clipmoe_jax.data.sources.base import find_files
 
 PNG = b"the sources do not look inside image files"
 
@@ -84,6 +85,19 @@ def test_image_folder(tmp_path):
     assert first == Pair("a.png", PNG, ("one caption",))
     assert second == Pair("b.JPG", PNG, ("café", "second line"))
     assert (third.id, third.kind) == ("sub/c.webp", "invalid text")
+
+
+def test_linked_folders_count(tmp_path):
+    for name in ("pairs/own", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(PNG)
+        (tmp_path / name / "a.txt").write_text("text")
+        (tmp_path / name / "a.tar").write_bytes(b"")
+    (tmp_path / "pairs" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../pairs")  # is not gone around in
+    assert [pair.id for pair in ImageFolder(str(tmp_path / "pairs"))] == ["linked/a.png", "own/a.png"]
+    found = find_files(str(tmp_path / "pairs"), "webdataset", ".tar")
+    assert list(found) == ["linked/a.tar", "own/a.tar"]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,13 @@ def test_zero_shot_is_classification_by_prompts(folder, subject):
     assert found == pytest.approx(expected) and found["top5"] == 1.0
 
 
+def test_a_slice_has_the_classes_of_its_split(folder, subject):
+    found = parse_evaluation(f"zero_shot:{folder}/test_set?split=train[:3]")  # blue alone
+    whole = parse_evaluation(f"zero_shot:{folder}/test_set")
+    assert found.data.names == whole.data.names and set(found.data.labels) == {0}
+    assert found.contents != whole.contents
+
+
 def test_probe_and_neighbours_see_the_training_images(folder, subject):
     train, test = (images_of(folder, name) for name in ("train", "test"))
     arrays = subject.encoder.images(train[0]), train[1], subject.encoder.images(test[0]), np.array(test[1])
@@ -160,6 +167,12 @@ MISSING = {
     "labels": ("zero_shot:{0}/captioned_set", ValueError, "has 2 captions, and labelled images have one"),
     "table": ("zero_shot:{0}/test_set?classes=cifar10", ValueError, "labels .* are none of cifar10's"),
     "classes": ("knn:{0}/odd_set?train={0}/train_set", ValueError, "labels that are no classes: noise"),
+    "neighbours": (
+        "knn:{0}/test_set?train={0}/test_set",
+        ValueError,
+        "has 9 images, and the 20 nearest vote",
+    ),
+    "a plus": ("knn:{0}/test_set?train=a+b", FileNotFoundError, r"a\+b is not a prepared data set"),
     "probe of COOkeD": (
         "ood:{0}/test_set?unknown={0}/odd_set&classifier=x.npz",
         ValueError,
@@ -197,12 +210,12 @@ def test_the_command(folder, trained, tmp_path):
     command = [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={tmp_path / 'moe'}"]
     done = subprocess.run(
         [*command, f"--data={folder}/captioned_set", f"--data=mmvp:{folder}/mmvp", "--experts",
-         f"--out={tmp_path / 'numbers.json'}"],
+         f"--out={tmp_path / 'new' / 'numbers.json'}"],
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    numbers = json.loads((tmp_path / "new" / "numbers.json").read_text())
     recall = numbers["model"][f"retrieval:{folder}/captioned_set"]["image_to_text_r1"]
     lines = done.stdout.splitlines()
     header = next(i for i, line in enumerate(lines) if "i2t_r1" in line)

@@ -396,6 +396,31 @@ def test_another_normalisation_is_refused(pair, tmp_path):
         read_model(str(tmp_path))
 
 
+SIDE = {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"size": {"shortest_edge": 32}, "crop_size": SIDE, "do_center_crop": True, "resample": 3}, ""),
+        ({"size": 32, "crop_size": 32}, ""),
+        ({"size": {"shortest_edge": 40}, "crop_size": SIDE}, "size={'shortest_edge': 40}"),
+        ({"size": SIDE, "do_center_crop": False}, "do_center_crop=False"),
+        ({"resample": 2}, "resample=2"),
+    ],
+)
+def test_another_resizing_is_refused(pair, tmp_path, fields, refused):
+    _, folder, _ = pair
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    if not refused:
+        assert read_model(str(tmp_path)).config == read_model(str(folder)).config
+        return
+    with pytest.raises(ValueError, match=f"preprocessor_config.json has {refused}; this program resizes"):
+        read_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("moe", [MoeConfig(3, 2), MoeConfig(4, 1, num_moe_layers=2)], ids=str)
 def test_a_clip_moe_there_and_back(tmp_path, moe):
     """Towers of different depth, so that `num_moe_layers` is clipped in one of them."""

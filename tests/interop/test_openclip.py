@@ -275,6 +275,15 @@ def test_another_normalisation_is_refused(tmp_path):
         read_model(str(tmp_path))
 
 
+def test_another_resizing_is_refused(tmp_path):
+    write_config(tmp_path, MODEL, resize_mode="squash")
+    save_safetensors(make_model(MODEL), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"config.json has resize_mode='squash'; this program resizes the short"
+    ):
+        read_model(str(tmp_path))
+
+
 OTHERS = {
     "a ResNet": ("visual.layer1.0.conv1.weight", "not a ViT CLIP: its image tower is a ResNet"),
     "a SigLIP": ("logit_bias", "not a ViT CLIP: it has a logit_bias, as SigLIP does"),

@@ -162,6 +162,13 @@ BAD_FIELDS = {
     "no such type": ("run.dtype", "bf16", "float32, bfloat16"),
     "no room for a word": ("data.max_caption_tokens", 2, "use 3 or more, or 0"),
     "labels beyond 64 bits": ("cluster.num_clusters", 1000, "more than 2.63 clusters in mcl.num_stages=4"),
+    "a seed twice": ("seeds", (0, 0), r"seeds=\(0, 0\) must be whole numbers from 0, each once"),
+    "half a seed": ("seeds", (0.5,), "must be whole numbers"),
+    "a mean that grows": ("mcl.b1", 1.5, "mcl.b1=1.5 must lie between 0.0 and"),
+    "no scale": ("base.logit_scale", float("nan"), "base.logit_scale=nan must lie between"),
+    "no device": ("mesh.fsdp", 0, "mesh.fsdp=0 must lie between 1 and"),
+    "no patch": ("base.architecture.vision.patch_size", 0, "vision.patch_size=0 must be at least 1"),
+    "no head": ("base.architecture.text.head_width", 0, "text.head_width=0 must be at least 1"),
     "no seed": ("seeds", (), "give at least one"),
     "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
 }

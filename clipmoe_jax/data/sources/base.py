@@ -103,6 +103,18 @@ def find_file(path: str, kind: str) -> Path:
     return Path(path)
 
 
+def files_under(folder: str | os.PathLike, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files in a folder and its subfolders, linked ones too; a link back to a folder above is left out."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from files_under(entry.path, above | {real})
+        else:
+            yield Path(entry.path)
+
+
 def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
     """Files of a suffix: the one given, those of a folder and its subfolders, or of a pattern with `*`.
 
@@ -112,7 +124,7 @@ def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
         FileNotFoundError: there are none.
     """
     if os.path.isdir(path):
-        root, found = path, sorted(Path(path).rglob(f"*{suffix}"))
+        root, found = path, sorted(file for file in files_under(path) if file.name.endswith(suffix))
     else:
         found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
         root = os.path.commonpath([file.parent for file in found]) if found else ""

@@ -3,13 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipmoe_jax.data.sources.base import IMAGE_SUFFIXES, BadRecord, Pair, pair_of_file, parse_json
+from clipmoe_jax.data.sources.base import (
+    IMAGE_SUFFIXES,
+    BadRecord,
+    Pair,
+    files_under,
+    pair_of_file,
+    parse_json,
+)
 
 
 class ImageFolder:
     """A folder of images, each with a .txt of the same stem beside it, one caption a line.
 
-    Subfolders count; the order is by path. A pair's id is the image's path under the folder.
+    Subfolders count, linked ones too; the order is by path. A pair's id is the image's path under the folder.
     """
 
     kind = "folder"
@@ -19,7 +26,7 @@ class ImageFolder:
         self._root = Path(root)
         if not self._root.is_dir():
             raise FileNotFoundError(f"--source={self.kind}:{root} is not a folder.")
-        self._paths = sorted(path for path in self._root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self._paths = sorted(path for path in files_under(root) if path.suffix.lower() in IMAGE_SUFFIXES)
 
     def __len__(self) -> int:
         return len(self._paths)

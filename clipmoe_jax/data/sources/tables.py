@@ -57,19 +57,23 @@ class Csv:
                 )
             # Bars separate captions in which quotes mean nothing.
             quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-            rows = csv.reader(file, delimiter=separator, quoting=quoting)
+            rows = csv.reader(file, delimiter=separator, quoting=quoting, strict=separator == ",")
             while True:
                 try:
                     row = next(rows)
                 except StopIteration:
                     return
-                except csv.Error as error:  # a quote that never closes grows past csv's limit for a cell
+                except (
+                    csv.Error
+                ) as error:  # a quote that does not close, and takes in rows up to the next one
                     yield None, 1 + rows.line_num, f"{error}: is a quote not closed?"
                     continue
                 number = 1 + rows.line_num
                 if len(row) <= max(image, caption):
                     if row:  # not a blank line
                         yield None, number, "a row has too few columns"
+                elif any(row[len(names) :]):
+                    yield None, number, f"a row has {len(row)} columns, the header {len(names)}"
                 elif separator == "\t" and {"\t", "\n"} <= set(row[caption]):
                     yield None, number, "the caption runs on over rows: a quote in it is not closed"
                 else:
