@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice from a queued resource: asks for it, waits, copies this repository to every host, runs, and
 # asks for a new slice when the old one is preempted. The run goes on there when this script ends or its connection
-# is lost; the same command again follows it. To stop it, delete the slice.
+# is lost; the same command again follows it, and until then nobody starts it again or deletes the slice. To stop it,
+# delete the slice.
 #
 #     launch/tpu_pod.sh --name=l14 --zone=us-east5-a --type=v5p-64 --runtime=v2-alpha-tpuv5 --spot -- \
 #         --config=configs/vit_l14_sharegpt4v.py --workdir=gs://BUCKET/runs/l14 …
@@ -52,12 +53,8 @@ do_it() {
     fi
 }
 
-# Of the slice, NONE if there is none. Without an answer it asks again: a slice that is there must not be taken for gone.
+# Of the slice; NONE if there is none. Without an answer it asks again: a slice that is there is not taken for gone.
 state() {
-    if $dry_run; then
-        echo ACTIVE
-        return
-    fi
     until gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' \
         2> "$errors"; do
         if grep -q NOT_FOUND "$errors"; then
@@ -72,92 +69,132 @@ state() {
 create() {
     do_it gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
         --accelerator-type="$type" --runtime-version="$runtime" "${spot[@]}"
-    local now
-    while now=$(state) && [[ "$now" != ACTIVE ]]; do
-        if [[ "$now" == FAILED || "$now" == SUSPENDED || "$now" == NONE ]]; then
-            echo "the request for $name is $now" >&2
-            return 1
-        fi
-        echo "$name: $now"
-        sleep 30
-    done
-}
-
-install() {
-    do_it tar --exclude-vcs --exclude=./runs --exclude=./data --exclude='./.venv*' -czf "$archive" .
-    do_it gcloud compute tpus tpu-vm scp "$archive" "$name:clipmoe.tar.gz" --zone="$zone" --worker=all
-    # A Python of its own: that of the system is older than what JAX wants.
-    on_all "rm -rf clipmoe && mkdir clipmoe && cd clipmoe && tar -xzf ../clipmoe.tar.gz \
-        && pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 .venv \
-        && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]' \
-            gcsfs google-cloud-storage"
-}
-
-on_all() {
-    do_it gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
 }
 
 delete() {
     do_it gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet
 }
 
-# Beside the repository on every host: run.log, run.pid, and run.status as soon as the run has ended.
+# Waits until there is a slice. A request that waits already keeps its place.
+get_slice() {
+    local now asked=false
+    while now=$(state) && [[ "$now" != ACTIVE ]]; do
+        if [[ "$now" != NONE && "$now" != FAILED && "$now" != SUSPENDED ]]; then
+            echo "$name: $now"
+            sleep 30
+            continue
+        fi
+        if $asked; then
+            echo "the request for $name is $now" >&2
+            return 1
+        fi
+        if [[ "$now" != NONE ]]; then
+            delete
+        fi
+        create
+        asked=true
+    done
+}
+
+on_all() {
+    do_it gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+        --ssh-flag=-oServerAliveInterval=30 --command="$1"
+}
+
+# What a command prints on all hosts. gcloud's own errors have codes that a command could have, too, so commands
+# print what they find. Tries again while the slice is there, for some ten minutes, and returns 1 then.
+ask_all() {
+    local tries
+    for ((tries = 0; tries < 20; tries++)); do
+        if on_all "$1"; then
+            return
+        fi
+        [[ "$(state)" == ACTIVE ]] || return 1
+        echo "no connection to $name, trying again" >&2
+        sleep 30
+    done
+    echo "no connection to $name: what runs there goes on, and the same command again follows it" >&2
+    return 1
+}
+
+install() {
+    do_it tar --exclude-vcs --exclude=./runs --exclude=./data --exclude='./.venv*' -czf "$archive" . \
+        && do_it gcloud compute tpus tpu-vm scp "$archive" "$name:clipmoe.tar.gz" --zone="$zone" --worker=all \
+        && on_all "rm -rf clipmoe && mkdir clipmoe && cd clipmoe && tar -xzf ../clipmoe.tar.gz \
+            && pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 .venv \
+            && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]' \
+                gcsfs google-cloud-storage" # a Python of its own: that of the system is older than what JAX wants
+}
+
+# Beside the repository on every host: run.log, run.pid, and run.status as soon as the run has ended. gcloud may
+# send a command twice.
 start() {
     local run
     run="PYTHON=.venv/bin/python launch/node.sh --platform=tpu -- $(printf '%q ' "$@"); echo \$? > run.status"
-    on_all "cd clipmoe && { nohup bash -c $(printf '%q' "$run") > run.log 2>&1 < /dev/null & echo \$! > run.pid; }"
+    on_all "cd clipmoe && { [[ -e run.pid ]] \
+        || { nohup bash -c $(printf '%q' "$run") > run.log 2>&1 < /dev/null & echo \$! > run.pid; }; }"
 }
 
-# Fails where the run goes on, and without a connection.
-has_ended() {
-    on_all "! kill -0 \$(cat clipmoe/run.pid) 2> /dev/null"
-}
-
+# Prints the run's log until it has ended, and sets `code` to its exit code: 75 if it was stopped, or its slice
+# taken away.
 follow() {
-    until on_all "cd clipmoe && tail -n 100 -f --pid=\$(cat run.pid) run.log"; do
-        if [[ "$(state)" != ACTIVE ]] || has_ended; then
-            break
+    local found
+    while :; do
+        on_all "tail -n 100 -f --pid=\$(cat clipmoe/run.pid) clipmoe/run.log" || true
+        found=$(ask_all "cd clipmoe; if kill -0 \$(cat run.pid); then echo goes on; \
+            else echo ended with \$(cat run.status || echo 75); fi 2> /dev/null") || break
+        if [[ "$found" != *"goes on"* ]]; then
+            code=$(sed -n 's/.*ended with //p' <<< "$found" | sort -n | tail -n 1)
+            if grep -q "ended with 75" <<< "$found"; then
+                code=75
+            fi
+            ask_all "rm -f clipmoe/run.pid" || true # what is told is not followed again
+            return
         fi
         echo "the connection to $name was lost; the run goes on there" >&2
         sleep 30
     done
-    local code=255 tries
-    # ssh's own error is 255: the connection was lost again, unless that is the run's too.
-    for ((tries = 0; tries < 20 && code == 255; tries++)); do
-        [[ "$(state)" == ACTIVE ]] || return 255
-        code=0
-        on_all "exit \$(cat clipmoe/run.status)" || code=$?
-    done
-    return "$code"
+    case "$(state)" in
+    ACTIVE) exit 1 ;;
+    NONE) echo "$name was deleted" >&2 && exit 1 ;;
+    *) code=75 ;;
+    esac
 }
 
+if $dry_run; then
+    archive=clipmoe.tar.gz
+    create
+    install
+    start "$@"
+    $keep || delete
+    exit
+fi
 archive=$(mktemp --suffix=.tar.gz) errors=$(mktemp)
 trap 'rm -f "$archive" "$errors"' EXIT
-# Whether gcloud is there and logged in is told at once.
-$dry_run || gcloud compute tpus queued-resources list --zone="$zone" > /dev/null
-code=1
-for ((i = 0; i <= restarts; i++)); do
-    if ! $dry_run && [[ "$(state)" == ACTIVE ]]; then
-        new=false
-    else
-        if ! $dry_run && [[ "$(state)" != NONE ]]; then
-            delete
+trap 'exit 130' INT # gcloud takes an interruption for itself
+gcloud compute tpus queued-resources list --zone="$zone" > /dev/null # is it there, and logged in?
+code=75
+for ((i = 0; i <= restarts && code == 75; i++)); do
+    if [[ $i -gt 0 ]]; then
+        echo "$name: the run was stopped, or its slice taken away; starting again" >&2
+    fi
+    get_slice
+    if ! found=$(ask_all "if [[ -e clipmoe/run.pid ]]; then echo a run is here; fi"); then
+        [[ "$(state)" != ACTIVE ]] || exit 1
+        continue
+    fi
+    if [[ "$found" == *"a run is here"* ]]; then
+        echo "following the run that is on $name: its arguments and its code, not these, count" >&2
+    elif ! { install && start "$@"; }; then
+        if [[ "$(state)" == ACTIVE ]]; then
+            echo "nothing was started on $name, which is left there: the same command tries again" >&2
+            exit 1
         fi
-        create
-        new=true
+        continue
     fi
-    if $new || has_ended; then
-        install
-        start "$@"
-    fi
-    code=0
-    follow || code=$?
-    # An error of the run itself leaves the slice there, and would come again.
-    if [[ $code -eq 0 || "$(state)" == ACTIVE ]]; then
-        break
-    fi
-    echo "$name was taken away; asking for another" >&2
+    follow
 done
+# An error of the run itself would come again.
 if ! $keep; then
     delete
 fi

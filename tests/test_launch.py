@@ -66,7 +66,7 @@ def test_dry_runs():
     assert "srun --kill-on-bad-exit=1" in slurm and slurm.rstrip().endswith(r"--workdir=two\ words")
     lines = run("tpu_pod.sh", *TPU_POD, "--spot", "--dry-run", "--", *config).stdout.splitlines()
     assert lines[0].startswith("gcloud compute tpus queued-resources create l14") and "--spot" in lines[0]
-    assert "--worker=all" in lines[-4] and "clipmoe_jax.main" not in lines[-4] and "node.sh" in lines[-4]
+    assert "--worker=all" in lines[-2] and "node.sh" in lines[-2]
     assert "queued-resources delete l14" in lines[-1]
 
 
@@ -129,25 +129,31 @@ def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
 
 
 # A slice of one host, which is a folder. Calls are logged, `slice` holds the state, the first look at the run
-# is interrupted. ssh does what it is told, but for installing Python. `offline` is how many calls get no answer.
+# is interrupted. ssh does what it is told, but for installing Python. `offline`: so many calls get no answer.
 GCLOUD = """
 echo "$3 $4" >> LOG/calls
 offline=$(cat LOG/offline 2> /dev/null || echo 0)
 if [[ $offline -gt 0 ]]; then
     echo $((offline - 1)) > LOG/offline
     echo "ERROR: (gcloud) There was a problem connecting" >&2
-    [[ $4 == ssh ]] && exit 255 || exit 1
+    exit 1
 fi
 case "$3 $4" in
-"queued-resources describe") cat LOG/slice 2> /dev/null || { echo "NOT_FOUND: Resource 'l14'" >&2 && exit 1; } ;;
-"queued-resources create") echo ACTIVE > LOG/slice ;;
+"queued-resources describe")
+    if ! cat LOG/slice 2> /dev/null; then
+        echo "ERROR: (gcloud) NOT_FOUND: Resource 'l14'" >&2
+        exit 1
+    fi ;;
+"queued-resources create") rm -rf LOG/host/clipmoe && echo ACTIVE > LOG/slice ;;
 "queued-resources delete") rm LOG/slice ;;
 "tpu-vm ssh")
-    [[ $(cat LOG/slice) == ACTIVE ]] || exit 255
-    cd LOG/host
+    [[ $(cat LOG/slice) == ACTIVE ]] || exit 1
+    cd LOG/host || exit 255
     command="${@: -1}"
     case "$command" in
-    *"uv venv"*) mkdir -p clipmoe/.venv/bin && cp -r launch clipmoe && cp python clipmoe/.venv/bin ;;
+    *"uv venv"*)
+        [[ ! -e LOG/no_python ]] || exit 1
+        rm -rf clipmoe && mkdir -p clipmoe/.venv/bin && cp -r launch clipmoe && cp python clipmoe/.venv/bin ;;
     *tail*)
         if [[ ! -e LOG/interrupted ]]; then
             touch LOG/interrupted
@@ -162,12 +168,14 @@ esac
 
 @pytest.fixture
 def slice_of_one(tmp_path):
-    """The PATH with a `gcloud`, and a `sleep` that does not."""
+    """The PATH with a `gcloud`, and a `sleep` that does not. The run ends with each of the codes in turn."""
 
-    def make(interruption, seconds=0, code=0):
+    def make(interruption=":", seconds=0, codes=(0,)):
         (tmp_path / "host").mkdir()
         (tmp_path / "host" / "launch").symlink_to(LAUNCH)
-        text = f'echo "$@" >> {tmp_path}/runs; echo loss 0.1; /bin/sleep {seconds}; exit {code}'
+        code = f"codes=({' '.join(map(str, codes))}); exit ${{codes[$(wc -l < {tmp_path}/runs) - 1]}}"
+        began = f'echo "$@" >> {tmp_path}/runs; echo loss 0.1; trap "exit 75" TERM'
+        text = f"{began}; /bin/sleep {seconds} & wait $!; {code}"
         stand_in(tmp_path / "host", "python", text)
         stand_in(tmp_path, "sleep", "")
         gcloud = GCLOUD.replace("INTERRUPTION", interruption).replace("LOG", str(tmp_path))
@@ -176,53 +184,107 @@ def slice_of_one(tmp_path):
     return make
 
 
+def changes(tmp_path):
+    """What was done to slices, in order."""
+    calls = [line.split()[1] for line in (tmp_path / "calls").read_text().splitlines()]
+    return [call for call in calls if call not in ("describe", "list", "ssh")]
+
+
 def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, slice_of_one):
     path = slice_of_one("echo SUSPENDED > LOG/slice")
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
     assert done.returncode == 0, done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    did = [call.split()[1] for call in calls if call != "queued-resources describe"]
-    attempt = ["create", "scp", "ssh", "ssh", "ssh"]  # copy, install, start, follow
-    assert did == ["list", *attempt, "delete", *attempt, "ssh", "delete"]  # the second's end has a code
+    assert changes(tmp_path) == 2 * ["create", "scp", "delete"]
     assert (tmp_path / "runs").read_text() == 2 * "-m clipmoe_jax.main --config=x\n"
 
 
-def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path, slice_of_one):
-    done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=slice_of_one(":", code=3))
-    assert done.returncode == 3
+def test_a_slice_that_is_deleted_is_not(tmp_path, slice_of_one):
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=slice_of_one("rm LOG/slice"))
+    assert done.returncode == 1 and "l14 was deleted" in done.stderr
+    assert changes(tmp_path) == ["create", "scp"]
+
+
+@pytest.mark.parametrize("code", [3, 255])
+def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path, slice_of_one, code):
+    done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=slice_of_one(codes=[code]))
+    assert done.returncode == code
     assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x\n"
     assert (tmp_path / "slice").exists()  # kept
 
 
+STOPPED = {
+    "a host shuts down": "pkill -TERM -P $(cat clipmoe/run.pid); /bin/sleep 1",
+    "a host boots again": "pid=$(cat clipmoe/run.pid); kill -9 $pid $(pgrep -P $pid)",
+}
+
+
+@pytest.mark.parametrize("interruption", STOPPED.values(), ids=STOPPED)
+def test_a_run_that_is_stopped_starts_again(tmp_path, slice_of_one, interruption):
+    path = slice_of_one(f"/bin/sleep 0.5; {interruption}", seconds=2)
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "the run was stopped" in done.stderr and changes(tmp_path) == ["create", "scp", "scp", "delete"]
+
+
 def test_a_run_goes_on_without_a_connection(tmp_path, slice_of_one):
-    path = slice_of_one("echo 3 > LOG/offline", seconds=1)
+    path = slice_of_one("echo 4 > LOG/offline", seconds=1)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", "--workdir=two words' end", PATH=path)
     assert done.returncode == 0, done.stderr
-    assert "connection to l14 was lost" in done.stderr and "loss 0.1" in done.stdout
     assert done.stderr.count("no answer about l14, asking again: ERROR") == 3
+    assert "the connection to l14 was lost" in done.stderr and "loss 0.1" in done.stdout
+    assert changes(tmp_path) == ["create", "scp", "delete"]
     assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x --workdir=two words' end\n"
 
 
+def test_a_host_that_cannot_be_reached_is_left_as_it_is(tmp_path, slice_of_one):
+    path = slice_of_one()
+    (tmp_path / "slice").write_text("ACTIVE")
+    (tmp_path / "host").rename(tmp_path / "elsewhere")
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
+    assert done.returncode == 1 and "no connection to l14: what runs there goes on" in done.stderr
+    assert changes(tmp_path) == []
+
+
+def test_a_slice_on_which_nothing_can_be_installed_is_left(tmp_path, slice_of_one):
+    path = slice_of_one()
+    (tmp_path / "no_python").touch()
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
+    assert done.returncode == 1 and "nothing was started on l14" in done.stderr
+    assert changes(tmp_path) == ["create", "scp"]
+
+
+def test_a_request_that_waits_keeps_its_place(tmp_path, slice_of_one):
+    path = slice_of_one()
+    (tmp_path / "slice").write_text("WAITING_FOR_RESOURCES")
+    stand_in(tmp_path, "sleep", f"echo ACTIVE > {tmp_path}/slice")
+    done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert changes(tmp_path) == ["scp", "delete"]
+
+
 def test_without_a_connection_nothing_begins(tmp_path, slice_of_one):
-    path = slice_of_one(":")
+    path = slice_of_one()
     (tmp_path / "offline").write_text("1")
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
     assert done.returncode == 1 and "problem connecting" in done.stderr
     assert (tmp_path / "calls").read_text() == "queued-resources list\n"
 
 
-def test_the_same_command_again_follows_the_run(tmp_path, slice_of_one):
-    command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU_POD, "--", "--config=x"]
-    environment = os.environ | {"PATH": slice_of_one("/bin/sleep 60", seconds=3)}
+@pytest.mark.parametrize(("seconds", "code"), [(3, 0), (0, 3)])
+def test_the_same_command_again_follows_the_run(tmp_path, slice_of_one, seconds, code):
+    """Also one that has ended since; after that it starts another."""
+    command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU_POD, "--keep", "--", "--config=x"]
+    environment = os.environ | {"PATH": slice_of_one("/bin/sleep 60", seconds, codes=(code, 5))}
     with subprocess.Popen(command, env=environment, start_new_session=True) as first:
         while not (tmp_path / "interrupted").exists():
             time.sleep(0.05)
         os.killpg(first.pid, signal.SIGKILL)
-    assert (tmp_path / "slice").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "loss 0.1" in done.stdout
-    assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x\n"
+    for expected, runs in ((code, 1), (5, 2)):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == expected, done.stderr
+        assert "loss 0.1" in done.stdout
+        assert ("following the run that is on l14" in done.stderr) == (runs == 1)
+        assert (tmp_path / "runs").read_text() == runs * "-m clipmoe_jax.main --config=x\n"
 
 
 # Fields of jobset.sigs.k8s.io/docs/reference/jobset (v1alpha2) and of Kubernetes' Job and Pod that are used.
