@@ -49,9 +49,12 @@ def run_once(arguments: argparse.Namespace) -> int:
             log = None
             if i:
                 log = stack.enter_context((arguments.logs / f"local-{i}.log").open("a"))
-            started = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+            # In a group of its own, or a terminal's Ctrl-C would reach it as such, and not as SIGTERM.
+            started = subprocess.Popen(
+                command, env=os.environ | environment, stdout=log, stderr=log, process_group=0
+            )
             processes.append(stack.enter_context(started))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: [p.send_signal(signal.SIGTERM) for p in processes])
         return wait(processes)
 

@@ -246,6 +246,10 @@ def test_a_users_checkpoint_and_images(users_files, tmp_path):
     assert "mlp" in clip.params["visual"]["resblocks_0"] and "moe" in clip.params["visual"]["resblocks_1"]
     assert float(clip.params["logit_scale"]) == pytest.approx(np.log(100), rel=1e-6)
     (line,) = config.evaluations
+    (folder,) = (tmp_path / "evaluated" / "base").glob("retrieval-*")
+    made_from = json.loads((folder / "done.json").read_text())["inputs"]
+    records = Records(config.data.train, "train[:20]")
+    assert made_from["contents"] == {"path": records.fingerprint}  # other data there is noticed
     for title in ("base", "stage 1 alone", "CLIP-MoE"):
         # 20 images are easier to tell apart than 48.
         found = results[title]["evaluations"][line]

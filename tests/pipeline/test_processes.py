@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -265,6 +266,25 @@ def test_local_py_starts_what_it_says(tmp_path):
     assert len(lines) == 2 and "CLIPMOE_PROCESS_ID=1" in lines[1]
     assert lines[0].endswith("-m clipmoe_jax.main --config=configs/demo.py:small '--workdir=two words'")
     assert "JAX_NUM_CPU_DEVICES=4" in lines[0]
+
+
+def test_ctrl_c_to_local_py_stops_the_run_as_sigterm_does(tmp_path):
+    (tmp_path / "clipmoe_jax").mkdir()
+    (tmp_path / "clipmoe_jax" / "main.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "pathlib.Path(sys.argv[1]).open('a').write('started ')\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "began").touch()
+    command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), "--restarts=1", "--", "began"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
+        for started in (2, 4):
+            while (tmp_path / "began").read_text() != started * "started ":
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGINT)
+    assert process.returncode == 75
 
 
 def test_local_py_ends_the_others_when_one_fails(tmp_path):
