@@ -6,9 +6,11 @@ on with, and renamed when whole. Its `checkpoints/` serve until then and are del
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
     path: the folder. inputs: {config field: value} that it depends on. build: given the unfinished folder,
     fills it (going on with what it finds there) and returns what it measured, for done.json.
     Raises ValueError naming the first differing field if the folder, whole or unfinished, was made from
-    others.
+    others, and BusyError if another process is making it.
     """
     path = epath.Path(path)
     inputs = _as_json(inputs)
@@ -47,19 +49,20 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
             _delete(unfinished)  # killed before it wrote what it is made from
             unfinished.mkdir(parents=True)
             write_json(unfinished / "inputs.json", inputs)
-    distributed.barrier(f"{path} begins")
-    measured = build(unfinished)
-    distributed.barrier(f"{path} is made")
-    if distributed.is_main():
-        done = {
-            "inputs": inputs,
-            "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
-            "measured": measured,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        }
-        write_json(unfinished / "done.json", done)
-        _finish(unfinished, path)
-        _tidy(path)
+    with _alone(unfinished) if distributed.is_main() else contextlib.nullcontext():
+        distributed.barrier(f"{path} begins")
+        measured = build(unfinished)
+        distributed.barrier(f"{path} is made")
+        if distributed.is_main():
+            done = {
+                "inputs": inputs,
+                "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+                "measured": measured,
+                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            }
+            write_json(unfinished / "done.json", done)
+            _finish(unfinished, path)
+            _tidy(path)
     distributed.barrier(f"{path} is whole")
     return True
 
@@ -115,26 +118,52 @@ def new_folder(
     """A folder to fill, `path`.unfinished, which becomes `path` when the block ends without an error.
 
     What a killed process left of an earlier attempt is thrown away, unless it was made from the same
-    `inputs`; what an error leaves, unless keep_failed. Raises ValueError if `path` is there.
+    `inputs`; what an error leaves, unless keep_failed. Raises ValueError if `path` is there, and BusyError if
+    another process is making it.
     """
     path = epath.Path(path)
     if path.exists():
         raise ValueError(f"--out={path} exists already: delete it or pick another --out.")
     unfinished = path.parent / f"{path.name}.unfinished"
     made_from = unfinished / "inputs.json"
-    if inputs is None or not made_from.exists() or json.loads(made_from.read_text()) != inputs:
-        _delete(unfinished)
-        unfinished.mkdir(parents=True)
-    if inputs is not None:
-        write_json(made_from, dict(inputs))
-    try:
-        yield unfinished
-    except BaseException:
-        if not keep_failed:
-            _delete(unfinished)
-        raise
-    made_from.unlink(missing_ok=True)
-    unfinished.rename(path)
+    left = unfinished.exists()
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with _alone(unfinished):
+        same = inputs is not None and made_from.exists() and json.loads(made_from.read_text()) == inputs
+        if left and not same:
+            for item in unfinished.iterdir():
+                item.rmtree() if item.is_dir() else item.unlink()
+        if inputs is not None:
+            write_json(made_from, dict(inputs))
+        try:
+            yield unfinished
+        except BaseException:
+            if not keep_failed:
+                _delete(unfinished)
+            raise
+        made_from.unlink(missing_ok=True)
+        unfinished.rename(path)
+
+
+class BusyError(ValueError):
+    """Another process is making the folder."""
+
+
+@contextlib.contextmanager
+def _alone(unfinished: epath.Path) -> Iterator[None]:
+    """Nobody else makes the folder meanwhile: a lock that ends with the process, where there are such."""
+    with contextlib.ExitStack() as stack:
+        if not in_bucket(unfinished):
+            descriptor = os.open(unfinished, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"another process is making {unfinished}: wait until it has ended, or end it"
+                raise BusyError(message) from None
+            except OSError:  # NFS has none for folders
+                pass
+        yield
 
 
 def write_json(path: epath.Path, content: Any) -> None:

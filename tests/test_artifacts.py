@@ -207,3 +207,21 @@ def test_an_unfinished_artifact_gives_way_to_a_copy_of_the_same_inputs_alone(tmp
     assert artifacts.copy(tmp_path / "same", INPUTS, others) == tmp_path / "b" / "base"
     with pytest.raises(ValueError, match="other.unfinished was made with mcl.seed=7, the config says 0"):
         artifacts.copy(tmp_path / "other", INPUTS, others)
+
+
+def test_what_another_process_makes_is_left_to_it(tmp_path):
+    """A command that was started twice; the second says so and touches nothing."""
+
+    def twice(folder):
+        with pytest.raises(artifacts.BusyError, match="another process is making .*base.unfinished: wait"):
+            artifacts.make(tmp_path / "base", INPUTS, never)
+        return {}
+
+    artifacts.make(tmp_path / "base", INPUTS, twice)
+    for keep_failed in (True, False):
+        with artifacts.new_folder(tmp_path / f"out_{keep_failed}", keep_failed=keep_failed) as folder:
+            (folder / "part").touch()
+            with pytest.raises(artifacts.BusyError):
+                with artifacts.new_folder(tmp_path / f"out_{keep_failed}", keep_failed=keep_failed):
+                    raise AssertionError("two at once")
+        assert (tmp_path / f"out_{keep_failed}" / "part").exists()
