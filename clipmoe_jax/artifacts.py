@@ -49,7 +49,7 @@ def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Pat
             _delete(unfinished)  # killed before it wrote what it is made from
             unfinished.mkdir(parents=True)
             write_json(unfinished / "inputs.json", inputs)
-    with _alone(unfinished) if distributed.is_main() else contextlib.nullcontext():
+    with _alone(unfinished):
         distributed.barrier(f"{path} begins")
         measured = build(unfinished)
         distributed.barrier(f"{path} is made")
@@ -153,7 +153,7 @@ class BusyError(ValueError):
 def _alone(unfinished: epath.Path) -> Iterator[None]:
     """Nobody else makes the folder meanwhile: a lock that ends with the process, where there are such."""
     with contextlib.ExitStack() as stack:
-        if not in_bucket(unfinished):
+        if distributed.is_main() and not in_bucket(unfinished):
             descriptor = os.open(unfinished, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             try:

@@ -135,6 +135,14 @@ start() {
         || { nohup bash -c $(printf '%q' "$run") > run.log 2>&1 < /dev/null & echo \$! > run.pid; }; }"
 }
 
+# After something that failed on the hosts: ends this script, unless the slice was taken away.
+taken_away() {
+    case "$(state)" in
+    ACTIVE) exit 1 ;;
+    NONE) echo "$name was deleted" >&2 && exit 1 ;;
+    esac
+}
+
 # Prints the run's log until it has ended, and sets `code` to its exit code: 75 if it was stopped, or its slice
 # taken away.
 follow() {
@@ -154,11 +162,8 @@ follow() {
         echo "the connection to $name was lost; the run goes on there" >&2
         sleep 30
     done
-    case "$(state)" in
-    ACTIVE) exit 1 ;;
-    NONE) echo "$name was deleted" >&2 && exit 1 ;;
-    *) code=75 ;;
-    esac
+    taken_away
+    code=75
 }
 
 if $dry_run; then
@@ -180,16 +185,14 @@ for ((i = 0; i <= restarts && code == 75; i++)); do
     fi
     get_slice
     if ! found=$(ask_all "if [[ -e clipmoe/run.pid ]]; then echo a run is here; fi"); then
-        [[ "$(state)" != ACTIVE ]] || exit 1
+        taken_away
         continue
     fi
     if [[ "$found" == *"a run is here"* ]]; then
         echo "following the run that is on $name: its arguments and its code, not these, count" >&2
     elif ! { install && start "$@"; }; then
-        if [[ "$(state)" == ACTIVE ]]; then
-            echo "nothing was started on $name, which is left there: the same command tries again" >&2
-            exit 1
-        fi
+        echo "nothing was started on $name: the same command tries again" >&2
+        taken_away
         continue
     fi
     follow

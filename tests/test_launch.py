@@ -66,7 +66,7 @@ def test_dry_runs():
     assert "srun --kill-on-bad-exit=1" in slurm and slurm.rstrip().endswith(r"--workdir=two\ words")
     lines = run("tpu_pod.sh", *TPU_POD, "--spot", "--dry-run", "--", *config).stdout.splitlines()
     assert lines[0].startswith("gcloud compute tpus queued-resources create l14") and "--spot" in lines[0]
-    assert "--worker=all" in lines[-2] and "node.sh" in lines[-2]
+    assert "--worker=all" in lines[-2] and "clipmoe_jax.main" not in lines[-2] and "node.sh" in lines[-2]
     assert "queued-resources delete l14" in lines[-1]
 
 

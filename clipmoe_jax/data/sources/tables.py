@@ -63,9 +63,7 @@ class Csv:
                     row = next(rows)
                 except StopIteration:
                     return
-                except (
-                    csv.Error
-                ) as error:  # a quote that does not close, and takes in rows up to the next one
+                except csv.Error as error:  # a quote takes in rows up to the next one
                     yield None, 1 + rows.line_num, f"{error}: is a quote not closed?"
                     continue
                 number = 1 + rows.line_num
