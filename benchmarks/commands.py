@@ -88,8 +88,8 @@ def loader(num_images: int = 256) -> list[dict[str, Any]]:
     import numpy as np
 
     from benchmarks import data
+    from clipmoe_jax.data.preparation import prepare
     from clipmoe_jax.data.sources import Pair
-    from clipmoe_jax.prepare import prepare
 
     rng, rows = np.random.default_rng(0), []
     files = [data.natural_image(rng) for _ in range(num_images)]

@@ -24,15 +24,16 @@ import numpy as np
 from PIL import Image
 
 from clipmoe_jax.data import loader
-from clipmoe_jax.data.packing import PackedText, pack, place_captions
+from clipmoe_jax.data.packing import pack, place_captions
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.sources import Pair
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
+from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.models.clip import VARIANTS, Clip
+from clipmoe_jax.models.inputs import END_ID, PackedText
 from clipmoe_jax.models.transformer import RunConfig
-from clipmoe_jax.prepare import prepare
 
 WORDS = (
     "a the small red large wooden table next to window man dog holding standing blue sky with of on".split()

@@ -28,8 +28,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from benchmarks.collectives import sent
-    from clipmoe_jax import sharding
-    from clipmoe_jax.evaluation.cost import interleaved_seconds
+    from clipmoe_jax.analysis.cost import interleaved_seconds
+    from clipmoe_jax.core import sharding
     from clipmoe_jax.models.moe import MoeMlp
     from clipmoe_jax.models.transformer import quick_gelu
 

@@ -21,7 +21,8 @@ import time
 
 import numpy as np
 
-from clipmoe_jax import checkpoints, trees
+from clipmoe_jax.core import trees
+from clipmoe_jax.models.model_folder import load_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,8 +55,8 @@ def compare(workdir: pathlib.Path, whole: pathlib.Path) -> int:
     """Raises AssertionError at the first array that is not the same; returns how many were compared."""
     count = 0
     for model in sorted(path.parent.relative_to(whole) for path in whole.glob("**/model.json")):
-        expected = trees.flatten(checkpoints.load_model(whole / model)[1])
-        for name, leaf in trees.flatten(checkpoints.load_model(workdir / model)[1]).items():
+        expected = trees.flatten(load_model(whole / model)[1])
+        for name, leaf in trees.flatten(load_model(workdir / model)[1]).items():
             np.testing.assert_array_equal(leaf, expected[name], err_msg=f"{model}: {name}")
             count += 1
     for path in sorted(whole.glob("stage_*/*/*.npy")):

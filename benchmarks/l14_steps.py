@@ -57,7 +57,7 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
     import jax
 
     from clipmoe_jax import config as configs
-    from clipmoe_jax import sharding
+    from clipmoe_jax.core import sharding
     from clipmoe_jax.planning.abstract import abstract_step
     from clipmoe_jax.planning.trainings import trainings
 

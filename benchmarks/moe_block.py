@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from benchmarks import timing
 from clipmoe_jax import config as configs
-from clipmoe_jax import sharding
-from clipmoe_jax.evaluation.cost import interleaved_seconds
+from clipmoe_jax.analysis.cost import interleaved_seconds
+from clipmoe_jax.core import sharding
 from clipmoe_jax.models.moe import MoeMlp
 from clipmoe_jax.models.transformer import Mlp, quick_gelu
 

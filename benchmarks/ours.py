@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from benchmarks import moe_block
 from benchmarks.timing import Program
 from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_choices
-from clipmoe_jax import sharding, trees
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.models.attention import attention, implementations
-from clipmoe_jax.models.clip import normalize_features
-from clipmoe_jax.models.encoder import METHODS, make_encode
+from clipmoe_jax.models.clip import METHODS, normalize_features
 from clipmoe_jax.train.step import TrainState, init_state, make_train_step
 
 NAME, PEER = "clipmoe_jax", "PyTorch"

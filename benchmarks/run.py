@@ -30,7 +30,7 @@ from benchmarks import commands
 from benchmarks.sides import Row, Sides, say
 from benchmarks.table import format_found
 from benchmarks.worker import OURS
-from clipmoe_jax.accelerators import of_kind
+from clipmoe_jax.core.accelerators import of_kind
 
 ON_DEVICE = ("peak", "towers", "attention", "moe", "steps", "settings", "embed")
 SECTIONS = (*ON_DEVICE, *commands.SECTIONS)

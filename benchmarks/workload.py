@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from clipmoe_jax import checkpoints, trees
 from clipmoe_jax import config as configs
+from clipmoe_jax.core import trees
 from clipmoe_jax.data.packing import pack, place_captions
-from clipmoe_jax.data.tokenizer import END_ID, PAD_ID, START_ID
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.attention import implementations
-from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.experts import grouped_mlps
+from clipmoe_jax.models.inputs import END_ID, PAD_ID, START_ID
 from clipmoe_jax.models.transformer import REMAT
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import MAX_LOGIT_SCALE, LossConfig
@@ -147,7 +147,7 @@ class Workload:
     def step_flops(self, kind: str) -> float:
         """Of a step's towers, forward and backward, padding left out; nothing computed again counts."""
         config = self.model(kind).config
-        names = trees.flatten(checkpoints.abstract_params(config))
+        names = trees.flatten(abstract_params(config))
         trains = trees.match_rules(RULES[kind], list(names))
 
         def of_length(tower: str, length: int) -> float:

@@ -8,12 +8,13 @@ import numpy as np
 from PIL import Image
 
 from clipmoe_jax import config as configs
-from clipmoe_jax import sharding
+from clipmoe_jax.core import sharding
 from clipmoe_jax.data.preprocess import preprocess_image
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features
-from clipmoe_jax.models.encoder import make_encode
+from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import RunConfig
 
 

@@ -9,13 +9,14 @@ folder holds and how to use it stands in the README.md that is written into it, 
 from absl import flags, logging
 from etils import epath
 
-from clipmoe_jax import artifacts, cli
+from clipmoe_jax.core import artifacts, cli
+from clipmoe_jax.data import tokenizer
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import Loaded, read_model
-from clipmoe_jax.model_card import model_card
+from clipmoe_jax.reporting.model_card import model_card
 
 WRITERS = {
-    "huggingface": export.write_huggingface,
+    "huggingface": lambda *model: export.write_huggingface(*model, tokenizer.backend()),
     "openclip": export.write_openclip,
     "clipmoe": export.write_clipmoe,
 }
@@ -50,7 +51,9 @@ def convert(
             image_size=image_size,
             dtype=dtype,
         )
-        (folder / "README.md").write_text(model_card(source, model, to, epath.Path(out).name))
+        (folder / "README.md").write_text(
+            model_card(source, model.config, model.params, model.source, to, epath.Path(out).name)
+        )
         WRITERS[to](folder, model.config, model.params)
     return model
 

@@ -15,16 +15,16 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from clipmoe_jax import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax import config as configs
+from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import expert_as_dense
+from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, parse_evaluation
 from clipmoe_jax.evaluation.subject import Subject
-from clipmoe_jax.evaluation.table import short_name
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
-from clipmoe_jax.models.encoder import Encoder
+from clipmoe_jax.reporting.text_tables import short_name
 
 
 def evaluate(

@@ -25,22 +25,23 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from clipmoe_jax import artifacts, cli, distributed, sharding
 from clipmoe_jax import config as configs
-from clipmoe_jax.accelerators import ACCELERATORS
+from clipmoe_jax.core import artifacts, cli, distributed, sharding
+from clipmoe_jax.core.accelerators import ACCELERATORS
+from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import make_baselines
+from clipmoe_jax.dmu.recipes import CLIP_MOE
+from clipmoe_jax.dmu.results import evaluate, evaluate_stage, is_wanted
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.evaluation.evaluate import CLIP_MOE, evaluate, evaluate_stage, is_wanted
 from clipmoe_jax.evaluation.evaluations import parse_evaluation
-from clipmoe_jax.evaluation.table import draw_figure, format_results, format_table, has_retrieval
-from clipmoe_jax.metrics import Metrics
-from clipmoe_jax.planning.format import format_plan, format_scaling
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.planning.scaling import weak_scaling
 from clipmoe_jax.planning.trainings import check_mesh, trainings
 from clipmoe_jax.report import write_report
+from clipmoe_jax.reporting.plan_tables import format_plan, format_scaling
+from clipmoe_jax.reporting.text_tables import draw_figure, format_results, format_table, has_retrieval
 
 
 def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:

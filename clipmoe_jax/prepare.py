@@ -10,250 +10,10 @@ images as they came or, by --pixels, as a model takes them. Beside it lie `repor
 goes on with the file it was writing when the same command starts again.
 """
 
-import functools
-import hashlib
-import itertools
-import json
-import os
-from collections import Counter
-from collections.abc import Iterable, Sized
-from typing import NamedTuple, Protocol, TextIO
-
-import numpy as np
-import tensorflow_datasets as tfds
 from absl import flags, logging
-from array_record.python import array_record_module
-from etils import epath
-from tqdm import tqdm
 
-from clipmoe_jax import artifacts, cli
-from clipmoe_jax.data import records, sources
-from clipmoe_jax.data.decoding import map_decoding
-from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
-from clipmoe_jax.data.sources import BadRecord, Pair
-from clipmoe_jax.data.tokenizer import word_ids
-from clipmoe_jax.paths import in_bucket
-
-
-class Source(Sized, Iterable, Protocol):
-    """What `prepare` reads: its length, and Pair or BadRecord one at a time."""
-
-
-# Entries of the source in a file, unless `num_shards` says otherwise: some 600 MB of pixels or photographs. A
-# killed run goes on with the first file that is not whole.
-ENTRIES_PER_SHARD = 4096
-
-
-def prepare(
-    source: Source,
-    out: str,
-    *,
-    split: str = "train",
-    max_bad_fraction: float = 1e-3,
-    num_shards: int | None = None,
-    pixels: int | None = None,
-    name: str = "",
-) -> dict:
-    """Writes the source's pairs to the folder `out`, in their order, leaving bad records out.
-
-    Every image is decoded once to make sure that it can be, and every caption tokenised to know its
-    length. The work happens in `out`.unfinished, which becomes `out` when it is whole.
-
-    Args:
-        source: the pairs.
-        out: a folder that does not exist yet.
-        split: the name of the split to write.
-        max_bad_fraction: of the source's entries, how many may be bad.
-        num_shards: files to write; None makes them of ENTRIES_PER_SHARD entries each.
-        pixels: writes images preprocessed at this size, pixels·pixels·3 bytes each, and captions
-            tokenised, which reads many times as fast; None writes image files as they came.
-        name: of the source. A killed run with the same name and arguments is gone on with, and the
-            result is the same byte for byte; without a name it starts anew.
-
-    Returns:
-        The report: {"pairs", "captions", "image_bytes", "sha256" of the records, "pixels", "bad",
-        "bad_by_kind"}.
-
-    Raises:
-        ValueError: too many bad records, no usable pair, `out` taken or in a bucket, or an argument that
-            is out of range.
-    """
-    if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"--max_bad_fraction={max_bad_fraction} is not a fraction from 0 to 1.")
-    if num_shards is not None and num_shards < 1:
-        raise ValueError(f"--num_shards={num_shards} is too few: use 1 or more.")
-    if pixels is not None and pixels < 1:
-        raise ValueError(f"--pixels={pixels} is no size: use that of the model, such as 224.")
-    if not split.isidentifier() or split == "all":
-        raise ValueError(f"--split={split} cannot name a split: use a word such as train.")
-    if in_bucket(out):
-        raise ValueError(f"{out} lies in a bucket: prepare on a disk, and copy the folder there.")
-    if not len(source):
-        raise ValueError("The source is empty: check --source.")
-    per_shard = -(-len(source) // num_shards) if num_shards else ENTRIES_PER_SHARD
-    num_shards = -(-len(source) // per_shard)
-    inputs = {"name": name, "entries": len(source), "per_shard": per_shard, "split": split, "pixels": pixels}
-    # A folder that an error leaves has a log that tells why.
-    with artifacts.new_folder(epath.Path(out), keep_failed=True, inputs=inputs if name else None) as folder:
-        data = folder / records.NAME / records.VERSION
-        data.mkdir(parents=True, exist_ok=True)
-        entries, parts = iter(source), []
-        progress = tqdm(total=len(source), unit="pair", disable=None)
-        with (folder / "bad_records.jsonl").open("w") as log, progress:
-            bad = _BadRecords(log, len(source), max_bad_fraction)
-            for k in range(num_shards):
-                path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
-                shard = itertools.islice(entries, per_shard)
-                parts.append(_make_shard(shard, path, pixels, bad, progress))
-        report = {name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")}
-        if not report["pairs"]:
-            raise ValueError(f"No usable pair in {len(source):,} records: {bad.summary()}.")
-        digests = "".join(part["sha256"] for part in parts)
-        report["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-        report |= {"pixels": pixels, "bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
-        _write_metadata(data, split, pixels, parts)
-        token_counts = [count for part in parts for count in part["token_counts"]]
-        with (folder / f"token_counts-{split}.npy").open("wb") as file:
-            np.save(file, np.array(token_counts, np.uint16))
-        artifacts.write_json(folder / "report.json", report)
-        for path in data.glob("*.done.json"):
-            path.unlink()
-    return report
-
-
-class _BadRecords:
-    """Counts bad records, names them in a log, and stops when there are too many."""
-
-    def __init__(self, log: TextIO, total: int, max_fraction: float):
-        self.counts = Counter()
-        self._log, self._total, self._max_fraction = log, total, max_fraction
-        self._first = []
-
-    def add(self, bad: BadRecord) -> None:
-        self.counts[bad.kind] += 1
-        self._log.write(json.dumps(bad._asdict()) + "\n")
-        if len(self._first) < 3:
-            self._first.append(f"{bad.id} ({bad.kind}: {bad.detail})")
-        if self.counts.total() > self._max_fraction * self._total:
-            raise ValueError(
-                f"At least {self.counts.total():,} of {self._total:,} records are bad, more than "
-                f"--max_bad_fraction={self._max_fraction:g} allows: {self.summary()}; first "
-                f"{', '.join(self._first)}. Raise --max_bad_fraction, or fix them and delete --out's "
-                ".unfinished folder, which keeps what was read."
-            )
-
-    def summary(self) -> str:
-        return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
-
-
-def _make_shard(
-    entries: Iterable[Pair | BadRecord],
-    path: epath.Path,
-    pixels: int | None,
-    bad: _BadRecords,
-    progress: tqdm,
-) -> dict:
-    """Writes one file, whole or not at all, unless it is there.
-
-    Returns what it counted: {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records,
-    "sha256" of the others}.
-    """
-    done = path.parent / f"{path.name}.done.json"
-    if done.exists():
-        part = json.loads(done.read_text())
-        for fields in part["bad"]:
-            bad.add(BadRecord(**fields))
-        progress.update(sum(1 for _ in entries))  # read past them
-        return part
-    part = {"pairs": 0, "captions": 0, "image_bytes": 0, "token_counts": [], "bad": []}
-    digest = hashlib.sha256()
-    serializer = tfds.core.example_serializer.ExampleSerializer(_features(pixels).get_serialized_info())
-    unfinished = path.parent / f"{path.name}.unfinished"
-    # Neither JPEG files nor pixels get much smaller by compression, and reading is half as fast then.
-    writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1,uncompressed")
-    try:
-        for record in map_decoding(functools.partial(_decode, pixels=pixels), entries):
-            progress.update()
-            if isinstance(record, BadRecord):
-                part["bad"].append(record._asdict())
-                bad.add(record)
-                continue
-            example = serializer.get_tf_example(_features(pixels).encode_example(record.example))
-            serialized = example.SerializeToString(deterministic=True)
-            writer.write(serialized)
-            digest.update(serialized)
-            part["pairs"] += 1
-            part["captions"] += record.num_captions
-            part["image_bytes"] += record.image_bytes
-            part["token_counts"].append(record.token_count)
-    finally:
-        writer.close()
-    unfinished.replace(path)
-    part["sha256"] = digest.hexdigest()
-    artifacts.write_json(done, part)
-    return part
-
-
-class _Ready(NamedTuple):
-    """A pair as it is written, and what is counted of it."""
-
-    example: dict
-    num_captions: int
-    image_bytes: int
-    token_count: int
-
-
-def _decode(record: Pair | BadRecord, pixels: int | None) -> _Ready | BadRecord:
-    if isinstance(record, BadRecord):
-        return record
-    try:
-        image = preprocess_image(record.image, pixels or 32)
-    except UnreadableImageError as error:
-        return BadRecord(record.id, "unreadable image", str(error))
-    words = word_ids(record.captions)
-    example = {"id": record.id, "captions": record.captions}
-    if pixels is None:
-        example["image"] = record.image
-    else:
-        ids = np.concatenate([[*of_one, records.CAPTION_END] for of_one in words])
-        example |= {"pixels": image.tobytes(), "tokens": ids.astype("<u2").tobytes()}
-    longest = min(2 + max(map(len, words)), np.iinfo(np.uint16).max)
-    return _Ready(example, len(words), len(record.image), longest)
-
-
-@functools.cache
-def _features(pixels: int | None) -> tfds.features.FeaturesDict:
-    text = tfds.features.Text()
-    features = {"id": text, "captions": tfds.features.Sequence(text)}
-    if pixels is None:
-        return tfds.features.FeaturesDict(features | {"image": tfds.features.Image(shape=(None, None, 3))})
-    raw = tfds.features.Tensor(shape=(), dtype=np.bytes_)  # uint8 (S, S, 3); uint16, CAPTION_END after each
-    return tfds.features.FeaturesDict(features | {"pixels": raw, "tokens": raw})
-
-
-def _write_metadata(data: epath.Path, split: str, pixels: int | None, parts: list[dict]) -> None:
-    """What makes the files a TFDS data set."""
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=data, dataset_name=records.NAME, split=split, filetype_suffix="array_record"
-    )
-    info = tfds.core.SplitInfo(
-        name=split,
-        shard_lengths=[part["pairs"] for part in parts],
-        num_bytes=sum(part["image_bytes"] for part in parts),
-        filename_template=template,
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=data, features=_features(pixels), split_infos=[info], check_data=False
-    )
-
-
-def _stamp(source: str) -> str:
-    """Changes with a source that is one file: what was read of another is not gone on with."""
-    path = source.partition(":")[2]
-    if not os.path.isfile(path):
-        return ""
-    found = os.stat(path)
-    return f"{found.st_size} {found.st_mtime_ns}"
+from clipmoe_jax.core import cli
+from clipmoe_jax.data import preparation, sources
 
 
 def main(argv: list[str]) -> None:
@@ -261,14 +21,14 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS logs each thing it does
     options = flags.FLAGS
-    report = prepare(
+    report = preparation.prepare(
         sources.open_source(options.source, options.images),
         options.out,
         split=options.split,
         max_bad_fraction=options.max_bad_fraction,
         num_shards=options.num_shards,
         pixels=options.pixels,
-        name=f"{options.source} {options.images or ''} {_stamp(options.source)}",
+        name=f"{options.source} {options.images or ''} {preparation.source_stamp(options.source)}",
     )
     print(
         f"{options.out}: {report['pairs']:,} pairs with {report['captions']:,} captions, "
@@ -284,7 +44,11 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "The folder to make.")
     flags.DEFINE_string("split", "train", "The name of the split to write.")
     flags.DEFINE_float("max_bad_fraction", 1e-3, "Stop if a larger part of the records is bad.")
-    flags.DEFINE_integer("num_shards", None, f"Files to write; of {ENTRIES_PER_SHARD} entries if not given.")
+    flags.DEFINE_integer(
+        "num_shards",
+        None,
+        f"Files to write; one for every {preparation.ENTRIES_PER_SHARD} entries if not given.",
+    )
     flags.DEFINE_integer("pixels", None, "Store images preprocessed at this size, captions tokenised.")
     flags.mark_flags_as_required(["source", "out"])
 

@@ -9,8 +9,8 @@ them.
 from absl import flags, logging
 from etils import epath
 
-from clipmoe_jax import cli
-from clipmoe_jax.paths import written_whole
+from clipmoe_jax.core import cli
+from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.reporting.page import render
 
 

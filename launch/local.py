@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-EXIT_PREEMPTED = 75  # clipmoe_jax.distributed.EXIT_PREEMPTED, without importing JAX
+EXIT_PREEMPTED = 75  # clipmoe_jax.core.distributed.EXIT_PREEMPTED, without importing JAX
 GRACE_SECONDS = 90
 
 

@@ -32,7 +32,12 @@ import pytest
 
 # These take longest, in this order; workers of `pytest -n` get files in the order of the tests.
 LONGEST = (
-    *("pipeline/test_processes.py", "train/test_training.py", "pipeline/test_pipeline.py", "test_plan.py"),
+    *(
+        "pipeline/test_processes.py",
+        "train/test_training.py",
+        "pipeline/test_pipeline.py",
+        "planning/test_plan.py",
+    ),
     *("pipeline/test_resume.py", "pipeline/test_sweep.py", "pipeline/test_baselines.py"),
     *("models/test_clip.py", "models/test_moe.py", "models/test_golden.py"),
 )
@@ -60,7 +65,7 @@ def golden(golden_dir) -> dict[str, np.ndarray]:
 def scenes(tmp_path_factory) -> pathlib.Path:
     """96 digit scenes prepared as a user's data would be, with detailed captions."""
     from clipmoe_jax.data import digit_scenes
-    from clipmoe_jax.prepare import prepare
+    from clipmoe_jax.data.preparation import prepare
 
     drawn = digit_scenes.make_scenes(96, split="train", seed=0)
     folder = tmp_path_factory.mktemp("scenes") / "prepared"

@@ -1,59 +1,134 @@
-"""The house: a module imports from its own row or the rows above, never from below."""
+"""The house: what each room of clipmoe_jax must not know. CONTRIBUTING.md, "Layout", describes the rooms."""
 
 import ast
 import pathlib
+from typing import NamedTuple
 
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "clipmoe_jax"
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+# A command or the API: what a user runs or imports. Rooms know none of these; `config` describes runs.
+TOP = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "config"))
 
-# README, "The house". Data flows down; `config` describes models and training, so it stands below them.
-ROWS = [
-    ["trees", "paths", "sharding", "distributed", "metrics", "cli", "accelerators"],
-    ["data"],
-    ["models"],
-    ["losses"],
-    ["checkpoints", "artifacts"],
-    ["train"],
-    ["interop"],
-    ["api", "prepare", "config"],
-    ["dmu"],
-    ["evaluation", "planning"],
-    ["reporting"],
-    ["main", "convert", "evaluate", "model_card", "report"],
+
+class Never(NamedTuple):
+    """room must not import any of `others` (dotted below clipmoe_jax), except `allowed`."""
+
+    room: str
+    others: tuple[str, ...]
+    reason: str
+    allowed: tuple[str, ...] = ()
+
+
+def others(*but: str) -> tuple[str, ...]:
+    """Every room but these, `config` and the top level."""
+    return (*(room for room in ROOMS if room not in but), *TOP, "config")
+
+
+NEVERS = [
+    Never("core", others("core"), "the tools at the bottom serve every room and know none"),
+    Never(
+        "data",
+        others("core", "data"),
+        "data is pairs in files: it knows no model and no run",
+        ("models.inputs",),
+    ),
+    Never("models", others("core", "models"), "a model is a function of arrays: it knows no data and no run"),
+    Never(
+        "train",
+        others("core", "data", "models", "train"),
+        "the loop trains what it is given: it knows no stage and no config",
+    ),
+    Never(
+        "interop",
+        others("core", "models", "interop"),
+        "a format is names and arrays: it knows no data set and no run",
+    ),
+    Never(
+        "evaluation",
+        others("core", "data", "models", "evaluation"),
+        "a metric takes arrays, models and data sets: it knows no run",
+    ),
+    Never(
+        "analysis",
+        others("core", "data", "models", "evaluation", "analysis"),
+        "an analysis takes arrays, models and data sets: it knows no run",
+    ),
+    Never(
+        "planning",
+        ("analysis", "dmu", "evaluation", "interop", "reporting", *TOP),
+        "a plan reads the recipe table and traces steps: it runs no stage",
+        ("dmu.recipes",),
+    ),
+    Never(
+        "reporting",
+        ("analysis", "dmu", "interop", "train", *TOP),
+        "a report reads files that a run left: it runs no stage and trains nothing",
+        ("dmu.recipes",),
+    ),
+    Never("dmu", ("planning", "reporting", *TOP), "stages make artifacts: how these are shown is not theirs"),
 ]
-ROW_OF = {room: i for i, row in enumerate(ROWS) for room in row}
 
 
-def modules():
-    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
-
-
-def room(dotted: str) -> str:
-    """`clipmoe_jax.models.clip` -> models."""
-    return dotted.split(".")[1]
-
-
-def imported_rooms(path: pathlib.Path) -> set[str]:
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "clipmoe_jax":
-            names += [f"clipmoe_jax.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clipmoe_jax."):
-            names.append(node.module)
+def imports(source: str) -> set[str]:
+    """Modules of clipmoe_jax that a file imports, dotted below it: `from clipmoe_jax.data import x` is
+    data.x."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names.add(f"relative import in line {node.lineno}")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clipmoe_jax":
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names if alias.name.startswith("clipmoe_jax.")]
-    return {room(name) for name in names}
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "clipmoe_jax"}
+    return {name.removeprefix("clipmoe_jax").removeprefix(".") for name in names}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_only_from_its_row_or_above(path):
-    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    below = {name for name in imported_rooms(path) if ROW_OF[name] > ROW_OF[own]}
-    assert not below, f"{own} (row {ROW_OF[own]}) imports from below: {below}"
+def is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def forbidden(never: Never, source: str) -> set[str]:
+    """What a file of the room imports and must not."""
+    return {
+        name
+        for name in imports(source)
+        if any(is_under(name, other) for other in never.others)
+        and not any(is_under(name, allowed) for allowed in never.allowed)
+    }
+
+
+@pytest.mark.parametrize("never", NEVERS, ids=lambda never: never.room)
+def test_room_knows_only_what_it_may(never):
+    found = {
+        str(path.relative_to(PACKAGE)): names
+        for path in sorted((PACKAGE / never.room).rglob("*.py"))
+        if (names := forbidden(never, path.read_text()))
+    }
+    assert not found, never.reason
+
+
+PLANTED = [(never, other) for never in NEVERS for other in never.others if other not in never.allowed]
+
+
+@pytest.mark.parametrize(("never", "other"), PLANTED, ids=lambda p: p if isinstance(p, str) else p.room)
+def test_a_planted_import_breaks_the_rule(never, other):
+    parent, _, name = f"clipmoe_jax.{other}".rpartition(".")
+    for source in (
+        f"import clipmoe_jax.{other}",
+        f"from {parent} import {name}",
+        f"def f():\n    from clipmoe_jax.{other} import something as s",
+    ):
+        assert forbidden(never, source), source
+
+
+def test_every_room_has_its_rule():
+    assert {never.room for never in NEVERS} == set(ROOMS)
 
 
 def test_one_loop_over_steps():
     """Only train/loop.py takes training steps; planning/abstract.py looks at one."""
-    callers = {p.name for p in modules() if "make_train_step(" in p.read_text() and p.name != "step.py"}
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "step.py"]
+    callers = {path.name for path in files if "make_train_step(" in path.read_text()}
     assert callers == {"loop.py", "abstract.py"}

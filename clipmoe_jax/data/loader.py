@@ -25,10 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from clipmoe_jax.data.decoding import map_decoding, num_cores
-from clipmoe_jax.data.packing import PackedText, Places, pack, place_captions
+from clipmoe_jax.data.packing import Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer, first_sentence
+from clipmoe_jax.data.tokenizer import Tokenizer, first_sentence
+from clipmoe_jax.models.inputs import END_ID, PackedText
 
 Batch = dict[str, np.ndarray | PackedText]
 

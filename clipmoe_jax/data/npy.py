@@ -3,7 +3,7 @@
 import numpy as np
 from etils import epath
 
-from clipmoe_jax.paths import in_bucket
+from clipmoe_jax.core.paths import in_bucket
 
 
 def load_array(path: epath.Path) -> np.ndarray:

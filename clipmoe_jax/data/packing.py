@@ -6,21 +6,11 @@ A unit is a run of pairs that one device computes at once; its captions share ro
 that nothing has to travel. All units have as many rows, one of K numbers: each is a shape to compile.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-
-class PackedText(NamedTuple):
-    """Captions that share rows, as the text tower takes them; arrays of numpy or JAX.
-
-    tokens (R, L) int32. segments (R, L) int32: 1, 2, … for the captions of a row, 0 is padding. ends (B,)
-    int32: the place (row * L + column) of each caption's end token among the rows of its unit.
-    """
-
-    tokens: Any
-    segments: Any
-    ends: Any
+from clipmoe_jax.models.inputs import PackedText
 
 
 class Places(NamedTuple):

@@ -4,14 +4,10 @@ Axis letters: H, W image height and width.
 """
 
 import io
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_ASPECT_RATIO = 500  # a line of 1x100,000 pixels would take gigabytes once its short side is 224
 
 
@@ -46,30 +42,6 @@ def preprocess_image(image: Image.Image | bytes, image_size: int) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except ValueError as error:  # a few modes have no conversion, LAB in older Pillows
         raise UnreadableImageError(str(error)) from error
-
-
-def check_normalisation(fields: Mapping[str, Any], names: tuple[str, str], source: str) -> None:
-    """Raises ValueError if a checkpoint says a mean and deviation of its own, not MEAN and STD."""
-    for name, constant in zip(names, (MEAN, STD), strict=True):
-        if name in fields and not np.allclose(fields[name], constant, atol=1e-3):
-            raise ValueError(
-                f"{source} normalises pixels by {name}={fields[name]}; this program does it by OpenAI's, "
-                f"{constant.tolist()}"
-            )
-
-
-def check_resizing(resizing: Mapping[str, tuple[Any, Any]], source: str) -> None:
-    """Raises ValueError if a checkpoint says that it resizes or crops otherwise than `preprocess_image`.
-
-    resizing: {field: (value, what it has to be)}.
-    """
-    for name, (value, ours) in resizing.items():
-        if value != ours:
-            raise ValueError(
-                f"{source} has {name}={value!r}; this program resizes the short side, bicubic, and crops the "
-                f"centre, which is {ours!r}: images would be others than the model knows. If it is to learn "
-                "these, write that into the file"
-            )
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -15,10 +15,7 @@ import numpy as np
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-START_ID = 49406
-END_ID = 49407
-PAD_ID = 0
-SPECIAL_IDS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
+from clipmoe_jax.models.inputs import END_ID, PAD_ID, SPECIAL_IDS, START_ID
 
 # CLIP splits words with `regex`, ignoring case. There the long s matches "'s", and U+0345, a
 # combining iota that folds to a letter, matches nothing; the tokenizers library has to be told.

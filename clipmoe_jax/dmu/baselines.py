@@ -19,10 +19,11 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from clipmoe_jax import artifacts, trees
+from clipmoe_jax.core import artifacts, trees
 from clipmoe_jax.data import samplers
 from clipmoe_jax.dmu import stages
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS, Run
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.dmu.run import Run
 
 Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906); where the config has none
 

@@ -9,21 +9,17 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import artifacts, checkpoints, distributed, sharding, trees
 from clipmoe_jax import config as configs
+from clipmoe_jax.core import artifacts, distributed, sharding, trees
+from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.metrics import Metrics
+from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.models.clip import Clip, ClipConfig
-from clipmoe_jax.models.encoder import Encoder
+from clipmoe_jax.models.model_folder import load_model, save_model
 from clipmoe_jax.train.loop import fit
 from clipmoe_jax.train.step import LossConfig
-
-TRAIN_EVERYTHING = [(r".*", True)]
-TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
-TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
-TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +119,7 @@ class Run:
 
     def load(self, path: epath.Path) -> tuple[ClipConfig, dict]:
         """A model folder, placed on the mesh."""
-        return checkpoints.load_model(path, lambda tree: sharding.param_shardings(self.mesh, tree))
+        return load_model(path, lambda tree: sharding.param_shardings(self.mesh, tree))
 
     def train(
         self,
@@ -172,5 +168,5 @@ class Run:
             frozen_dtype=config.run.frozen_dtype or model.run.dtype,
             num_steps=num_steps,
         )
-        checkpoints.save_model(folder, model.config, params)
+        save_model(folder, model.config, params)
         return measured

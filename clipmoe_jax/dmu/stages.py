@@ -22,18 +22,22 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from clipmoe_jax import artifacts, checkpoints, distributed, sharding, trees
 from clipmoe_jax import config as configs
+from clipmoe_jax.core import artifacts, distributed, sharding, trees
+from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.data import digit_scenes, samplers
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array, map_array
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS, Run
-from clipmoe_jax.dmu.upcycling import count_active_parameters, reinitialize_experts, stack_experts
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.run import Run
+from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
+from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.models.encoder import Encoder
-from clipmoe_jax.paths import written_whole
-from clipmoe_jax.prepare import prepare
+from clipmoe_jax.models.clip import check_params
+from clipmoe_jax.models.flops import count_active_parameters
+from clipmoe_jax.models.model_folder import save_model
 
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
 PART_ROWS = 65536
@@ -98,7 +102,7 @@ def make_base(run: Run) -> None:
     def build(folder: epath.Path) -> dict:
         if run.config.base.checkpoint:
             params, measured = _import_base(run)
-            checkpoints.save_model(folder, config, params)
+            save_model(folder, config, params)
             return measured
         model = run.model(config)
         images = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
@@ -139,7 +143,7 @@ def _import_base(run: Run) -> tuple[dict, dict]:
             f"base.checkpoint={checkpoint} is a {found.source}; the base must be a dense CLIP of both towers"
         )
     shapes = {name: leaf.shape for name, leaf in trees.flatten(found.params).items()}
-    checkpoints.check_params(config, shapes, f"base.checkpoint={checkpoint} ({found.source})")
+    check_params(config, shapes, f"base.checkpoint={checkpoint} ({found.source})")
     if found.config != config:  # same shapes, another meaning: activation, head width, eps
         has, wants = (trees.flatten(c.to_dict()) for c in (found.config, config))
         name = next(name for name in has if has[name] != wants[name])
@@ -324,7 +328,7 @@ def stack_models(
         if reinitialize:
             params = reinitialize_experts(params, jax.random.fold_in(key, 1), place=place)
         config = dataclasses.replace(dense, moe=moe)
-        checkpoints.save_model(folder, config, params)
+        save_model(folder, config, params)
         return {
             "parameters": trees.count_parameters(params),
             "active_parameters": count_active_parameters(params, config),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipmoe_jax import trees
+from clipmoe_jax.core import trees
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
 
@@ -150,17 +150,6 @@ def _redraw(leaf: jax.Array, where: jax.Array, key: jax.Array) -> jax.Array:
     mean = jnp.mean(leaf, axes, keepdims=True, where=chosen)
     stddev = jnp.std(leaf, axes, keepdims=True, where=chosen)
     return jnp.where(chosen, mean + stddev * jax.random.normal(key, leaf.shape, leaf.dtype), leaf)
-
-
-def count_active_parameters(params: trees.Params, config: ClipConfig) -> int:
-    """Parameters that one token uses: of E experts, K count."""
-    total = 0
-    for name, leaf in trees.flatten(params).items():
-        size = int(np.prod(leaf.shape))
-        if re.search(r"/moe/c_(fc|proj)/", name):
-            size = size // config.moe.num_experts * config.moe.num_selected_experts
-        total += size
-    return total
 
 
 def _depth(leaves: dict, tower: str) -> int:

@@ -13,7 +13,7 @@ from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.models.encoder import Encoder
+from clipmoe_jax.evaluation.encoder import Encoder
 
 
 class Subject:

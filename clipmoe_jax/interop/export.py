@@ -11,12 +11,11 @@ import numpy as np
 from tokenizers import AddedToken, Regex, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
-from clipmoe_jax import trees
-from clipmoe_jax.data.preprocess import MEAN, STD
-from clipmoe_jax.data.tokenizer import END_ID, SPECIAL_IDS, backend
+from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import RELEASED_CONFIG, RELEASED_FILE
 from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.inputs import END_ID, MEAN, SPECIAL_IDS, STD
 from clipmoe_jax.models.positions import stretched_length
 from clipmoe_jax.models.transformer import first_moe_layer
 
@@ -61,11 +60,12 @@ def write_huggingface(
     folder: pathlib.Path,
     config: ClipConfig,
     params: trees.Params,
+    tokenizer: Backend,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
     """A folder for `from_pretrained`: config, safetensors, processor; for a CLIP-MoE its PyTorch module too.
 
-    A vocabulary that is not CLIP's gets no tokenizer.
+    tokenizer: CLIP's byte-pair encoder, which is written for a model that has CLIP's vocabulary.
     """
     arrays = huggingface.export_state_dict(params)
     dtypes = {array.dtype.name for array in arrays.values()}
@@ -73,7 +73,7 @@ def write_huggingface(
     _write_json(folder / "config.json", huggingface.export_config(config, dtype))
     _write_image_processor(folder, config.vision.image_size)
     if config.text and config.text.vocab_size == END_ID + 1:
-        _write_tokenizer(folder, config.text.context_length)
+        _write_tokenizer(folder, tokenizer, config.text.context_length)
     if config.moe:
         source = pathlib.Path(__file__).with_name(huggingface.MODELING_FILE)
         (folder / huggingface.MODELING_FILE).write_text(source.read_text())
@@ -107,10 +107,10 @@ def _write_image_processor(folder: pathlib.Path, image_size: int) -> None:
     _write_json(folder / "preprocessor_config.json", fields)
 
 
-def _write_tokenizer(folder: pathlib.Path, context_length: int) -> None:
+def _write_tokenizer(folder: pathlib.Path, encoder: Backend, context_length: int) -> None:
     """Our byte-pair encoder with what CLIPTokenizer does around it; it does not repair text as ours does."""
     start, end = SPECIAL_IDS
-    tokenizer = Backend.from_str(backend().to_str())
+    tokenizer = Backend.from_str(encoder.to_str())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

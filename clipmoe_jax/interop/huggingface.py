@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_jax import trees
-from clipmoe_jax.data.tokenizer import START_ID
+from clipmoe_jax.core import trees
 from clipmoe_jax.interop.nametable import CONV, LINEAR, STACKED_LINEAR, Row, to_foreign
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.inputs import START_ID
 from clipmoe_jax.models.transformer import MoeConfig
 
 CLIP, CLIP_MOE, VISION_ALONE = "clip", "clip_moe", "clip_vision_model"  # model_type in a config.json

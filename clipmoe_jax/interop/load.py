@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from clipmoe_jax import checkpoints, trees
-from clipmoe_jax.data.preprocess import check_normalisation, check_resizing
+from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
-from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.clip import ClipConfig, abstract_params
+from clipmoe_jax.models.inputs import check_normalisation, check_resizing
+from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretched_length
 
 TEXT_POSITIONS, VISION_POSITIONS = "text/positional_embedding", "visual/positional_embedding"
@@ -82,7 +83,7 @@ def read_model(
         )
     run_folder = next((f for f in (location, location / "params") if (f / "model.json").exists()), None)
     if run_folder is not None:
-        config, params = checkpoints.load_model(run_folder)
+        config, params = load_model(run_folder)
         leaves = trees.flatten(params)
         del params
         leaves = {name: place(name, np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
@@ -90,7 +91,7 @@ def read_model(
     else:
         is_folder = location.is_dir()
         found = (_open_folder if is_folder else _open_file)(location, num_selected_experts, activation)
-        expected = trees.flatten(checkpoints.abstract_params(found.config))
+        expected = trees.flatten(abstract_params(found.config))
         shapes = {name: leaf.shape for name, leaf in expected.items()}
         nametable.check_shapes(found.table, shapes, found.tensors, path)
         leaves = nametable.to_ours(

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from clipmoe_jax.data.preprocess import MEAN, STD, check_normalisation, check_resizing
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.inputs import MEAN, STD, check_normalisation, check_resizing
 
 CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_jax import trees
+from clipmoe_jax.core import trees
 from clipmoe_jax.interop.nametable import CONV, LINEAR, Row, to_foreign
 from clipmoe_jax.interop.tensor_files import Tensor, Tensors
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig

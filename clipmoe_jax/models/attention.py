@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from clipmoe_jax.core.sharding import BATCH_AXES, devices_in_use
 from clipmoe_jax.models.pallas_attention import MASKED, is_possible, pallas_attention
-from clipmoe_jax.sharding import BATCH_AXES, devices_in_use
 
 Array = jax.Array
 

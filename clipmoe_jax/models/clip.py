@@ -5,14 +5,17 @@ vocabulary.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clipmoe_jax.data.packing import PackedText
-from clipmoe_jax.data.preprocess import MEAN, STD
+from clipmoe_jax.core import trees
+from clipmoe_jax.core.sharding import devices_in_use
+from clipmoe_jax.models.inputs import MEAN, STD, PackedText
 from clipmoe_jax.models.transformer import (
     ACTIVATIONS,
     MoeConfig,
@@ -20,7 +23,6 @@ from clipmoe_jax.models.transformer import (
     apply_blocks,
     layer_norm,
 )
-from clipmoe_jax.sharding import devices_in_use
 
 Array = jax.Array
 
@@ -150,6 +152,9 @@ def positions_in_segments(segments: Array) -> Array:
     return column - jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
 
 
+METHODS = {"image": "encode_image", "text": "encode_text"}  # of Clip, by what they take
+
+
 class VisionTower(nn.Module):
     """Images (B, H, W, 3), uint8 or normalised float, to features (B, embed) float32 and aux."""
 
@@ -257,6 +262,37 @@ class Clip(nn.Module):
             "image_aux": image_aux,
             "text_aux": text_aux,
         }
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_params(config: ClipConfig) -> dict:
+    """The model's param tree as ShapeDtypeStructs, not to be changed; nothing is allocated."""
+    model, size = Clip(config), config.vision.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    if config.text is None:
+        init = functools.partial(model.init, method="encode_image")
+        return jax.eval_shape(init, jax.random.key(0), images)["params"]
+    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), np.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), images, tokens)["params"]
+
+
+def check_params(config: ClipConfig, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    """Raises ValueError naming the leaves in which {name: shape} differs from the architecture."""
+    expected = {name: leaf.shape for name, leaf in trees.flatten(abstract_params(config)).items()}
+    problems = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "differing": [
+            f"{name} is {tuple(shapes[name])}, not {shape}"
+            for name, shape in expected.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in problems.items() if names
+        )
+        raise ValueError(f"{source} does not fit the architecture: {lists}")
 
 
 class _Kernel(nn.Module):

@@ -7,9 +7,13 @@ tower is computed for one token of an image or caption, the one that is read.
 Letters: L length, D width, F feed-forward hidden width, E experts, K selected experts, P patch size.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from clipmoe_jax.core import trees
 from clipmoe_jax.models.clip import ClipConfig, VisionConfig
 from clipmoe_jax.models.transformer import first_moe_layer
 
@@ -120,3 +124,14 @@ def _layers_of(trains: Mapping[str, bool]) -> set[str]:
 
 def _towers(config: ClipConfig) -> tuple[str, ...]:
     return ("visual",) if config.text is None else ("visual", "text")
+
+
+def count_active_parameters(params: trees.Params, config: ClipConfig) -> int:
+    """Parameters that one token uses: of E experts, K count."""
+    total = 0
+    for name, leaf in trees.flatten(params).items():
+        size = int(np.prod(leaf.shape))
+        if re.search(r"/moe/c_(fc|proj)/", name):
+            size = size // config.moe.num_experts * config.moe.num_selected_experts
+        total += size
+    return total

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from clipmoe_jax.sharding import devices_in_use
+from clipmoe_jax.core.sharding import devices_in_use
 
 Array = jax.Array
 

@@ -13,9 +13,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from clipmoe_jax.core.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 from clipmoe_jax.models import dispatch
 from clipmoe_jax.models.experts import Experts, Hidden
-from clipmoe_jax.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 
 Array = jax.Array
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from clipmoe_jax.core.sharding import split_batch
 from clipmoe_jax.models.attention import attention
 from clipmoe_jax.models.dispatch import ROUTING
 from clipmoe_jax.models.linear import HIDDEN, Linear, Mlp
 from clipmoe_jax.models.moe import MoeMlp, pick
-from clipmoe_jax.sharding import split_batch
 
 Array = jax.Array
 

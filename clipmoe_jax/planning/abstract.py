@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from clipmoe_jax import checkpoints, sharding, trees
-from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.models.clip import Clip, ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import RunConfig
 from clipmoe_jax.planning.trainings import Training
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
@@ -70,7 +70,7 @@ def abstract_batch(
 @functools.cache
 def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig) -> dict:
     """A model's parameters as shapes with the shardings that PARAM_RULES give them; traced once."""
-    params = checkpoints.abstract_params(config)
+    params = abstract_params(config)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         params,

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import sharding, trees
-from clipmoe_jax.accelerators import ACCELERATORS, Accelerator
-from clipmoe_jax.dmu.upcycling import count_active_parameters
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core.accelerators import ACCELERATORS, Accelerator
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.clip import Clip, ClipConfig
-from clipmoe_jax.models.encoder import METHODS
+from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
+from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import RunConfig
 from clipmoe_jax.planning.abstract import (
     FLOAT_BYTES,

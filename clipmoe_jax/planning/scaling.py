@@ -13,8 +13,8 @@ from typing import NamedTuple
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import sharding
-from clipmoe_jax.accelerators import ACCELERATORS, Accelerator
+from clipmoe_jax.core import sharding
+from clipmoe_jax.core.accelerators import ACCELERATORS, Accelerator
 from clipmoe_jax.planning.plan import Memory, plan_step, similarity_bytes
 from clipmoe_jax.planning.trainings import Training, trainings
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds

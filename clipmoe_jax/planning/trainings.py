@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from clipmoe_jax import checkpoints, sharding, trees
 from clipmoe_jax import config as configs
+from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.data.loader import SHORT_LENGTH
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
-from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
@@ -88,7 +88,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, training: Training) -> None:
     try:
         sharding.check_batch(mesh, training.phase.batch_size, training.phase.accumulation_steps)
         if mesh.size > mesh.shape["data"]:  # else every device holds all of them
-            sharding.param_shardings(mesh, checkpoints.abstract_params(training.config))
+            sharding.param_shardings(mesh, abstract_params(training.config))
     except ValueError as error:
         raise ValueError(f"{training.name}: {error}") from error
 

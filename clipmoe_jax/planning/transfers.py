@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from clipmoe_jax import sharding, trees
-from clipmoe_jax.accelerators import Accelerator
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core.accelerators import Accelerator
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.transformer import first_moe_layer
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, placed_params

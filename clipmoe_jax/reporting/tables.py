@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipmoe_jax.evaluation.evaluate import CLIP_MOE
+from clipmoe_jax.dmu.recipes import CLIP_MOE
 from clipmoe_jax.evaluation.retrieval import RANKS
-from clipmoe_jax.evaluation.table import Results, differences, has_retrieval, short_count, short_name
+from clipmoe_jax.reporting.text_tables import Results, differences, has_retrieval, short_count, short_name
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 FIRST = {f"{direction}_r1": label for direction, label in DIRECTIONS.items()}  # recall@1

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from clipmoe_jax.evaluation.evaluate import BASELINE_TITLES
+from clipmoe_jax.dmu.recipes import BASELINE_TITLES
 from clipmoe_jax.reporting import charts, tables
 from clipmoe_jax.reporting.charts import ACCENT, INK, MUTED, Curve, expert_colour
 from clipmoe_jax.reporting.read import Curves, Folder, read_curves

@@ -10,10 +10,10 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from clipmoe_jax import distributed, sharding, trees
-from clipmoe_jax.checkpoints import Checkpointer
+from clipmoe_jax.core import distributed, sharding, trees
+from clipmoe_jax.core.checkpoints import Checkpointer
+from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
-from clipmoe_jax.metrics import Metrics
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import INPUTS, LossConfig, init_state, make_train_step

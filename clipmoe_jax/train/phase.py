@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from clipmoe_jax import trees
+from clipmoe_jax.core import trees
 
 # Whether weight decay applies: to matrices and convolutions, not to norms, biases, embeddings of positions or
 # scalars.

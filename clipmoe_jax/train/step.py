@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from clipmoe_jax import losses, sharding, trees
+from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import Clip, text_mask
+from clipmoe_jax.train import losses
 from clipmoe_jax.train.phase import PhaseConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound

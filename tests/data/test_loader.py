@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs, batches
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import Pair
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
-from clipmoe_jax.prepare import prepare
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.models.inputs import END_ID
 
 NUM_PAIRS, SIZE, LENGTH = 22, 16, 8
 COLORS = ("red", "green", "blue")

@@ -7,15 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from clipmoe_jax import trees
-from clipmoe_jax.checkpoints import abstract_params
-from clipmoe_jax.dmu.upcycling import (
-    count_active_parameters,
-    expert_as_dense,
-    reinitialize_experts,
-    stack_experts,
-)
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.core import trees
+from clipmoe_jax.dmu.upcycling import expert_as_dense, reinitialize_experts, stack_experts
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 
 E, K = 4, 2

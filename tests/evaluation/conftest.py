@@ -8,11 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from clipmoe_jax import sharding, trees
-from clipmoe_jax.checkpoints import abstract_params
+from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import stack_experts
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 
 CAPTIONS = (

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from clipmoe_jax.data import digit_scenes
-from clipmoe_jax.prepare import prepare
+from clipmoe_jax.data.preparation import prepare
 
 SCRIPT = "<script>alert('caption')</script> a \"large\" seven & more"
 TITLES = ("base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE")

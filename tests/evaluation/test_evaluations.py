@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmoe_jax import checkpoints, evaluate
+from clipmoe_jax import evaluate
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.sources import open_source
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation import ood, probe
+from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import parse_evaluation
 from clipmoe_jax.evaluation.mmvp import mmvp_accuracy
 from clipmoe_jax.evaluation.retrieval import retrieval_recall
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.evaluation.zero_shot import class_embeddings, classification_metrics
-from clipmoe_jax.models.encoder import Encoder
-from clipmoe_jax.prepare import prepare
+from clipmoe_jax.models.model_folder import save_model
 
 COLOURS = {"red": (200, 40, 40), "sea_green": (40, 180, 120), "blue": (40, 40, 220)}
 
@@ -194,11 +195,11 @@ def test_an_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_pat
         parse_evaluation(f"mmvp:{folder}/mmvp"),
         parse_evaluation(f"zero_shot:{folder}/test_set"),
     ]
-    checkpoints.save_model(tmp_path / "moe", trained.model.config, trained.params)
+    save_model(tmp_path / "moe", trained.model.config, trained.params)
     found = evaluate.evaluate(evaluate.read(str(tmp_path / "moe")), evaluations, experts=True, batch_size=8)
     assert list(found) == ["model", "expert 0", "expert 1", "expert 2", "expert 3"]
     for e, params in enumerate(trained.dense_params):
-        checkpoints.save_model(tmp_path / f"dense_{e}", trained.dense, params)
+        save_model(tmp_path / f"dense_{e}", trained.dense, params)
         alone = evaluate.evaluate(evaluate.read(str(tmp_path / f"dense_{e}")), evaluations, batch_size=8)
         assert found[f"expert {e}"] == alone["model"]
     assert len({json.dumps(numbers) for numbers in found.values()}) > 1
@@ -206,7 +207,7 @@ def test_an_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_pat
 
 def test_the_command(folder, trained, tmp_path):
     """On this one model: a table for each line, and a file; what is missing is told in one line."""
-    checkpoints.save_model(tmp_path / "moe", trained.model.config, trained.params)
+    save_model(tmp_path / "moe", trained.model.config, trained.params)
     command = [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={tmp_path / 'moe'}"]
     done = subprocess.run(
         [*command, f"--data={folder}/captioned_set", f"--data=mmvp:{folder}/mmvp", "--experts",

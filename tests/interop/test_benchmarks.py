@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks import ours, peers, run, sides, table, timing
 from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_choices
-from clipmoe_jax import accelerators, checkpoints, trees
+from clipmoe_jax.core import accelerators, trees
 from clipmoe_jax.interop import huggingface
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.clip import VARIANTS
+from clipmoe_jax.models.clip import VARIANTS, abstract_params
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Captions of 3 to 32 tokens: padding is there and must count for nothing.
@@ -43,7 +43,7 @@ def test_a_step_is_the_same_step_in_pytorch(kind):
 
 def _in_pytorch(leaves, kind):
     """Trained leaves under PyTorch's names; of the others there is nothing."""
-    abstract = trees.flatten(checkpoints.abstract_params(TINY.model(kind).config))
+    abstract = trees.flatten(abstract_params(TINY.model(kind).config))
     whole = {
         name: np.asarray(leaves.get(name, np.full(leaf.shape, np.nan))) for name, leaf in abstract.items()
     }

@@ -18,13 +18,15 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPModel, pipeline
 
 import clipmoe_jax
-from clipmoe_jax import artifacts, checkpoints, trees
-from clipmoe_jax.convert import convert
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
+from clipmoe_jax.convert import WRITERS, convert
+from clipmoe_jax.core import artifacts, trees
+from clipmoe_jax.data.tokenizer import Tokenizer, backend
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.interop.tensor_files import open_tensors
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.inputs import END_ID
+from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.models.transformer import MoeConfig
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -39,9 +41,9 @@ def save_random_model(folder, **fields):
         **fields,
     )
     rng = np.random.default_rng(0)
-    abstract = checkpoints.abstract_params(config)
+    abstract = abstract_params(config)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract)
-    checkpoints.save_model(folder, config, params)
+    save_model(folder, config, params)
     return config, params
 
 
@@ -102,7 +104,7 @@ def test_shards_past_a_size(dense_folder, tmp_path):
     model = read_model(dense_folder)
     folder = tmp_path / "out"
     folder.mkdir()
-    export.write_huggingface(folder, model.config, model.params, shard_bytes=1_000_000)
+    export.write_huggingface(folder, model.config, model.params, backend(), shard_bytes=1_000_000)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) >= 2
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -323,10 +325,10 @@ print(peak() - before)
 def test_memory_of_an_import(tmp_path, to):
     """Half precision is the hard case: what is loaded is itself twice as large as the file."""
     config = ClipConfig(vision=VisionConfig(num_layers=4), text=TextConfig(context_length=248, num_layers=4))
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float16), checkpoints.abstract_params(config))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float16), abstract_params(config))
     folder = tmp_path / "out"
     folder.mkdir()
-    {"huggingface": export.write_huggingface, "clipmoe": export.write_clipmoe}[to](folder, config, params)
+    WRITERS[to](folder, config, params)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size > 130e6
     command = [sys.executable, "-c", MEMORY, str(folder)]

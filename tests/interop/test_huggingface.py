@@ -10,12 +10,18 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from clipmoe_jax import trees
-from clipmoe_jax.checkpoints import abstract_params
 from clipmoe_jax.convert import convert
+from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, normalize_features
+from clipmoe_jax.models.clip import (
+    Clip,
+    ClipConfig,
+    TextConfig,
+    VisionConfig,
+    abstract_params,
+    normalize_features,
+)
 from clipmoe_jax.models.transformer import MoeConfig
 
 VOCAB, LENGTH = 100, 12

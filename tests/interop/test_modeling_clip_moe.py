@@ -21,13 +21,14 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from clipmoe_jax import checkpoints, losses
 from clipmoe_jax.convert import convert
 from clipmoe_jax.dmu.upcycling import stack_experts
 from clipmoe_jax.interop import modeling_clip_moe as exported
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, text_mask
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params, text_mask
+from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.models.transformer import MoeConfig
+from clipmoe_jax.train import losses
 
 LENGTH, END_ID = 12, 99
 TOKENS = np.array(
@@ -51,7 +52,7 @@ DENSE = ClipConfig(
 def random_params(config):
     """Norms and biases too: fresh ones are ones and zeros, which would hide a swap."""
     rng = np.random.default_rng(1)
-    abstract = checkpoints.abstract_params(config)
+    abstract = abstract_params(config)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.15, leaf.shape).astype(np.float32), abstract)
 
 
@@ -69,7 +70,7 @@ def pair(request, tmp_path_factory):
     config = ClipConfig(DENSE.embed_dim, DENSE.vision, DENSE.text, activation, DENSE.layer_norm_eps, moe)
     params = random_params(config)
     folder = tmp_path_factory.mktemp("moe")
-    checkpoints.save_model(folder / "ours", config, params)
+    save_model(folder / "ours", config, params)
     convert(str(folder / "ours"), "huggingface", str(folder / "exported"))
     model, found = exported.CLIPMoEModel.from_pretrained(folder / "exported", output_loading_info=True)
     assert not any(found.values())
@@ -215,7 +216,7 @@ def equal_experts(tmp_path_factory):
     dense = read_model(str(folder / "clip"))
     params = stack_experts([dense.params] * 3, jax.random.key(0))
     config = ClipConfig(24, dense.config.vision, dense.config.text, "quick_gelu", 1e-5, MoeConfig(3, 2))
-    checkpoints.save_model(folder / "ours", config, params)
+    save_model(folder / "ours", config, params)
     convert(str(folder / "ours"), "huggingface", str(folder / "exported"))
     return clip, folder / "exported"
 

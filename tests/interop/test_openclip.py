@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipmoe_jax import trees
 from clipmoe_jax.convert import convert
+from clipmoe_jax.core import trees
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.interop import openclip, released
 from clipmoe_jax.interop.load import read_model

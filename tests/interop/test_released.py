@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import clipmoe_jax
-from clipmoe_jax import checkpoints, trees
+from clipmoe_jax.core import trees
 from clipmoe_jax.data import preprocess
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.interop import released
@@ -20,6 +20,7 @@ from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.interop.nametable import to_ours
 from clipmoe_jax.interop.tensor_files import from_arrays
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.models.positions import stretch_positions
 from clipmoe_jax.models.transformer import MoeConfig
 
@@ -390,7 +391,7 @@ def run_folder(tmp_path_factory):
     images, tokens = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 12), jnp.int32)
     params = jax.jit(Clip(config).init)(jax.random.key(0), images, tokens)["params"]
     folder = tmp_path_factory.mktemp("run") / "stage_1"
-    checkpoints.save_model(folder / "params", config, params)
+    save_model(folder / "params", config, params)
     return folder
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from clipmoe_jax import sharding
+from clipmoe_jax.core import sharding
 from clipmoe_jax.models import attention as module
 from clipmoe_jax.models.attention import attention
 

@@ -10,12 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import trees
-from clipmoe_jax.checkpoints import abstract_params
+from clipmoe_jax.core import trees
 from clipmoe_jax.data import preprocess
-from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import transformer
-from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, text_mask
+from clipmoe_jax.models.clip import (
+    VARIANTS,
+    Clip,
+    ClipConfig,
+    TextConfig,
+    VisionConfig,
+    abstract_params,
+    text_mask,
+)
 from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig, apply_blocks
 
 DENSE = ClipConfig(

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import checkpoints, sharding, trees
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
@@ -42,7 +42,7 @@ def test_a_block_by_hand():
 def test_gradients_by_hand():
     """Only the last feed-forward layer trains: its kernels' gradients, and the input's of what comes after
     its first kernel. Nothing before it is differentiated."""
-    names = list(trees.flatten(checkpoints.abstract_params(DENSE)))
+    names = list(trees.flatten(abstract_params(DENSE)))
     trains = {name: name.startswith("visual/resblocks_1/mlp/") for name in names}
     c_fc = c_proj = 2 * 768 * 3072
     extra = (c_fc + c_proj) + (c_proj + 2 * 768 * 512)
@@ -56,7 +56,7 @@ def xla_flops(compiled) -> float:
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "MoE"])
 def test_forward(config):
-    params = checkpoints.abstract_params(config)
+    params = abstract_params(config)
     model = Clip(config, RunConfig(dispatch="dense"))
     encode = jax.jit(lambda params, batch: model.apply({"params": params}, batch["image"], batch["text"]))
     found = flops.forward(config, slots=4)  # dense dispatch: every expert on every token
@@ -75,7 +75,7 @@ def test_forward(config):
 )
 def test_a_training_step(config, rules, run, slots):
     phase, mesh = PhaseConfig(8, 1e-3, 0.1), sharding.make_mesh(devices=jax.devices()[:1])
-    params = checkpoints.abstract_params(config)
+    params = abstract_params(config)
     trainable, frozen = trees.partition(params, rules)
     step = make_train_step(Clip(config, run), LossConfig(0.1, 0.01), phase)
     rate, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))

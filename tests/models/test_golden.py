@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import losses
 from clipmoe_jax.interop import released
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, text_mask
 from clipmoe_jax.models.positions import stretch_positions
+from clipmoe_jax.train import losses
 
 CHECKPOINTS = ["dense", "moe_all", "moe_last1"]
 MOE_CHECKPOINTS = CHECKPOINTS[1:]

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from clipmoe_jax import sharding
+from clipmoe_jax.core import sharding
 from clipmoe_jax.models import dispatch
 from clipmoe_jax.models.experts import (
     GROUPED_MLPS,

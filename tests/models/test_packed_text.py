@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import losses, sharding, trees
-from clipmoe_jax.checkpoints import abstract_params
-from clipmoe_jax.data.packing import PackedText, pack, place_captions
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.models.clip import (
     Clip,
     ClipConfig,
     TextConfig,
     VisionConfig,
+    abstract_params,
     positions_in_segments,
     text_mask,
 )
+from clipmoe_jax.models.inputs import PackedText
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.train import losses
 
 DENSE = ClipConfig(
     embed_dim=24,

@@ -15,10 +15,11 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from clipmoe_jax import artifacts, checkpoints, distributed, main
+from clipmoe_jax import main
+from clipmoe_jax.core import artifacts, checkpoints, distributed
 from clipmoe_jax.data.clusters import ClusterIndex
+from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.dmu import stages
-from clipmoe_jax.evaluation import evaluate
 from clipmoe_jax.train import loop
 
 _signal = signal.SIGKILL
@@ -102,7 +103,7 @@ if __name__ == "__main__":
     distributed.initialize()
     stages.PART_ROWS = 16  # four parts of features
     if place != "nowhere, with diagnostics":
-        evaluate._diagnose = lambda run, folder: {}
+        dmu_results._diagnose = lambda run, folder: {}
     if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
     main.run_pipeline(config(), epath.Path(workdir))

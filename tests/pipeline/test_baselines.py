@@ -7,9 +7,11 @@ import pytest
 from etils import epath
 from killed_run import config as tiny_config
 
-from clipmoe_jax import checkpoints, main, trees
-from clipmoe_jax.evaluation import evaluate
-from clipmoe_jax.evaluation.evaluate import BASELINE_TITLES
+from clipmoe_jax import main
+from clipmoe_jax.core import trees
+from clipmoe_jax.dmu import results as dmu_results
+from clipmoe_jax.dmu.recipes import BASELINE_TITLES
+from clipmoe_jax.models.model_folder import load_model
 
 NAMES = ("full_ft", "long_clip", "drop_upcycling", "clip_up")
 FFN, ATTENTION = "visual/resblocks_0/mlp/c_fc/kernel", "visual/resblocks_0/attn/out_proj/kernel"
@@ -22,7 +24,7 @@ def run(tmp_path_factory):
     workdir, config = epath.Path(tmp_path_factory.mktemp("baselines")), tiny_config()
     config.baselines = NAMES
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_diagnose", lambda run, folder: {})  # of the CLIP-MoE alone
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # of the CLIP-MoE alone
         [results] = main.run_pipeline(config, workdir)
     return workdir, results
 
@@ -30,7 +32,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def leaves(run):
     """name of a model's folder -> its leaves"""
-    return lambda name: trees.flatten(checkpoints.load_model(run[0] / name)[1])
+    return lambda name: trees.flatten(load_model(run[0] / name)[1])
 
 
 @pytest.fixture(scope="module")

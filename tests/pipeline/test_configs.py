@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import checkpoints, trees
 from clipmoe_jax import config as configs
-from clipmoe_jax.dmu.run import TRAIN_FFN, TRAIN_ROUTERS
-from clipmoe_jax.dmu.upcycling import count_active_parameters
-from clipmoe_jax.models.clip import Clip
+from clipmoe_jax.core import trees
+from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.models.clip import Clip, abstract_params
+from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.train.step import LossConfig, TrainState, make_train_step
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
@@ -50,7 +50,7 @@ def test_config_is_valid_and_its_steps_lower(name):
     configs.validate(config)
     dense = configs.architecture(config)
     moe = dataclasses.replace(dense, moe=configs.moe_config(config))
-    params, moe_params = checkpoints.abstract_params(dense), checkpoints.abstract_params(moe)
+    params, moe_params = abstract_params(dense), abstract_params(moe)
 
     run = configs.run_config(config, "gpu", training_routers=True)
     phase, loss = configs.phase_config(config.router), LossConfig(0.1, 0.01)
@@ -82,8 +82,8 @@ def test_active_parameters_of_the_papers_model():
     config = get_config("vit_l14_sharegpt4v")
     dense = configs.architecture(config)
     moe = dataclasses.replace(dense, moe=configs.moe_config(config))
-    base = trees.count_parameters(checkpoints.abstract_params(dense))
-    active = count_active_parameters(checkpoints.abstract_params(moe), moe)
+    base = trees.count_parameters(abstract_params(dense))
+    active = count_active_parameters(abstract_params(moe), moe)
     extra = sum(layers * (8 * d * d + 5 * d + 4 * d) for layers, d in ((24, 1024), (12, 768)))
     assert active == base + extra
     assert active / base == pytest.approx(1.605, abs=0.005)

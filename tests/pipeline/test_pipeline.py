@@ -21,12 +21,12 @@ from test_configs import get_config
 
 import clipmoe_jax
 from clipmoe_jax import main
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import ImageFolder
-from clipmoe_jax.evaluation.table import format_differences, format_evaluations, format_table
 from clipmoe_jax.interop import released
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.prepare import prepare
+from clipmoe_jax.reporting.text_tables import format_differences, format_evaluations, format_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ClipConfig(

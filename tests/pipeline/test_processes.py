@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from clipmoe_jax import checkpoints, trees
+from clipmoe_jax.core import trees
+from clipmoe_jax.models.model_folder import load_model
 
 SCRIPT = pathlib.Path(__file__).parent / "killed_run.py"
 REPOSITORY = SCRIPT.parents[2]
@@ -94,7 +95,7 @@ def together(tmp_path_factory):
 def params_of(workdir, model):
     """Without the biases of attention keys: softmax does not see them, so that their gradients are rounding
     alone, of which Adam makes steps."""
-    leaves = trees.flatten(checkpoints.load_model(workdir / model)[1])
+    leaves = trees.flatten(load_model(workdir / model)[1])
     for name, leaf in leaves.items():
         if name.endswith("attn/in_proj/bias"):
             width = len(leaf) // 3
@@ -192,7 +193,7 @@ def test_a_run_goes_on_with_other_processes_and_devices(tmp_path, alone, stopped
 
 BARRIER = """
 import os, sys, time
-from clipmoe_jax import distributed
+from clipmoe_jax.core import distributed
 distributed.initialize()
 if os.environ["CLIPMOE_PROCESS_ID"] == "0":
     try:
@@ -222,7 +223,7 @@ def test_a_barrier_names_the_host_that_is_late():
 
 TERMINATED = """
 import os, signal
-from clipmoe_jax import distributed
+from clipmoe_jax.core import distributed
 distributed.initialize()
 assert not distributed.preempted()
 os.kill(os.getpid(), signal.SIGTERM)
@@ -246,7 +247,7 @@ def test_sigterm_reaches_a_single_process_that_joined_as_if_there_were_others():
 
 
 def test_variables_that_are_not_all_there(monkeypatch):
-    from clipmoe_jax import distributed
+    from clipmoe_jax.core import distributed
 
     monkeypatch.setenv("CLIPMOE_COORDINATOR", "127.0.0.1:1234")
     with pytest.raises(

@@ -10,7 +10,7 @@ import chex
 import numpy as np
 import pytest
 
-from clipmoe_jax import checkpoints
+from clipmoe_jax.models.model_folder import load_model
 
 SCRIPT = pathlib.Path(__file__).parent / "killed_run.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -41,9 +41,7 @@ def workdirs(tmp_path_factory):
 
 @pytest.mark.parametrize("model", ["base", "stage_1/params", "moe/upcycled", "moe/params"])
 def test_parameters_equal_an_uninterrupted_run_bit_for_bit(workdirs, model):
-    (expected_config, expected), (config, found) = (
-        checkpoints.load_model(workdir / model) for workdir in workdirs
-    )
+    (expected_config, expected), (config, found) = (load_model(workdir / model) for workdir in workdirs)
     assert config == expected_config
     chex.assert_trees_all_equal(found, expected)
 

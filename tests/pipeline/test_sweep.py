@@ -9,9 +9,10 @@ from etils import epath
 from killed_run import config as tiny_config
 from test_configs import get_config
 
-from clipmoe_jax import checkpoints, main
 from clipmoe_jax import config as configs
-from clipmoe_jax.evaluation import evaluate
+from clipmoe_jax import main
+from clipmoe_jax.dmu import results as dmu_results
+from clipmoe_jax.models.model_folder import load_model
 
 VARIANTS = {"one": {"moe.num_selected_experts": 1}, "two": {"moe.num_selected_experts": 2}}
 
@@ -22,7 +23,7 @@ def sweep(tmp_path_factory):
     workdir, config = epath.Path(tmp_path_factory.mktemp("sweep")), tiny_config()
     configs.set_variants(config, VARIANTS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_diagnose", lambda run, folder: {})  # is looked at in test_pipeline.py
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # is looked at in test_pipeline.py
         return workdir, main.run_variants(config, workdir)
 
 
@@ -38,14 +39,14 @@ def test_what_does_not_depend_on_the_varied_field_is_trained_once(sweep):
         assert done[1].pop("copied_from") == str(workdir / "one" / name)
         assert done[0] == done[1]
     for name in ("base", "stage_1/params"):
-        one, two = (checkpoints.load_model(workdir / variant / name)[1] for variant in VARIANTS)
+        one, two = (load_model(workdir / variant / name)[1] for variant in VARIANTS)
         jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def test_what_depends_on_it_is_made_for_each(sweep):
     workdir, _ = sweep
     for variant, num_selected in (("one", 1), ("two", 2)):
-        config, _ = checkpoints.load_model(workdir / variant / "moe" / "params")
+        config, _ = load_model(workdir / variant / "moe" / "params")
         assert config.moe.num_selected_experts == num_selected
         assert "copied_from" not in json.loads((workdir / variant / "moe/params/done.json").read_text())
         written = json.loads((workdir / variant / "config.json").read_text())

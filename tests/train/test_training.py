@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax import sharding, trees
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
-from clipmoe_jax.data.tokenizer import END_ID, Tokenizer
-from clipmoe_jax.dmu.run import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
-from clipmoe_jax.metrics import Metrics
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import MoeConfig, RunConfig
 from clipmoe_jax.train import step as step_module
 from clipmoe_jax.train.loop import fit

@@ -1,0 +1,235 @@
+"""How different the experts of a CLIP-MoE are: every expert on the same tokens, and their weights.
+
+Letters: B batch, L length, N = B*L tokens, D width, E experts, Q = E(E+1)/2 pairs of experts e <= f.
+
+CKA is linear and unbiased: the HSIC estimator of Song et al. (JMLR 13, 2012, eq. 5) in the CKA of Kornblith
+et al. (arXiv 1905.00414). The plain estimate grows by up to D / N for unrelated outputs, so that few tokens,
+or a wide tower, would make experts look alike; this one has no such bias and two towers or two data sets can
+be compared. It may come out a little below 0.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import rel_entr
+from jax.sharding import Mesh
+
+from clipmoe_jax.analysis.routing import INPUTS, moe_layers, placed_inputs, token_mask
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
+from clipmoe_jax.models.transformer import ACTIVATIONS
+
+Array = jax.Array
+
+
+class OutputSums(NamedTuple):
+    """Sums over tokens of the experts' outputs y (N, E, D), shifted by a constant, and s = |y|^2 (N, E).
+
+    y (E, D): of y. s (E,): of s. sy (E, E, D): of s_e y_f. ss (E, E): of s_e s_f. yy (Q, D, D): of the outer
+    products of y_e and y_f. divergence (Q,): Jensen-Shannon, in bits. num_tokens (). Float32 on the device,
+    float64 on the host.
+    """
+
+    y: Any
+    s: Any
+    sy: Any
+    ss: Any
+    yy: Any
+    divergence: Any
+    num_tokens: Any
+
+
+def expert_difference(
+    model: Clip, params: trees.Params, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> dict[str, Any]:
+    """{"visual": tables, "text": tables, "diversity": float}: what the outputs of experts have in common.
+
+    Tables: layers, and of each layer cka (E, E), js_divergence (E, E) in bits (`output_sums`) and
+    weight_cosine (E-1, E-1). Each expert computes, in float32, on all tokens that reach its block, routed to
+    it or not; batches as for `routing.route_by_model`. On the host 8 D^2 Q bytes for each MoE layer.
+
+    diversity is how different the experts are as one number: 1 - CKA, averaged over all pairs of two
+    experts, the MoE layers of a tower, and the two towers. 0 is for experts that compute the same (up to
+    rotation and scale), about 1 for unrelated ones.
+    """
+    layers, sums, shifts = moe_layers(model.config), {}, {}
+    if model.config.moe.num_experts < 2:
+        raise ValueError("expert_difference: num_experts=1 leaves nothing to compare; it takes two or more")
+    for tower, arrays in placed_inputs(batches, mesh):
+        with jax.set_mesh(mesh):
+            mask = token_mask(model.config, tower, arrays)
+            captured = _make_capture(model, tower)(params, arrays["inputs"])
+        for layer, x in zip(layers[tower], captured, strict=True):
+            key = tower, layer
+            experts = expert_leaves(params, tower, layer)
+            with jax.set_mesh(mesh):
+                if key not in shifts:  # the mean of the first batch: float32 sums about it lose nothing
+                    shifts[key] = _make_mean(model.config)(x, mask, experts)
+                found = _make_sums(model.config)(x, mask, experts, shifts[key])
+                found = sharding.replicate(mesh, found)
+            found = OutputSums(*(np.asarray(array, np.float64) for array in found))
+            sums[key] = OutputSums(*map(np.add, sums[key], found)) if key in sums else found
+    tables = {}
+    for tower, numbers in layers.items():
+        with jax.set_mesh(mesh):
+            cosines = [weight_cosine(expert_leaves(params, tower, i)) for i in numbers]
+            cosines = sharding.replicate(mesh, cosines)
+        tables[tower] = {
+            "layers": numbers,
+            "cka": [linear_cka(sums[tower, i], f"{tower} block {i}").tolist() for i in numbers],
+            "js_divergence": [js_divergence(sums[tower, i]).tolist() for i in numbers],
+            "weight_cosine": [np.asarray(cosine).tolist() for cosine in cosines],
+        }
+    return tables | {"diversity": diversity(*(np.array(table["cka"]) for table in tables.values()))}
+
+
+def diversity(*cka_of_towers: np.ndarray) -> float:
+    """1 - CKA averaged over pairs of two experts, layers and towers; each tower's cka is (M, E, E)."""
+    pairs = [cka[:, ~np.eye(cka.shape[-1], dtype=bool)] for cka in cka_of_towers]
+    return float(np.mean([np.mean(1 - of_tower) for of_tower in pairs]))
+
+
+def output_sums(y: Array, mask: Array, shift: Array) -> OutputSums:
+    """Sums over the tokens that count; jittable.
+
+    y (E, B, L, D) float32, mask (B, L) bool, shift (E, D): near the mean of y. The Jensen-Shannon divergence
+    of a token is that of two outputs as distributions over the D features, p = softmax(y_e) and
+    q = softmax(y_f): KL(p | m) / 2 + KL(q | m) / 2 with m = (p + q) / 2 and logarithms to base 2, from 0
+    (equal) to 1 (disjoint).
+    """
+    first, second = map(jnp.array, pairs_of_experts(len(y)))
+    probabilities = jax.nn.softmax(y, axis=-1)
+    y = jnp.where(mask[..., None], y - shift[:, None, None], 0).reshape(len(y), -1, y.shape[-1])
+    s = jnp.sum(y**2, axis=-1)
+
+    def of_pair(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        e, f = pair
+        p, q = probabilities[e], probabilities[f]
+        bits = jnp.sum(rel_entr(p, (p + q) / 2) + rel_entr(q, (p + q) / 2), axis=-1) / (2 * jnp.log(2))
+        return jnp.einsum("nd,nc->dc", y[e], y[f]), jnp.sum(jnp.maximum(bits, 0) * mask)
+
+    yy, divergence = jax.lax.map(of_pair, (first, second))
+    return OutputSums(
+        y=y.sum(axis=1),
+        s=s.sum(axis=1),
+        sy=jnp.einsum("en,fnd->efd", s, y),
+        ss=jnp.einsum("en,fn->ef", s, s),
+        yy=yy,
+        divergence=divergence,
+        num_tokens=mask.sum(),
+    )
+
+
+def linear_cka(sums: OutputSums, name: str = "the layer") -> np.ndarray:
+    """(E, E) float64 from sums in float64. Unbiased HSIC of K = Y_e Y_e^T and L = Y_f Y_f^T without their
+    diagonals, K' and L': tr(K'L') + sum(K') sum(L') / ((N-1)(N-2)) - 2 sum(K'L') / (N-2), by sums of y.
+
+    Raises ValueError for fewer than four tokens, or an expert that gives all tokens the same output.
+    """
+    n, size = float(sums.num_tokens), len(sums.y)
+    if n < 4:
+        raise ValueError(f"the CKA of {name} takes at least 4 tokens, not {n:.0f}: give more batches")
+    inner = sums.y @ sums.y.T
+    hsic = np.empty((size, size))
+    for (e, f), yy in zip(np.transpose(pairs_of_experts(size)), sums.yy, strict=True):
+        trace = np.sum(yy**2) - sums.ss[e, f]
+        of_sums = (inner[e, e] - sums.s[e]) * (inner[f, f] - sums.s[f])
+        product = sums.y[e] @ yy @ sums.y[f] + sums.ss[e, f]
+        product -= sums.sy[e, f] @ sums.y[f] + sums.sy[f, e] @ sums.y[e]
+        hsic[e, f] = hsic[f, e] = trace + of_sums / ((n - 1) * (n - 2)) - 2 * product / (n - 2)
+    own = np.diag(hsic)
+    if np.any(own <= 0):
+        raise ValueError(
+            f"expert {int(np.argmin(own))} of {name} gives all {n:.0f} tokens the same output: its CKA is "
+            "undefined"
+        )
+    return hsic / np.sqrt(np.outer(own, own))
+
+
+def js_divergence(sums: OutputSums) -> np.ndarray:
+    """(E, E): mean over tokens, in bits."""
+    found = np.zeros((len(sums.y), len(sums.y)))
+    first, second = pairs_of_experts(len(found))
+    found[first, second] = found[second, first] = sums.divergence / sums.num_tokens
+    return found
+
+
+@jax.jit
+def weight_cosine(experts: trees.Params) -> Array:
+    """(E-1, E-1): cosines between the differences of experts 1, 2, … from expert 0, all their weights and
+    biases as one vector; 0 for an expert that does not differ. Leaves (E, …)."""
+    dots = 0
+    for leaf in jax.tree.leaves(experts):
+        difference = (leaf[1:].astype(jnp.float32) - leaf[:1].astype(jnp.float32)).reshape(len(leaf) - 1, -1)
+        dots += jnp.dot(difference, difference.T, precision="highest")
+    norms = jnp.sqrt(jnp.diag(dots))
+    scale = norms[:, None] * norms[None]
+    return jnp.where(scale > 0, dots / jnp.where(scale > 0, scale, 1), 0)
+
+
+def expert_leaves(params: trees.Params, tower: str, layer: int) -> dict[str, Any]:
+    """c_fc and c_proj of a MoE block, stacked over experts."""
+    moe = params[tower][f"resblocks_{layer}"]["moe"]
+    return {"c_fc": moe["c_fc"], "c_proj": moe["c_proj"]}
+
+
+def pairs_of_experts(num_experts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """e and f of the Q pairs e <= f."""
+    first, second = zip(*itertools.combinations_with_replacement(range(num_experts), 2), strict=True)
+    return first, second
+
+
+def expert_outputs(x: Array, experts: trees.Params, config: ClipConfig) -> Array:
+    """x (B, L, D) -> (E, B, L, D) float32: every expert on every token, one expert at a time."""
+
+    def run(expert: trees.Params) -> Array:
+        fc, proj = expert["c_fc"], expert["c_proj"]
+        h = ACTIVATIONS[config.activation](x @ fc["kernel"] + fc["bias"])
+        return h @ proj["kernel"] + proj["bias"]
+
+    x = x.astype(jnp.float32)
+    return jax.lax.map(run, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), experts))
+
+
+@functools.cache
+def _make_capture(model: Clip, tower: str) -> Callable[[trees.Params, Array], list[Array]]:
+    """Jitted (params, inputs) -> what the experts of each MoE block are given, (B, L, D): ln_2's output."""
+
+    def capture(params, inputs):
+        _, state = model.apply(
+            {"params": params},
+            inputs,
+            method=METHODS[INPUTS[tower]],
+            capture_intermediates=lambda module, _: module.name == "ln_2",
+            mutable=["intermediates"],
+        )
+        blocks = state["intermediates"][tower]
+        numbers = moe_layers(model.config)[tower]
+        return [blocks[f"resblocks_{i}"]["ln_2"]["__call__"][0] for i in numbers]
+
+    return jax.jit(capture)
+
+
+@functools.cache
+def _make_mean(config: ClipConfig) -> Callable[..., Array]:
+    """Jitted: mean output of each expert, (E, D)."""
+
+    def mean(x, mask, experts):
+        y = expert_outputs(x, experts, config)
+        return jnp.einsum("ebld,bl->ed", y, mask.astype(y.dtype)) / jnp.maximum(mask.sum(), 1)
+
+    return jax.jit(mean)
+
+
+@functools.cache
+def _make_sums(config: ClipConfig) -> Callable[..., OutputSums]:
+    def sums(x, mask, experts, shift):
+        with jax.default_matmul_precision("highest"):
+            return output_sums(expert_outputs(x, experts, config), mask, shift)
+
+    return jax.jit(sums)

@@ -1,0 +1,268 @@
+"""Where the routers of a CLIP-MoE send its tokens: sums over a data set, and maps of single examples.
+
+Letters: B batch, L length, M MoE blocks, E experts, K selected experts, P places (bins of positions),
+C classes of words, G patches along a side.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from clipmoe_jax.analysis.words import WORD_CLASSES, classes_of_tokens
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig, end_position, text_mask
+from clipmoe_jax.models.moe import route
+from clipmoe_jax.models.transformer import first_moe_layer
+
+Array = jax.Array
+
+INPUTS = {"visual": "image", "text": "text"}  # a tower's name -> its inputs' in a batch
+FIRST_POSITIONS = (0, 1, 5, 10, 20, 40)  # of each bin of text positions
+TEXT_PLACES = ("0", "1-4", "5-9", "10-19", "20-39", "40-", "end token")
+
+
+class RoutingSums(NamedTuple):
+    """Sums over the tokens that count, of one batch on the device or of many on the host.
+
+    chosen_at (M, P, E), chosen_of (M, C, E): slots that each expert received at a place, of a class of words;
+    together (M, E, E): tokens that chose both experts, diagonal: that chose e; num_tokens (). All integers.
+    entropy, top1_gate: (B, M) float32 sums of each row on the device, (M,) float64 on the host.
+    """
+
+    chosen_at: Any
+    chosen_of: Any
+    together: Any
+    num_tokens: Any
+    entropy: Any
+    top1_gate: Any
+
+
+def moe_layers(config: ClipConfig) -> dict[str, list[int]]:
+    """{tower: numbers of its MoE blocks}. Raises ValueError for a dense model."""
+    if config.moe is None:
+        raise ValueError("the model is dense: it has no experts; give the CLIP-MoE (WORKDIR/moe/params)")
+    depth = {"visual": config.vision.num_layers, "text": config.text.num_layers}
+    return {tower: list(range(first_moe_layer(n, config.moe), n)) for tower, n in depth.items()}
+
+
+def route_by_model(
+    model: Clip, params: trees.Params, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> dict[str, RoutingSums]:
+    """{tower: sums over all batches, exact integers and float64}.
+
+    params on the mesh. batches: as the loader's, each process its own rows: image (B, H, W, 3),
+    text (B, L) int32, valid (B,) bool. What is not valid, and padding after the end token, counts for
+    nothing. Raises ValueError if no token is left.
+    """
+    moe_layers(model.config)
+    totals: dict[str, RoutingSums] = {}
+    for tower, arrays in placed_inputs(batches, mesh):
+        with jax.set_mesh(mesh):
+            sums = sharding.replicate(mesh, _make_sums(model, tower)(params, arrays))
+        found = RoutingSums(*map(_on_host, sums))
+        found = found._replace(entropy=found.entropy.sum(axis=0), top1_gate=found.top1_gate.sum(axis=0))
+        totals[tower] = jax.tree.map(np.add, totals[tower], found) if tower in totals else found
+    if not totals or not all(sums.num_tokens for sums in totals.values()):
+        raise ValueError("routing: there is no token to count: give at least one valid image and caption")
+    return totals
+
+
+def routing_tables(sums: Mapping[str, RoutingSums], config: ClipConfig) -> dict[str, dict[str, Any]]:
+    """{tower: load, entropy (nats), top1_gate, coactivation, load_by_position, …} as lists for JSON.
+
+    load: share of the routed slots that each expert received, f_e of `losses.load_balance`. A bin of
+    positions or a class of words that no token was in is left out.
+    """
+    places = {
+        "visual": ["class token"] + [f"row {i + 1}" for i in range(_grid(config))],
+        "text": TEXT_PLACES,
+    }
+    tables = {}
+    for tower, layers in moe_layers(config).items():
+        found = sums[tower]
+        chosen = np.einsum("mee->me", found.together)
+        filled = found.chosen_at[0].sum(axis=-1) > 0  # every layer sees the same tokens
+        tables[tower] = {
+            "layers": layers,
+            "load": _shares(chosen),
+            "entropy": (found.entropy / found.num_tokens).tolist(),
+            "top1_gate": (found.top1_gate / found.num_tokens).tolist(),
+            "coactivation": (found.together / found.num_tokens).tolist(),
+            "load_by_position": _shares(found.chosen_at[:, filled]),
+            "bins": [place for place, there in zip(places[tower], filled, strict=True) if there],
+        }
+    chosen_of = sums["text"].chosen_of
+    tables["text"]["load_by_word_class"] = {
+        name: _shares(chosen_of[:, c]) for c, name in enumerate(WORD_CLASSES) if chosen_of[:, c].any()
+    }
+    return tables
+
+
+def routing_sums(
+    router_logits: Array, num_selected: int, mask: Array, place: Array, word: Array, num_places: int
+) -> RoutingSums:
+    """The sums of one batch; jittable.
+
+    router_logits (B, M, L, E) float32; mask (B, L) bool, the tokens that count; place, word (B, L) int, the
+    bin of a token's position and the class of its word, -1 for none.
+    """
+    gates, expert_ids = route(router_logits, num_selected)
+    num_experts = router_logits.shape[-1]
+    chosen = jax.nn.one_hot(expert_ids, num_experts, dtype=jnp.int32).sum(axis=-2)
+    chosen = chosen * mask[:, None, :, None]
+    log_probabilities = jax.nn.log_softmax(router_logits, axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)  # (B, M, L)
+
+    def by(ids: Array, count: int) -> Array:
+        return jnp.einsum("bmle,blp->mpe", chosen, jax.nn.one_hot(ids, count, dtype=jnp.int32))
+
+    return RoutingSums(
+        chosen_at=by(place, num_places),
+        chosen_of=by(word, len(WORD_CLASSES)),
+        together=jnp.einsum("bmle,bmlf->mef", chosen, chosen),
+        num_tokens=mask.sum(dtype=jnp.int32),
+        entropy=jnp.sum(entropy * mask[:, None], axis=-1),
+        top1_gate=jnp.sum(gates[..., 0] * mask[:, None], axis=-1),
+    )
+
+
+def changed_routing(
+    model: Clip,
+    params: trees.Params,
+    other: trees.Params,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+) -> dict[str, list[float]]:
+    """{tower: for each MoE layer, share of tokens whose set of experts is not the same with `params` as with
+    `other`}: two checkpoints of one model. Batches as for `route_by_model`."""
+    moe_layers(model.config)
+    changed, num_tokens = dict.fromkeys(INPUTS, 0), dict.fromkeys(INPUTS, 0)
+    for tower, arrays in placed_inputs(batches, mesh):
+        with jax.set_mesh(mesh):
+            counts = sharding.replicate(mesh, _make_changed(model, tower)(params, other, arrays))
+        changed[tower] += _on_host(counts[0])
+        num_tokens[tower] += _on_host(counts[1])
+    return {tower: (changed[tower] / num_tokens[tower]).tolist() for tower in changed}
+
+
+def top1_experts(
+    model: Clip, params: trees.Params, images: np.ndarray, tokens: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """The expert with the largest gate: int8 (n, M, G, G) of each patch, (n, M, L) of each token of a
+    caption, -1 after the end token.
+
+    images (n, H, W, 3) uint8, tokens (n, L) int32, the same in every process; computed as one batch.
+    """
+    moe_layers(model.config)
+    count, grid = len(images), _grid(model.config)
+    rows = -(-count // mesh.size) * mesh.size
+    part = slice(*(rows // jax.process_count() * (jax.process_index() + i) for i in range(2)))
+    batch = {"image": images, "text": tokens, "valid": np.ones(count, bool)}
+    batch = {
+        name: np.pad(array, [(0, rows - count)] + [(0, 0)] * (array.ndim - 1))[part]
+        for name, array in batch.items()
+    }
+    top = {}
+    for tower, arrays in placed_inputs([batch], mesh):
+        with jax.set_mesh(mesh):
+            found = sharding.replicate(mesh, _make_top1(model, tower)(params, arrays))
+        top[tower] = np.asarray(found, np.int8)[:count]
+    visual = top["visual"][:, :, 1:]  # the class token is no place in the image
+    return visual.reshape(*visual.shape[:2], grid, grid), top["text"]
+
+
+def placed_inputs(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Iterator[tuple[str, dict[str, Array]]]:
+    """(tower, its arrays on the mesh) of each batch: inputs, valid and, of text, word (B, L) int8."""
+    for batch in batches:
+        sharding.check_batch(mesh, len(batch["valid"]) * jax.process_count())
+        for tower, name in INPUTS.items():
+            arrays = {"inputs": batch[name], "valid": batch["valid"]}
+            if tower == "text":
+                arrays["word"] = classes_of_tokens(batch[name])
+            yield tower, sharding.put_batch(mesh, arrays)
+
+
+def token_mask(config: ClipConfig, tower: str, arrays: Mapping[str, Array]) -> Array:
+    """(B, L) bool: tokens of valid rows, and of text none after the end token."""
+    valid = arrays["valid"][:, None]
+    if tower == "text":
+        return text_mask(arrays["inputs"], config.text.eos_token_id) & valid
+    return jnp.broadcast_to(valid, (len(valid), _grid(config) ** 2 + 1))
+
+
+def _places(config: ClipConfig, tower: str, inputs: Array) -> tuple[Array, int]:
+    """The bin of each token's position, (B, L) int32, and how many bins there are."""
+    if tower == "visual":
+        grid = _grid(config)
+        row = jnp.concatenate([jnp.zeros(1, jnp.int32), 1 + jnp.arange(grid**2) // grid])
+        return jnp.broadcast_to(row, (len(inputs), len(row))), grid + 1
+    position = jnp.arange(inputs.shape[1])
+    place = jnp.searchsorted(jnp.array(FIRST_POSITIONS), position, side="right") - 1
+    end = end_position(inputs, config.text.eos_token_id)[:, None]
+    return jnp.where(position == end, len(FIRST_POSITIONS), place), len(TEXT_PLACES)
+
+
+def _logits(model: Clip, tower: str, params: trees.Params, inputs: Array) -> Array:
+    method = METHODS[INPUTS[tower]]
+    return model.apply({"params": params}, inputs, method=method)[1]["router_logits"]
+
+
+@functools.cache
+def _make_sums(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Array]], RoutingSums]:
+    def sums(params, arrays):
+        logits = _logits(model, tower, params, arrays["inputs"])
+        mask = token_mask(model.config, tower, arrays)
+        place, num_places = _places(model.config, tower, arrays["inputs"])
+        word = arrays.get("word", jnp.full(mask.shape, -1))
+        return routing_sums(logits, model.config.moe.num_selected_experts, mask, place, word, num_places)
+
+    return jax.jit(sums)
+
+
+@functools.cache
+def _make_changed(model: Clip, tower: str) -> Callable[..., tuple[Array, Array]]:
+    """Jitted: (tokens (M,) int32 whose set of experts differs, tokens () int32)."""
+
+    def changed(params, other, arrays):
+        mask = token_mask(model.config, tower, arrays)
+
+        def sets(params):  # (B, M, L, E) of 0 and 1
+            logits = _logits(model, tower, params, arrays["inputs"])
+            _, expert_ids = route(logits, model.config.moe.num_selected_experts)
+            return jax.nn.one_hot(expert_ids, logits.shape[-1], dtype=jnp.int32).sum(axis=-2)
+
+        differs = jnp.any(sets(params) != sets(other), axis=-1) & mask[:, None]
+        return differs.sum(axis=(0, 2), dtype=jnp.int32), mask.sum(dtype=jnp.int32)
+
+    return jax.jit(changed)
+
+
+@functools.cache
+def _make_top1(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Array]], Array]:
+    def top1(params, arrays):
+        logits = _logits(model, tower, params, arrays["inputs"])
+        mask = token_mask(model.config, tower, arrays)
+        return jnp.where(mask[:, None], route(logits, 1)[1][..., 0], -1)
+
+    return jax.jit(top1)
+
+
+def _grid(config: ClipConfig) -> int:
+    return config.vision.image_size // config.vision.patch_size
+
+
+def _on_host(array: Array) -> np.ndarray:
+    array = np.asarray(array)
+    return array.astype(np.float64 if array.dtype == np.float32 else np.int64)
+
+
+def _shares(counts: np.ndarray) -> list:
+    """Integers to shares of their sum over the last axis."""
+    return (counts / counts.sum(axis=-1, keepdims=True)).tolist()

@@ -1,0 +1,137 @@
+"""Param trees and training state on disk, by orbax: the one module that reads and writes them.
+
+Training state is kept as separate items `trainable`, `opt_state` and `meta`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from clipmoe_jax.core import distributed, trees
+from clipmoe_jax.core.paths import absolute
+
+
+def save_params(path: epath.Path, params: trees.Params) -> None:
+    """Writes a param tree, which may be sharded. Replaces what a killed run left there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(absolute(path), params, force=True)
+
+
+def load_params(
+    path: epath.Path,
+    abstract: trees.Params,
+    place: Callable[[trees.Params], dict] | None = None,
+) -> dict:
+    """Returns the param tree that `save_params` wrote.
+
+    abstract: the tree as ShapeDtypeStructs. place: from these to their shardings; None loads numpy arrays.
+    """
+    if place is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    else:
+        shardings = place(abstract)
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(absolute(path), target)
+    return jax.tree.map(np.asarray, params) if place is None else params
+
+
+class _CheckpointManager(ocp.CheckpointManager):
+    """Orbax's, but for one question: it asks JAX by the number of the step whether to stop, and JAX knows one
+    counter alone, that of `distributed.preempted`: a SIGTERM between a save and the next step would be lost.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """The training loop knows, and saves then."""
+        del step
+        return False
+
+
+class Checkpointer:
+    """Keeps the newest checkpoints of one training phase; saving runs in the background. A context
+    manager."""
+
+    def __init__(self, folder: epath.Path, max_to_keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
+        self._manager = _CheckpointManager(absolute(folder), options=options)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts to write a state (`trainable`, `opt_state`) after `step` steps, and numbers to go with
+        it."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """(newest state, shaped and placed as the given one; its meta); None if there is no checkpoint.
+
+        One that cannot be read, truncated say, is deleted with a warning and the one before it taken. Raises
+        ValueError if none can be read: they stay, as it may be the disk or the memory that is at fault.
+        """
+        unreadable = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found, reason = self._restore(step, like), ""
+            except Exception as error:  # of tensorstore, JSON, the file system: what a broken file leads to
+                found, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
+            if distributed.all_are(found is not None):
+                for broken, why in unreadable.items():
+                    logging.warning(
+                        "the checkpoint of step %d cannot be read and is deleted: %s", broken, why
+                    )
+                    self._manager.delete(broken)
+                return found
+            unreadable[step] = reason or "another process could not"
+            found = None  # or it lies on the device beside the next
+        if unreadable:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items())
+            raise ValueError(
+                f"no checkpoint in {self._manager.directory} can be read ({reasons}): start the same command "
+                "again if the disk was at fault, or delete that folder to begin with step 0"
+            )
+        return None
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(abstract.trainable),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state = like.replace(
+            step=jax.device_put(np.int32(step), like.step.sharding),
+            trainable=restored["trainable"],
+            opt_state=restored["opt_state"],
+        )
+        return state, restored["meta"]
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint that is whole."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,65 @@
+"""How every command starts: flags in, errors out as one line."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags and calls main(argv), as absl's app.run does.
+
+    Errors made for people become one line on stderr and exit code 1: bad flags, unknown config
+    fields, files that cannot be opened, and every ValueError or KeyError raised by this package.
+    An error from inside a library keeps its stack trace, and so does every error if the
+    environment variable CLIPMOE_DEBUG is set.
+    """
+
+    def main_with_clear_errors(argv):
+        if argv[1:]:
+            _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+        try:
+            main(argv)
+        except (ValueError, OSError, KeyError) as error:
+            if not _is_for_people(error):
+                raise
+            _fail(_one_line(error))
+
+    app.run(main_with_clear_errors, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl flags and ml_collections' config overrides; returns what is left of argv."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError) as error:
+        if "CLIPMOE_DEBUG" in os.environ:
+            raise
+        unknown_field = isinstance(error, AttributeError)
+        _fail(("no such config field: " if unknown_field else "") + _one_line(error))
+
+
+def _is_for_people(error: Exception) -> bool:
+    if "CLIPMOE_DEBUG" in os.environ:
+        return False
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, OSError) or innermost.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _one_line(error: Exception) -> str:
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections nests them
+        error = error.args[0]
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, (flags.Error, OSError)):
+        lines = lines[-1:]  # where ml_collections puts a config file's own error, after its trace
+    return " ".join(lines) or type(error).__name__
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,191 @@
+"""The device mesh, where each parameter lies on it, and how batches reach it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and large parameters; `expert` splits the batch and the
+leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the same code.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.extend
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipmoe_jax.core import trees
+
+EXPERT_AXIS = "expert"
+BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)
+
+# First match wins. The fsdp axis takes an axis that every variant's width divides. The token embedding is
+# whole on every device: looked up in parts, its rows would have to travel with the batch.
+PARAM_RULES = (
+    (r".*/moe/c_(fc|proj)/kernel", PartitionSpec(EXPERT_AXIS, "fsdp", None)),
+    (r".*/moe/c_(fc|proj)/bias", PartitionSpec(EXPERT_AXIS)),
+    (r".*/moe/router/kernel", PartitionSpec()),
+    (r".*/(mlp|attn)/\w+/kernel", PartitionSpec("fsdp", None)),
+    (r".*", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
+    """A mesh over all devices; `data=-1` takes what the other axes leave.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _mesh_sizes(data, fsdp, expert, len(devices))
+    return Mesh(np.asarray(devices).reshape(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_abstract_mesh(data: int, fsdp: int, expert: int, *, num_devices: int) -> AbstractMesh:
+    """The mesh of devices that are not here, to plan with."""
+    sizes = _mesh_sizes(data, fsdp, expert, num_devices)
+    return AbstractMesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_sizes(data: int, fsdp: int, expert: int, num_devices: int) -> tuple[int, int, int]:
+    if data == -1:
+        data = num_devices // (fsdp * expert)
+    sizes = (data, fsdp, expert)
+    if min(sizes) < 1 or data * fsdp * expert != num_devices:
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x expert={expert} does not use the {num_devices} devices "
+            "there are exactly: choose sizes whose product is that"
+        )
+    return sizes
+
+
+def param_shardings(mesh: Mesh | AbstractMesh, params: trees.Params) -> dict:
+    """A tree of NamedSharding for a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
+
+    Raises ValueError naming the first leaf whose axis a mesh axis does not divide.
+    """
+    leaves = trees.flatten(params)
+    return trees.unflatten({name: param_sharding(mesh, name, leaf.shape) for name, leaf in leaves.items()})
+
+
+def param_sharding(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where one leaf lies, by PARAM_RULES. Raises ValueError if a mesh axis does not divide an axis of it."""
+    spec = PARAM_RULES[trees.first_match(PARAM_RULES, name)][1]
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name} has an axis of size {size}, which mesh.{axis}={mesh.shape[axis]} does not "
+                f"divide: choose mesh.{axis} among {_divisors(size)[:12]}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def platform() -> str:
+    """One of "cpu", "tpu" and "gpu", or "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
+    backend = jax.default_backend()
+    if backend != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
+        return backend
+    return "cuda" if float(jax.local_devices()[0].compute_capability) >= 8.0 else "gpu"
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The leading axis of a batch, split over every device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def devices_in_use() -> int:
+    """Inside a jitted function: of the mesh in use, 1 if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Says, inside a jitted function, that the leading axis is split over every device of the mesh in use.
+
+    Without it XLA may take up the sharding of the parameters that x meets, and move the activations of all
+    devices where it should gather a parameter.
+    """
+    return x if devices_in_use() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """This host's slice of a global batch, arrays or trees of them by name, as global arrays."""
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return {name: jax.tree.map(put, arrays) for name, arrays in batch.items()}
+
+
+def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """A value that every process has, on every device."""
+    return jax.make_array_from_callback(np.shape(value), replicated(mesh), lambda _: value)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """The whole of each array on every device, so that every process can read it."""
+    return _replicate(mesh)(tree)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class HostCopy:
+    """This process's part of an array, in its memory: {index: numpy array}."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    parts: dict[str, np.ndarray]
+
+
+def to_host(tree: Any) -> Any:
+    """Copies what this process's devices hold; nobody holds the whole of a sharded array."""
+
+    def copy(array: jax.Array) -> HostCopy:
+        parts = {str(shard.index): shard.data for shard in array.addressable_shards}  # one of those alike
+        return HostCopy(array.shape, array.sharding, jax.device_get(parts))
+
+    return jax.tree.map(copy, tree)
+
+
+def to_devices(tree: Any) -> Any:
+    """The inverse of `to_host`; leaves that are on devices stay as they are."""
+
+    def place(leaf: Any) -> jax.Array:
+        if not isinstance(leaf, HostCopy):
+            return leaf
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: leaf.parts[str(i)])
+
+    return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, HostCopy))
+
+
+def put_param(mesh: Mesh, name: str, array: np.ndarray) -> jax.Array:
+    """Places one leaf that every process has read: each device keeps its part."""
+    where = param_sharding(mesh, name, array.shape)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def init_params(mesh: Mesh, init: Callable[[jax.Array], trees.Params], key: jax.Array) -> dict:
+    """Runs `init(key)` so that each parameter is born where it will live."""
+    shardings = param_shardings(mesh, jax.eval_shape(init, key))
+    # It runs once, and LLVM takes longer to optimize it than it takes to run.
+    options = {"xla_backend_optimization_level": 1} if platform() == "cpu" else {}
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+
+
+def check_batch(mesh: Mesh | AbstractMesh, global_batch: int, accumulation_steps: int = 1) -> None:
+    """Raises ValueError if a batch (or a microbatch of it) cannot be split evenly over the devices."""
+    parts = mesh.size * accumulation_steps
+    if global_batch % parts:
+        raise ValueError(
+            f"batch size {global_batch} cannot be split over {mesh.size} devices x {accumulation_steps} "
+            f"accumulation steps: choose a multiple of {parts}"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

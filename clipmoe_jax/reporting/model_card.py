@@ -1,0 +1,214 @@
+"""The README.md of an exported model: what it is, how to use it, where it comes from, what it scored."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from clipmoe_jax.core import artifacts, trees
+from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.flops import count_active_parameters
+from clipmoe_jax.reporting.text_tables import COLUMNS, has_retrieval
+
+PAPER = "[arXiv 2409.19291](https://arxiv.org/abs/2409.19291)"
+TITLES = {"huggingface": "transformers", "openclip": "open_clip", "clipmoe": "the released CLIP-MoE code"}
+
+USE_CLIP = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}"{remote})
+processor = AutoProcessor.from_pretrained("{name}"{remote})
+image, texts = Image.open("photo.jpg"), ["a dog", "a cat"]
+inputs = processor(text=texts, images=image, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits_per_image.softmax(dim=-1))
+```
+"""
+
+USE_VISION_TOWER = """\
+The vision tower alone has the interface of `CLIPVisionModel`, so that it replaces CLIP's in other programs:
+
+```python
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+CLIPMoEVisionModel = get_class_from_dynamic_module("modeling_clip_moe.CLIPMoEVisionModel", "{name}")
+tower = CLIPMoEVisionModel.from_pretrained("{name}")
+features = tower(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+```
+
+transformers finds remote code for a whole model, not for a part of one: before you load or build a
+`LlavaForConditionalGeneration` whose `vision_config` is this tower's, call `register()`, a function of
+`modeling_clip_moe.py`.
+"""
+
+USE_VISION_ALONE = """\
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+model = CLIPVisionModelWithProjection.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+print(model(**processor(images=Image.open("photo.jpg"), return_tensors="pt")).image_embeds)
+```
+"""
+
+USE_OPENCLIP = """\
+```python
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
+tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open("photo.jpg")).unsqueeze(0), normalize=True)
+    text = model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True)
+    print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))
+```
+"""
+
+USE_RELEASED_MOE = """\
+`model.pt` is a state dict; `clipmoe.json` holds what it does not say. With the released code's package:
+
+```python
+from clipmoe import clipmoe
+
+model, preprocess = clipmoe.loadMoE(
+    "{name}/model.pt", num_experts={num_experts}, top_k={top_k}, moe_layers={moe_layers}
+)
+```
+"""
+
+USE_RELEASED_DENSE = """\
+`model.pt` is a state dict. With the released code's package, or Long-CLIP's, whose format it is:
+
+```python
+from clipmoe import clipmoe
+
+model, preprocess = clipmoe.load("{name}/model.pt")
+```
+"""
+
+
+def model_card(
+    source: str, config: ClipConfig, params: trees.Params, read_from: str, to: str, name: str
+) -> str:
+    """Returns Markdown. source: where the model was read; read_from: what lay there, in words; to: the format
+    it goes to; name: its folder.
+
+    Of a model folder of a run, the run's config and evaluation are told too.
+    """
+    kind = "CLIP-MoE" if config.moe else "CLIP" if config.text else "CLIP vision tower"
+    parts = [
+        _front_matter(config, to),
+        f"# {kind} for {TITLES[to]}",
+        f"Written by `clipmoe_jax` from a {read_from}. {_what_it_is(config)}",
+        _sizes(config, params),
+        "## Use",
+        _usage(config, to).format(name=name, **_released_arguments(config)).strip(),
+        *_provenance(epath.Path(source)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: ClipConfig, to: str) -> str:
+    library = {"huggingface": "transformers", "openclip": "open_clip", "clipmoe": "pytorch"}[to]
+    task = "zero-shot-image-classification" if config.text else "image-feature-extraction"
+    tags = ["clip", "mixture-of-experts"] if config.moe else ["clip"]
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {library}",
+            f"pipeline_tag: {task}",
+            "tags:",
+            *(f"- {t}" for t in tags),
+            "---",
+        ]
+    )
+
+
+def _what_it_is(config: ClipConfig) -> str:
+    if config.moe is None:
+        return "It takes CLIP's inputs and gives features of CLIP's kind."
+    moe = config.moe
+    blocks = f"the last {moe.num_moe_layers} blocks" if moe.num_moe_layers else "every block"
+    return (
+        f"A CLIP-MoE ({PAPER}) takes CLIP's inputs and gives features of CLIP's kind; in {blocks} of each "
+        f"tower the feed-forward layer is a mixture of {moe.num_experts} experts, of which each token uses "
+        f"{moe.num_selected_experts}."
+    )
+
+
+def _sizes(config: ClipConfig, params: trees.Params) -> str:
+    vision, text = config.vision, config.text
+    dtypes = sorted({str(leaf.dtype) for leaf in trees.flatten(params).values()})
+    rows = {
+        "image": f"{vision.image_size} × {vision.image_size}, patches of {vision.patch_size}",
+        "vision tower": _tower(vision),
+        "text tower": f"{_tower(text)}, {text.context_length} positions" if text else None,
+        "features": f"{config.embed_dim}",
+        "activation": config.activation,
+        "experts": config.moe and f"{config.moe.num_experts}, {config.moe.num_selected_experts} selected",
+        "parameters": f"{trees.count_parameters(params):,}",
+        "active parameters": config.moe and f"{count_active_parameters(params, config):,} for each token",
+        "stored as": ", ".join(dtypes),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)])
+
+
+def _tower(tower) -> str:
+    return f"{tower.num_layers} blocks, width {tower.width}, {tower.width // tower.head_width} heads"
+
+
+def _usage(config: ClipConfig, to: str) -> str:
+    if to == "openclip":
+        return USE_OPENCLIP
+    if to == "clipmoe":
+        return USE_RELEASED_MOE if config.moe else USE_RELEASED_DENSE
+    if config.text is None:
+        return USE_VISION_ALONE
+    if config.moe:
+        return USE_CLIP.replace("{remote}", ", trust_remote_code=True") + "\n" + USE_VISION_TOWER
+    return USE_CLIP.replace("{remote}", "")
+
+
+def _released_arguments(config: ClipConfig) -> dict[str, int]:
+    """loadMoE's arguments."""
+    if config.moe is None:
+        return {}
+    depth = config.vision.num_layers
+    return {
+        "num_experts": config.moe.num_experts,
+        "top_k": config.moe.num_selected_experts,
+        "moe_layers": min(config.moe.num_moe_layers or depth, depth),
+    }
+
+
+def _provenance(source: epath.Path) -> list[str]:
+    """Sections on the run that made a model, as far as it lies beside it: its config, its evaluation."""
+    folders = [source, *list(source.parents)[:2]]
+    sections = []
+    if (made := next((f for f in folders if artifacts.is_done(f)), None)) is not None:
+        done = json.loads((made / "done.json").read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in done["versions"].items())
+        sections += [
+            "## Training",
+            f"With {versions}, from this config:",
+            f"```json\n{json.dumps(done['inputs'], indent=2)}\n```",
+        ]
+    results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
+    if results is not None and has_retrieval([found := json.loads(results.read_text())]):
+        sections += ["## Evaluation", _results(found)]
+    return sections
+
+
+def _results(results: dict[str, dict[str, Any]]) -> str:
+    """Every model of the run, so that this one can be compared."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for title, numbers in results.items():
+        cells = " | ".join(f"{100 * numbers[key]:.1f}" for key in COLUMNS.values())
+        lines.append(f"| {title} | {cells} |")
+    return "Retrieval on the run's test set, per cent:\n\n" + "\n".join(lines)

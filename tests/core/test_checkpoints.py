@@ -1,0 +1,223 @@
+"""Models and training state on disk: what comes back is what went in, on this mesh or another."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from clipmoe_jax.core import checkpoints, sharding, trees
+from clipmoe_jax.core.checkpoints import Checkpointer
+from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params, check_params
+from clipmoe_jax.models.model_folder import load_model, save_model
+from clipmoe_jax.models.transformer import MoeConfig
+from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.step import init_state
+
+DENSE = ClipConfig(
+    embed_dim=8,
+    vision=VisionConfig(image_size=8, patch_size=4, width=16, num_layers=1, head_width=8),
+    text=TextConfig(vocab_size=20, context_length=6, width=16, num_layers=1, head_width=8),
+    activation="gelu",
+)
+CONFIG = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+PHASE = PhaseConfig(batch_size=8, learning_rate=1e-2, weight_decay=0.1, warmup_steps=0, num_steps=4)
+KERNEL = "visual/resblocks_0/moe/c_fc/kernel"
+
+
+def random_params(config=CONFIG, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = abstract_params(config)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+def place(mesh, params):
+    """On the mesh, by the rules."""
+    return jax.device_put(params, sharding.param_shardings(mesh, params))
+
+
+def assert_same(found, expected):
+    """Every leaf, bit for bit, with its dtype."""
+    found, expected = trees.flatten(found), trees.flatten(expected)
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+        assert found[name].dtype == leaf.dtype, name
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, CONFIG, random_params())
+    return folder
+
+
+def test_a_model_comes_back_as_numpy(model_folder):
+    config, params = load_model(model_folder)
+    assert config == CONFIG
+    assert_same(params, random_params())
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+
+
+def test_a_model_comes_back_on_a_mesh(model_folder):
+    mesh = sharding.make_mesh(2, 2, 2)
+    _, params = load_model(model_folder, lambda tree: sharding.param_shardings(mesh, tree))
+    assert_same(params, random_params())
+    shards = trees.flatten(params)[KERNEL].addressable_shards
+    assert {shard.data.shape for shard in shards} == {(2, 8, 64)}  # of (4, 16, 64)
+
+
+def test_a_sharded_model_is_written_whole(tmp_path):
+    mesh = sharding.make_mesh(2, 2, 2)
+    save_model(tmp_path, CONFIG, place(mesh, random_params()))
+    assert_same(load_model(tmp_path)[1], random_params())
+
+
+def test_saving_again_replaces(tmp_path):
+    for seed in (0, 1):
+        save_model(tmp_path, CONFIG, random_params(seed=seed))
+    assert_same(load_model(tmp_path)[1], random_params(seed=1))
+
+
+def test_saving_leaves_the_question_whether_to_stop_to_the_loop(tmp_path, monkeypatch):
+    """Orbax would put its own count of steps where JAX keeps ours, and a SIGTERM would be lost."""
+    monkeypatch.setattr(ocp.utils, "reached_preemption", lambda step: pytest.fail("orbax asked"))
+    state = state_on(sharding.make_mesh(2, 2, 2))
+    with checkpoints.Checkpointer(tmp_path, 2) as checkpointer:
+        checkpointer.save(3, state, {"loss": 1.0})
+        assert checkpointer.latest_step() == 3
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a model folder: it has no model.json"):
+        load_model(tmp_path)
+
+
+def state_on(mesh, seed=0):
+    """Training state of the routers and experts with moments that are not zero, at step 3."""
+    params = place(mesh, random_params(seed=seed))
+    trainable, _ = trees.partition(params, [(".*/moe/.*", True), (".*", False)])
+    state = init_state(mesh, PHASE, trainable)
+    moments = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, seed + 1) + leaf if jnp.ndim(leaf) else leaf + 3, state.opt_state
+    )
+    return state.replace(step=state.step + 3, opt_state=moments)
+
+
+def values(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with checkpoints of steps 1 to 3, of which two are kept, and the state of the last."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    states = [state_on(sharding.make_mesh(2, 2, 2), seed) for seed in range(3)]
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        for step, state in enumerate(states, 1):
+            checkpointer.save(step, state, {"loss": step / 2})
+    return folder, states[-1]
+
+
+SIZES = {"the same mesh": (2, 2, 2), "another mesh": (1, 4, 2), "data alone": (8, 1, 1)}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_newest_state_comes_back(saved, sizes):
+    """Parameters, moments and step, placed as the state that asks for them."""
+    folder, expected = saved
+    like = state_on(sharding.make_mesh(*sizes), seed=9)
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        found, meta = checkpointer.restore(like)
+    assert found.step == 3 and meta == {"loss": 1.5}
+    for part in ("trainable", "opt_state"):
+        arrays, wanted = values(getattr(found, part)), values(getattr(expected, part))
+        for array, want in zip(arrays, wanted, strict=True):
+            np.testing.assert_array_equal(array, want)
+    jax.tree.map(lambda leaf, other: _assert_placed_alike(leaf, other), found, like)
+
+
+def _assert_placed_alike(leaf, other):
+    assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+
+
+def test_old_checkpoints_are_deleted(saved):
+    folder, _ = saved
+    assert {path.name for path in folder.iterdir()} == {"2", "3"}
+
+
+def test_latest_step(saved):
+    with Checkpointer(saved[0], max_to_keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 3
+
+
+def cut_files(folder):
+    """Each to its half, as a full disk or lost writes would."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    cut_files(folder / "3" / "trainable")
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        found, meta = checkpointer.restore(saved[1])
+        assert found.step == 2 and meta == {"loss": 1.0}
+        assert "the checkpoint of step 3 cannot be read and is deleted" in caplog.text
+        checkpointer.save(3, found, {"loss": 7.0})  # takes the broken one's place
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(saved[1])[1] == {"loss": 7.0}
+
+
+def test_if_none_can_be_read_they_stay(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    cut_files(folder / "2" / "opt_state")
+    (folder / "3" / "meta" / "metadata").write_text('{"loss"')
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        with pytest.raises(
+            ValueError, match=r"no checkpoint in \S+ can be read \(step 3: .+; step 2: .+\): start the same"
+        ):
+            checkpointer.restore(saved[1])
+    assert {path.name for path in folder.iterdir()} == {"2", "3"}
+
+
+def test_nothing_to_restore(tmp_path):
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(state_on(sharding.make_mesh())) is None
+        assert checkpointer.latest_step() is None
+
+
+def test_what_a_killed_save_left_is_not_a_checkpoint(saved, tmp_path):
+    _, expected = saved
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(expected) is None
+
+
+def shapes_of(config):
+    return {name: leaf.shape for name, leaf in trees.flatten(abstract_params(config)).items()}
+
+
+def test_check_params_lets_the_right_ones_pass():
+    check_params(CONFIG, shapes_of(CONFIG), "file")
+
+
+def test_check_params_names_what_differs_in_both_directions():
+    shapes = shapes_of(CONFIG) | {"visual/proj": (16, 9), "visual/adapter": (2,)}
+    del shapes["text/ln_final/scale"], shapes["logit_scale"]
+    with pytest.raises(ValueError) as error:
+        check_params(CONFIG, shapes, "some/file")
+    assert str(error.value) == (
+        "some/file does not fit the architecture: 2 missing: logit_scale, text/ln_final/scale; "
+        "1 unexpected: visual/adapter; 1 differing: visual/proj is (16, 9), not (16, 8)"
+    )
+
+
+def test_check_params_of_a_dense_file_for_a_moe():
+    # In each tower 4 FFN leaves come, 4 expert leaves and a router are missing.
+    with pytest.raises(ValueError, match="10 missing: text/resblocks_0/moe.*; 8 unexpected: text/.*mlp"):
+        check_params(CONFIG, shapes_of(DENSE), "file")

@@ -1,0 +1,105 @@
+"""Disks and buckets. What only buckets do runs here on a disk that is taken for one."""
+
+import json
+
+import pytest
+from etils import epath
+
+from clipmoe_jax.core import artifacts, metrics, paths
+from clipmoe_jax.core.paths import absolute, in_bucket, written_whole
+
+
+def test_names_of_buckets_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)
+    assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert absolute("run") == epath.Path(tmp_path) / "run"
+
+
+def test_what_fails_leaves_the_file_that_was_there(tmp_path):
+    path = epath.Path(tmp_path) / "file"
+    path.write_text("before")
+    with pytest.raises(KeyError), written_whole(path) as file:
+        file.write_text("half")
+        raise KeyError
+    assert path.read_text() == "before"
+    with written_whole(path) as file:
+        file.write_text("after")
+    assert path.read_text() == "after" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_fails_leaves_nothing_half_in_a_bucket(tmp_path, monkeypatch):
+    """Where a file that is closed is uploaded."""
+    monkeypatch.setattr(paths, "in_bucket", lambda path: True)
+    path = epath.Path(tmp_path) / "file"
+    with pytest.raises(KeyError), paths.written_whole(path) as file, file.open("w") as opened:
+        opened.write("half")
+        raise KeyError
+    assert not path.exists()
+
+
+def build(folder):
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    (folder / "params" / "deep").mkdir(parents=True)
+    (folder / "params" / "deep" / "leaf").write_text("1.5")
+    return {"loss": 0.5}
+
+
+def never(folder):
+    raise AssertionError("it is there")
+
+
+def test_an_artifact_in_a_bucket_is_whole_when_its_last_object_is_there(tmp_path, monkeypatch):
+    """Killed before done.json was copied it is not done; the next start copies again, building nothing."""
+    monkeypatch.setattr(artifacts, "in_bucket", lambda path: True)
+    path, copy_folder = epath.Path(tmp_path) / "base", artifacts._copy_folder
+
+    def killed(*args, **kwargs):
+        copy_folder(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "_copy_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.make(path, {"seed": 0}, build)
+    assert (path / "params" / "deep" / "leaf").exists() and not artifacts.is_done(path)
+    monkeypatch.setattr(artifacts, "_copy_folder", copy_folder)
+    assert not artifacts.make(path, {"seed": 0}, never)
+    assert artifacts.measured(path) == {"loss": 0.5}
+    assert (path / "params" / "deep" / "leaf").read_text() == "1.5"
+    assert {found.name for found in path.iterdir()} == {"params", "done.json"}
+    assert {found.name for found in tmp_path.iterdir()} == {"base"}
+
+
+def test_what_is_left_of_a_copied_artifact_is_not_taken_for_one(tmp_path, monkeypatch):
+    """Killed while it was deleted: the next start deletes the rest."""
+    monkeypatch.setattr(artifacts, "in_bucket", lambda path: True)
+    path, unfinished = epath.Path(tmp_path) / "base", epath.Path(tmp_path) / "base.unfinished"
+    delete = artifacts._delete
+
+    def killed(folder):
+        if folder == unfinished and (folder / "params").exists():
+            raise KeyboardInterrupt
+        delete(folder)
+
+    monkeypatch.setattr(artifacts, "_delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.make(path, {"seed": 0}, build)
+    assert artifacts.is_done(path) and unfinished.exists() and not artifacts.is_done(unfinished)
+    monkeypatch.setattr(artifacts, "_delete", delete)
+    assert not artifacts.make(path, {"seed": 0}, never)
+    assert {found.name for found in tmp_path.iterdir()} == {"base"}
+
+
+def test_lines_of_an_earlier_start_stay_in_a_bucket(tmp_path, monkeypatch):
+    """Whose objects cannot be added to."""
+    monkeypatch.setattr(metrics, "in_bucket", lambda path: True)
+    file, seen = tmp_path / "metrics.jsonl", []
+    for seconds in (1e9, 0.0):
+        monkeypatch.setattr(metrics, "UPLOAD_SECONDS", seconds)
+        run = metrics.Metrics(epath.Path(tmp_path))
+        for step in (1, 2):
+            run.log("base", step, {"loss": 0.5})
+            seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
+        run.close()
+    assert seen == [0, 0, 3, 4]  # written when closed; at once
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 1, 2]

@@ -1,0 +1,363 @@
+"""Preparing a data set and reading it back; what stops it, and what a killed run leaves."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from PIL import Image
+
+from clipmoe_jax.data.loader import StreamedPairs
+from clipmoe_jax.data.preparation import prepare
+from clipmoe_jax.data.preprocess import preprocess_image
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.sources import ImageFolder, Pair
+from clipmoe_jax.data.tokenizer import Tokenizer, word_ids
+
+
+def make_folder(root, num_pairs=6):
+    """Images 00.png … with captions "caption i" and "second caption i"."""
+    root.mkdir()
+    for i in range(num_pairs):
+        Image.new("RGB", (9, 8), (i, 0, 0)).save(root / f"{i:02}.png")
+        (root / f"{i:02}.txt").write_text(f"caption {i}\nsecond caption {i} é\n")
+    return ImageFolder(str(root))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_folder(tmp_path / "pairs")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "nested" / "out"
+
+
+def damage(tmp_path, numbers):
+    for number in numbers:
+        (tmp_path / "pairs" / f"{number:02}.png").write_bytes(b"broken")
+
+
+def test_prepared_records_come_back_in_order(source, out, tmp_path):
+    report = prepare(source, str(out))
+    records = Records(str(out))
+    assert len(records) == 6
+    for i, record in enumerate(records[j] for j in range(6)):
+        image = (tmp_path / "pairs" / f"{i:02}.png").read_bytes()
+        captions = [f"caption {i}", f"second caption {i} é"]
+        assert record == {"id": f"{i:02}.png", "image": image, "captions": captions}
+    image_bytes = sum(path.stat().st_size for path in tmp_path.glob("pairs/*.png"))
+    expected = {"pairs": 6, "captions": 12, "image_bytes": image_bytes, "pixels": None}
+    (shard,) = out.rglob("*.array_record-*")
+    contents = b"".join(array_record_module.ArrayRecordReader(str(shard)).read_all())
+    of_shard = hashlib.sha256(contents).hexdigest()
+    expected |= {"bad": 0, "bad_by_kind": {}, "sha256": hashlib.sha256(of_shard.encode()).hexdigest()}
+    assert report == expected == json.loads((out / "report.json").read_text())
+    files = ["bad_records.jsonl", "pairs", "report.json", "token_counts-train.npy"]
+    assert sorted(os.listdir(out)) == files
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_token_counts_are_those_of_the_longest_caption(source, out):
+    prepare(source, str(out), split="val")
+    # start, "second", "caption", the digit, "é", end
+    assert Records(str(out), "val").token_counts.tolist() == 6 * [6]
+    assert Records(str(out), "val[1:4]").token_counts.tolist() == 3 * [6]
+    (out / "token_counts-val.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"prepare the data set again, or set data.packing_steps=0"):
+        _ = Records(str(out), "val").token_counts
+
+
+def test_pixels_are_those_of_the_files(source, out, tmp_path):
+    """And tokens those of the captions; both forms give the same batch."""
+    report = prepare(source, str(out), pixels=24)
+    files = tmp_path / "files"
+    prepare(source, str(files))
+    assert report["pixels"] == 24
+    found, expected = Records(str(out)), Records(str(files))
+    assert found.image_size == 24 and expected.image_size is None
+    assert found.fingerprint != expected.fingerprint
+    assert found.token_counts.tolist() == expected.token_counts.tolist()
+    for i in range(6):
+        assert found[i]["id"] == expected[i]["id"] and found[i]["captions"] == expected[i]["captions"]
+        np.testing.assert_array_equal(found[i]["image"], preprocess_image(expected[i]["image"], 24))
+        assert [list(words) for words in found[i]["tokens"]] == word_ids(expected[i]["captions"])
+    for length in (5, 12):  # cut, and with room to spare
+        of_pixels, of_files = (StreamedPairs(r, Tokenizer(length), 24) for r in (found, expected))
+        for epoch in (0, 1):
+            for name, array in of_files.gather(np.arange(6), epoch).items():
+                np.testing.assert_array_equal(of_pixels.gather(np.arange(6), epoch)[name], array)
+
+
+def test_pixels_of_another_size_than_the_model_takes(source, out):
+    prepare(source, str(out), pixels=24)
+    with pytest.raises(ValueError, match="holds pixels of size 24 and the model takes 32: .*--pixels=32"):
+        StreamedPairs(Records(str(out)), Tokenizer(8), 32).gather(np.arange(2), 0)
+
+
+def test_tfds_reads_it_by_name_and_without_tensorflow(source, out):
+    prepare(source, str(out), num_shards=2)
+    data = tfds.data_source("pairs", split="train[1:3]", data_dir=out)
+    assert [example["id"] for example in data] == [b"01.png", b"02.png"]
+    assert data[0]["image"].shape == (8, 9, 3)
+    assert len(list(out.rglob("*array_record-*"))) == 2
+    assert "tensorflow" not in sys.modules
+
+
+def test_records_pickle_and_check_their_index(source, out):
+    prepare(source, str(out))
+    records = pickle.loads(pickle.dumps(Records(str(out))))
+    assert records[np.int64(5)]["id"] == "05.png"
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match=f"Index {index} is outside .* 6 records"):
+            records[index]
+
+
+def test_records_by_a_wrong_path_or_split(source, out):
+    with pytest.raises(FileNotFoundError, match=f"prepare --source=KIND:PATH --out={out}"):
+        Records(str(out))
+    prepare(source, str(out), split="val")
+    assert len(Records(str(out), "val")) == 6
+    assert len(Records(str(out), "val[:4]")) == 4
+    with pytest.raises(ValueError, match="no split 'train': it has val"):
+        Records(str(out))
+
+
+def test_damaged_records_are_named(source, out):
+    prepare(source, str(out))
+    (file,) = out.rglob("*array_record-*")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"Record 3 of {out} cannot be read"):
+        Records(str(out))[3]
+
+
+def test_bad_records_are_counted_named_and_skipped(source, out, tmp_path):
+    damage(tmp_path, [1])
+    (tmp_path / "pairs" / "04.txt").unlink()
+    report = prepare(source, str(out), max_bad_fraction=0.5)
+    assert report["pairs"] == 4 and report["bad"] == 2
+    assert report["bad_by_kind"] == {"unreadable image": 1, "missing caption": 1}
+    lines = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["kind"]) for line in lines] == [
+        ("01.png", "unreadable image"),
+        ("04.png", "missing caption"),
+    ]
+    assert [Records(str(out))[i]["id"] for i in range(4)] == [
+        "00.png",
+        "02.png",
+        "03.png",
+        "05.png",
+    ]
+
+
+def test_too_many_bad_records_stop_it(source, out, tmp_path):
+    damage(tmp_path, [0, 2, 3])
+    with pytest.raises(ValueError) as error:
+        prepare(source, str(out), max_bad_fraction=0.34)  # 2 of 6 pass, 3 do not
+    message = str(error.value)
+    assert "At least 3 of 6 records are bad, more than --max_bad_fraction=0.34" in message
+    assert "3 unreadable image" in message and "00.png" in message and "\n" not in message
+    assert not out.exists()
+    log = out.with_name("out.unfinished") / "bad_records.jsonl"
+    assert len(log.read_text().splitlines()) == 3
+
+
+def test_nothing_usable(out, tmp_path):
+    with pytest.raises(ValueError, match="source is empty"):
+        prepare(make_folder(tmp_path / "empty", 0), str(out))
+    source = make_folder(tmp_path / "pairs", 2)
+    damage(tmp_path, [0, 1])
+    with pytest.raises(ValueError, match="No usable pair in 2 records: 2 unreadable image"):
+        prepare(source, str(out), max_bad_fraction=1.0)
+
+
+def test_out_is_never_overwritten(source, out):
+    prepare(source, str(out))
+    with pytest.raises(ValueError, match=f"--out={out} exists already: delete it or pick"):
+        prepare(source, str(out))
+    other = out.with_name("other")
+    other.mkdir()
+    with pytest.raises(ValueError, match=f"--out={other} exists already"):
+        prepare(source, str(other))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_bad_fraction": 1.5}, "--max_bad_fraction=1.5 is not a fraction"),
+        ({"num_shards": 0}, "--num_shards=0 is too few"),
+        ({"split": "train[:3]"}, r"--split=train\[:3\] cannot name a split"),
+        ({"split": "all"}, "--split=all cannot name a split"),
+    ],
+)
+def test_arguments_out_of_range(source, out, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(source, str(out), **arguments)
+
+
+def test_a_bucket_is_no_place_to_write_to(source):
+    with pytest.raises(ValueError, match="gs://bucket/data lies in a bucket: prepare on a disk"):
+        prepare(source, "gs://bucket/data")
+
+
+def test_a_killed_run_leaves_nothing_that_reads_as_whole(source, out, tmp_path):
+    killed = (
+        "import os, sys; from clipmoe_jax import prepare as p\n"
+        "from clipmoe_jax.data.sources import ImageFolder\n"
+        "class Dying(ImageFolder):\n"
+        "    def __iter__(self):\n"
+        "        for i, pair in enumerate(super().__iter__()):\n"
+        "            if i == 300: os._exit(9)\n"  # past the first chunk: records are being written
+        "            yield pair\n"
+        "p.prepare(Dying(sys.argv[1]), sys.argv[2])\n"
+    )
+    root = tmp_path / "many"
+    make_folder(root, 301)
+    run = subprocess.run([sys.executable, "-c", killed, str(root), str(out)])
+    assert run.returncode == 9
+    assert out.with_name("out.unfinished").exists() and not out.exists()
+    with pytest.raises(FileNotFoundError, match="not a prepared data set"):
+        Records(str(out))
+    prepare(source, str(out))
+    assert len(Records(str(out))) == 6
+    assert os.listdir(out.parent) == ["out"]
+
+
+def contents(folder):
+    """{path: bytes} of every file."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+KILLED = """
+import os, signal, sys
+from clipmoe_jax import prepare
+from clipmoe_jax.data.sources import ImageFolder
+
+place, call, root, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+original, count = getattr(prepare, place), 0
+
+def killing(*args, **kwargs):
+    global count
+    count += 1
+    if count == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(prepare, place, killing)
+prepare.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, pixels=64, name="it")
+"""
+
+
+def test_killed_at_random_moments_and_gone_on_with_is_the_same_byte_for_byte(out, tmp_path):
+    """In the middle of a file ten times, further each time, and before the last lines."""
+    root = tmp_path / "many"
+    source = make_folder(root, 120)
+    (root / "07.png").write_bytes(b"broken")
+    options = {"num_shards": 8, "max_bad_fraction": 0.1, "pixels": 64, "name": "it"}
+    whole = tmp_path / "whole"
+    prepare(source, str(whole), **options)
+    kept, rng = [], random.Random(0)
+    places = [("preprocess_image", rng.randrange(1, 40)) for _ in range(10)]
+    for place, call in [*places, ("_write_metadata", 1)]:
+        process = subprocess.run([sys.executable, "-c", KILLED, place, str(call), str(root), str(out)])
+        if process.returncode == 0:  # less was left to do
+            assert contents(out) == contents(whole)
+            shutil.rmtree(out)
+        kept.append(len(list(out.parent.rglob("*.done.json"))))
+    assert max(kept) == 8 and len(set(kept)) > 3  # what was whole was kept
+    prepare(source, str(out), **options)
+    assert contents(out) == contents(whole)
+    assert len(Records(str(out))) == 119
+
+
+def test_other_captions_are_another_data_set(source, out, tmp_path):
+    """Of the same length, too: what a run made from the old ones is not taken for it."""
+    prepare(source, str(out))
+    (tmp_path / "pairs" / "03.txt").write_text("caption 7\nsecond caption 7 é\n")
+    prepare(source, str(tmp_path / "other"))
+    (tmp_path / "pairs" / "03.txt").write_text("caption 3\nsecond caption 3 é\n")
+    prepare(source, str(tmp_path / "again"), num_shards=1)
+    first, other, again = (
+        Records(str(path)).fingerprint for path in (out, tmp_path / "other", tmp_path / "again")
+    )
+    assert first == again != other
+
+
+def test_a_corrected_table_begins_anew(out, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (9, 8)).save(tmp_path / f"{i}.png")
+    table = tmp_path / "x.csv"
+
+    def run(names, caption):
+        table.write_text("image,caption\n" + "".join(f"{name}.png,{caption}\n" for name in names))
+        return run_command(f"--source=csv:{table}", f"--images={tmp_path}", f"--out={out}", "--num_shards=2")
+
+    failed = run([0, 1, 2, "none"], "wrong")
+    assert failed.returncode == 1 and "delete --out's .unfinished folder" in " ".join(failed.stderr.split())
+    assert len(list(out.with_name("out.unfinished").rglob("*.done.json"))) == 1
+    done = run([0, 1, 2, 3], "right")
+    assert done.returncode == 0, done.stderr
+    assert [Records(str(out))[i]["captions"] for i in range(4)] == 4 * [["right"]]
+
+
+def test_another_source_does_not_go_on_with_what_is_there(source, out, tmp_path):
+    unfinished = out.with_name("out.unfinished")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Interrupted(6, 4), str(out), num_shards=3, name="one")
+    assert len(list(unfinished.rglob("*.done.json"))) == 2
+    report = prepare(source, str(out), num_shards=3, name="another")
+    assert report["pairs"] == 6 and Records(str(out))[0]["id"] == "00.png"
+
+
+class Interrupted:
+    """A source that stops after some entries."""
+
+    def __init__(self, length, after):
+        self._length, self._after = length, after
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        image = io.BytesIO()
+        Image.new("RGB", (9, 8)).save(image, "PNG")
+        for i in range(self._length):
+            if i == self._after:
+                raise KeyboardInterrupt
+            yield Pair(f"other {i}", image.getvalue(), ("text",))
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "clipmoe_jax.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command(source, out, tmp_path):
+    done = run_command(f"--source=folder:{tmp_path / 'pairs'}", f"--out={out}", "--split=val")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith(f"{out}: 6 pairs with 12 captions")
+    assert len(Records(str(out), "val")) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source=folder:/nowhere", "--out=x"], "--source=folder:/nowhere is not a folder"),
+        (["--source=folder:/", "--out=x", "--num_shard=2"], "Did you mean: num_shards"),
+    ],
+)
+def test_command_errors_are_one_line(arguments, message):
+    done = run_command(*arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr

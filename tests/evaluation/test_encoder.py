@@ -1,0 +1,42 @@
+"""Features of a data set: the same however its captions reach the model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipmoe_jax.core import sharding
+from clipmoe_jax.data.loader import DecodedPairs
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.evaluation.encoder import Encoder
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+
+CONFIG = ClipConfig(
+    embed_dim=16,
+    vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
+    text=TextConfig(context_length=64, width=16, num_layers=1, head_width=8),
+)
+
+
+def test_captions_that_share_rows_have_the_same_features(scenes):
+    """43 records in batches of 16 on 8 devices; of the last batch two devices have no caption."""
+    model, mesh, records = Clip(CONFIG), sharding.make_mesh(2, 2, 2), Records(scenes)
+    images, tokens = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 64), jnp.int32)
+    params = sharding.init_params(
+        mesh, lambda key: model.init(key, images, tokens)["params"], jax.random.key(0)
+    )
+    encoder = Encoder(model, params, mesh, batch_size=16)
+    found, expected = (
+        encoder.pairs(DecodedPairs(records, Tokenizer(64), 32, packing_steps=steps), stop=43)
+        for steps in (2, 0)
+    )
+    for tower in ("image", "text"):
+        assert expected[tower].shape == (43, 16)
+        np.testing.assert_allclose(found[tower], expected[tower], atol=1e-5)
+    pairs = DecodedPairs(records, Tokenizer(64), 32, packing_steps=2)
+    with encoder.open(pairs, stop=43, num_units=8) as batches:
+        assert [len(batch["text"].tokens) for batch in batches] == [
+            8,
+            8,
+            8,
+        ]  # a row a device, of two captions

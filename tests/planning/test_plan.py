@@ -1,0 +1,426 @@
+"""What `--plan` says, against what is there when it runs."""
+
+import collections
+import dataclasses
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.collectives import sent
+from clipmoe_jax.config import BASELINES, default_config
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core.accelerators import ACCELERATORS
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.models import flops
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.planning import plan, scaling
+from clipmoe_jax.planning.trainings import Training, models_of, trainings
+from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
+from clipmoe_jax.reporting.plan_tables import format_plan, format_scaling
+from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
+
+DENSE = ClipConfig(
+    embed_dim=32,
+    vision=VisionConfig(image_size=32, patch_size=8, width=64, num_layers=2, head_width=32),
+    text=TextConfig(vocab_size=512, context_length=24, width=48, num_layers=2, head_width=24),
+)
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+# ViT-B/32's widths, two blocks a tower.
+WIDE = ClipConfig(vision=VisionConfig(num_layers=2), text=TextConfig(context_length=248, num_layers=2))
+PHASE = PhaseConfig(batch_size=64, learning_rate=1e-3, weight_decay=0.1)
+KINDS = {
+    "everything": (DENSE, TRAIN_EVERYTHING),
+    "feed-forward layers": (DENSE, TRAIN_FFN),
+    "routers": (MOE, TRAIN_ROUTERS),
+    "routers and experts": (MOE, TRAIN_MOE),
+    "all of an MoE": (MOE, TRAIN_EVERYTHING),
+}
+
+
+def training(kind, phase=PHASE, **run):
+    config, rules = KINDS[kind]
+    return Training("it", config, RunConfig(**run), rules, phase, 10)
+
+
+def abstract(mesh):
+    return sharding.make_abstract_mesh(*mesh.shape.values(), num_devices=mesh.size)
+
+
+def started(kind, mesh):
+    """Params and state of a kind of training, on devices."""
+    config, rules = KINDS[kind]
+    images, tokens = np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 24), np.int32)
+    params = sharding.init_params(
+        mesh, lambda key: Clip(config).init(key, images, tokens)["params"], jax.random.key(0)
+    )
+    trainable, frozen = trees.partition(params, rules)
+    return init_state(mesh, PHASE, trainable), frozen
+
+
+def bytes_on_first_device(tree) -> int:
+    device = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("everything", (1, 8, 1)), *((kind, (2, 2, 2)) for kind in KINDS)], ids=str
+)
+def test_bytes_of_params_and_optimizer(kind, sizes):
+    mesh = sharding.make_mesh(*sizes)
+    state, frozen = started(kind, mesh)
+    memory = plan.plan_memory(abstract(mesh), training(kind))
+    assert memory.params == bytes_on_first_device(state.trainable) + bytes_on_first_device(frozen)
+    assert memory.optimizer == bytes_on_first_device(state.opt_state)
+    assert memory.gradients == bytes_on_first_device(state.trainable)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "name"),
+    [
+        ("feed-forward layers", (8, 1, 1), "ragged"),
+        ("routers", (2, 1, 4), "ragged"),
+        ("routers", (2, 1, 4), "capacity"),
+        ("routers and experts", (2, 1, 4), "ragged"),
+        ("all of an MoE", (2, 1, 4), "ragged"),
+        ("all of an MoE", (2, 1, 4), "capacity"),
+    ],
+    ids=str,
+)
+def test_what_travels(kind, sizes, name):
+    """The compiled step has the collectives of the plan, and otherwise only what is a few numbers for each
+    pair: log-sums, shares of experts, metrics."""
+    mesh = sharding.make_mesh(*sizes)
+    planned = collections.Counter()
+    for transfer in plan_transfers(abstract(mesh), training(kind, dispatch=name)):
+        planned[transfer.operation] += transfer.num_bytes
+    found = sent(compiled_step(kind, mesh, dispatch=name))
+    assert found.keys() == planned.keys()
+    for operation, num_bytes in planned.items():
+        assert found[operation] == pytest.approx(num_bytes, abs=2000, rel=0.01), operation
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "in_half", "in_float32"),
+    [
+        # Kernels, and biases, of two feed-forward layers of each tower.
+        ("feed-forward layers", (8, 1, 1), 4 * 64 * 256 + 4 * 48 * 192, 2 * (256 + 64) + 2 * (192 + 48)),
+        ("feed-forward layers", (1, 8, 1), 4 * 64 * 256 + 4 * 48 * 192, 2 * (256 + 64) + 2 * (192 + 48)),
+        ("routers", (8, 1, 1), 0, 2 * 64 * 4 + 2 * 48 * 4),
+    ],
+    ids=str,
+)
+def test_gradients_travel_as_products_make_them(kind, sizes, in_half, in_float32):
+    """In half precision but for vectors and routers. What is split over fsdp is scattered once, the rest is
+    reduced to all: twice 7/8 of it."""
+    transfers = plan_transfers(abstract(sharding.make_mesh(*sizes)), training(kind, dtype="bfloat16"))
+    found = {t.operation: t.num_bytes for t in transfers if t.what == "gradients"}
+    if sizes[1] == 1:
+        assert found == {"all-reduce": 7 / 8 * 2 * (2 * in_half + 4 * in_float32)}
+    else:
+        assert found == {"reduce-scatter": 7 / 8 * 2 * in_half, "all-reduce": 7 / 8 * 2 * 4 * in_float32}
+
+
+def test_accumulated_gradients_travel_once_and_in_float32():
+    phase = dataclasses.replace(PHASE, accumulation_steps=2)
+    half, full = (
+        [
+            t.num_bytes
+            for t in plan_transfers(
+                abstract(sharding.make_mesh(8, 1, 1)), training("feed-forward layers", phase, dtype=dtype)
+            )
+            if t.what == "gradients"
+        ]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert half == full
+
+
+def test_every_microbatch_gathers_and_scatters():
+    """Parameters forward, and forward and backward again; matrices' gradients as products make them."""
+    mesh = abstract(sharding.make_mesh(2, 4, 1))
+    whole, parts = (
+        {
+            (transfer.operation, transfer.axes): transfer.num_bytes
+            for transfer in plan_transfers(
+                mesh,
+                training(
+                    "feed-forward layers",
+                    dataclasses.replace(PHASE, accumulation_steps=steps),
+                    dtype="bfloat16",
+                ),
+            )
+            if transfer.what in ("parameters", "gradients")
+        }
+        for steps in (1, 4)
+    )
+    assert parts["all-gather", ("fsdp",)] == 4 * 2 * whole["all-gather", ("fsdp",)]
+    assert parts["reduce-scatter", ("fsdp",)] == 4 * whole["reduce-scatter", ("fsdp",)]
+    assert parts["all-reduce", ("data",)] == 2 * whole["all-reduce", ("data",)]  # once, in float32
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    mesh = sharding.make_mesh(8, 1, 1)
+
+    @jax.jit
+    def powers(x):
+        def body(x, _):
+            return sharding.split_batch(x @ x), None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    x = jax.device_put(np.eye(64, dtype=np.float32), sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        found = sent(powers.lower(x).compile().as_text())
+    assert found == {"all-gather": 5 * 7 / 8 * 64 * 64 * 4}
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_fsdp_gathers_parameters_and_no_activations(remat):
+    """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:
+    of fewer pairs than here XLA gathers those instead of adding up its kernels' gradients."""
+    mesh, phase = sharding.make_mesh(1, 8, 1), dataclasses.replace(PHASE, batch_size=256)
+    planned = sum(
+        transfer.num_bytes
+        for transfer in plan_transfers(abstract(mesh), training("feed-forward layers", phase, remat=remat))
+        if transfer.operation == "all-gather"
+    )
+    found = sent(compiled_step("feed-forward layers", mesh, phase, remat=remat))
+    assert found["all-gather"] == pytest.approx(planned, rel=0.01)
+    assert "all-to-all" not in found
+
+
+def compiled_step(kind, mesh, phase=PHASE, **run) -> str:
+    state, frozen = started(kind, mesh)
+    step = make_train_step(Clip(KINDS[kind][0], RunConfig(**run)), LossConfig(0.1, 0.01), phase)
+    num_pairs = phase.batch_size
+    batch = {
+        "image": np.zeros((num_pairs, 32, 32, 3), np.uint8),
+        "text": np.ones((num_pairs, 24), np.int32),
+    }
+    rate = sharding.put_replicated(mesh, np.float32(0))
+    key = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, frozen, sharding.put_batch(mesh, batch), rate, key)
+        return lowered.compile().as_text()
+
+
+def test_stages_and_steps():
+    config = default_config()
+    config.baselines = BASELINES
+    found = {training.name: training for training in trainings(config, "cuda", 1_246_000)}
+    trained = [name for name in BASELINES if name != "feature_ensemble"]
+    assert list(found) == ["mcl_1", "mcl_2", "mcl_3", "router", *trained]
+    steps = 1_246_000 // 800
+    assert found["mcl_2"].num_steps == found["router"].num_steps == steps
+    assert found["direct_ft_same_pairs"].num_steps == 4 * steps
+    assert found["base_ft_moe"].config.moe.num_experts == 2
+    assert found["long_clip"].short_length == 64 and found["full_ft"].short_length == 0
+    # mcl and direct_ft; router; full_ft; long_clip; base_ft_moe; sparse_upcycling, drop_upcycling; clip_up.
+    assert len({training.kind for training in found.values()}) == 7
+
+
+def test_the_papers_time():
+    """86 pairs a second on each of 8 A100, half an hour a stage (arXiv 2409.19291, section 4.1), is 14.5 %
+    of their peak by our count."""
+    dense, _ = models_of(default_config())
+    trains = trees.match_rules(TRAIN_FFN, list(trees.flatten(abstract_params(dense))))
+    peak = ACCELERATORS["a100"].peak_flops
+    assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.145, abs=0.002)
+
+
+def test_what_is_printed():
+    config = default_config()
+    config.base.architecture = WIDE.to_dict()
+    config.mcl.batch_size = config.router.batch_size = 32768
+    found = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=100_000_000)
+    lines = format_plan(found).splitlines()
+    assert lines[0].startswith(
+        "8 × TPU v5e: 197 TFLOP/s in bfloat16, 16 GB each; mesh data 8 × fsdp 1 × expert 1"
+    )
+    stages = [stage.name for stage in found.stages]
+    assert stages == ["embed_1", "mcl_1", "embed_2", "mcl_2", "embed_3", "mcl_3", "router"]
+    total = sum(stage.seconds for stage in found.stages) * 8 / 3600
+    assert next(line for line in lines if line.startswith("all ")).endswith(f"{total:.2f}")
+    # 4,096 pairs a device are too many for 16 GB when nothing is computed again.
+    tight = [line.split()[0] for line in lines if line.endswith("does not fit into 16 GB")]
+    assert tight == ["mcl_1", "router"]
+
+
+def test_remat_and_accumulation_are_not_mfu():
+    mesh = sharding.make_abstract_mesh(8, 1, 1, num_devices=8)
+    plain = plan.plan_step(mesh, training("feed-forward layers"))
+    again = plan.plan_step(mesh, training("feed-forward layers", remat="full"))
+    assert again.flops == plain.flops and plain.again == 1 and 1.2 < again.again < 1.6
+    assert again.memory.activations < plain.memory.activations / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mcl.batch_size": 800}, "mcl_1: batch size 800 cannot be split over 256 devices"),
+        ({"mesh.expert": 3}, "mesh data=85 x fsdp=1 x expert=3 does not use the 256 devices"),
+        ({"mesh.expert": 8}, "axis of size 4, which mesh.expert=8 does not divide: choose mesh.expert among"),
+    ],
+    ids=["batch", "mesh", "experts"],
+)
+def test_what_could_not_run(change, message):
+    config = default_config()
+    config.mcl.batch_size = config.router.batch_size = 1024
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan.make_plan(config, "v5p", 256, mfu=0.4, num_pairs=1_246_000)
+
+
+def test_the_command():
+    command = [sys.executable, "-m", "clipmoe_jax.main", "--config=configs/demo.py:small", "--plan"]
+    done = subprocess.run([*command, "--plan_devices=2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mcl_1" in done.stdout and "device-hours" in done.stdout
+    scaled = subprocess.run(
+        [*command, "--plan_scaling=2", "--config.baselines=()"], capture_output=True, text=True
+    )
+    assert scaled.stdout.count("What breaks first: ") == 3, scaled.stderr  # base, stages, routers
+    missing = subprocess.run(
+        [*command[:-2], "--config=configs/vit_b32.py", "--plan"], capture_output=True, text=True
+    )
+    assert missing.returncode == 1 and missing.stderr.startswith("error: how many pairs? Set --plan_pairs")
+
+
+def test_short_captions_cost_a_second_pass_of_the_text_tower():
+    """64 of 248 positions; the step lowers."""
+    config = default_config()
+    config.base.architecture = WIDE.to_dict()
+    before = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
+    config.loss.short_caption_weight = 1.0
+    after = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
+    for name in ("mcl_1", "router"):
+        training, step = after.steps[name]
+        names = list(trees.flatten(abstract_params(training.config)))
+        trains = trees.match_rules(training.rules, names)
+        more = flops.forward_backward(training.config, trains, 64, towers=["text"])
+        assert step.flops - before.steps[name][1].flops == pytest.approx(more) and more > 0
+        assert step.memory.activations > 1.05 * before.steps[name][1].memory.activations
+
+
+H100, V5E = ACCELERATORS["h100"], ACCELERATORS["v5e"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "milliseconds"),
+    [
+        # 1.8 GB at 450 GB/s of NVLink.
+        ((8, 1, 1), ["data"], 4.0),
+        # Two nodes: 50 GB/s for each of 8 cards are 400 GB/s a node, less than NVLink.
+        ((16, 1, 1), ["data"], 4.5),
+        # Of 8 neighbours 4 differ in the expert axis, so 2 are of one group along data: 100 GB/s.
+        ((8, 1, 4), ["data"], 18.0),
+        ((8, 1, 4), ["expert"], 4.0),
+        ((8, 1, 4), ["data", "expert"], 4.5),
+        # A node is within one row of fsdp: all that goes over data leaves it, 50 GB/s.
+        ((2, 16, 1), ["data"], 36.0),
+        ((2, 16, 1), ["fsdp"], 4.5),
+    ],
+    ids=str,
+)
+def test_time_of_a_transfer(sizes, axes, milliseconds):
+    mesh = sharding.make_abstract_mesh(*sizes, num_devices=int(np.prod(sizes)))
+    transfer = Transfer(tuple(axes), "gradients", "all-reduce", 1.8e9)
+    assert transfer_seconds(H100, mesh, transfer) == pytest.approx(milliseconds / 1e3)
+
+
+def test_weak_scaling_by_hand():
+    """50 pairs a device of the feed-forward step: 5 GFLOP a pair are 50 x 5e9 / (197e12 x 0.5) = 2.538 ms."""
+    mesh = sharding.make_abstract_mesh(512, 1, 1, num_devices=512)
+    wide = dataclasses.replace(PHASE, batch_size=50 * 512)
+    step = dataclasses.replace(training("feed-forward layers"), phase=wide)
+    row = scaling.make_row(V5E, mesh, step, mfu=0.5, model_seconds=2.538e-3)
+    assert (row.num_devices, row.batch_size) == (512, 25600)
+    # Three products of (50, 32) by (32, 25600), each six of bfloat16; three copies in float32.
+    assert row.similarity == pytest.approx(6 * 50 * 25600 * 32 * 6 / (197e12 * 0.5))
+    assert row.similarity_bytes == 3 * 4 * 50 * 25600
+    # Features of 25600 captions once to all, their gradients twice; kernels and biases of 2 x 2 layers.
+    features = 25600 * 32 * 4 * 511 / 512
+    kernels = 2 * (2 * 64 * 256 + 256 + 64) + 2 * (2 * 48 * 192 + 192 + 48)
+    sent = [transfer.num_bytes for transfer in row.transfers]
+    assert sum(sent) == pytest.approx(3 * features + 2 * 4 * kernels * 511 / 512)
+    # Two slices of 256 chips: 200 GB/s within, 256 x 3.125 GB/s = 800 GB/s from one to the other.
+    assert row.travel == pytest.approx(sum(sent) / 200e9)
+    assert row.efficiency == pytest.approx(2.538e-3 / (2.538e-3 + row.similarity + row.travel))
+    assert row.overlapped == pytest.approx(2.538e-3 / (2.538e-3 + row.similarity))
+
+
+def test_short_captions_have_a_similarity_matrix_of_their_own():
+    mesh = sharding.make_abstract_mesh(8, 1, 1, num_devices=8)
+    long = training("feed-forward layers")
+    both = dataclasses.replace(long, short_length=16)
+    one, two = (scaling.make_row(V5E, mesh, it, 0.5, 1e-3).similarity for it in (long, both))
+    assert two == pytest.approx(2 * one)
+
+
+def test_batches_that_clusters_and_warm_up_do_not_allow():
+    """1,246,000 / 729 clusters = 1,709 pairs: 17 devices of 100 fit. 200 steps of warm-up are refused from
+    6,200 pairs on, 62 devices, just as training refuses them."""
+    config = default_config()
+    stages = [it for it in trainings(config, "cuda", 1_246_000) if it.name.startswith("mcl_")]
+    clusters, warm_up = scaling.batch_limits(config, stages, 1_246_000, 100)
+    assert clusters[0] == 18 and "mcl_3 (1,709 pairs in each of 729)" in clusters[1]
+    assert warm_up[0] == 62 and "200" in warm_up[1]
+    phase = dataclasses.replace(stages[0].phase, batch_size=6200)
+    assert dataclasses.replace(phase, batch_size=6100).length(1_246_000 // 6100) == 204
+    with pytest.raises(ValueError, match="warmup_steps=200 does not fit into 200 steps"):
+        phase.length(1_246_000 // 6200)
+
+
+def test_memory_that_the_similarity_matrix_does_not_have():
+    """0.9 x 16 GB - 8 GB = 6.4 GB, 12 x 100^2 bytes for each device of the group: 53,333."""
+    memory = plan.Memory(1e9, 2e9, 1e9, 0, 4e9, loss=3e6)
+    assert list(scaling.memory_limit(V5E, memory, 100, 1))[0][0] == 53_334
+    ((first, what),) = scaling.memory_limit(V5E, memory._replace(activations=12e9), 100, 4)
+    assert first == 4 and what == "100 pairs a device do not fit (16.0 GB)"
+
+
+def test_when_what_travels_takes_a_tenth():
+    """Of 90 ms of computation: 9 ms at 8 devices are 9 %, 12 at 16 are 12 %; nothing overlapped breaks."""
+
+    def row(num_devices):
+        transfers = [
+            Transfer(("data",), "gradients", "all-reduce", 1),
+            Transfer(("data",), "features of captions", "all-gather", 1),
+        ]
+        travels = [4e-3, num_devices * 1e-3 if num_devices < 16 else 8e-3]
+        return scaling.Row(num_devices, num_devices, 90e-3, 0, 0, transfers, travels)
+
+    ((first, what),) = scaling.time_limits([row(4), row(5), row(16)], [32], row)
+    assert first == 16 and what.endswith("mostly for the all-gather of features of captions over data")
+
+
+def test_weak_scaling_of_a_config():
+    """fsdp and expert stay, so that the smallest mesh is theirs; kinds as in the plan."""
+    config = default_config()
+    config.base.architecture = DENSE.to_dict()
+    config.mesh.expert, config.baselines = 4, ("direct_ft",)
+    found = scaling.weak_scaling(config, "h100", 0.4, 1_246_000, 100)
+    assert list(found.kinds) == ["mcl_1", "router"]
+    router = found.kinds["router"]
+    assert [row.num_devices for row in router.rows] == [4, 8, 16, 32, 64, 128, 256, 512]
+    # 62 devices do not split over 4 experts: 64.
+    assert any(limit.startswith("from 64 devices on, 1 epoch(s)") for limit in router.limits)
+    assert not any("cluster" in limit for limit in router.limits)
+    lines = format_scaling(found).splitlines()
+    firsts = [line for line in lines if line.startswith("What breaks first: ")]
+    assert len(firsts) == 2 and all(limit in "\n".join(lines) for limit in router.limits)
+    assert sum(line.startswith("     512   51,200") for line in lines) == 2
+    config.mcl.accumulation_steps = 8
+    with pytest.raises(ValueError, match="batch size 400 cannot be split over 4 devices x 8 accumulation"):
+        scaling.weak_scaling(config, "h100", 0.4, 1_246_000, 100)
