@@ -33,7 +33,7 @@ from clipmoe_jax.data.sources import Pair
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.models.clip import VARIANTS, Clip
 from clipmoe_jax.models.inputs import END_ID, PackedText
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 
 WORDS = (
     "a the small red large wooden table next to window man dog holding standing blue sky with of on".split()
@@ -105,7 +105,7 @@ def text_tower_seconds(tokens: np.ndarray | PackedText, rounds: int = 5) -> floa
     """Least time of ViT-B/32's text tower for a batch."""
     config = VARIANTS["ViT-B/32"]
     text = dataclasses.replace(config.text, context_length=248)
-    model = Clip(dataclasses.replace(config, text=text), RunConfig(attention="chunked"))
+    model = Clip(dataclasses.replace(config, text=text), ComputeConfig(attention="chunked"))
     params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 248), jnp.int32))
     encode = jax.jit(lambda tokens: model.apply(params, tokens, method="encode_text")[0])
     seconds = []

@@ -62,7 +62,7 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
     from clipmoe_jax.planning.trainings import trainings
 
     config, platform = configs.default_config(), PLATFORMS[args.target]
-    config.run.dtype, config.run.remat = args.dtype, args.remat
+    config.compute.dtype, config.compute.remat = args.dtype, args.remat
     config.mcl.batch_size = config.router.batch_size = args.batch
     training = next(t for t in trainings(config, platform, 10**6) if t.name == KINDS[kind])
     mesh = sharding.make_mesh(devices=[target_device(args.target)])

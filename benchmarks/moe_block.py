@@ -47,9 +47,15 @@ def make_calls(
         if layer == DENSE:
             mlp = Mlp(hidden, quick_gelu, dtype)
             return mlp.apply, mlp.init(jax.random.key(2), x)
-        run = configs.run_config(configs.default_config(), sharding.platform())
+        compute = configs.compute_config(configs.default_config(), sharding.platform())
         moe = MoeMlp(
-            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_mlp=run.grouped_mlp, dtype=dtype
+            experts,
+            selected,
+            hidden,
+            quick_gelu,
+            dispatch=layer,
+            grouped_mlp=compute.grouped_mlp,
+            dtype=dtype,
         )
         return (lambda params, x: moe.apply(params, x)[0]), moe.init(jax.random.key(2), x)
 

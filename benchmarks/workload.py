@@ -52,12 +52,12 @@ SETTINGS = {"attention": "mcl", "experts": "router", "remat": "router"}
 def setting_choices(group: str, platform: str, dtype: str) -> list[str]:
     """What a group of SETTINGS compares on a platform, each "FIELD=VALUE …" of a config; its own first."""
     return {
-        "attention": [f"run.attention={name}" for name in implementations(platform, dtype)],
+        "attention": [f"compute.attention={name}" for name in implementations(platform, dtype)],
         "experts": [
-            *(f"moe.dispatch=ragged run.grouped_mlp={name}" for name in grouped_mlps(platform)),
+            *(f"moe.dispatch=ragged compute.grouped_mlp={name}" for name in grouped_mlps(platform)),
             "moe.dispatch=dense",
         ],
-        "remat": [f"run.remat={name}" for name in REMAT],
+        "remat": [f"compute.remat={name}" for name in REMAT],
     }[group]
 
 
@@ -83,7 +83,7 @@ class Workload:
         model = (VARIANTS | {"tiny": TINY})[self.variant]
         text = dataclasses.replace(model.text, context_length=self.text)
         config.base.architecture = ConfigDict(dataclasses.replace(model, text=text).to_dict())
-        config.run.dtype, config.run.remat = self.dtype, self.remat
+        config.compute.dtype, config.compute.remat = self.dtype, self.remat
         config.moe.expert_dropout_rate = self.expert_dropout_rate
         for section in (config.mcl, config.router):
             section.batch_size = self.batch
@@ -95,7 +95,7 @@ class Workload:
         config, routers = self.config(), kind == "router"
         dense = configs.architecture(config)
         moe = configs.moe_config(config) if routers else None
-        run = configs.run_config(config, self.platform, training_routers=routers)
+        run = configs.compute_config(config, self.platform, training_routers=routers)
         return Clip(dataclasses.replace(dense, moe=moe), run)
 
     def phase(self, kind: str) -> tuple[PhaseConfig, LossConfig]:

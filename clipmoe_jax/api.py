@@ -15,7 +15,7 @@ from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features
 from clipmoe_jax.models.inputs import END_ID
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 
 
 class LoadedClip:
@@ -24,9 +24,9 @@ class LoadedClip:
     config: the architecture. params: the param tree. source: what the path held, in words.
     """
 
-    def __init__(self, config: ClipConfig, params: dict, source: str, run: RunConfig):
+    def __init__(self, config: ClipConfig, params: dict, source: str, compute: ComputeConfig):
         self.config, self.params, self.source = config, params, source
-        self.model = Clip(config, run)
+        self.model = Clip(config, compute)
 
     def encode_image(
         self, images: Sequence[Image.Image] | Image.Image | np.ndarray | jax.Array, *, normalize: bool = False
@@ -94,6 +94,6 @@ def load(
     )
     print(f"{path}: {found.source}")
     config = configs.default_config()
-    config.run.dtype = dtype
-    run = configs.run_config(config, sharding.platform())
-    return LoadedClip(found.config, found.params, found.source, run)
+    config.compute.dtype = dtype
+    compute = configs.compute_config(config, sharding.platform())
+    return LoadedClip(found.config, found.params, found.source, compute)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from clipmoe_jax.models.attention import IMPLEMENTATIONS, implementations
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.experts import GROUPED_MLPS, grouped_mlps
-from clipmoe_jax.models.transformer import REMAT, MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import REMAT, ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
 BASELINES = (
@@ -96,13 +96,15 @@ def default_config() -> ConfigDict:
     config.base.logit_scale = 100.0  # the checkpoint's is reset to its logarithm; 0 keeps it
     config.base.train = _phase(batch_size=128, learning_rate=2e-3, weight_decay=0.1)
 
-    config.run = ConfigDict()
-    config.run.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
-    config.run.attention = ""  # "xla", "chunked", "cudnn", "pallas"; "" by platform (`run_config`)
+    config.compute = ConfigDict()
+    config.compute.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
+    config.compute.attention = ""  # "xla", "chunked", "cudnn", "pallas"; "" by platform (`compute_config`)
     # What runs experts under "ragged": "blocks", "fixed_blocks", "ragged_dot", "tokamax"; "" by platform.
-    config.run.grouped_mlp = ""
-    config.run.remat = "none"  # "dots", "full": what the backward pass computes again (`RunConfig`)
-    config.run.frozen_dtype = ""  # what frozen matrices are held in while a stage trains; "" is run.dtype's
+    config.compute.grouped_mlp = ""
+    config.compute.remat = "none"  # "dots", "full": what the backward pass computes again (`ComputeConfig`)
+    config.compute.frozen_dtype = (
+        ""  # what frozen matrices are held in while a stage trains; "" is compute.dtype's
+    )
 
     config.embed = ConfigDict({"batch_size": 1024})
     config.cluster = ConfigDict({"num_clusters": 3, "max_fit_pairs": 200_000})
@@ -223,7 +225,7 @@ def moe_config(config: ConfigDict) -> MoeConfig:
     )
 
 
-def run_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> RunConfig:
+def compute_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> ComputeConfig:
     """How models are computed on `platform` ("cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention).
 
     Empty fields are chosen here. Ragged dispatch is the exact one that computes least, and on CPU the fastest
@@ -231,15 +233,15 @@ def run_config(config: ConfigDict, platform: str, *, training_routers: bool = Fa
     --only=settings` measures and names what is fastest on a device. Raises ValueError for an attention, a
     grouped_mlp that the platform has not, or that is not installed.
     """
-    dtype = config.run.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
     possible = implementations(platform, dtype)
-    attention = _chosen("run.attention", config.run.attention, possible, f"{platform} in {dtype}")
-    grouped_mlp = _chosen("run.grouped_mlp", config.run.grouped_mlp, grouped_mlps(platform), platform)
+    attention = _chosen("compute.attention", config.compute.attention, possible, f"{platform} in {dtype}")
+    grouped_mlp = _chosen("compute.grouped_mlp", config.compute.grouped_mlp, grouped_mlps(platform), platform)
     if grouped_mlp == "tokamax" and not importlib.util.find_spec("tokamax"):
-        raise ValueError("run.grouped_mlp=tokamax is not installed: pip install tokamax")
-    return RunConfig(
+        raise ValueError("compute.grouped_mlp=tokamax is not installed: pip install tokamax")
+    return ComputeConfig(
         dtype=dtype,
-        remat=config.run.remat,
+        remat=config.compute.remat,
         dispatch=config.moe.dispatch,
         grouped_mlp=grouped_mlp,
         attention=attention,
@@ -277,12 +279,12 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             f"mcl.num_stages={config.mcl.num_stages}: choose fewer"
         )
     _check_choice("moe.dispatch", config.moe.dispatch, ("ragged", "dense", "capacity"))
-    _check_choice("run.remat", config.run.remat, REMAT)
-    _check_choice("run.grouped_mlp", config.run.grouped_mlp, ("", *GROUPED_MLPS))
-    _check_choice("run.attention", config.run.attention, ("", *IMPLEMENTATIONS))
+    _check_choice("compute.remat", config.compute.remat, REMAT)
+    _check_choice("compute.grouped_mlp", config.compute.grouped_mlp, ("", *GROUPED_MLPS))
+    _check_choice("compute.attention", config.compute.attention, ("", *IMPLEMENTATIONS))
     # Not float16: gradients of a mean over a batch would vanish in it.
-    _check_choice("run.dtype", config.run.dtype, ("", "float32", "bfloat16"))
-    _check_choice("run.frozen_dtype", config.run.frozen_dtype, ("", "float32", "bfloat16"))
+    _check_choice("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16"))
+    _check_choice("compute.frozen_dtype", config.compute.frozen_dtype, ("", "float32", "bfloat16"))
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
     _check_choice("router.balance", config.router.balance, ("paper", "released"))

@@ -47,7 +47,7 @@ def evaluate(
     tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)
     found = {}
     for name, (architecture, params) in _models(model, experts):
-        clip = Clip(architecture, configs.run_config(config, sharding.platform()))
+        clip = Clip(architecture, configs.compute_config(config, sharding.platform()))
         subject = Subject(Encoder(clip, params, mesh, batch_size), tokenizer, architecture.vision.image_size)
         found[name] = {evaluation.line: evaluation.measure(subject) for evaluation in evaluations}
     return found

@@ -123,7 +123,7 @@ def check_run(config: ConfigDict, only: str = "") -> None:
     table = stages_of(config)
     if only and only not in table:
         raise ValueError(f"--stage={only} is not a stage of this config: choose one of {', '.join(table)}")
-    configs.run_config(config, sharding.platform())
+    configs.compute_config(config, sharding.platform())
     mesh = sharding.make_mesh(**config.mesh)
     num_pairs = config.data.digit_scenes
     if not num_pairs:

@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     set_architecture(config, arg.variant)
     config.mcl.init_from = arg.init_from
-    config.run.remat = "dots"
+    config.compute.remat = "dots"
     config.mcl.accumulation_steps = config.router.accumulation_steps = 8
     config.baselines = BASELINES
     if arg.runlocal:

@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     set_architecture(config, "ViT-L/14@336", context_length=248)
     config.mcl.init_from = arg.init_from
-    config.run.remat = "dots"
+    config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     config.data.train_split = "train[:1000000]"
     config.mcl.init_from = arg.init_from
-    config.run.remat = "dots"
+    config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

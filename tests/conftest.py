@@ -30,6 +30,8 @@ import pathlib
 import numpy as np
 import pytest
 
+pytest_plugins = ["trained_moe"]
+
 # These take longest, in this order; workers of `pytest -n` get files in the order of the tests.
 LONGEST = (
     *(

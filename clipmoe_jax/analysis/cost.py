@@ -15,7 +15,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 
 BATCH_SIZES = (8, 32, 128)
 COUNTED_BATCH = 8  # in which XLA counts: K of E experts' slots come out even
@@ -80,7 +80,7 @@ def xla_flops(config: ClipConfig, tower: str, length: int | None = None) -> floa
     the loops of "ragged" XLA counts one turn. Attention is XLA's, since it does not see into cuDNN's, and
     everything float32, so that no conversions are counted.
     """
-    model = Clip(config, RunConfig(dispatch="capacity", capacity_factor=1.0))
+    model = Clip(config, ComputeConfig(dispatch="capacity", capacity_factor=1.0))
     if tower == "visual":
         size = config.vision.image_size
         inputs = jax.ShapeDtypeStruct((COUNTED_BATCH, size, size, 3), np.uint8)

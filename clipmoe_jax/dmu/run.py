@@ -114,7 +114,7 @@ class Run:
 
     def model(self, config: ClipConfig, *, training_routers: bool = False) -> Clip:
         """A module for this platform."""
-        run = configs.run_config(self.config, sharding.platform(), training_routers=training_routers)
+        run = configs.compute_config(self.config, sharding.platform(), training_routers=training_routers)
         return Clip(config, run)
 
     def load(self, path: epath.Path) -> tuple[ClipConfig, dict]:
@@ -165,7 +165,7 @@ class Run:
             max_to_keep=config.checkpoint.max_to_keep,
             log_every=config.log_every,
             num_workers=config.data.num_workers,
-            frozen_dtype=config.run.frozen_dtype or model.run.dtype,
+            frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
             num_steps=num_steps,
         )
         save_model(folder, model.config, params)

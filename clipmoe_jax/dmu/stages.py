@@ -42,9 +42,9 @@ from clipmoe_jax.models.model_folder import save_model
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
 PART_ROWS = 65536
 
-BASE_FIELDS = ("base.", "run.dtype", "data.digit_scenes", "data.max_caption_tokens")
+BASE_FIELDS = ("base.", "compute.dtype", "data.digit_scenes", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
-STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "run.frozen_dtype")
+STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
 STAGE_COUNT = ("mcl.num_stages",)  # a further stage changes nothing in those before it
 # What makes no difference to what is trained on ordinary batches, from the base.
 STAGES_ALONE = ("mcl.init_from", "mcl.small_clusters", "cluster.num_clusters", "cluster.max_fit_pairs")

@@ -18,8 +18,8 @@ from clipmoe_jax.core.sharding import devices_in_use
 from clipmoe_jax.models.inputs import MEAN, STD, PackedText
 from clipmoe_jax.models.transformer import (
     ACTIVATIONS,
+    ComputeConfig,
     MoeConfig,
-    RunConfig,
     apply_blocks,
     layer_norm,
 )
@@ -159,7 +159,7 @@ class VisionTower(nn.Module):
     """Images (B, H, W, 3), uint8 or normalised float, to features (B, embed) float32 and aux."""
 
     config: ClipConfig
-    run: RunConfig
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
@@ -167,7 +167,7 @@ class VisionTower(nn.Module):
         size, patch, width = vision.image_size, vision.patch_size, vision.width
         if images.shape[1:] != (size, size, 3):
             raise ValueError(f"images have shape {images.shape}; this model takes (B, {size}, {size}, 3)")
-        dtype = jnp.dtype(self.run.dtype)
+        dtype = jnp.dtype(self.compute.dtype)
         normal = nn.initializers.normal(width**-0.5)
         grid = size // patch
 
@@ -184,7 +184,9 @@ class VisionTower(nn.Module):
         x = jnp.concatenate([class_token, x], axis=1) + positions.astype(dtype)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_pre")(x)
         first = jnp.zeros((x.shape[0], 1), jnp.int32)  # the class token
-        x, aux = _apply_blocks(x, first, config, vision, self.run, causal=False, deterministic=deterministic)
+        x, aux = _apply_blocks(
+            x, first, config, vision, self.compute, causal=False, deterministic=deterministic
+        )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x)
         projection = self.param("proj", normal, (width, config.embed_dim))
         return (x @ projection.astype(dtype)).astype(jnp.float32), aux
@@ -198,7 +200,7 @@ class TextTower(nn.Module):
     """
 
     config: ClipConfig
-    run: RunConfig
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
@@ -210,7 +212,7 @@ class TextTower(nn.Module):
         length, width = tokens.shape[1], text.width
         if length > text.context_length:
             raise ValueError(f"tokens have length {length}; this model takes at most {text.context_length}")
-        dtype = jnp.dtype(self.run.dtype)
+        dtype = jnp.dtype(self.compute.dtype)
         normal = nn.initializers.normal
 
         embedding = nn.Embed(text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")
@@ -219,7 +221,7 @@ class TextTower(nn.Module):
         x = (embedding(tokens) + own).astype(dtype)
         ends = ends.reshape(num_units, -1)
         x, aux = _apply_blocks(
-            x, ends, config, text, self.run, segments, causal=True, deterministic=deterministic
+            x, ends, config, text, self.compute, segments, causal=True, deterministic=deterministic
         )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
@@ -234,12 +236,12 @@ class Clip(nn.Module):
     """
 
     config: ClipConfig
-    run: RunConfig = RunConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
-        self.visual = VisionTower(self.config, self.run)
+        self.visual = VisionTower(self.config, self.compute)
         if self.config.text is not None:
-            self.text = TextTower(self.config, self.run)
+            self.text = TextTower(self.config, self.compute)
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_image(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
@@ -309,7 +311,7 @@ def _apply_blocks(
     read: Array,
     config: ClipConfig,
     tower: VisionConfig | TextConfig,
-    run: RunConfig,
+    compute: ComputeConfig,
     segments: Array | None = None,
     *,
     causal: bool,
@@ -326,6 +328,6 @@ def _apply_blocks(
         layer_norm_eps=config.layer_norm_eps,
         causal=causal,
         moe=config.moe,
-        run=run,
+        compute=compute,
         deterministic=deterministic,
     )

@@ -33,7 +33,7 @@ WIDE_BLOCK, NARROW_BLOCK = 256, 64
 # processors) and copy an expert's kernels seldom.
 GPU_BLOCK = 2048
 
-# Values of RunConfig.grouped_mlp (`make_grouped_mlp`).
+# Values of ComputeConfig.grouped_mlp (`make_grouped_mlp`).
 GROUPED_MLPS = ("blocks", "fixed_blocks", "ragged_dot", "tokamax")
 
 # Rows that tokamax's kernels for Hopper want a multiple of.

@@ -60,7 +60,7 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class ComputeConfig:
     """How a model is computed; none of it changes what the parameters are.
 
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
@@ -118,32 +118,32 @@ class Block(nn.Module):
     layer_norm_eps: float
     causal: bool
     moe: MoeConfig | None
-    run: RunConfig
+    compute: ComputeConfig
     deterministic: bool
 
     @nn.compact
     def __call__(
         self, x: Array, segments: Array | None = None, read: Array | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        dtype = jnp.dtype(self.run.dtype)
-        x = x + Attention(self.num_heads, self.causal, self.run.attention, dtype, name="attn")(
+        dtype = jnp.dtype(self.compute.dtype)
+        x = x + Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
             layer_norm(self.layer_norm_eps, dtype, "ln_1")(x), segments
         )
         x = checkpoint_name(x, "attention_added")
         ln_2, activation = layer_norm(self.layer_norm_eps, dtype, "ln_2"), ACTIVATIONS[self.activation]
         if self.moe is None:
             x = pick(x, read)
-            mlp = Mlp(self.mlp_width, activation, dtype, self.run.mlp_chunk_rows, name="mlp")
+            mlp = Mlp(self.mlp_width, activation, dtype, self.compute.mlp_chunk_rows, name="mlp")
             return x + mlp(ln_2(x)), {}
         y, aux = MoeMlp(
             num_experts=self.moe.num_experts,
             num_selected_experts=self.moe.num_selected_experts,
             hidden_dim=self.mlp_width,
             activation=activation,
-            dispatch=self.run.dispatch,
-            grouped_mlp=self.run.grouped_mlp,
-            capacity_factor=self.run.capacity_factor,
-            dropout_rate=self.run.expert_dropout_rate,
+            dispatch=self.compute.dispatch,
+            grouped_mlp=self.compute.grouped_mlp,
+            capacity_factor=self.compute.capacity_factor,
+            dropout_rate=self.compute.expert_dropout_rate,
             deterministic=self.deterministic,
             dtype=dtype,
             name="moe",
@@ -163,7 +163,7 @@ def apply_blocks(
     layer_norm_eps: float,
     causal: bool,
     moe: MoeConfig | None,
-    run: RunConfig,
+    compute: ComputeConfig,
     deterministic: bool,
 ) -> tuple[Array, dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
@@ -172,7 +172,7 @@ def apply_blocks(
     blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
     The feed-forward layer of the last block is computed for the tokens that are read alone.
     """
-    block_class = _block_class(run.remat)
+    block_class = _block_class(compute.remat)
     first_moe = first_moe_layer(num_layers, moe)
     block_aux = []
     for i in range(num_layers):
@@ -183,7 +183,7 @@ def apply_blocks(
             layer_norm_eps=layer_norm_eps,
             causal=causal,
             moe=moe if i >= first_moe else None,
-            run=run,
+            compute=compute,
             deterministic=deterministic,
             name=f"resblocks_{i}",
         )

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import Clip, ClipConfig, abstract_params
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.planning.trainings import Training
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
@@ -22,14 +22,14 @@ FLOAT_BYTES = 4
 
 def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
     """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
-    step, arguments = abstract_step(mesh, dataclasses.replace(training, run=traceable(training.run)))
+    step, arguments = abstract_step(mesh, dataclasses.replace(training, compute=traceable(training.compute)))
     with jax.sharding.use_abstract_mesh(mesh):
         step.trace(*arguments).lower(lowering_platforms=(platform,))
 
 
-def traceable(run: RunConfig) -> RunConfig:
+def traceable(compute: ComputeConfig) -> ComputeConfig:
     """cuDNN's attention cannot be traced without CUDA's libraries; XLA's keeps more."""
-    return dataclasses.replace(run, attention="xla") if run.attention == "cudnn" else run
+    return dataclasses.replace(compute, attention="xla") if compute.attention == "cudnn" else compute
 
 
 def abstract_step(
@@ -38,7 +38,7 @@ def abstract_step(
     """The jitted step of a training, and its arguments as shapes with their shardings."""
     trainable, frozen = held_params(mesh, training)
     loss = LossConfig(0.1, 0.01, short_caption_weight=float(training.short_length > 0))
-    step = make_train_step(Clip(training.config, training.run), loss, training.phase)
+    step = make_train_step(Clip(training.config, training.compute), loss, training.phase)
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))

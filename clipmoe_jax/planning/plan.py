@@ -22,7 +22,7 @@ from clipmoe_jax.core.accelerators import ACCELERATORS, Accelerator
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.planning.abstract import (
     FLOAT_BYTES,
     abstract_batch,
@@ -128,18 +128,20 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
 
 def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
     """FLOPs, memory and transfers of one training step."""
-    config, run, phase = training.config, training.run, training.phase
+    config, compute, phase = training.config, training.compute, training.phase
     trains = trees.match_rules(training.rules, list(trees.flatten(placed_params(mesh, config))))
     model_flops = flops.forward_backward(config, trains)
-    experts = slots_of_token(config, run, mesh)
+    experts = slots_of_token(config, compute, mesh)
     computed = flops.forward_backward(config, trains, slots=experts)
     if training.short_length:
         of_text = functools.partial(
             flops.forward_backward, config, trains, training.short_length, towers=["text"]
         )
         model_flops, computed = model_flops + of_text(), computed + of_text(slots=experts)
-    again = (run.remat == "full") + (phase.accumulation_steps > 1)
-    computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (run.remat == "dots")
+    again = (compute.remat == "full") + (phase.accumulation_steps > 1)
+    computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
+        compute.remat == "dots"
+    )
     return StepPlan(
         flops=model_flops,
         again=computed / model_flops,
@@ -148,33 +150,33 @@ def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
     )
 
 
-def slots_of_token(config: ClipConfig, run: RunConfig, mesh: AbstractMesh) -> float:
+def slots_of_token(config: ClipConfig, compute: ComputeConfig, mesh: AbstractMesh) -> float:
     """How many experts compute on a token. What routing leaves empty of a GPU's blocks, up to a quarter, is
     left out."""
     if config.moe is None:
         return 0
     num_experts, num_selected = config.moe.num_experts, config.moe.num_selected_experts
-    if run.dispatch == "capacity":
-        return min(num_experts, run.capacity_factor * num_selected)
-    if run.grouped_mlp == "fixed_blocks":  # on all slots of the tokens that are gathered
+    if compute.dispatch == "capacity":
+        return min(num_experts, compute.capacity_factor * num_selected)
+    if compute.grouped_mlp == "fixed_blocks":  # on all slots of the tokens that are gathered
         num_selected = min(num_experts, num_selected * mesh.shape["expert"])
-    return num_experts if run.dispatch == "dense" else num_selected
+    return num_experts if compute.dispatch == "dense" else num_selected
 
 
 def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     """Bytes on each device."""
-    config, run, phase = training.config, training.run, training.phase
+    config, compute, phase = training.config, training.compute, training.phase
     params = placed_params(mesh, config)
     trainable, frozen = held_params(mesh, training)
     state = abstract_state(mesh, phase, trainable)
     part = phase.batch_size // phase.accumulation_steps // mesh.size
-    kept = sum(kept_bytes(mesh, config, run, params, training.rules, tower) for tower in METHODS)
+    kept = sum(kept_bytes(mesh, config, compute, params, training.rules, tower) for tower in METHODS)
     if training.short_length:
-        of_text = kept_bytes(mesh, config, run, params, training.rules, "text")
+        of_text = kept_bytes(mesh, config, compute, params, training.rules, "text")
         kept += of_text * training.short_length / config.text.context_length
-    recomputes = run.remat != "none"
+    recomputes = compute.remat != "none"
     if recomputes:  # one block at a time is there in full
-        whole = dataclasses.replace(run, remat="none")
+        whole = dataclasses.replace(compute, remat="none")
         kept += max(
             kept_bytes(mesh, config, whole, params, training.rules, tower) / depth
             for tower, depth in (("image", config.vision.num_layers), ("text", config.text.num_layers))
@@ -182,8 +184,8 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     copied = 0
     for leaf in jax.tree.leaves((trainable, frozen)):
         gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
-        if leaf.dtype != run.dtype or gathered > 1:
-            copied += gathered * device_bytes(leaf) / leaf.dtype.itemsize * jnp.dtype(run.dtype).itemsize
+        if leaf.dtype != compute.dtype or gathered > 1:
+            copied += gathered * device_bytes(leaf) / leaf.dtype.itemsize * jnp.dtype(compute.dtype).itemsize
     return Memory(
         params=device_bytes((trainable, frozen)),
         optimizer=device_bytes(state.opt_state),
@@ -200,10 +202,12 @@ def similarity_bytes(batch_size: int, num_devices: int) -> float:
 
 
 @functools.cache
-def _encoder(config: ClipConfig, run: RunConfig, tower: str) -> Callable[[Any, Any], Any]:
+def _encoder(config: ClipConfig, compute: ComputeConfig, tower: str) -> Callable[[Any, Any], Any]:
     def encode(params, inputs):
         rngs = {"dropout": jax.random.key(0)}
-        return Clip(config, run).apply({"params": params}, inputs, False, method=METHODS[tower], rngs=rngs)
+        return Clip(config, compute).apply(
+            {"params": params}, inputs, False, method=METHODS[tower], rngs=rngs
+        )
 
     return encode
 
@@ -211,7 +215,7 @@ def _encoder(config: ClipConfig, run: RunConfig, tower: str) -> Callable[[Any, A
 def kept_bytes(
     mesh: AbstractMesh,
     config: ClipConfig,
-    run: RunConfig,
+    compute: ComputeConfig,
     params: trees.Params,
     rules: trees.Rules,
     tower: str,
@@ -219,9 +223,9 @@ def kept_bytes(
     """Bytes for each pair of a device that a tower's forward pass keeps for the backward pass: what grows of
     the residuals of `jax.vjp` when the batch does."""
     # The spare rows of blocks of a fixed number would count more among few pairs than among many.
-    run = dataclasses.replace(traceable(run), grouped_mlp="ragged_dot")
+    compute = dataclasses.replace(traceable(compute), grouped_mlp="ragged_dot")
     trainable, frozen = trees.partition(params, rules)
-    encode = _encoder(config, run, tower)
+    encode = _encoder(config, compute, tower)
 
     def residuals(trainable, frozen, inputs):
         return jax.vjp(lambda t: encode(trees.merge(t, frozen), inputs), trainable)[1]

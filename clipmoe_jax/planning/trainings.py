@@ -13,7 +13,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.data.loader import SHORT_LENGTH
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
 
@@ -24,7 +24,7 @@ class Training:
 
     name: str
     config: ClipConfig
-    run: RunConfig
+    compute: ComputeConfig
     rules: trees.Rules
     phase: PhaseConfig
     num_steps: int
@@ -40,7 +40,7 @@ class Training:
     def kind(self) -> tuple:
         """Stages of one kind compile to one step."""
         phase = dataclasses.replace(self.phase, num_steps=0)
-        return self.config, self.run, tuple(self.rules), phase, self.short_length, self.frozen_dtype
+        return self.config, self.compute, tuple(self.rules), phase, self.short_length, self.frozen_dtype
 
 
 def models_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
@@ -53,27 +53,27 @@ def trainings(config: ConfigDict, platform: str, num_pairs: int) -> Iterator[Tra
     """The stages of a config that train, in order."""
     dense, moe = models_of(config)
     mcl, router = configs.phase_config(config.mcl), configs.phase_config(config.router)
-    run = configs.run_config(config, platform)
-    stage = functools.partial(Training, frozen_dtype=config.run.frozen_dtype or run.dtype)
-    routing = configs.run_config(config, platform, training_routers=True)
+    compute = configs.compute_config(config, platform)
+    stage = functools.partial(Training, frozen_dtype=config.compute.frozen_dtype or compute.dtype)
+    routing = configs.compute_config(config, platform, training_routers=True)
     mcl_steps = mcl.length(num_pairs // mcl.batch_size)
     router_steps = router.length(num_pairs // router.batch_size)
     if not config.base.checkpoint and config.data.digit_scenes:
         phase = configs.phase_config(config.base.train)
         steps = phase.length(num_pairs // phase.batch_size)
-        yield stage("base", dense, run, TRAIN_EVERYTHING, phase, steps)
+        yield stage("base", dense, compute, TRAIN_EVERYTHING, phase, steps)
     num_stages, of_long_clip = config.mcl.num_stages, min(SHORT_LENGTH, dense.text.context_length)
     short = of_long_clip if config.loss.short_caption_weight else 0
     for number in range(1, num_stages + 1):
-        yield stage(f"mcl_{number}", dense, run, TRAIN_FFN, mcl, mcl_steps, short)
+        yield stage(f"mcl_{number}", dense, compute, TRAIN_FFN, mcl, mcl_steps, short)
     yield stage("router", moe, routing, TRAIN_ROUTERS, router, router_steps, short)
     same_pairs = math.ceil(num_stages * mcl_steps + router_steps * router.batch_size / mcl.batch_size)
     pair = moe_of_two(moe)
     for name, *rest in (
-        ("direct_ft", dense, run, TRAIN_FFN, mcl, mcl_steps, short),
-        ("direct_ft_same_pairs", dense, run, TRAIN_FFN, mcl, same_pairs, short),
-        ("full_ft", dense, run, TRAIN_EVERYTHING, mcl, mcl_steps, short),
-        ("long_clip", dense, run, TRAIN_EVERYTHING, mcl, mcl_steps, of_long_clip),
+        ("direct_ft", dense, compute, TRAIN_FFN, mcl, mcl_steps, short),
+        ("direct_ft_same_pairs", dense, compute, TRAIN_FFN, mcl, same_pairs, short),
+        ("full_ft", dense, compute, TRAIN_EVERYTHING, mcl, mcl_steps, short),
+        ("long_clip", dense, compute, TRAIN_EVERYTHING, mcl, mcl_steps, of_long_clip),
         ("base_ft_moe", pair, routing, TRAIN_ROUTERS, router, router_steps, short),
         ("sparse_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps, short),
         ("drop_upcycling", moe, routing, TRAIN_MOE, mcl, mcl_steps, short),

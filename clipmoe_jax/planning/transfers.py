@@ -37,11 +37,11 @@ class Transfer(NamedTuple):
 def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     """What a device sends in one step on the usual rings: (n - 1) / n of what is gathered or scattered, twice
     that of what is reduced to all."""
-    config, run, phase = training.config, training.run, training.phase
+    config, compute, phase = training.config, training.compute, training.phase
     leaves = trees.flatten(placed_params(mesh, config))
     trains = trees.match_rules(training.rules, list(leaves))
-    itemsize = jnp.dtype(run.dtype).itemsize
-    recomputes = run.remat != "none"
+    itemsize = jnp.dtype(compute.dtype).itemsize
+    recomputes = compute.remat != "none"
     microbatches = phase.accumulation_steps
     passes = 1 + recomputes + (microbatches > 1)  # forward ones
     found = []
@@ -65,7 +65,7 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
     split = {name: leaf for name, leaf in leaves.items() if "fsdp" in leaf.sharding.spec}
     whole = {name: mesh.shape["fsdp"] * device_bytes(leaf) for name, leaf in split.items()}
     gathered = passes * sum(whole.values())
-    if run.remat == "dots":  # backward only those that pull a gradient back
+    if compute.remat == "dots":  # backward only those that pull a gradient back
         pulls = flops.input_gradients(config, trains)
         gathered -= sum(size for name, size in whole.items() if name.rpartition("/")[0] not in pulls)
     # Every microbatch gathers parameters and scatters gradients; what is reduced to all is their float32 sum.
@@ -97,9 +97,9 @@ def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
             gates = tokens.sum() * num_selected * FLOAT_BYTES
             # Where the first MoE block is the first to train, its inputs need no gradient.
             to_inputs = slice(0 if shared_train else 1, None)
-            if run.dispatch == "capacity":
+            if compute.dispatch == "capacity":
                 num_experts, own = config.moe.num_experts, tokens / mesh.shape["expert"]
-                rows = np.minimum(np.ceil(run.capacity_factor * num_selected * own / num_experts), own)
+                rows = np.minimum(np.ceil(compute.capacity_factor * num_selected * own / num_experts), own)
                 buffers = num_experts * rows * tower.width * itemsize
                 to_outputs = slice(0 if shared_train or experts_train else 1, None)
                 sent = (2 * passes - recomputes) * buffers.sum()

@@ -128,7 +128,7 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
         total, _ = jax.lax.scan(pull_back, direct, (parts, cotangents))
         return found, total
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(model.run.compiler_options))
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(model.compute.compiler_options))
     def train_step(state, frozen, batch, learning_rate, key):
         key = jax.random.fold_in(key, state.step)
         compute = gradient if phase.accumulation_steps == 1 else accumulated_gradient

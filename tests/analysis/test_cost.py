@@ -8,7 +8,7 @@ import pytest
 
 from clipmoe_jax.analysis import cost
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 # ViT-B/32's widths and lengths, two blocks of its twelve; as a MoE, one of the two or both.
 DENSE = ClipConfig(
@@ -64,7 +64,7 @@ def measured(trained):
     """With a clock of its own: a call takes 2 s, or 3 s of 4 pairs and 8 s of 8, twice that for the MoE."""
     batch = trained.batches[0]
     models = {
-        "base": (Clip(trained.dense, RunConfig()), trained.dense_params[0]),
+        "base": (Clip(trained.dense, ComputeConfig()), trained.dense_params[0]),
         "CLIP-MoE": (trained.model, trained.params),
     }
     calls = []

@@ -193,7 +193,7 @@ def test_a_mesh_and_recomputed_blocks_give_the_same(trained, found):
     """Rows over four devices, experts over two, in blocks that are recomputed."""
     mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
     params = jax.device_put(trained.params, sharding.param_shardings(mesh, trained.params))
-    model = Clip(trained.model.config, dataclasses.replace(trained.model.run, remat="full"))
+    model = Clip(trained.model.config, dataclasses.replace(trained.model.compute, remat="full"))
     on_mesh = difference.expert_difference(model, params, trained.batches, mesh)
     for tower in ("visual", "text"):
         for name in ("cka", "js_divergence", "weight_cosine"):

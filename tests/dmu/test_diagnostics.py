@@ -9,7 +9,7 @@ from clipmoe_jax.analysis.neighbours import neighbours
 from clipmoe_jax.analysis.words import WORD_CLASSES
 from clipmoe_jax.dmu import diagnostics
 from clipmoe_jax.models.clip import Clip
-from clipmoe_jax.models.transformer import RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 
 CAPTIONS = ("a cat", "a kitten", "a dog", "a bird", "a dog")
 OF = np.array([0, 0, 1, 2, 3])
@@ -87,7 +87,7 @@ def folder(trained, tmp_path_factory):
     captions, records = ["a small red two", "dogs."], np.array([7, 4])
     diagnostics.write_heat_maps(*arguments, images, tokens, captions, records, trained.mesh)
     models = {
-        "base": (Clip(trained.dense, RunConfig()), trained.dense_params[0]),
+        "base": (Clip(trained.dense, ComputeConfig()), trained.dense_params[0]),
         "CLIP-MoE": (trained.model, trained.params),
     }
     diagnostics.write_cost(folder, models, images, tokens, batch_sizes=(2,), rounds=2)

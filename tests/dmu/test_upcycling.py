@@ -11,7 +11,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.dmu.upcycling import expert_as_dense, reinitialize_experts, stack_experts
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 E, K = 4, 2
 DENSE = ClipConfig(
@@ -54,10 +54,10 @@ def dense_features(dense, inputs):
 
 
 UPCYCLED = {
-    "dense": (None, RunConfig(dispatch="dense")),
-    "ragged": (None, RunConfig(dispatch="ragged")),
-    "capacity": (None, RunConfig(dispatch="capacity", capacity_factor=E / K)),
-    "the last block alone": (1, RunConfig()),
+    "dense": (None, ComputeConfig(dispatch="dense")),
+    "ragged": (None, ComputeConfig(dispatch="ragged")),
+    "capacity": (None, ComputeConfig(dispatch="capacity", capacity_factor=E / K)),
+    "the last block alone": (1, ComputeConfig()),
 }
 
 

@@ -133,13 +133,13 @@ def test_fastest_settings_are_told_as_flags():
         return {"section": section, "group": group, "program": program, "milliseconds": milliseconds} | fields
 
     rows = [
-        row("settings", "attention", "run.attention=xla", 3.0),
-        row("settings", "attention", "run.attention=cudnn", 2.0),
-        row("settings", "experts", "moe.dispatch=ragged run.grouped_mlp=fixed_blocks", 5.0),
-        row("settings", "experts", "moe.dispatch=ragged run.grouped_mlp=tokamax", 4.95),  # noise
+        row("settings", "attention", "compute.attention=xla", 3.0),
+        row("settings", "attention", "compute.attention=cudnn", 2.0),
+        row("settings", "experts", "moe.dispatch=ragged compute.grouped_mlp=fixed_blocks", 5.0),
+        row("settings", "experts", "moe.dispatch=ragged compute.grouped_mlp=tokamax", 4.95),  # noise
         row("settings", "experts", "moe.dispatch=dense", 7.0),
-        {"section": "settings", "group": "remat", "program": "run.remat=none", "error": "out of memory"},
-        row("settings", "remat", "run.remat=dots", 9.0),
+        {"section": "settings", "group": "remat", "program": "compute.remat=none", "error": "out of memory"},
+        row("settings", "remat", "compute.remat=dots", 9.0),
         row("embed", "batch 64", "clipmoe_jax"),
         row("embed", "fastest, batch 128", "clipmoe_jax"),
         row("embed", "fastest, batch 256", "PyTorch"),
@@ -147,10 +147,10 @@ def test_fastest_settings_are_told_as_flags():
     ]
     flags = run.fastest_settings(rows)
     assert flags == [
-        "--config.run.attention=cudnn",
+        "--config.compute.attention=cudnn",
         "--config.moe.dispatch=ragged",
-        "--config.run.grouped_mlp=fixed_blocks",
-        "--config.run.remat=dots",
+        "--config.compute.grouped_mlp=fixed_blocks",
+        "--config.compute.remat=dots",
         "--config.embed.batch_size=128",
     ]
     assert run.fastest_settings(rows[-1:]) == []
@@ -159,10 +159,10 @@ def test_fastest_settings_are_told_as_flags():
 def test_a_setting_reaches_the_step():
     for group, kind in SETTINGS.items():
         for choice in setting_choices(group, "cpu", "float32"):
-            found = dataclasses.replace(TINY, settings=choice).model(kind).run
+            found = dataclasses.replace(TINY, settings=choice).model(kind).compute
             for field, value in (setting.split("=") for setting in choice.split()):
                 assert getattr(found, field.split(".")[1]) == value
-    attention = ["run.attention=chunked", "run.attention=xla"]  # cuDNN is not on CPUs
+    attention = ["compute.attention=chunked", "compute.attention=xla"]  # cuDNN is not on CPUs
     assert list(ours.settings(TINY, "attention")) == attention
     assert peers.SECTIONS["settings"](TINY, "attention") == {}
 

@@ -23,7 +23,7 @@ from clipmoe_jax.models.clip import (
     abstract_params,
     text_mask,
 )
-from clipmoe_jax.models.transformer import ACTIVATIONS, MoeConfig, RunConfig, apply_blocks
+from clipmoe_jax.models.transformer import ACTIVATIONS, ComputeConfig, MoeConfig, apply_blocks
 
 DENSE = ClipConfig(
     embed_dim=24,
@@ -69,19 +69,19 @@ def params(config):
 
 
 @functools.cache
-def jitted(config, run, method=None):
-    model = Clip(config, run)
+def jitted(config, compute, method=None):
+    model = Clip(config, compute)
     return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs, method=method))
 
 
-def apply(config, params, inputs, **run):
+def apply(config, params, inputs, **compute):
     """Both towers' features and aux."""
-    return jitted(config, RunConfig(**run))(params, *inputs)
+    return jitted(config, ComputeConfig(**compute))(params, *inputs)
 
 
 def encode(tower, config, params, array):
     """One tower's features."""
-    return jitted(config, RunConfig(), f"encode_{tower}")(params, array)[0]
+    return jitted(config, ComputeConfig(), f"encode_{tower}")(params, array)[0]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_text_mask_by_hand():
 
 def test_towers_alone_equal_both(config, params, inputs, outputs):
     for tower, array in zip(("image", "text"), inputs, strict=True):
-        features, aux = jitted(config, RunConfig(), f"encode_{tower}")(params, array)
+        features, aux = jitted(config, ComputeConfig(), f"encode_{tower}")(params, array)
         np.testing.assert_allclose(features, outputs[f"{tower}_features"], rtol=1e-5, atol=1e-5)
         assert aux.keys() == outputs[f"{tower}_aux"].keys()
 
@@ -253,7 +253,7 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(
     params = random_params(MOE)
 
     def value_and_gradient(remat, chunk_rows):
-        run = RunConfig(
+        compute = ComputeConfig(
             remat=remat,
             dispatch=dispatch,
             grouped_mlp=grouped_mlp,
@@ -264,7 +264,9 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(
         def value(text_params):
             variables = {"params": params | {"text": text_params}}
             rngs = {"dropout": jax.random.key(0)}
-            features, _ = Clip(MOE, run).apply(variables, inputs[1], False, method="encode_text", rngs=rngs)
+            features, _ = Clip(MOE, compute).apply(
+                variables, inputs[1], False, method="encode_text", rngs=rngs
+            )
             return jnp.sum(jnp.sin(features))
 
         return jax.jit(jax.value_and_grad(value))(params["text"])
@@ -284,17 +286,17 @@ def test_gradients_do_not_depend_on_what_else_trains(inputs, rules):
     params = random_params(config)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def gradient(run, trainable, frozen):
+    def gradient(compute, trainable, frozen):
         def value(trainable):
             variables = {"params": trees.merge(trainable, frozen)}
-            features, _ = Clip(config, run).apply(variables, inputs[1], method="encode_text")
+            features, _ = Clip(config, compute).apply(variables, inputs[1], method="encode_text")
             return jnp.sum(jnp.sin(features))
 
         return jax.grad(value)(trainable)
 
-    every, _ = trees.partition(gradient(RunConfig(), params, {}), rules)
+    every, _ = trees.partition(gradient(ComputeConfig(), params, {}), rules)
     for remat in ("none", "dots"):
-        found = gradient(RunConfig(remat=remat), *trees.partition(params, rules))
+        found = gradient(ComputeConfig(remat=remat), *trees.partition(params, rules))
         chex.assert_trees_all_close(found, every, rtol=1e-4, atol=1e-5)
 
 
@@ -313,7 +315,7 @@ class Blocks(nn.Module):
     """MoE blocks of one head, all tokens read."""
 
     num_layers: int
-    run: RunConfig
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x, deterministic):
@@ -327,7 +329,7 @@ class Blocks(nn.Module):
             layer_norm_eps=1e-5,
             causal=False,
             moe=MoeConfig(2, 2),
-            run=self.run,
+            compute=self.compute,
             deterministic=deterministic,
         )[0]
 
@@ -336,9 +338,9 @@ class Blocks(nn.Module):
 def test_blocks_that_are_alike_drop_out_differently(remat):
     """They are traced once. Attention adds nothing and experts very little: two blocks add the same, but for
     what is dropped out."""
-    run, key = RunConfig(remat=remat, expert_dropout_rate=0.5), jax.random.key(0)
+    compute, key = ComputeConfig(remat=remat, expert_dropout_rate=0.5), jax.random.key(0)
     x = jnp.broadcast_to(jnp.array([1.0, -1.0] * 4), (1, 3, 8))
-    block = Blocks(1, run).init(key, x, True)["params"]["resblocks_0"]
+    block = Blocks(1, compute).init(key, x, True)["params"]["resblocks_0"]
     block["attn"]["out_proj"] = jax.tree.map(jnp.zeros_like, block["attn"]["out_proj"])
     block["moe"]["c_proj"] = jax.tree.map(lambda leaf: 1e-4 * leaf, block["moe"]["c_proj"])
     params = {"resblocks_0": block, "resblocks_1": block}
@@ -346,7 +348,7 @@ def test_blocks_that_are_alike_drop_out_differently(remat):
     def added(deterministic):
         """By the first block and by the second."""
         once, twice = (
-            Blocks(num_layers, run).apply({"params": params}, x, deterministic, rngs={"dropout": key})
+            Blocks(num_layers, compute).apply({"params": params}, x, deterministic, rngs={"dropout": key})
             for num_layers in (1, 2)
         )
         return once - x[0], twice - once

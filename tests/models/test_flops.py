@@ -11,7 +11,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
@@ -57,7 +57,7 @@ def xla_flops(compiled) -> float:
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "MoE"])
 def test_forward(config):
     params = abstract_params(config)
-    model = Clip(config, RunConfig(dispatch="dense"))
+    model = Clip(config, ComputeConfig(dispatch="dense"))
     encode = jax.jit(lambda params, batch: model.apply({"params": params}, batch["image"], batch["text"]))
     found = flops.forward(config, slots=4)  # dense dispatch: every expert on every token
     assert found == pytest.approx(xla_flops(encode.lower(params, BATCH).compile()), rel=0.03)
@@ -66,18 +66,18 @@ def test_forward(config):
 @pytest.mark.parametrize(
     ("config", "rules", "run", "slots"),
     [
-        (DENSE, TRAIN_EVERYTHING, RunConfig(), 0),
-        (DENSE, TRAIN_FFN, RunConfig(), 0),
-        (MOE, TRAIN_ROUTERS, RunConfig(dispatch="dense"), 4),
-        (MOE, TRAIN_MOE, RunConfig(dispatch="capacity", capacity_factor=1.5), 3),
+        (DENSE, TRAIN_EVERYTHING, ComputeConfig(), 0),
+        (DENSE, TRAIN_FFN, ComputeConfig(), 0),
+        (MOE, TRAIN_ROUTERS, ComputeConfig(dispatch="dense"), 4),
+        (MOE, TRAIN_MOE, ComputeConfig(dispatch="capacity", capacity_factor=1.5), 3),
     ],
     ids=["everything", "feed-forward layers", "routers", "routers and experts"],
 )
-def test_a_training_step(config, rules, run, slots):
+def test_a_training_step(config, rules, compute, slots):
     phase, mesh = PhaseConfig(8, 1e-3, 0.1), sharding.make_mesh(devices=jax.devices()[:1])
     params = abstract_params(config)
     trainable, frozen = trees.partition(params, rules)
-    step = make_train_step(Clip(config, run), LossConfig(0.1, 0.01), phase)
+    step = make_train_step(Clip(config, compute), LossConfig(0.1, 0.01), phase)
     rate, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
     state = abstract_state(mesh, phase, trainable)
     found = flops.forward_backward(config, trees.match_rules(rules, list(trees.flatten(params))), slots=slots)

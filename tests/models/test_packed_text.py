@@ -21,7 +21,7 @@ from clipmoe_jax.models.clip import (
     text_mask,
 )
 from clipmoe_jax.models.inputs import PackedText
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import losses
 
 DENSE = ClipConfig(
@@ -58,8 +58,8 @@ def random_params(config):
     )
 
 
-def encode(config, text, **run):
-    model = Clip(config, RunConfig(**run))
+def encode(config, text, **compute):
+    model = Clip(config, ComputeConfig(**compute))
     apply = jax.jit(lambda params, text: model.apply({"params": params}, text, method="encode_text"))
     return apply(random_params(config), text)
 
@@ -79,9 +79,9 @@ def test_positions_count_from_the_start_of_a_segment():
 def test_features_and_router_logits_are_those_of_a_caption_a_row(config, dispatch, attention):
     end_token = config.text.eos_token_id or 49
     tokens = captions(end_token)
-    text, run = packed(tokens), {"dispatch": dispatch, "attention": attention}
-    expected, aux = encode(config, tokens, **run)
-    found, aux_of_rows = encode(config, text, **run)
+    text, compute = packed(tokens), {"dispatch": dispatch, "attention": attention}
+    expected, aux = encode(config, tokens, **compute)
+    found, aux_of_rows = encode(config, text, **compute)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     if config.moe:
         logits = aux_of_rows["router_logits"].swapaxes(1, 2).reshape(30, 4)  # of one block

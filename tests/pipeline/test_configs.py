@@ -52,14 +52,14 @@ def test_config_is_valid_and_its_steps_lower(name):
     moe = dataclasses.replace(dense, moe=configs.moe_config(config))
     params, moe_params = abstract_params(dense), abstract_params(moe)
 
-    run = configs.run_config(config, "gpu", training_routers=True)
+    run = configs.compute_config(config, "gpu", training_routers=True)
     phase, loss = configs.phase_config(config.router), LossConfig(0.1, 0.01)
     text = lowered_text(Clip(moe, run), moe_params, TRAIN_ROUTERS, phase, loss)
     batch, size = phase.batch_size // phase.accumulation_steps, dense.vision.image_size
     assert f"{batch}x{size}x{size}x3xui8" in text and "bf16" in text
 
     phase, loss = configs.phase_config(config.mcl), LossConfig(config.mcl.label_smoothing)
-    run = configs.run_config(config, "gpu")
+    run = configs.compute_config(config, "gpu")
     text = lowered_text(Clip(dense, run), params, TRAIN_FFN, phase, loss)
     assert f"{dense.vision.width}x{4 * dense.vision.width}xbf16" in text
 
@@ -110,9 +110,9 @@ def test_config_arguments():
 )
 def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, attention):
     config = configs.default_config()
-    config.run.dtype = dtype
-    run = configs.run_config(config, platform)
-    assert (run.grouped_mlp, run.attention) == (grouped_mlp, attention)
+    config.compute.dtype = dtype
+    compute = configs.compute_config(config, platform)
+    assert (compute.grouped_mlp, compute.attention) == (grouped_mlp, attention)
 
 
 @pytest.mark.parametrize(
@@ -130,27 +130,27 @@ def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, atten
 )
 def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value, where, others):
     config = configs.default_config()
-    config.run.update({"dtype": dtype, field: value})
+    config.compute.update({"dtype": dtype, field: value})
     with pytest.raises(
-        ValueError, match=f"run.{field}={value} does not run on {where}: choose one of {others}, or leave"
+        ValueError, match=f"compute.{field}={value} does not run on {where}: choose one of {others}, or leave"
     ):
-        configs.run_config(config, platform)
+        configs.compute_config(config, platform)
 
 
 def test_tokamax_runs_experts_where_it_is_installed(monkeypatch):
     config = configs.default_config()
-    config.run.grouped_mlp = "tokamax"
-    assert configs.run_config(config, "cuda").grouped_mlp == "tokamax"
+    config.compute.grouped_mlp = "tokamax"
+    assert configs.compute_config(config, "cuda").grouped_mlp == "tokamax"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="run.grouped_mlp=tokamax is not installed: pip install tokamax"):
-        configs.run_config(config, "cuda")
+    with pytest.raises(ValueError, match="compute.grouped_mlp=tokamax is not installed: pip install tokamax"):
+        configs.compute_config(config, "cuda")
 
 
 BAD_FIELDS = {
     "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
     "unknown dispatch": ("moe.dispatch", "scatter", "choose one of ragged, dense, capacity"),
-    "unknown grouped_mlp": ("run.grouped_mlp", "gmm", "blocks, fixed_blocks, ragged_dot, tokamax"),
-    "gradients that vanish": ("run.dtype", "float16", "float32, bfloat16"),
+    "unknown grouped_mlp": ("compute.grouped_mlp", "gmm", "blocks, fixed_blocks, ragged_dot, tokamax"),
+    "gradients that vanish": ("compute.dtype", "float16", "float32, bfloat16"),
     "unknown init_from": ("mcl.init_from", "last", "base, previous"),
     "unknown balance": ("router.balance", "none", "paper, released"),
     "unknown baseline": ("baselines", ("lora",), "direct_ft"),
@@ -159,7 +159,7 @@ BAD_FIELDS = {
     "no base": ("base.checkpoint", "", "base.checkpoint is empty"),
     "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must lie between 1 and"),
     "dropout of everything": ("moe.expert_dropout_rate", 1.5, "must lie between 0.0 and 0.99"),
-    "no such type": ("run.dtype", "bf16", "float32, bfloat16"),
+    "no such type": ("compute.dtype", "bf16", "float32, bfloat16"),
     "no room for a word": ("data.max_caption_tokens", 2, "use 3 or more, or 0"),
     "labels beyond 64 bits": ("cluster.num_clusters", 1000, "more than 2.63 clusters in mcl.num_stages=4"),
     "a seed twice": ("seeds", (0, 0), r"seeds=\(0, 0\) must be whole numbers from 0, each once"),

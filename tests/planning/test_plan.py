@@ -17,7 +17,7 @@ from clipmoe_jax.core.accelerators import ACCELERATORS
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.planning import plan, scaling
 from clipmoe_jax.planning.trainings import Training, models_of, trainings
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
@@ -43,9 +43,9 @@ KINDS = {
 }
 
 
-def training(kind, phase=PHASE, **run):
+def training(kind, phase=PHASE, **compute):
     config, rules = KINDS[kind]
-    return Training("it", config, RunConfig(**run), rules, phase, 10)
+    return Training("it", config, ComputeConfig(**compute), rules, phase, 10)
 
 
 def abstract(mesh):
@@ -200,9 +200,9 @@ def test_fsdp_gathers_parameters_and_no_activations(remat):
     assert "all-to-all" not in found
 
 
-def compiled_step(kind, mesh, phase=PHASE, **run) -> str:
+def compiled_step(kind, mesh, phase=PHASE, **compute) -> str:
     state, frozen = started(kind, mesh)
-    step = make_train_step(Clip(KINDS[kind][0], RunConfig(**run)), LossConfig(0.1, 0.01), phase)
+    step = make_train_step(Clip(KINDS[kind][0], ComputeConfig(**compute)), LossConfig(0.1, 0.01), phase)
     num_pairs = phase.batch_size
     batch = {
         "image": np.zeros((num_pairs, 32, 32, 3), np.uint8),

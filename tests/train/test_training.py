@@ -22,7 +22,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.inputs import END_ID
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import step as step_module
 from clipmoe_jax.train.loop import fit
 from clipmoe_jax.train.phase import PhaseConfig
@@ -69,7 +69,7 @@ def batches(pairs):
     return [pairs.gather(sampler.indices(step), 0) for step in range(3)]
 
 
-def run_steps(config, rules, mesh, batches, phase=PHASE, run=RunConfig(), loss=LOSS):  # noqa: B008 (frozen)
+def run_steps(config, rules, mesh, batches, phase=PHASE, run=ComputeConfig(), loss=LOSS):  # noqa: B008 (frozen)
     """(params, list of losses) after a step on each batch."""
     params = init_params(config, mesh)
     trainable, frozen = trees.partition(params, rules)
@@ -260,7 +260,7 @@ def test_microbatches_stay_on_their_devices(short_captions):
 
 
 def test_expert_dropout_is_random_by_step_and_repeatable(batches):
-    run = RunConfig(expert_dropout_rate=0.5)
+    run = ComputeConfig(expert_dropout_rate=0.5)
     first = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2, run=run)
     again = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2, run=run)
     still = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2)
@@ -311,7 +311,7 @@ def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, fro
     try:
         return fit(
             "router",
-            Clip(MOE, RunConfig(expert_dropout_rate=0.1)),
+            Clip(MOE, ComputeConfig(expert_dropout_rate=0.1)),
             params,
             trainable_rules=TRAIN_ROUTERS,
             pairs=pairs,

@@ -12,7 +12,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import stack_experts
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
-from clipmoe_jax.models.transformer import MoeConfig, RunConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 CAPTIONS = (
     "a small red two upright on striped navy background",
@@ -64,7 +64,7 @@ def trained():
         {"image": images[:4], "text": tokens[:4], "valid": valid[:4]},
         {"image": images[4:], "text": tokens[4:, :32], "valid": valid[4:]},
     ]
-    model = Clip(config, RunConfig())
+    model = Clip(config, ComputeConfig())
 
     @functools.partial(jax.jit, static_argnames="method")
     def router_logits(params, inputs, method):
