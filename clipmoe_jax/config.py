@@ -12,23 +12,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from clipmoe_jax.dmu import recipes
 from clipmoe_jax.models.attention import IMPLEMENTATIONS, implementations
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.experts import GROUPED_MLPS, grouped_mlps
 from clipmoe_jax.models.transformer import REMAT, ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
-BASELINES = (
-    "direct_ft",
-    "direct_ft_same_pairs",
-    "full_ft",
-    "long_clip",
-    "base_ft_moe",
-    "sparse_upcycling",
-    "drop_upcycling",
-    "clip_up",
-    "feature_ensemble",
-)
+# Fields that earlier versions had: {dotted name: what to set now}. Where that is a plain name, artifacts made
+# under the old one are gone on with.
+RENAMED = {
+    "run.dtype": "compute.dtype",
+    "run.remat": "compute.remat",
+    "run.frozen_dtype": "compute.frozen_dtype",
+    "data.digit_scenes": "data.train=digit_scenes:train?pairs=N (and data.test, data.base: configs/demo.py)",
+}
 
 # XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
 CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),)
@@ -80,15 +78,17 @@ def default_config() -> ConfigDict:
     config.variants = ConfigDict(allow_dotted_keys=True)
 
     config.data = ConfigDict()
-    config.data.train = ""  # folder made by clipmoe_jax.prepare
+    # A folder made by clipmoe_jax.prepare, or a source in its grammar (docs/data.md), which the run prepares
+    # into WORKDIR/data once: "sharegpt4v:captions.json?images=DIR".
+    config.data.train = ""
     config.data.train_split = "train"  # or a slice: "train[:1000]"
-    config.data.test = ""  # for retrieval and for looking into the CLIP-MoE
+    config.data.test = ""  # for retrieval and to diagnose the CLIP-MoE on
     config.data.test_split = "test"
+    config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
     config.data.max_caption_tokens = 0  # cuts captions, start and end counted; 0 is the context length
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
-    config.data.digit_scenes = 0  # > 0: make so many training scenes (and an eighth for test) in WORKDIR
 
     config.base = ConfigDict()
     config.base.checkpoint = ""  # a file or folder `clipmoe_jax.load` takes; "" trains one from scratch
@@ -133,7 +133,7 @@ def default_config() -> ConfigDict:
 
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
-    config.baselines = ()  # of BASELINES
+    config.baselines = ()  # names of baselines in dmu/recipes.py
     config.evaluations = ()  # of each model: lines such as "zero_shot:data/imagenet?classes=imagenet"
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
@@ -288,10 +288,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
     _check_choice("router.balance", config.router.balance, ("paper", "released"))
-    for baseline in config.baselines:
-        _check_choice("baselines", baseline, BASELINES)
-    if "base_ft_moe" in config.baselines and "direct_ft" not in config.baselines:
-        raise ValueError("baselines: 'base_ft_moe' is made from 'direct_ft': add it")
+    recipes.check_baselines(config.baselines)
     if 0 < config.data.max_caption_tokens < 3:
         raise ValueError(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "
@@ -303,17 +300,16 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         isinstance(seed, int) and 0 <= seed < 2**32 for seed in config.seeds
     ):
         raise ValueError(f"seeds={tuple(config.seeds)} must be whole numbers from 0, each once")
-    if config.data.digit_scenes and (config.data.train or config.data.test):
+    if paths and not config.data.train:
         raise ValueError(
-            f"data.digit_scenes={config.data.digit_scenes} makes the data: set it to 0 to use data.train"
+            "data.train is empty: set it to a folder made by python -m clipmoe_jax.prepare, or to a source, "
+            "KIND:PATH"
         )
-    if paths and not config.data.train and not config.data.digit_scenes:
+    if paths and not config.base.checkpoint and not config.data.base:
         raise ValueError(
-            "data.train is empty: set it to a folder made by "
-            "python -m clipmoe_jax.prepare --source=KIND:PATH --out=FOLDER"
+            "base.checkpoint is empty: set it to the dense CLIP to start from, or data.base to the pairs to "
+            "train one on"
         )
-    if paths and not config.base.checkpoint and not config.data.digit_scenes:
-        raise ValueError("base.checkpoint is empty: set it to the dense CLIP to start from")
     for name, (least, most) in RANGES.items():
         value = config
         for part in name.split("."):
@@ -352,3 +348,18 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
         kind = type(defaults[name])
         parsed[name] = value in ("", "True", "true", "1") if kind is bool else kind(value)
     return ConfigDict(parsed)
+
+
+def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an artifact's inputs ({dotted field: value}) with the names that fields have now.
+
+    A field that is gone stays if it was set, so that the artifact is refused by its name.
+    """
+    upgraded = {}
+    for name, value in inputs.items():
+        new = RENAMED.get(name, name)
+        if "=" not in new:
+            upgraded[new] = value
+        elif value:
+            upgraded[name] = value
+    return upgraded

@@ -6,7 +6,7 @@
     python -m clipmoe_jax.main --config=configs/demo.py:small --workdir=runs/small
 
 `seeds=3` runs seeds 1 to 3 and prints means, standard deviations and paired differences; `all_baselines` adds
-full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP (clipmoe_jax/dmu/baselines.py);
+full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP (clipmoe_jax/dmu/recipes.py);
 `small` is a quick check of the machinery, whose numbers mean nothing.
 
 The scenes are real handwriting composed into 32 x 32 images with eight attributes; the base sees coarse
@@ -16,7 +16,8 @@ on them.
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import BASELINES, default_config, parse_arg
+from clipmoe_jax.config import default_config, parse_arg
+from clipmoe_jax.dmu.recipes import baseline_names
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
 FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
@@ -27,7 +28,11 @@ def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, seeds=0, small=False, all_baselines=False)
     config = default_config()
     config.seeds = tuple(range(1, arg.seeds + 1)) if arg.seeds else (0,)
-    config.data.digit_scenes = 8000
+    num_pairs = 800 if arg.small else 8000
+    config.data.train = f"digit_scenes:train?pairs={num_pairs}"
+    config.data.test = f"digit_scenes:test?pairs={num_pairs // 8}"
+    config.data.base = f"digit_scenes:train?pairs={num_pairs}&captions=coarse"
+    config.evaluations = ("attributes:data.test",)
     config.data.in_memory = True
     config.data.packing_steps = 4  # each number of rows is a step to compile: longer than they save
     config.base.architecture = ConfigDict(
@@ -46,10 +51,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.router.learning_rate = 1e-2
     config.moe.expert_dropout_rate = 0.0
     config.embed.batch_size = 500
-    config.baselines = BASELINES if arg.all_baselines else FIVE
+    config.baselines = baseline_names() if arg.all_baselines else FIVE
     config.checkpoint.every_steps = 100
     if arg.small:
-        config.data.digit_scenes = 800
         config.base.train.num_steps = 60
         config.mcl.num_steps = 24
         config.router.num_steps = 24

@@ -26,7 +26,8 @@ import runpy
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import BASELINES, parse_arg, set_variants
+from clipmoe_jax.config import parse_arg, set_variants
+from clipmoe_jax.dmu.recipes import baseline_names
 
 ABLATIONS = {
     "experts": {f"experts_{e}": {"mcl.num_stages": e - 1} for e in (2, 3, 4)},
@@ -44,6 +45,6 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"what={arg.what!r}: choose one of {', '.join(ABLATIONS)}")
     demo = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
     config = demo["get_config"](f"seeds={arg.seeds}" + (",small" if arg.small else ""))
-    config.baselines = BASELINES if arg.what == "baselines" else ()
+    config.baselines = baseline_names() if arg.what == "baselines" else ()
     set_variants(config, ABLATIONS[arg.what])
     return config

@@ -13,7 +13,8 @@ Arguments: variant; init_from=previous (the default here: chained stages) or bas
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import BASELINES, default_config, parse_arg, run_locally, set_architecture
+from clipmoe_jax.config import default_config, parse_arg, run_locally, set_architecture
+from clipmoe_jax.dmu.recipes import baseline_names
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mcl.init_from = arg.init_from
     config.compute.remat = "dots"
     config.mcl.accumulation_steps = config.router.accumulation_steps = 8
-    config.baselines = BASELINES
+    config.baselines = baseline_names()
     if arg.runlocal:
         run_locally(config)
     return config

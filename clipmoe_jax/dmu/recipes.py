@@ -1,18 +1,311 @@
-"""What trains in each kind of phase, and what the models are called in tables."""
+"""The recipe table: how every model of a run is made, from what, by which losses and for how long.
+
+One row is one model. The runner makes it, the plan predicts it, evaluation, tables and report show it; a
+further baseline or stage is a further row here and nothing elsewhere. Recipes of baselines follow their
+papers in what trains and by which losses. Data, batches and learning rates are the run's own, so that rows
+compare.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from ml_collections import ConfigDict
+
+from clipmoe_jax.core import trees
 
 TRAIN_EVERYTHING = [(r".*", True)]
 TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
 TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
 TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
-CLIP_MOE, ENSEMBLE = "CLIP-MoE", "feature ensemble"
-BASELINE_TITLES = {
-    "direct_ft": "direct fine-tuning, one stage's steps",
-    "direct_ft_same_pairs": "direct fine-tuning, same total pairs",
-    "full_ft": "full fine-tuning, one stage's steps",
-    "long_clip": "Long-CLIP's recipe",
-    "sparse_upcycling": "sparse upcycling",
-    "drop_upcycling": "Drop-Upcycling",
-    "clip_up": "CLIP-UP's recipe",
-    "base_ft_moe": "base + FT MoE",
-}
+BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
+Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
+
+# Config fields, by prefix, that an artifact depends on.
+BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
+FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
+STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
+UPCYCLED_FIELDS = (*STAGE_FIELDS, "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev")
+MOE_FIELDS = (*STAGE_FIELDS, "moe.", "router.")
+# Fields among these that make no difference: to a stage, how many follow it; to what trains on ordinary
+# batches from the base, how stages start and cluster.
+STAGE_COUNT = ("mcl.num_stages",)
+STAGES_ALONE = ("mcl.init_from", "mcl.small_clusters", "cluster.num_clusters", "cluster.max_fit_pairs")
+
+
+class StepCounts(NamedTuple):
+    """How many steps the stages take. steps: of a stage's name, as it was made or as it is planned."""
+
+    config: ConfigDict
+    steps: Callable[[str], int]
+
+
+def one_stage(counts: StepCounts) -> int:
+    """Returns the steps of the first stage."""
+    return counts.steps("mcl_1")
+
+
+def same_pairs(counts: StepCounts) -> int:
+    """Returns the steps of `mcl.batch_size` that see as many pairs as all stages and the routers together."""
+    config = counts.config
+    pairs = counts.steps(ROUTER_NAME) * config.router.batch_size
+    for stage in range(1, config.mcl.num_stages + 1):
+        pairs += counts.steps(f"mcl_{stage}") * config.mcl.batch_size
+    return math.ceil(pairs / config.mcl.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one model is made.
+
+    Attributes:
+        name: of its phase in metrics and, but for baselines, of the stage that trains it.
+        title: of its row in tables.
+        group: where it belongs in tables and reports; a "baseline" is made if `config.baselines` names it. An
+            "ensemble" trains nothing: its features are those of `experts`, joined.
+        experts: names of the models it is made from, given the config. One is trained as it is; the
+            feed-forward layers of several become the experts of an MoE with random routers. None at all: the
+            base, imported or initialised.
+        trains: rules of what trains.
+        section: the group of config fields with its hyperparameters.
+        sampler: "clusters" draws each batch from one cluster of what the model before encodes.
+        num_steps: None is as long as the section says.
+        losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
+        reinitialize: whether half of each expert's hidden units are drawn anew (arXiv 2502.19261).
+        ignores: config fields that change nothing in it, though its inputs name their group.
+    """
+
+    name: str
+    title: str
+    group: Literal["base", "baseline", "stage", "ensemble", "moe"]
+    experts: Callable[[ConfigDict], tuple[str, ...]]
+    trains: trees.Rules = ()
+    section: str = "mcl"
+    sampler: Literal["shuffled", "clusters"] = "shuffled"
+    num_steps: Callable[[StepCounts], int] | None = None
+    losses: Callable[[ConfigDict], Mapping[str, float]] = lambda config: {}
+    reinitialize: bool = False
+    ignores: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """The stage that makes it: all baselines are one."""
+        return "baselines" if self.group == "baseline" else self.name
+
+    @property
+    def folder(self) -> str:
+        """Its model folder in the workdir."""
+        if self.group == "baseline":
+            return f"baselines/{self.name}"
+        if stage := re.fullmatch(r"mcl_(\d+)", self.name):
+            return f"stage_{stage[1]}/params"
+        return {BASE_NAME: "base", ROUTER_NAME: "moe/params"}.get(self.name, f"{self.name}/params")
+
+    @property
+    def upcycled_folder(self) -> str:
+        """The model folder of an MoE before its routers train."""
+        return "moe/upcycled" if self.name == ROUTER_NAME else f"{self.folder}_upcycled"
+
+    def is_moe(self, config: ConfigDict) -> bool:
+        """Returns whether it is stacked from several models."""
+        return self.group != "ensemble" and len(self.experts(config)) > 1
+
+    def hyperparameters(self, config: ConfigDict) -> ConfigDict:
+        """Returns its section of the config."""
+        section: Any = config
+        for part in self.section.split("."):
+            section = section[part]
+        return section
+
+
+def from_base(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the base alone."""
+    del config
+    return (BASE_NAME,)
+
+
+def base_copies(config: ConfigDict) -> tuple[str, ...]:
+    """Returns as many copies of the base as CLIP-MoE has experts."""
+    return (BASE_NAME,) * (config.mcl.num_stages + 1)
+
+
+def base_and_stages(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the base and every stage, the experts of CLIP-MoE."""
+    return (BASE_NAME, *(f"mcl_{stage}" for stage in range(1, config.mcl.num_stages + 1)))
+
+
+def _base(config: ConfigDict) -> list[Recipe]:
+    del config
+    nothing: tuple[str, ...] = ()
+    return [Recipe(BASE_NAME, "base", "base", lambda config: nothing, TRAIN_EVERYTHING, "base.train")]
+
+
+def _mcl(config: ConfigDict) -> list[Recipe]:
+    """Multistage contrastive learning: the paper's stages (arXiv 2409.19291, section 3.1)."""
+    rows = []
+    for stage in range(1, config.mcl.num_stages + 1):
+        before = f"mcl_{stage - 1}" if config.mcl.init_from == "previous" and stage > 1 else BASE_NAME
+        rows.append(
+            Recipe(
+                f"mcl_{stage}",
+                f"stage {stage} alone",
+                "stage",
+                lambda config, before=before: (before,),
+                TRAIN_FFN,
+                sampler="clusters",
+                # The first stage starts from the base either way.
+                ignores=(*STAGE_COUNT, *(("mcl.init_from",) if stage == 1 else ())),
+            )
+        )
+    return rows
+
+
+def _router(config: ConfigDict) -> list[Recipe]:
+    del config
+    return [Recipe(ROUTER_NAME, CLIP_MOE, "moe", base_and_stages, TRAIN_ROUTERS, "router")]
+
+
+STAGES: Sequence[Callable[[ConfigDict], list[Recipe]]] = (_base, _mcl, _router)  # in the order they run
+
+ORDINARY = (*STAGE_COUNT, *STAGES_ALONE)  # ignored by a dense model that trains on ordinary batches
+
+# In the order of the tables. Where every parameter trains, logit_scale does too, as in Long-CLIP's code.
+# Blocks that have experts are those of `moe.num_moe_layers` for all.
+BASELINES: Sequence[Recipe] = (
+    # The base's feed-forward layers on ordinary batches, for one stage's steps, then for all stages' pairs.
+    Recipe(
+        "direct_ft",
+        "direct fine-tuning, one stage's steps",
+        "baseline",
+        from_base,
+        TRAIN_FFN,
+        num_steps=one_stage,
+        ignores=ORDINARY,
+    ),
+    Recipe(
+        "direct_ft_same_pairs",
+        "direct fine-tuning, same total pairs",
+        "baseline",
+        from_base,
+        TRAIN_FFN,
+        num_steps=same_pairs,
+        ignores=ORDINARY,
+    ),
+    Recipe(
+        "full_ft",
+        "full fine-tuning, one stage's steps",
+        "baseline",
+        from_base,
+        TRAIN_EVERYTHING,
+        num_steps=one_stage,
+        ignores=ORDINARY,
+    ),
+    # Full fine-tuning with Long-CLIP's second loss, of short captions (arXiv 2403.15378).
+    Recipe(
+        "long_clip",
+        "Long-CLIP's recipe",
+        "baseline",
+        from_base,
+        TRAIN_EVERYTHING,
+        num_steps=one_stage,
+        losses=lambda config: {"short_caption_weight": config.loss.short_caption_weight or 1.0},
+        ignores=ORDINARY,
+    ),
+    # An MoE of copies of the base, routers and experts trained (arXiv 2212.05055).
+    Recipe("sparse_upcycling", "sparse upcycling", "baseline", base_copies, TRAIN_MOE, ignores=STAGES_ALONE),
+    Recipe(
+        "drop_upcycling",
+        "Drop-Upcycling",
+        "baseline",
+        base_copies,
+        TRAIN_MOE,
+        reinitialize=True,
+        ignores=STAGES_ALONE,
+    ),
+    # Sparse upcycling with every parameter trained and the routers' z-loss (arXiv 2502.00965).
+    Recipe(
+        "clip_up",
+        "CLIP-UP's recipe",
+        "baseline",
+        base_copies,
+        TRAIN_EVERYTHING,
+        losses=lambda config: {"z_loss_coefficient": config.router.z_loss_coefficient or Z_LOSS_COEFFICIENT},
+        ignores=STAGES_ALONE,
+    ),
+    # Upcycling without the stages: an MoE of the base and one fine-tuned model, routers trained.
+    Recipe(
+        "base_ft_moe",
+        "base + FT MoE",
+        "baseline",
+        lambda config: (BASE_NAME, "direct_ft"),
+        TRAIN_ROUTERS,
+        "router",
+    ),
+    # Every dense model that CLIP-MoE is made from, features side by side: as many times the encoding.
+    Recipe("feature_ensemble", "feature ensemble", "ensemble", base_and_stages),
+)
+
+
+def baseline_names() -> tuple[str, ...]:
+    """Returns every name that `config.baselines` may have."""
+    return tuple(row.name for row in BASELINES)
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raises ValueError naming a baseline that there is not, or that lacks the one it is made from."""
+    known = {row.name: row for row in BASELINES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"baselines={name!r}: choose one of {', '.join(known)}")
+        if known[name].group != "baseline":
+            continue
+        for source in known[name].experts(_ONE_STAGE):
+            if source in known and source not in names:
+                raise ValueError(f"baselines: {name!r} is made from {source!r}: add it")
+
+
+_ONE_STAGE = ConfigDict({"mcl": {"num_stages": 1}})
+
+
+def recipes(config: ConfigDict) -> dict[str, Recipe]:
+    """Returns {name: recipe} of what a config makes, each after those it is made from."""
+    stages = [row for rows in STAGES for row in rows(config)]
+    wanted = [row for row in BASELINES if row.name in config.baselines]
+    return {row.name: row for row in [*stages, *_in_order(wanted, config)]}
+
+
+def _in_order(rows: Sequence[Recipe], config: ConfigDict) -> list[Recipe]:
+    """The rows, each behind those among them that it is made from."""
+    names, ordered = {row.name for row in rows}, []
+    waiting = list(rows)
+    while waiting:
+        ready = {row.name for row in ordered}
+        row = next(row for row in waiting if names.intersection(row.experts(config)) <= ready)
+        waiting.remove(row)
+        ordered.append(row)
+    return ordered
+
+
+def table_rows(config: ConfigDict) -> list[Recipe]:
+    """Returns the recipes in the order of tables: base, baselines, stages, ensemble, CLIP-MoE."""
+    made = recipes(config)
+    stages = [row for row in made.values() if row.group == "stage"]
+    wanted = [row for row in BASELINES if row.name in made]
+    return [
+        made[BASE_NAME],
+        *(row for row in wanted if row.group == "baseline"),
+        *stages,
+        *(row for row in wanted if row.group == "ensemble"),
+        *(row for row in made.values() if row.group == "moe"),
+    ]
+
+
+def find_recipe(name: str) -> Recipe | None:
+    """Returns the row of a phase's name, whatever config made it; None for one that there is not."""
+    if stage := re.fullmatch(r"mcl_(\d+)", name):
+        return _mcl(ConfigDict({"mcl": {"num_stages": int(stage[1]), "init_from": "base"}}))[-1]
+    fixed = [row for rows in STAGES if rows is not _mcl for row in rows(_ONE_STAGE)]
+    return next((row for row in [*fixed, *BASELINES] if row.name == name), None)

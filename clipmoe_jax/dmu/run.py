@@ -1,4 +1,4 @@
-"""What the stages of one run share: its config, folder, mesh, numbers and data."""
+"""One seed's run: its config, folder, mesh, numbers and data, as all of its stages share them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,64 +15,69 @@ from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.models.clip import Clip, ClipConfig
-from clipmoe_jax.models.model_folder import load_model, save_model
-from clipmoe_jax.train.loop import fit
-from clipmoe_jax.train.step import LossConfig
+from clipmoe_jax.models.model_folder import load_model
+
+# Fields that change no result: the gradient of a batch is the same in any number of microbatches.
+WITHOUT_EFFECT = ("mcl.accumulation_steps", "router.accumulation_steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One seed's run. Data is opened once and kept as long as the run. siblings: the folders of this seed's
-    runs of other variants of the config."""
+    """What the stages of one seed's run share. Data is opened once and kept as long as the run.
+
+    Attributes:
+        datasets: the prepared data sets "train", "test" and "base", those that the config names.
+        siblings: the folders of this seed's runs of other variants of the config.
+    """
 
     config: ConfigDict
     seed: int
     workdir: epath.Path
     mesh: Mesh
     metrics: Metrics
+    datasets: Mapping[str, Dataset]
     siblings: Sequence[epath.Path] = ()
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def fields(self, *prefixes: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
-        """What an artifact depends on: the seed, the config fields (by dotted name) under some prefixes, and
-        where data.train is among them, which data that is. What changes no result (accumulation) is left
-        out."""
+    def fields(self, *prefixes: str, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns what an artifact depends on: the seed, config fields by dotted name, and the data's
+        contents.
+
+        prefixes: of the fields' names; data.train and data.base among them bring a hash of the records.
+        """
         flat = trees.flatten(self.config.to_dict())
-        names = {name.replace("/", "."): value for name, value in flat.items()}
-        left_out = (*without, "mcl.accumulation_steps", "router.accumulation_steps")
-        chosen = {n: v for n, v in names.items() if n.startswith(prefixes) and n not in left_out}
-        if "data.train" in chosen and not self.config.data.digit_scenes:
-            chosen["contents of data.train"] = self.records("train").fingerprint
+        values = {name.replace("/", "."): value for name, value in flat.items()}
+        left_out = (*without, *WITHOUT_EFFECT)
+        chosen = {n: v for n, v in values.items() if n.startswith(prefixes) and n not in left_out}
+        for name in ("train", "base"):
+            if chosen.get(f"data.{name}"):
+                chosen[f"contents of data.{name}"] = self.records(name).fingerprint
         return {"seed": self.seed, **chosen}
 
-    def data_path(self, name: str) -> str:
-        """Folder of the prepared data set "train", "test" or "base"."""
-        if self.config.data.digit_scenes:
-            return str(self.workdir / "data" / name)
-        return self.config.data[name]
-
     def records(self, name: str) -> Records:
-        """The prepared data set itself."""
-        made_here = self.config.data.digit_scenes or name == "base"
-        split = "train" if made_here else self.config.data[f"{name}_split"]
-        return self.once(f"records {name}", lambda: Records(self.data_path(name), split))
+        """Returns the records of the data set "train", "test" or "base"."""
+        return self.once(f"records {name}", self.datasets[name].open)
 
     def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> None:
-        """`artifacts.make`, but for what another variant has made from the same inputs, which is copied."""
+        """Makes an artifact, or copies the one that another variant made from equal inputs."""
         if self.siblings:
             name = path.relative_to(self.workdir)
-            if source := artifacts.copy(path, inputs, [folder / name for folder in self.siblings]):
+            others = [folder / name for folder in self.siblings]
+            if source := artifacts.copy(path, inputs, others, upgrade=configs.upgrade_inputs):
                 self.metrics.say(f"{name}: copied from {source}")
             distributed.barrier(f"{path} may be copied")  # no process sees half of it
-        artifacts.make(path, inputs, build)
+        artifacts.make(path, inputs, build, upgrade=configs.upgrade_inputs)
 
     def pairs(
         self, name: str, *, short_captions: bool | None = None
     ) -> loader.StreamedPairs | loader.DecodedPairs:
-        """Images and tokens of a data set, at the base's sizes; with short captions where the config's loss
-        takes them, unless told."""
+        """Returns images and tokens of a data set at the base's sizes.
+
+        short_captions: whether first sentences come too; None is where the config's loss takes them.
+        """
         if short_captions is None:
             short_captions = self.config.loss.short_caption_weight > 0
         kind = loader.DecodedPairs if self.config.data.in_memory else loader.StreamedPairs
@@ -95,78 +100,37 @@ class Run:
         stop: int | None = None,
         towers: Sequence[str] = ("image", "text"),
     ) -> dict[str, np.ndarray]:
-        """{tower: (N, embed) float32 unit features} of records `first` to `stop` of a data set, in order."""
+        """Returns {"image", "text": (N, embed) float32 unit features} of a range of records, in order."""
         return encoder.pairs(self.pairs(name), first, stop, towers, self.config.data.num_workers)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` returned when it was called under this key for the first time. Threads must not ask for
-        the same key at once."""
+        """Returns what `make` returned when it was called under this key for the first time.
+
+        Threads must not ask for the same key at once.
+        """
         if key not in self._opened:
             self._opened[key] = make()
         return self._opened[key]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer at the base's context length, or data.max_caption_tokens where that is less; captions
-        are data and cannot place special tokens."""
+        """Returns the tokenizer at the base's context length, or data.max_caption_tokens where that is less.
+
+        Captions are data and cannot place special tokens.
+        """
         context_length = self.config.base.architecture.text.context_length
         most = self.config.data.max_caption_tokens or context_length
         return Tokenizer(min(most, context_length), parse_special_tokens=False)
 
-    def model(self, config: ClipConfig, *, training_routers: bool = False) -> Clip:
-        """A module for this platform."""
-        run = configs.compute_config(self.config, sharding.platform(), training_routers=training_routers)
-        return Clip(config, run)
+    def model(self, architecture: ClipConfig, *, training_routers: bool = False) -> Clip:
+        """Returns a module that computes as this platform does best."""
+        compute = configs.compute_config(self.config, sharding.platform(), training_routers=training_routers)
+        return Clip(architecture, compute)
 
     def load(self, path: epath.Path) -> tuple[ClipConfig, dict]:
-        """A model folder, placed on the mesh."""
+        """Returns architecture and params of a model folder, placed on the mesh."""
         return load_model(path, lambda tree: sharding.param_shardings(self.mesh, tree))
 
-    def train(
-        self,
-        name: str,
-        model: Clip,
-        params: trees.Params,
-        folder: epath.Path,
-        *,
-        rules: trees.Rules,
-        sampler: loader.Sampler,
-        section: ConfigDict,
-        data: str = "train",
-        balance: bool = False,
-        num_steps: int | None = None,
-        other_losses: Mapping[str, float] | None = None,
-    ) -> dict[str, Any]:
-        """Trains what the rules say and writes the model to `folder`, beside its checkpoints while it
-        runs. balance: whether the losses of routers are added. other_losses: fields of LossConfig that
-        differ from the config's."""
-        config = self.config
-        loss = LossConfig(
-            label_smoothing=section.label_smoothing,
-            balance_coefficient=config.router.balance_coefficient if balance else 0.0,
-            balance=config.router.balance,
-            z_loss_coefficient=config.router.z_loss_coefficient if balance else 0.0,
-            short_caption_weight=0.0 if name == "base" else config.loss.short_caption_weight,
-        )
-        loss = dataclasses.replace(loss, **(other_losses or {}))
-        params, measured = fit(
-            name,
-            model,
-            params,
-            trainable_rules=rules,
-            pairs=self.pairs(data, short_captions=loss.short_caption_weight > 0),
-            sampler=sampler,
-            phase=configs.phase_config(section),
-            loss=loss,
-            seed=self.seed,
-            mesh=self.mesh,
-            metrics=self.metrics,
-            checkpoint_folder=folder / artifacts.CHECKPOINTS,
-            checkpoint_every=config.checkpoint.every_steps,
-            max_to_keep=config.checkpoint.max_to_keep,
-            log_every=config.log_every,
-            num_workers=config.data.num_workers,
-            frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
-            num_steps=num_steps,
-        )
-        save_model(folder, model.config, params)
-        return measured
+    def encoder(self, path: epath.Path) -> Encoder:
+        """Returns an encoder of the model in a folder."""
+        architecture, params = self.load(path)
+        return Encoder(self.model(architecture), params, self.mesh, self.config.embed.batch_size)

@@ -15,11 +15,11 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from clipmoe_jax import main
-from clipmoe_jax.core import artifacts, checkpoints, distributed
+from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.data import preparation
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.dmu import results as dmu_results
-from clipmoe_jax.dmu import stages
+from clipmoe_jax.dmu import runner, stages, training
 from clipmoe_jax.train import loop
 
 _signal = signal.SIGKILL
@@ -31,7 +31,9 @@ def config():
     from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
     config = default_config()
-    config.data.digit_scenes = 64
+    config.data.train = "digit_scenes:train?pairs=64"
+    config.data.test = "digit_scenes:test?pairs=8"
+    config.data.base = "digit_scenes:train?pairs=64&captions=coarse"
     config.data.in_memory = True
     config.data.packing_steps = 2  # each number of rows is a program to compile
     config.base.architecture = ClipConfig(
@@ -77,15 +79,15 @@ def kill_at_step(phase: str, step: int) -> None:
 
 
 PLACES = {
-    "data, between two data sets": lambda: kill_at_call(stages, "prepare", 2, after=False),
+    "data, between two data sets": lambda: kill_at_call(preparation, "write_pairs", 2, after=False),
     "base, before its first checkpoint": lambda: kill_at_step("base", 1),
     "base, while a checkpoint is written": lambda: kill_at_step("base", 5),
-    "base, trained but not saved": lambda: kill_at_call(checkpoints, "save_model", 1, after=False),
+    "base, trained but not saved": lambda: kill_at_call(training, "save_model", 1, after=False),
     "embed, between two parts": lambda: kill_at_call(stages, "save_array", 2, after=True, match="text-"),
     "cluster, sorted but not saved": lambda: kill_at_call(ClusterIndex, "write", 1, after=False),
     "mcl, after a checkpoint": lambda: kill_at_step("mcl_1", 4),
     "upcycle, model written, stage not done": lambda: kill_at_call(
-        checkpoints, "save_model", 1, after=True, match="upcycled"
+        training, "save_model", 1, after=True, match="upcycled"
     ),
     "upcycle, done but not renamed": lambda: kill_at_call(
         artifacts, "write_json", 1, after=True, match="upcycled.unfinished/done.json"
@@ -106,4 +108,4 @@ if __name__ == "__main__":
         dmu_results._diagnose = lambda run, folder: {}
     if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
-    main.run_pipeline(config(), epath.Path(workdir))
+    runner.run_variants(config(), epath.Path(workdir))

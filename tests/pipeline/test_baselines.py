@@ -7,10 +7,10 @@ import pytest
 from etils import epath
 from killed_run import config as tiny_config
 
-from clipmoe_jax import main
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import results as dmu_results
-from clipmoe_jax.dmu.recipes import BASELINE_TITLES
+from clipmoe_jax.dmu import runner
+from clipmoe_jax.dmu.recipes import find_recipe
 from clipmoe_jax.models.model_folder import load_model
 
 NAMES = ("full_ft", "long_clip", "drop_upcycling", "clip_up")
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     config.baselines = NAMES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # of the CLIP-MoE alone
-        [results] = main.run_pipeline(config, workdir)
+        [results] = runner.run_variants(config, workdir)[""]
     return workdir, results
 
 
@@ -43,7 +43,7 @@ def lines(run):
 
 
 def test_every_baseline_has_a_row(run):
-    titles = [BASELINE_TITLES[name] for name in NAMES]
+    titles = [find_recipe(name).title for name in NAMES]
     assert list(run[1]) == ["base", *titles, "stage 1 alone", "CLIP-MoE"]
 
 

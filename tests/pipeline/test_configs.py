@@ -25,7 +25,7 @@ def get_config(name: str, arg: str = ""):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(arg)
-    if not config.data.digit_scenes:
+    if not config.data.train:
         config.base.checkpoint, config.data.train = "clip", "data/train"
     return config
 

@@ -12,6 +12,7 @@ from test_configs import get_config
 from clipmoe_jax import config as configs
 from clipmoe_jax import main
 from clipmoe_jax.dmu import results as dmu_results
+from clipmoe_jax.dmu import runner
 from clipmoe_jax.models.model_folder import load_model
 
 VARIANTS = {"one": {"moe.num_selected_experts": 1}, "two": {"moe.num_selected_experts": 2}}
@@ -24,7 +25,7 @@ def sweep(tmp_path_factory):
     configs.set_variants(config, VARIANTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # is looked at in test_pipeline.py
-        return workdir, main.run_variants(config, workdir)
+        return workdir, runner.run_variants(config, workdir)
 
 
 def phases(workdir) -> set[str]:
@@ -34,7 +35,7 @@ def phases(workdir) -> set[str]:
 def test_what_does_not_depend_on_the_varied_field_is_trained_once(sweep):
     workdir, _ = sweep
     assert phases(workdir / "one") == {"base", "mcl_1", "router"} and phases(workdir / "two") == {"router"}
-    for name in ("data", "base", "stage_1/features", "stage_1/clusters", "stage_1/params"):
+    for name in ("base", "stage_1/features", "stage_1/clusters", "stage_1/params"):
         done = [json.loads((workdir / variant / name / "done.json").read_text()) for variant in VARIANTS]
         assert done[1].pop("copied_from") == str(workdir / "one" / name)
         assert done[0] == done[1]
@@ -79,7 +80,7 @@ def test_a_sweep_that_is_done_does_nothing_more(sweep):
     config = tiny_config()
     configs.set_variants(config, VARIANTS)
     before = (workdir / "two" / "metrics.jsonl").read_text()
-    assert main.run_variants(config, workdir) == found
+    assert runner.run_variants(config, workdir) == found
     assert (workdir / "two" / "metrics.jsonl").read_text() == before
 
 
@@ -107,7 +108,7 @@ def test_a_bad_variant_is_named_before_anything_is_made(tmp_path, fields, messag
     config = tiny_config()
     configs.set_variants(config, {"good": {}, "bad": fields})
     with pytest.raises(ValueError, match=message):
-        main.run_pipeline(config, epath.Path(tmp_path / "run"))
+        runner.run_variants(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -141,7 +142,7 @@ def test_ready_made_sweeps_are_valid(what, fields, arg):
     config = get_config("sweep", f"what={what}{arg}")
     assert [field for variant in config.variants.values() for field in variant] == fields
     for variant in configs.variant_configs(config).values():
-        main.check_run(variant)
+        runner.check_config(variant)
     assert len(config.seeds) == (2 if arg else 1)
 
 

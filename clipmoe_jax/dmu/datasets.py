@@ -1,0 +1,88 @@
+"""A run's data sets: prepared folders as they are, and sources that the run prepares itself, once.
+
+A prepared source lies in WORKDIR/data/NAME, shared by the seeds and variants of a config. A source that
+depends on the seed (generated, without a seed of its own) lies in WORKDIR/data/seed_N/NAME if there are
+several seeds. A source that a variant sets otherwise than the config lies in WORKDIR/VARIANT/data.
+"""
+
+import dataclasses
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.data import preparation, sources
+from clipmoe_jax.data.records import Records
+
+NAMES = ("train", "test", "base")
+WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One data set of a run.
+
+    Attributes:
+        path: its prepared folder.
+        split: a split or a slice of one; "" is the only split there is.
+        source: what the run prepares it from; "" where the user has prepared it.
+    """
+
+    path: str
+    split: str
+    source: str = ""
+
+    def open(self) -> Records:
+        """Returns its records. Raises FileNotFoundError if the folder is not there."""
+        return Records(self.path, self.split)
+
+    def prepare(self) -> bool:
+        """Prepares it from its source unless it is there; process 0 does, the others wait.
+
+        Returns whether anything was prepared. Raises ValueError naming what differs if the folder was made
+        from something else, and what `write_pairs` and the source raise.
+        """
+        folder = epath.Path(self.path)
+        stamp = sources.source_stamp(self.source) if self.source else ""
+        if not self.source or (artifacts.is_done(folder) and not stamp):
+            return False
+        split = self.split.partition("[")[0] or WHOLE_SPLIT
+
+        def build(unfinished: epath.Path) -> dict:
+            if not distributed.is_main():
+                return {}
+            return preparation.write_pairs(sources.open_source(self.source), str(unfinished), split=split)
+
+        inputs = {"source": self.source, "split": split} | ({"file": stamp} if stamp else {})
+        return artifacts.make(folder, inputs, build)
+
+
+def datasets_of(
+    config: ConfigDict, sweep: ConfigDict, workdir: epath.Path, variant: str, seed: int
+) -> dict[str, Dataset]:
+    """Returns {"train", "test", "base": data set} of those that the run of one seed of a variant uses.
+
+    config: the variant's; sweep: the one it is a variant of (the same where there are none). workdir: the
+    whole command's. variant: its name, or "". Raises ValueError for a source where the workdir is a bucket's.
+    """
+    datasets = {}
+    for name in NAMES:
+        given = config.data[name]
+        if not given or (name == "base" and config.base.checkpoint):
+            continue
+        split = config.data.get(f"{name}_split", "")
+        if not sources.is_source(given):
+            datasets[name] = Dataset(given, split)
+            continue
+        if in_bucket(workdir):
+            raise ValueError(
+                f"data.{name}={given} is a source, and {workdir} lies in a bucket: prepare it on a disk with "
+                f"python -m clipmoe_jax.prepare, copy the folder, and set data.{name} to it"
+            )
+        folder = (workdir if given == sweep.data[name] else workdir / variant) / "data"
+        source = sources.with_seed(given, seed)
+        if source != given and len(config.seeds) > 1:
+            folder /= f"seed_{seed}"
+        datasets[name] = Dataset(str(folder / name), split, source)
+    return datasets

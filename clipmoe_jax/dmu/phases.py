@@ -1,0 +1,136 @@
+"""The recipe table worked out for a config: each phase that trains, over which model, for how many steps."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from clipmoe_jax import config as configs
+from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.data.loader import SHORT_LENGTH
+from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.models.clip import ClipConfig, abstract_params
+from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.train.phase import PhaseConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedPhase:
+    """A phase before it runs.
+
+    Attributes:
+        name: of the recipe; stage: that trains it.
+        architecture, compute: of the model that it trains.
+        rules: what trains.
+        hyperparameters: of its section of the config.
+        num_steps: as many as the config says for so many pairs. Fewer where mcl.small_clusters=drop leaves
+            pairs
+            out and the config counts epochs: then it is a bound.
+        short_length: of the short captions that it sees beside the long ones, 0 for none.
+        frozen_dtype: that frozen matrices are held in.
+    """
+
+    name: str
+    stage: str
+    architecture: ClipConfig
+    compute: ComputeConfig
+    rules: trees.Rules
+    hyperparameters: PhaseConfig
+    num_steps: int
+    short_length: int = 0
+    frozen_dtype: str = "float32"
+    is_bound: bool = False
+
+    @property
+    def step_key(self) -> tuple:
+        """Returns what the compiled step depends on: phases with equal keys share one."""
+        any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
+        model = self.architecture, self.compute, tuple(self.rules)
+        return *model, any_length, self.short_length, self.frozen_dtype
+
+
+def architectures_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
+    """Returns the architectures of the dense base and of the CLIP-MoE."""
+    made = recipes.recipes(config)
+    return configs.architecture(config), architecture_of(config, made[recipes.ROUTER_NAME])
+
+
+def architecture_of(config: ConfigDict, recipe: Recipe) -> ClipConfig:
+    """Returns the architecture of a recipe's model."""
+    dense = configs.architecture(config)
+    if not recipe.is_moe(config):
+        return dense
+    num_experts = len(recipe.experts(config))
+    num_selected = min(num_experts, config.moe.num_selected_experts)
+    moe = dataclasses.replace(
+        configs.moe_config(config), num_experts=num_experts, num_selected_experts=num_selected
+    )
+    return dataclasses.replace(dense, moe=moe)
+
+
+def phases_of(
+    config: ConfigDict, platform: str, num_pairs: int, num_base_pairs: int = 0
+) -> Iterator[PlannedPhase]:
+    """Yields the phases of a config in order, for so many training pairs on a platform.
+
+    num_base_pairs: that a base is trained on from scratch; 0 is as many.
+    Raises ValueError naming the section whose batch is larger than the data, or whose warm-up does not fit.
+    """
+    steps: dict[str, int] = {}
+    for recipe in recipes.recipes(config).values():
+        if recipe.group == "ensemble" or (recipe.group == "base" and config.base.checkpoint):
+            continue
+        hyperparameters = configs.phase_config(recipe.hyperparameters(config))
+        pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
+        if recipe.num_steps is None:
+            steps[recipe.name] = _steps_of_section(recipe.section, hyperparameters, pairs)
+        else:
+            steps[recipe.name] = recipe.num_steps(recipes.StepCounts(config, steps.__getitem__))
+        compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
+        architecture = architecture_of(config, recipe)
+        weight = 0.0 if recipe.group == "base" else config.loss.short_caption_weight
+        weight = recipe.losses(config).get("short_caption_weight", weight)
+        context_length = config.base.architecture.text.context_length
+        yield PlannedPhase(
+            recipe.name,
+            recipe.stage,
+            architecture,
+            compute,
+            recipe.trains,
+            hyperparameters,
+            steps[recipe.name],
+            short_length=min(SHORT_LENGTH, context_length) if weight else 0,
+            frozen_dtype=config.compute.frozen_dtype or compute.dtype,
+            is_bound=_is_bound(config, recipe),
+        )
+
+
+def _steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> int:
+    if num_pairs < hyperparameters.batch_size:
+        raise ValueError(
+            f"{section}.batch_size={hyperparameters.batch_size} is more than the {num_pairs} training pairs: "
+            "choose a smaller batch or more data"
+        )
+    try:
+        return hyperparameters.length(num_pairs // hyperparameters.batch_size)
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def _is_bound(config: ConfigDict, recipe: Recipe) -> bool:
+    """Whether small clusters that are dropped may make it shorter than planned."""
+    by_stages = recipe.sampler == "clusters" or recipe.num_steps is not None
+    return by_stages and config.mcl.small_clusters == "drop" and not config.mcl.num_steps
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> None:
+    """Raises ValueError if a phase's batch or its parameters cannot be split over the mesh."""
+    try:
+        settings = phase.hyperparameters
+        sharding.check_batch(mesh, settings.batch_size, settings.accumulation_steps)
+        if mesh.size > mesh.shape["data"]:  # else every device holds all of them
+            sharding.param_shardings(mesh, abstract_params(phase.architecture))
+    except ValueError as error:
+        raise ValueError(f"{phase.name}: {error}") from error

@@ -1,0 +1,144 @@
+"""Runs a config: every stage, for every seed of every variant, after everything has been checked."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from clipmoe_jax import config as configs
+from clipmoe_jax.core import artifacts, distributed, sharding
+from clipmoe_jax.core.metrics import Metrics
+from clipmoe_jax.dmu import results
+from clipmoe_jax.dmu.datasets import Dataset, datasets_of
+from clipmoe_jax.dmu.phases import check_mesh, phases_of
+from clipmoe_jax.dmu.run import Run
+from clipmoe_jax.dmu.stages import stages_of
+
+DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
+Results = dict[str, dict[str, Any]]  # {title: numbers}
+
+
+def stage_names(config: ConfigDict) -> list[str]:
+    """Returns the names of a config's stages, in order."""
+    return [DATA_STAGE, *stages_of(config), *([EVALUATE_STAGE] if results.is_wanted(config) else [])]
+
+
+def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> dict[str, list[Results]]:
+    """Runs every stage, or one alone, for every seed of every variant.
+
+    A config without variants is one named "", in the workdir itself. Data is prepared and everything checked
+    before the first stage begins; what several variants have in common is made once and copied.
+
+    Returns {variant: results of each seed}, empty lists where `stage` is another than the evaluation. Raises
+    ValueError or FileNotFoundError naming what cannot work.
+    """
+    configs.validate(config)
+    variants = configs.variant_configs(config)
+    for name, variant in variants.items():
+        with _naming_variant(name):
+            check_config(variant, stage)
+    datasets = {
+        (name, seed): datasets_of(variant, config, workdir, name, seed)
+        for name, variant in variants.items()
+        for seed in variant.seeds
+    }
+    _prepare(datasets, stage)
+    for (name, _), of_run in datasets.items():
+        with _naming_variant(name):
+            check_data(variants[name], of_run, stage)
+    if stage == DATA_STAGE:
+        return {name: [] for name in variants}
+    return {
+        name: [
+            seed_results
+            for seed in variant.seeds
+            if (
+                seed_results := _run_seed(variant, seed, workdir, name, variants, datasets[name, seed], stage)
+            )
+        ]
+        for name, variant in variants.items()
+    }
+
+
+@contextlib.contextmanager
+def _naming_variant(name: str):
+    """Errors inside say which variant they are of."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if not name:
+            raise
+        raise ValueError(f"variants.{name}: {error}") from error
+
+
+def _prepare(datasets: Mapping[Any, Mapping[str, Dataset]], stage: str) -> None:
+    """Prepares every source of the data sets once; for a later stage alone they must be there."""
+    for dataset in dict.fromkeys(d for of_run in datasets.values() for d in of_run.values()):
+        if stage in ("", DATA_STAGE):
+            dataset.prepare()
+        elif dataset.source:
+            artifacts.require(epath.Path(dataset.path), DATA_STAGE)
+
+
+def _run_seed(
+    config: ConfigDict,
+    seed: int,
+    workdir: epath.Path,
+    variant: str,
+    variants: Sequence[str] | Mapping[str, ConfigDict],
+    datasets: Mapping[str, Dataset],
+    stage: str,
+) -> Results | None:
+    """The results of one seed, None where the stage is another than the evaluation."""
+    part = f"seed_{seed}" if len(config.seeds) > 1 else ""
+    folder = workdir / variant / part
+    siblings = [workdir / other / part for other in variants if other != variant]
+    stages: dict[str, Callable[[Run], Any]] = dict(stages_of(config))
+    if results.is_wanted(config):
+        stages[EVALUATE_STAGE] = results.evaluate
+    mesh, found = sharding.make_mesh(**config.mesh), None
+    with contextlib.closing(Metrics(folder)) as metrics:
+        run = Run(config, seed, folder, mesh, metrics, datasets, siblings)
+        for name, make in stages.items():
+            if stage in ("", name):
+                found = make(run)
+                if results.is_wanted(config):
+                    results.evaluate_stage(run, name)
+                if distributed.preempted():
+                    raise distributed.Preempted(f"after stage {name}")
+    if not stage or not (folder / "config.json").exists():  # every stage has agreed with this config
+        artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
+    return found
+
+
+def check_config(config: ConfigDict, stage: str = "") -> None:
+    """Raises ValueError or FileNotFoundError for what would fail later and needs no data to be seen.
+
+    Fields, the stage's name, the base's checkpoint, platform and mesh.
+    """
+    configs.validate(config)
+    if stage and stage not in (names := stage_names(config)):
+        raise ValueError(f"{stage!r} is not a stage of this config: choose one of {', '.join(names)}")
+    configs.compute_config(config, sharding.platform())
+    sharding.make_mesh(**config.mesh)
+    if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
+        raise FileNotFoundError(
+            f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
+            "transformers' CLIPModel or a model folder of a run"
+        )
+
+
+def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], stage: str = "") -> None:
+    """Raises ValueError or FileNotFoundError for what the data rules out: batches, schedules, evaluations."""
+    records = {name: dataset.open() for name, dataset in datasets.items()}
+    num_pairs = len(records["train"])
+    if config.data.packing_steps and not config.data.in_memory:
+        _ = records["train"].token_counts  # is not there in data sets of an earlier version
+    results.open_evaluations(config, datasets)
+    mesh = sharding.make_mesh(**config.mesh)
+    num_base_pairs = len(records["base"]) if "base" in records else 0
+    for phase in phases_of(config, sharding.platform(), num_pairs, num_base_pairs):
+        if stage in ("", phase.stage):
+            check_mesh(mesh, phase)

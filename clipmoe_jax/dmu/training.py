@@ -1,0 +1,255 @@
+"""Makes the models of a run by the rows of the recipe table: imported, upcycled, trained."""
+
+import dataclasses
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from clipmoe_jax import config as configs
+from clipmoe_jax.core import artifacts, sharding, trees
+from clipmoe_jax.data import loader, samplers
+from clipmoe_jax.data.clusters import ClusterIndex
+from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.dmu.run import Run
+from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
+from clipmoe_jax.interop.load import read_model
+from clipmoe_jax.models.clip import ClipConfig, check_params
+from clipmoe_jax.models.flops import count_active_parameters
+from clipmoe_jax.models.model_folder import save_model
+from clipmoe_jax.train.loop import fit
+from clipmoe_jax.train.step import LossConfig
+
+
+def model_path(run: Run, name: str) -> epath.Path:
+    """Returns the folder of the model that a recipe makes. Raises FileNotFoundError if it is not made yet."""
+    recipe = recipes.recipes(run.config)[name]
+    return artifacts.require(run.workdir / recipe.folder, recipe.stage)
+
+
+def inputs_of(run: Run, recipe: Recipe) -> dict:
+    """Returns what a recipe's model depends on: fields of the config, and the contents of the data."""
+    if recipe.group == "base":
+        from_scratch = () if run.config.base.checkpoint else ("data.base",)
+        return run.fields(*recipes.BASE_FIELDS, *from_scratch)
+    fields = recipes.MOE_FIELDS if recipe.is_moe(run.config) else recipes.STAGE_FIELDS
+    return run.fields(*fields, without=recipe.ignores)
+
+
+def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
+    """Returns what a model's features of the training pairs depend on."""
+    if recipe.group == "base":
+        return run.fields(*recipes.FIRST_STAGE_FIELDS)
+    return inputs_of(run, recipe)
+
+
+def make_model(run: Run, recipe: Recipe) -> None:
+    """Makes the model of a recipe in its folder, unless it is there."""
+    if recipe.group == "base":
+        _make_base(run, recipe)
+    elif recipe.is_moe(run.config):
+        _train(run, recipe, artifacts.require(run.workdir / recipe.upcycled_folder, _upcycling_stage(recipe)))
+    else:
+        [source] = recipe.experts(run.config)
+        _train(run, recipe, model_path(run, source))
+
+
+def make_baselines(run: Run) -> None:
+    """Makes every model of the baselines that the config names."""
+    for recipe in recipes.recipes(run.config).values():
+        if recipe.group == "baseline":
+            if recipe.is_moe(run.config):
+                upcycle(run, recipe)
+            make_model(run, recipe)
+
+
+def _upcycling_stage(recipe: Recipe) -> str:
+    return "baselines" if recipe.group == "baseline" else "upcycle"
+
+
+def _make_base(run: Run, recipe: Recipe) -> None:
+    """base/: the checkpoint that the config names, or a CLIP trained from scratch on data.base."""
+    architecture = configs.architecture(run.config)
+
+    def build(folder: epath.Path) -> dict:
+        if run.config.base.checkpoint:
+            params, measured = _import_base(run)
+            save_model(folder, architecture, params)
+            return measured
+        model = run.model(architecture)
+        images = jnp.zeros((1, architecture.vision.image_size, architecture.vision.image_size, 3))
+        tokens = jnp.zeros((1, run.config.base.architecture.text.context_length), jnp.int32)
+        with ThreadPoolExecutor(1) as thread:
+            pairs = thread.submit(run.pairs, "base", short_captions=False)  # while initialisation compiles
+            params = sharding.init_params(
+                run.mesh, lambda key: model.init(key, images, tokens)["params"], jax.random.key(run.seed)
+            )
+            pairs.result()  # raises what is wrong with them
+        section = recipe.hyperparameters(run.config)
+        sampler = samplers.ShuffledSampler(len(run.records("base")), section.batch_size, run.seed)
+        return _fit(run, recipe, architecture, params, folder, sampler)
+
+    run.make(run.workdir / recipe.folder, inputs_of(run, recipe), build)
+
+
+def _import_base(run: Run) -> tuple[dict, dict]:
+    architecture, checkpoint = configs.architecture(run.config), run.config.base.checkpoint
+    loaded = read_model(
+        checkpoint,
+        activation=architecture.activation,
+        context_length=run.config.base.architecture.text.context_length,
+        image_size=architecture.vision.image_size,
+        place=functools.partial(sharding.put_param, run.mesh),
+    )
+    if loaded.config.moe or loaded.config.text is None:
+        raise ValueError(
+            f"base.checkpoint={checkpoint} is a {loaded.source}; the base must be a dense CLIP of both towers"
+        )
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(loaded.params).items()}
+    check_params(architecture, shapes, f"base.checkpoint={checkpoint} ({loaded.source})")
+    if loaded.config != architecture:  # same shapes, another meaning: activation, head width, eps
+        has, wants = (trees.flatten(c.to_dict()) for c in (loaded.config, architecture))
+        name = next(name for name in has if has[name] != wants[name])
+        raise ValueError(
+            f"base.checkpoint={checkpoint} has {name}={has[name]!r} and base.architecture says "
+            f"{wants[name]!r}"
+        )
+    params = loaded.params
+    if run.config.base.logit_scale:
+        logit_scale = np.asarray(math.log(run.config.base.logit_scale), np.float32)
+        params["logit_scale"] = sharding.put_replicated(run.mesh, logit_scale)
+    run.metrics.say(f"base: {checkpoint}: {loaded.source}")
+    return params, {"source": loaded.source}
+
+
+def upcycle(run: Run, recipe: Recipe) -> None:
+    """Writes the MoE of a recipe before its training: feed-forward layers stacked, routers random."""
+    paths = [model_path(run, name) for name in recipe.experts(run.config)]
+
+    def build(folder: epath.Path) -> dict:
+        loaded = {path: run.load(path) for path in dict.fromkeys(paths)}
+        dense, experts = loaded[paths[0]][0], [loaded[path][1] for path in paths]
+        moe = dataclasses.replace(
+            configs.moe_config(run.config),
+            num_experts=len(paths),
+            num_selected_experts=min(len(paths), run.config.moe.num_selected_experts),
+        )
+        key = jax.random.fold_in(jax.random.key(run.seed), len(paths))
+        place = functools.partial(sharding.param_shardings, run.mesh)
+        params = stack_experts(
+            experts,
+            key,
+            num_moe_layers=moe.num_moe_layers,
+            router_stddev=run.config.moe.router_stddev,
+            place=place,
+        )
+        if recipe.reinitialize:
+            params = reinitialize_experts(params, jax.random.fold_in(key, 1), place=place)
+        architecture = dataclasses.replace(dense, moe=moe)
+        save_model(folder, architecture, params)
+        return {
+            "parameters": trees.count_parameters(params),
+            "active_parameters": count_active_parameters(params, architecture),
+        }
+
+    fields = recipes.UPCYCLED_FIELDS if recipe.group == "moe" else recipes.MOE_FIELDS
+    run.make(run.workdir / recipe.upcycled_folder, run.fields(*fields, without=recipe.ignores), build)
+
+
+def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
+    """Trains a recipe's model from the one in the folder `start`."""
+    inputs, num_steps = inputs_of(run, recipe), None
+    if recipe.num_steps is not None:
+        num_steps = recipe.num_steps(_step_counts(run))
+        inputs |= {"num_steps": num_steps}
+    clusters = None
+    if recipe.sampler == "clusters":
+        stage = recipe.name.removeprefix("mcl_")
+        clusters = artifacts.require(run.workdir / f"stage_{stage}" / "clusters", f"cluster_{stage}")
+
+    def build(folder: epath.Path) -> dict:
+        section = recipe.hyperparameters(run.config)
+        report: dict[str, int] = {}
+        if clusters is None:
+            sampler = samplers.ShuffledSampler(len(run.pairs("train")), section.batch_size, run.seed)
+        else:
+            sampler = samplers.ClusterSampler(
+                ClusterIndex.open(clusters),
+                section.batch_size,
+                run.seed,
+                labels_per_stage=run.config.cluster.num_clusters**2,
+                small_clusters=section.small_clusters,
+            )
+            report = sampler.report()
+            run.metrics.say(f"{recipe.name}: {_describe(report)}")
+        architecture, params = run.load(start)
+        return _fit(run, recipe, architecture, params, folder, sampler, num_steps) | report
+
+    run.make(run.workdir / recipe.folder, inputs, build)
+
+
+def _step_counts(run: Run) -> recipes.StepCounts:
+    """Steps that stages took."""
+    return recipes.StepCounts(run.config, lambda name: artifacts.measured(model_path(run, name))["num_steps"])
+
+
+def _describe(report: dict[str, int]) -> str:
+    """A sampler's report in words."""
+    own = report.get("pairs_level_0", 0)
+    used = sum(count for name, count in report.items() if name.startswith("pairs_level_"))
+    return (
+        f"an epoch takes {own} pairs from {report['num_clusters']} clusters and {used - own} from their "
+        f"parents; {report['pairs_unused']} stay out"
+    )
+
+
+def _fit(
+    run: Run,
+    recipe: Recipe,
+    architecture: ClipConfig,
+    params: trees.Params,
+    folder: epath.Path,
+    sampler: loader.Sampler,
+    num_steps: int | None = None,
+) -> dict:
+    """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
+    config, section = run.config, recipe.hyperparameters(run.config)
+    has_routers = architecture.moe is not None
+    loss = LossConfig(
+        label_smoothing=section.label_smoothing,
+        balance_coefficient=config.router.balance_coefficient if has_routers else 0.0,
+        balance=config.router.balance,
+        z_loss_coefficient=config.router.z_loss_coefficient if has_routers else 0.0,
+        short_caption_weight=0.0 if recipe.group == "base" else config.loss.short_caption_weight,
+    )
+    loss = dataclasses.replace(loss, **recipe.losses(config))
+    model = run.model(architecture, training_routers=has_routers)
+    params, measured = fit(
+        recipe.name,
+        model,
+        params,
+        trainable_rules=recipe.trains,
+        pairs=run.pairs(
+            "base" if recipe.group == "base" else "train", short_captions=loss.short_caption_weight > 0
+        ),
+        sampler=sampler,
+        phase=configs.phase_config(section),
+        loss=loss,
+        seed=run.seed,
+        mesh=run.mesh,
+        metrics=run.metrics,
+        checkpoint_folder=folder / artifacts.CHECKPOINTS,
+        checkpoint_every=config.checkpoint.every_steps,
+        max_to_keep=config.checkpoint.max_to_keep,
+        log_every=config.log_every,
+        num_workers=config.data.num_workers,
+        frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
+        num_steps=num_steps,
+    )
+    save_model(folder, architecture, params)
+    return measured

@@ -1,0 +1,102 @@
+"""A further baseline is one row of the recipe table: all that a run does with models follows from it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from killed_run import config as tiny_config
+
+from clipmoe_jax import convert, main
+from clipmoe_jax.core import trees
+from clipmoe_jax.dmu import recipes, runner
+from clipmoe_jax.dmu import results as dmu_results
+from clipmoe_jax.models.model_folder import load_model
+from clipmoe_jax.planning.plan import make_plan
+from clipmoe_jax.reporting.plan_tables import format_plan
+
+ATTENTION_ALONE = [(r".*/attn/.*", True), (r".*", False)]
+ROW = recipes.Recipe(
+    "attention_ft",
+    "attention fine-tuned",
+    "baseline",
+    recipes.from_base,
+    ATTENTION_ALONE,
+    num_steps=recipes.one_stage,
+    ignores=recipes.ORDINARY,
+)
+TITLE, FOLDER = ROW.title, "baselines/attention_ft"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, config, results) of a run with the further row."""
+    workdir, config = epath.Path(tmp_path_factory.mktemp("row")), tiny_config()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "BASELINES", (*recipes.BASELINES, ROW))
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # of the CLIP-MoE alone
+        config.baselines = (ROW.name,)
+        [results] = runner.run_variants(config, workdir)[""]
+        yield workdir, config, results
+
+
+def test_it_trains_what_its_rules_say(run):
+    workdir, *_ = run
+    before, after = (trees.flatten(load_model(workdir / name)[1]) for name in ("base", FOLDER))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed and all("/attn/" in name for name in changed)
+
+
+def test_it_is_evaluated_and_has_a_row_in_the_table(run):
+    workdir, _, results = run
+    assert list(results) == ["base", TITLE, "stage 1 alone", "CLIP-MoE"]
+    assert 0 <= results[TITLE]["image_to_text_r1"] <= 1
+    table = main.write_results({"": [results]}, workdir)
+    assert any(line.startswith(TITLE) for line in table.splitlines())
+
+
+def test_it_is_in_the_report(run):
+    workdir, _, results = run
+    main.write_results({"": [results]}, workdir)
+    page = (workdir / "report.html").read_text()
+    assert page.count(TITLE) >= 2  # the table of results, and its phase of training
+
+
+def test_it_is_planned_as_it_was_run(run):
+    workdir, config, _ = run
+    plan = make_plan(config, "h100", 1, 0.4, 64)
+    [stage] = [stage for stage in plan.stages if stage.name == ROW.name]
+    steps = json.loads((workdir / FOLDER / "done.json").read_text())["measured"]["num_steps"]
+    assert stage.num_pairs == steps * config.mcl.batch_size
+    assert ROW.name in format_plan(plan)
+
+
+def test_it_is_not_made_twice_and_resumes(run):
+    workdir, config, results = run
+    before = (workdir / "metrics.jsonl").read_text()
+    assert runner.run_variants(config, workdir)[""] == [results]
+    assert (workdir / "metrics.jsonl").read_text() == before
+    params = load_model(workdir / FOLDER)[1]
+    (workdir / FOLDER).rmtree()
+    runner.run_variants(config, workdir)
+    again = load_model(workdir / FOLDER)[1]
+    for name, leaf in trees.flatten(params).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(again)[name])
+
+
+def test_it_is_exported(run, tmp_path):
+    workdir, *_ = run
+    out = tmp_path / "exported"
+    convert.convert(str(workdir / FOLDER), "huggingface", str(out))
+    assert TITLE in (out / "README.md").read_text()  # its evaluation beside the others'
+
+
+def test_a_row_names_what_it_is_made_from():
+    rows = {row.name: row for row in recipes.BASELINES}
+    made_from = dataclasses.replace(ROW, name="twice", experts=lambda config: ("base", "direct_ft"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "BASELINES", (*rows.values(), made_from))
+        with pytest.raises(ValueError, match="'twice' is made from 'direct_ft': add it"):
+            recipes.check_baselines(["twice"])
+        recipes.check_baselines(["twice", "direct_ft"])
