@@ -16,8 +16,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax.core import artifacts, distributed, trees
-from clipmoe_jax.data import digit_scenes
 from clipmoe_jax.data.npy import load_array
+from clipmoe_jax.data.sources.digit_scenes import ATTRIBUTES
 from clipmoe_jax.dmu import stages
 from clipmoe_jax.dmu.baselines import baseline_path
 from clipmoe_jax.dmu.diagnostics import (
@@ -260,8 +260,8 @@ def _zero_shot_by_attribute(run: Run, encoder: Encoder, image_features: np.ndarr
     """How well each attribute of a digit scene is told from a phrase for each of its values."""
     scenes = json.loads((run.workdir / "data" / "attributes.json").read_text())
     accuracy = {}
-    for attribute, values in digit_scenes.ATTRIBUTES.items():
-        prompts = [digit_scenes.PROMPTS[attribute].format(value) for value in values]
+    for attribute, (prompt, values) in ATTRIBUTES.items():
+        prompts = [prompt.format(value) for value in values]
         classes = class_embeddings(encoder.texts(run.tokenizer()(prompts)), range(len(values)))
         labels = [values.index(scene[attribute]) for scene in scenes]
         accuracy[attribute] = classification_metrics(image_features, classes, labels)["top1"]

@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed, sharding, trees
 from clipmoe_jax.core.paths import written_whole
-from clipmoe_jax.data import digit_scenes, samplers
+from clipmoe_jax.data import samplers
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array, map_array
 from clipmoe_jax.data.preparation import prepare
+from clipmoe_jax.data.sources.digit_scenes import DigitScenes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.dmu.run import Run
@@ -78,18 +79,17 @@ def make_scenes(run: Run) -> None:
             return {}
         count = run.config.data.digit_scenes
         run.metrics.say(f"data: drawing {count} training scenes and an eighth for test")
-        train = digit_scenes.make_scenes(count, split="train", seed=run.seed)
-        test = digit_scenes.make_scenes(count // 8, split="test", seed=run.seed)
+        test = DigitScenes("test", pairs=count // 8, seed=run.seed)
         measured = {}
-        for name, scenes, caption in (
-            ("base", train, "coarse"),
-            ("train", train, "detailed"),
-            ("test", test, "detailed"),
+        for name, scenes in (
+            ("base", DigitScenes("train", pairs=count, captions="coarse", seed=run.seed)),
+            ("train", DigitScenes("train", pairs=count, seed=run.seed)),
+            ("test", test),
         ):
             if (folder / name).exists():
                 (folder / name).rmtree()
-            measured[name] = prepare(digit_scenes.pairs(scenes, caption), str(folder / name))
-        artifacts.write_json(folder / "attributes.json", [scene.attributes for scene in test])
+            measured[name] = prepare(scenes, str(folder / name))
+        artifacts.write_json(folder / "attributes.json", [pair.attributes for pair in test])
         return measured
 
     run.make(run.workdir / "data", run.fields("data.digit_scenes") | {"version": 3}, build)
