@@ -66,10 +66,9 @@ def golden(golden_dir) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> pathlib.Path:
     """96 digit scenes prepared as a user's data would be, with detailed captions."""
-    from clipmoe_jax.data import digit_scenes
     from clipmoe_jax.data.preparation import prepare
+    from clipmoe_jax.data.sources import open_source
 
-    drawn = digit_scenes.make_scenes(96, split="train", seed=0)
     folder = tmp_path_factory.mktemp("scenes") / "prepared"
-    prepare(digit_scenes.pairs(drawn, "detailed"), str(folder))
+    prepare(open_source("digit_scenes:train?pairs=96"), str(folder))
     return folder

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from tqdm import tqdm
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -18,13 +20,21 @@ SLOW_CHUNKS = 3  # so many in a row are no accident
 
 
 def num_cores() -> int:
-    """Those that this process may use: under SLURM or in a container fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Returns how many cores this process may use: under SLURM or in a container fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def progress_bar(total: int, *, description: str = "", unit: str = "it", delay: float = 0.0) -> tqdm:
+    """Returns a progress bar that appears after `delay` seconds, on a terminal alone."""
+    return tqdm(desc=description or None, total=total, unit=unit, delay=delay, disable=None)
 
 
 def map_decoding(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """function of each item, in order: where the caller is until that turns out to be slow, then on all
-    cores, for each of which a few chunks of items are in memory at a time."""
+    """Yields function(item) of each item, in order.
+
+    Calls it in the caller's thread until that turns out to be slow, then on all cores. A few chunks of items
+    for each core are in memory at a time.
+    """
     items, cores = iter(items), num_cores()
     size = max(1, 32 // cores)  # many at a time are less work for one thread, few occupy many
 

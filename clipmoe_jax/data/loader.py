@@ -22,9 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
-from clipmoe_jax.data.decoding import map_decoding, num_cores
+from clipmoe_jax.data.decoding import map_decoding, num_cores, progress_bar
 from clipmoe_jax.data.packing import Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -151,8 +150,11 @@ class DecodedPairs:
             self._image[index] = _decode(record, index, image_size)
             return record["captions"]
 
-        decoding = map_decoding(fill, range(len(records)))
-        captions = list(tqdm(decoding, "decoding", len(records), delay=2, disable=None))
+        captions = []
+        with progress_bar(len(records), description="decoding", delay=2) as progress:
+            for of_one in map_decoding(fill, range(len(records))):
+                captions.append(of_one)
+                progress.update()
         self._num_captions = np.array([len(of_one) for of_one in captions])  # (N,)
         self._first_caption = np.cumsum(self._num_captions) - self._num_captions  # (N,) in _text
         captions = [caption for of_one in captions for caption in of_one]

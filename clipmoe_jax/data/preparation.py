@@ -2,17 +2,17 @@
 
 It is a TFDS data set in ArrayRecord files (`tfds.data_source("pairs", data_dir=OUT)` reads it too), with the
 images as they came or as a model takes them. Beside it lie `report.json` (counts), `bad_records.jsonl` (every
-entry that was left out, and why) and the captions' lengths.
+entry that was left out, and why), the captions' lengths and, of a source that has attributes, their table
+(`attributes.json`).
 """
 
-import functools
 import hashlib
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sized
-from typing import NamedTuple, Protocol, TextIO
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,19 +23,20 @@ from tqdm import tqdm
 from clipmoe_jax.core import artifacts
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import records
-from clipmoe_jax.data.decoding import map_decoding
+from clipmoe_jax.data.decoding import map_decoding, progress_bar
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
-from clipmoe_jax.data.sources import BadRecord, Pair
+from clipmoe_jax.data.sources.base import AttributeTable, BadRecord, Pair, Source, attribute_table
 from clipmoe_jax.data.tokenizer import word_ids
-
-
-class Source(Sized, Iterable, Protocol):
-    """What `prepare` reads: its length, and Pair or BadRecord one at a time."""
-
 
 # Entries of the source in a file, unless `num_shards` says otherwise: some 600 MB of pixels or photographs. A
 # killed run goes on with the first file that is not whole.
 ENTRIES_PER_SHARD = 4096
+# What `write_pairs` is doing in a folder, until it is done.
+PLAN = "plan.json"
+
+
+class TooManyBadRecordsError(ValueError):
+    """A larger part of a source is bad than was allowed."""
 
 
 def prepare(
@@ -47,80 +48,132 @@ def prepare(
     num_shards: int | None = None,
     pixels: int | None = None,
     name: str = "",
-) -> dict:
+) -> dict[str, Any]:
     """Writes the source's pairs to the folder `out`, in their order, leaving bad records out.
 
-    Every image is decoded once to make sure that it can be, and every caption tokenised to know its
-    length. The work happens in `out`.unfinished, which becomes `out` when it is whole.
+    The work happens in `out`.unfinished, which becomes `out` when it is whole.
+
+    Args:
+        out: a folder that does not exist yet.
+        source, split, max_bad_fraction, num_shards, pixels: as for `write_pairs`.
+        name: of the source. A killed run with the same name and arguments is gone on with, and the
+            result is the same byte for byte; without a name it starts anew.
+
+    Returns:
+        The report, as `write_pairs`.
+
+    Raises:
+        ValueError: as `write_pairs`, and if `out` is taken or in a bucket.
+    """
+    if in_bucket(out):
+        raise ValueError(f"{out} lies in a bucket: prepare on a disk, and copy the folder there")
+    _check_arguments(split, max_bad_fraction, num_shards, pixels)
+    inputs = {"name": name, "split": split, "num_shards": num_shards, "pixels": pixels}
+    # A folder that an error leaves has a log that tells why.
+    with artifacts.new_folder(epath.Path(out), keep_failed=True, inputs=inputs if name else None) as folder:
+        return write_pairs(
+            source,
+            folder,
+            split=split,
+            max_bad_fraction=max_bad_fraction,
+            num_shards=num_shards,
+            pixels=pixels,
+        )
+
+
+def write_pairs(
+    source: Source,
+    folder: epath.Path,
+    *,
+    split: str = "train",
+    max_bad_fraction: float = 1e-3,
+    num_shards: int | None = None,
+    pixels: int | None = None,
+) -> dict[str, Any]:
+    """Fills a folder on a local disk with the source's pairs, in their order, leaving bad records out.
+
+    Every image is decoded once to make sure that it can be, and every caption tokenised to know its length.
+    Goes on with the whole files that it finds there, if they were made with the same arguments: the caller
+    makes sure that they came from the same source.
 
     Args:
         source: the pairs.
-        out: a folder that does not exist yet.
+        folder: where to write; nobody else writes there.
         split: the name of the split to write.
         max_bad_fraction: of the source's entries, how many may be bad.
         num_shards: files to write; None makes them of ENTRIES_PER_SHARD entries each.
         pixels: writes images preprocessed at this size, pixels·pixels·3 bytes each, and captions
             tokenised, which reads many times as fast; None writes image files as they came.
-        name: of the source. A killed run with the same name and arguments is gone on with, and the
-            result is the same byte for byte; without a name it starts anew.
 
     Returns:
         The report: {"pairs", "captions", "image_bytes", "sha256" of the records, "pixels", "bad",
         "bad_by_kind"}.
 
     Raises:
-        ValueError: too many bad records, no usable pair, `out` taken or in a bucket, or an argument that
-            is out of range.
+        TooManyBadRecordsError: more than max_bad_fraction are bad; says which are the first.
+        ValueError: no usable pair, or an argument that is out of range.
     """
-    if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"--max_bad_fraction={max_bad_fraction} is not a fraction from 0 to 1.")
-    if num_shards is not None and num_shards < 1:
-        raise ValueError(f"--num_shards={num_shards} is too few: use 1 or more.")
-    if pixels is not None and pixels < 1:
-        raise ValueError(f"--pixels={pixels} is no size: use that of the model, such as 224.")
-    if not split.isidentifier() or split == "all":
-        raise ValueError(f"--split={split} cannot name a split: use a word such as train.")
-    if in_bucket(out):
-        raise ValueError(f"{out} lies in a bucket: prepare on a disk, and copy the folder there.")
+    _check_arguments(split, max_bad_fraction, num_shards, pixels)
     if not len(source):
-        raise ValueError("The source is empty: check --source.")
+        raise ValueError("the source is empty: check its path")
     per_shard = -(-len(source) // num_shards) if num_shards else ENTRIES_PER_SHARD
     num_shards = -(-len(source) // per_shard)
-    inputs = {"name": name, "entries": len(source), "per_shard": per_shard, "split": split, "pixels": pixels}
-    # A folder that an error leaves has a log that tells why.
-    with artifacts.new_folder(epath.Path(out), keep_failed=True, inputs=inputs if name else None) as folder:
-        data = folder / records.NAME / records.VERSION
-        data.mkdir(parents=True, exist_ok=True)
-        entries, parts = iter(source), []
-        progress = tqdm(total=len(source), unit="pair", disable=None)
-        with (folder / "bad_records.jsonl").open("w") as log, progress:
-            bad = _BadRecords(log, len(source), max_bad_fraction)
-            for k in range(num_shards):
-                path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
-                shard = itertools.islice(entries, per_shard)
-                parts.append(_make_shard(shard, path, pixels, bad, progress))
-        report = {name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")}
-        if not report["pairs"]:
-            raise ValueError(f"No usable pair in {len(source):,} records: {bad.summary()}.")
-        digests = "".join(part["sha256"] for part in parts)
-        report["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-        report |= {"pixels": pixels, "bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
-        _write_metadata(data, split, pixels, parts)
-        token_counts = [count for part in parts for count in part["token_counts"]]
-        with (folder / f"token_counts-{split}.npy").open("wb") as file:
-            np.save(file, np.array(token_counts, np.uint16))
-        artifacts.write_json(folder / "report.json", report)
-        for path in data.glob("*.done.json"):
-            path.unlink()
+    table = attribute_table(source)
+    data = folder / records.NAME / records.VERSION
+    plan = {"entries": len(source), "per_shard": per_shard, "split": split, "pixels": pixels}
+    if not (folder / PLAN).exists() or json.loads((folder / PLAN).read_text()) != plan:
+        if data.exists():
+            data.rmtree()
+        data.mkdir(parents=True)
+        artifacts.write_json(folder / PLAN, plan)
+    encoder = _Encoder(pixels, table)
+    entries, parts = iter(source), []
+    with (folder / "bad_records.jsonl").open("w") as log, progress_bar(len(source), unit="pair") as progress:
+        bad = _BadRecords(folder, log, len(source), max_bad_fraction)
+        for k in range(num_shards):
+            path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
+            shard = itertools.islice(entries, per_shard)
+            parts.append(_make_shard(shard, path, encoder, bad, progress))
+    report: dict[str, Any] = {
+        name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")
+    }
+    if not report["pairs"]:
+        raise ValueError(f"no usable pair in {len(source):,} records: {bad.summary()}")
+    digests = "".join(part["sha256"] for part in parts)
+    report["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+    report |= {"pixels": pixels, "bad": bad.counts.total(), "bad_by_kind": dict(bad.counts)}
+    _write_metadata(data, split, encoder.features, parts)
+    token_counts = [count for part in parts for count in part["token_counts"]]
+    with (folder / f"token_counts-{split}.npy").open("wb") as file:
+        np.save(file, np.array(token_counts, np.uint16))
+    if table is not None:
+        artifacts.write_json(
+            folder / records.ATTRIBUTES, {name: attribute._asdict() for name, attribute in table.items()}
+        )
+    artifacts.write_json(folder / "report.json", report)
+    for path in data.glob("*.done.json"):
+        path.unlink()
+    (folder / PLAN).unlink()
     return report
+
+
+def _check_arguments(split: str, max_bad_fraction: float, num_shards: int | None, pixels: int | None) -> None:
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction={max_bad_fraction} is not a fraction from 0 to 1")
+    if num_shards is not None and num_shards < 1:
+        raise ValueError(f"num_shards={num_shards} is too few: use 1 or more")
+    if pixels is not None and pixels < 1:
+        raise ValueError(f"pixels={pixels} is no size: use that of the model, such as 224")
+    if not split.isidentifier() or split == "all":
+        raise ValueError(f"split={split} cannot name a split: use a word such as train")
 
 
 class _BadRecords:
     """Counts bad records, names them in a log, and stops when there are too many."""
 
-    def __init__(self, log: TextIO, total: int, max_fraction: float):
+    def __init__(self, folder: epath.Path, log: TextIO, total: int, max_fraction: float):
         self.counts = Counter()
-        self._log, self._total, self._max_fraction = log, total, max_fraction
+        self._folder, self._log, self._total, self._max_fraction = folder, log, total, max_fraction
         self._first = []
 
     def add(self, bad: BadRecord) -> None:
@@ -129,28 +182,89 @@ class _BadRecords:
         if len(self._first) < 3:
             self._first.append(f"{bad.id} ({bad.kind}: {bad.detail})")
         if self.counts.total() > self._max_fraction * self._total:
-            raise ValueError(
-                f"At least {self.counts.total():,} of {self._total:,} records are bad, more than "
-                f"--max_bad_fraction={self._max_fraction:g} allows: {self.summary()}; first "
-                f"{', '.join(self._first)}. Raise --max_bad_fraction, or fix them and delete --out's "
-                ".unfinished folder, which keeps what was read."
+            raise TooManyBadRecordsError(
+                f"at least {self.counts.total():,} of {self._total:,} records are bad, more than "
+                f"max_bad_fraction={self._max_fraction:g} allows: {self.summary()}; first "
+                f"{', '.join(self._first)}. Raise max_bad_fraction, or fix them and delete {self._folder}, "
+                "which keeps what was read"
             )
 
     def summary(self) -> str:
         return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
 
 
+class _Decoded(NamedTuple):
+    """A pair as it is written, and what is counted of it."""
+
+    example: dict[str, Any]
+    num_captions: int
+    image_bytes: int
+    token_count: int
+
+
+class _Encoder:
+    """Turns pairs into serialized records of a TFDS data set.
+
+    Attributes:
+        features: of the data set.
+    """
+
+    def __init__(self, pixels: int | None, table: AttributeTable | None):
+        self._pixels, self._table = pixels, table
+        text = tfds.features.Text()
+        features = {"id": text, "captions": tfds.features.Sequence(text)}
+        if pixels is None:
+            features["image"] = tfds.features.Image(shape=(None, None, 3))
+        else:
+            raw = tfds.features.Tensor(shape=(), dtype=np.bytes_)
+            features["pixels"] = raw  # uint8 (S, S, 3)
+            features["tokens"] = raw  # uint16, CAPTION_END after each caption
+        if table is not None:
+            features["attributes"] = tfds.features.Sequence(text)  # values, in the order of the table
+        self.features = tfds.features.FeaturesDict(features)
+        self._serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
+
+    def decode(self, record: Pair | BadRecord) -> _Decoded | BadRecord:
+        """Decodes the image and tokenises the captions; of a record that cannot be used, returns why."""
+        if isinstance(record, BadRecord):
+            return record
+        try:
+            image = preprocess_image(record.image, self._pixels or 32)
+        except UnreadableImageError as error:
+            return BadRecord(record.id, "unreadable image", str(error))
+        words = word_ids(record.captions)
+        example: dict[str, Any] = {"id": record.id, "captions": record.captions}
+        if self._pixels is None:
+            example["image"] = record.image
+        else:
+            ids = np.concatenate([[*of_one, records.CAPTION_END] for of_one in words])
+            example |= {"pixels": image.tobytes(), "tokens": ids.astype("<u2").tobytes()}
+        if self._table is not None:
+            attributes = record.attributes or {}
+            for name, attribute in self._table.items():
+                if attributes.get(name) not in attribute.values:
+                    return BadRecord(record.id, "bad attribute", f"{name} is {attributes.get(name)!r}")
+            example["attributes"] = [attributes[name] for name in self._table]
+        longest = min(2 + max(map(len, words)), np.iinfo(np.uint16).max)
+        return _Decoded(example, len(words), len(record.image), longest)
+
+    def serialize(self, example: dict[str, Any]) -> bytes:
+        """Returns the same bytes for the same example."""
+        encoded = self._serializer.get_tf_example(self.features.encode_example(example))
+        return encoded.SerializeToString(deterministic=True)
+
+
 def _make_shard(
     entries: Iterable[Pair | BadRecord],
     path: epath.Path,
-    pixels: int | None,
+    encoder: _Encoder,
     bad: _BadRecords,
     progress: tqdm,
-) -> dict:
+) -> dict[str, Any]:
     """Writes one file, whole or not at all, unless it is there.
 
-    Returns what it counted: {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records,
-    "sha256" of the others}.
+    Returns {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records, "sha256" of the
+    others}.
     """
     done = path.parent / f"{path.name}.done.json"
     if done.exists():
@@ -159,21 +273,19 @@ def _make_shard(
             bad.add(BadRecord(**fields))
         progress.update(sum(1 for _ in entries))  # read past them
         return part
-    part = {"pairs": 0, "captions": 0, "image_bytes": 0, "token_counts": [], "bad": []}
+    part: dict[str, Any] = {"pairs": 0, "captions": 0, "image_bytes": 0, "token_counts": [], "bad": []}
     digest = hashlib.sha256()
-    serializer = tfds.core.example_serializer.ExampleSerializer(_features(pixels).get_serialized_info())
     unfinished = path.parent / f"{path.name}.unfinished"
     # Neither JPEG files nor pixels get much smaller by compression, and reading is half as fast then.
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1,uncompressed")
     try:
-        for record in map_decoding(functools.partial(_decode, pixels=pixels), entries):
+        for record in map_decoding(encoder.decode, entries):
             progress.update()
             if isinstance(record, BadRecord):
                 part["bad"].append(record._asdict())
                 bad.add(record)
                 continue
-            example = serializer.get_tf_example(_features(pixels).encode_example(record.example))
-            serialized = example.SerializeToString(deterministic=True)
+            serialized = encoder.serialize(record.example)
             writer.write(serialized)
             digest.update(serialized)
             part["pairs"] += 1
@@ -188,45 +300,10 @@ def _make_shard(
     return part
 
 
-class _Ready(NamedTuple):
-    """A pair as it is written, and what is counted of it."""
-
-    example: dict
-    num_captions: int
-    image_bytes: int
-    token_count: int
-
-
-def _decode(record: Pair | BadRecord, pixels: int | None) -> _Ready | BadRecord:
-    if isinstance(record, BadRecord):
-        return record
-    try:
-        image = preprocess_image(record.image, pixels or 32)
-    except UnreadableImageError as error:
-        return BadRecord(record.id, "unreadable image", str(error))
-    words = word_ids(record.captions)
-    example = {"id": record.id, "captions": record.captions}
-    if pixels is None:
-        example["image"] = record.image
-    else:
-        ids = np.concatenate([[*of_one, records.CAPTION_END] for of_one in words])
-        example |= {"pixels": image.tobytes(), "tokens": ids.astype("<u2").tobytes()}
-    longest = min(2 + max(map(len, words)), np.iinfo(np.uint16).max)
-    return _Ready(example, len(words), len(record.image), longest)
-
-
-@functools.cache
-def _features(pixels: int | None) -> tfds.features.FeaturesDict:
-    text = tfds.features.Text()
-    features = {"id": text, "captions": tfds.features.Sequence(text)}
-    if pixels is None:
-        return tfds.features.FeaturesDict(features | {"image": tfds.features.Image(shape=(None, None, 3))})
-    raw = tfds.features.Tensor(shape=(), dtype=np.bytes_)  # uint8 (S, S, 3); uint16, CAPTION_END after each
-    return tfds.features.FeaturesDict(features | {"pixels": raw, "tokens": raw})
-
-
-def _write_metadata(data: epath.Path, split: str, pixels: int | None, parts: list[dict]) -> None:
-    """What makes the files a TFDS data set."""
+def _write_metadata(
+    data: epath.Path, split: str, features: tfds.features.FeaturesDict, parts: list[dict[str, Any]]
+) -> None:
+    """Writes the JSON files that make the ArrayRecord files a TFDS data set."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=data, dataset_name=records.NAME, split=split, filetype_suffix="array_record"
     )
@@ -236,15 +313,4 @@ def _write_metadata(data: epath.Path, split: str, pixels: int | None, parts: lis
         num_bytes=sum(part["image_bytes"] for part in parts),
         filename_template=template,
     )
-    tfds.folder_dataset.write_metadata(
-        data_dir=data, features=_features(pixels), split_infos=[info], check_data=False
-    )
-
-
-def source_stamp(source: str) -> str:
-    """Changes with a source that is one file: what was read of another is not gone on with."""
-    path = source.partition(":")[2]
-    if not os.path.isfile(path):
-        return ""
-    found = os.stat(path)
-    return f"{found.st_size} {found.st_mtime_ns}"
+    tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=[info], check_data=False)

@@ -2,7 +2,8 @@
 
 Images lie there as the files they came as, or as pixels that are ready for a model and captions as token
 ids. Beside the records of a split lies `token_counts-SPLIT.npy`: uint16 (N,), the tokens of each record's
-longest caption, start and end among them.
+longest caption, start and end counted; and, if the records carry attributes, `attributes.json`:
+{attribute: {"prompt", "values"}}.
 """
 
 import functools
@@ -13,9 +14,11 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.data.npy import map_array
+from clipmoe_jax.data.sources.base import AttributeSpec
 
 NAME = "pairs"
 VERSION = "1.0.0"
+ATTRIBUTES = "attributes.json"
 CAPTION_END = 49407  # separates captions in `tokens`: CLIP's end token, which no word has
 
 
@@ -30,11 +33,20 @@ class Records:
         split: its split, or a part of one in TFDS's notation ("train[:1000]").
         image_size: of the pixels that are stored; None where image files are.
         fingerprint: changes when another data set is prepared there.
+        attribute_table: {name: AttributeSpec} of the attributes that records carry; None if they carry none.
     """
 
     def __init__(self, path: str, split: str = "train"):
-        """split: "" is the only one that there is. Raises FileNotFoundError for a wrong path and ValueError
-        for an unknown split."""
+        """Opens a data set.
+
+        Args:
+            path: its folder.
+            split: a split or a slice of one; "" is the only one that there is.
+
+        Raises:
+            FileNotFoundError: there is no data set.
+            ValueError: there is no such split.
+        """
         import tensorflow_datasets as tfds  # here because it takes longest to import
 
         folder = epath.Path(path) / NAME / VERSION
@@ -48,12 +60,20 @@ class Records:
             (split,) = builder.info.splits
         if split.partition("[")[0] not in builder.info.splits:
             splits = ", ".join(builder.info.splits)
-            raise ValueError(f"{path} has no split {split!r}: it has {splits}.")
+            raise ValueError(f"{path} has no split {split!r}: it has {splits}")
         self.path = str(path)
         self.split = split
-        # What prepare wrote about the data, a hash too, tells one data set from another at the same path.
+        # The report has a hash of the records.
         report = (epath.Path(path) / "report.json").read_text()
-        self.fingerprint = hashlib.sha256(f"{split} {report}".encode()).hexdigest()[:16]
+        self.attribute_table, described = None, f"{split} {report}"
+        if (epath.Path(path) / ATTRIBUTES).exists():
+            attributes = (epath.Path(path) / ATTRIBUTES).read_text()
+            described += f" {attributes}"
+            self.attribute_table = {
+                name: AttributeSpec(fields["prompt"], tuple(fields["values"]))
+                for name, fields in json.loads(attributes).items()
+            }
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
         self.image_size = json.loads(report).get("pixels")
         decoders = {} if self.image_size else {"image": tfds.decode.SkipDecoding()}
         try:
@@ -79,7 +99,7 @@ class Records:
         return map_array(path)[self._part]
 
     def __getstate__(self) -> dict:
-        """Without the lengths of captions, which a worker process maps for itself."""
+        """Leaves out the lengths of captions, which a worker process maps for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "token_counts"}
 
     def __getitem__(self, index: int) -> dict:
@@ -87,31 +107,35 @@ class Records:
 
         Returns:
             {"id": str, "captions": list[str], "image": bytes (the contents of an image file)}, or of a data
-            set of pixels {…, "image": uint8 (S, S, 3), "tokens": list of uint16 (words of a caption,)}
+            set of pixels {…, "image": uint8 (S, S, 3), "tokens": list of uint16 (words of a caption,)}; with
+            an attribute table also "attributes": {name: value}
 
         Raises:
             IndexError: index is not in 0 … len - 1.
             ValueError: the data set's files are damaged or gone.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"Index {index} is outside {self.path}'s {len(self)} records.")
+            raise IndexError(f"index {index} is outside {self.path}'s {len(self)} records")
         try:
             record = self._source[index]
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"Record {index} of {self.path} cannot be read, its files have changed: prepare "
-                f"the data set again. ({error})"
+                f"record {index} of {self.path} cannot be read, its files have changed: prepare the data set "
+                f"again ({error})"
             ) from error
-        found = {
+        pair = {
             "id": record["id"].decode("utf-8"),
             "captions": [caption.decode("utf-8") for caption in record["captions"]],
         }
+        if self.attribute_table is not None:
+            values = (value.decode("utf-8") for value in record["attributes"])
+            pair["attributes"] = dict(zip(self.attribute_table, values, strict=True))
         if self.image_size is None:
-            return found | {"image": record["image"]}
+            return pair | {"image": record["image"]}
         tokens = np.frombuffer(record["tokens"], "<u2")
         ends = np.flatnonzero(tokens == CAPTION_END)
         image = np.frombuffer(record["pixels"], np.uint8)
-        return found | {
+        return pair | {
             "image": image.reshape(self.image_size, self.image_size, 3),
             "tokens": [part[:-1] for part in np.split(tokens, ends[:-1] + 1)],
         }

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clipmoe_jax.data.digit_scenes import ATTRIBUTES
+from clipmoe_jax.data.sources.digit_scenes import ATTRIBUTES
 from clipmoe_jax.dmu.recipes import CLIP_MOE
 
 Results = dict[str, dict[str, Any]]
@@ -79,7 +79,7 @@ def format_attributes(seeds: Sequence[Results]) -> str:
             for of_one, n in zip(found.T, cells.values(), strict=True)
         )
         lines.append("  ".join([f"{label:{width}}", *numbers]))
-    chances = [100 / len(ATTRIBUTES[a]) for a in attributes]
+    chances = [100 / len(ATTRIBUTES[a].values) for a in attributes]
     numbers = zip([*chances, np.mean(chances)], cells.values(), strict=True)
     lines.append("  ".join([f"{'chance':{width}}", *(f"{chance:>{n}.1f}" for chance, n in numbers)]))
     return "\n".join(["Zero-shot accuracy by attribute, per cent", *lines])
@@ -192,7 +192,7 @@ def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> N
     for row, column in np.ndindex(values.shape):
         shade = "white" if values[row, column] > 60 else "black"
         axis.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center", color=shade)
-    labels = [f"{a} ({100 / len(ATTRIBUTES[a]):.0f})" for a in attributes]
+    labels = [f"{a} ({100 / len(ATTRIBUTES[a].values):.0f})" for a in attributes]
     axis.set_xticks(range(len(attributes)), labels, rotation=30, ha="right", rotation_mode="anchor")
     axis.set_xlabel("attribute (chance)")
     axis.set_yticks(range(len(experts)), experts.values())

@@ -154,7 +154,7 @@ def test_hugging_face_images_of_which_some_are_not_inside(tmp_path):
 
 def test_paths_in_parquet_need_the_folder_from_the_start(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"path": ["a.png"], "text": ["text"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="holds paths of images in 'path': give --images=DIR"):
+    with pytest.raises(ValueError, match="holds paths of images in 'path': add .images=DIR"):
         open_source(f"parquet:{tmp_path}")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import BadRecord, open_source
+from clipmoe_jax.data.sources import BadRecord, Pair, open_source
 
 
 def picture(i, format="PNG"):
@@ -320,7 +320,7 @@ def test_what_is_bad_in_class_folders(tmp_path):
     alone, latin, good = open_source(f"classes:{tmp_path}")
     assert (alone.id, alone.kind) == ("0.png", "missing caption") and "no class's subfolder" in alone.detail
     assert latin.kind == "invalid text"
-    assert good == ("dog/0.png", picture(0), ("dog",))
+    assert good == Pair("dog/0.png", picture(0), ("dog",))
 
 
 def test_what_is_bad_in_parquet(tmp_path):
@@ -391,9 +391,9 @@ def test_bad_images_are_counted_and_nothing_is_written_elsewhere(tmp_path):
         ("parquet:/no", None, FileNotFoundError, "parquet:/no has no .parquet file"),
         ("coco:/no.json", "/", FileNotFoundError, "coco:/no.json does not exist"),
         ("tfds:no_such", None, FileNotFoundError, "tfds:no_such: no prepared data set"),
-        ("tfds:x?colour=1", None, ValueError, r"no option \['colour'\]; there are"),
-        ("csv:x.csv", None, ValueError, "needs --images=DIR"),
-        ("webdataset:x", "/", ValueError, "--images=/ has no use"),
+        ("tfds:x?colour=1", None, ValueError, "no option colour; tfds has data_dir, split"),
+        ("csv:x.csv", None, ValueError, "needs the folder its image paths start from: add .images=DIR"),
+        ("webdataset:x", "/", ValueError, "has no use for images=/"),
     ],
 )
 def test_wrong_specs(spec, images, error, message):

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from etils import epath
 from PIL import Image
 
 from clipmoe_jax.data.loader import StreamedPairs
-from clipmoe_jax.data.preparation import prepare
+from clipmoe_jax.data.preparation import TooManyBadRecordsError, prepare, write_pairs
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import ImageFolder, Pair
+from clipmoe_jax.data.sources import AttributeSpec, ImageFolder, Pair, open_source
 from clipmoe_jax.data.tokenizer import Tokenizer, word_ids
 
 
@@ -119,7 +120,7 @@ def test_records_pickle_and_check_their_index(source, out):
     records = pickle.loads(pickle.dumps(Records(str(out))))
     assert records[np.int64(5)]["id"] == "05.png"
     for index in (-1, 6):
-        with pytest.raises(IndexError, match=f"Index {index} is outside .* 6 records"):
+        with pytest.raises(IndexError, match=f"index {index} is outside .* 6 records"):
             records[index]
 
 
@@ -137,7 +138,7 @@ def test_damaged_records_are_named(source, out):
     prepare(source, str(out))
     (file,) = out.rglob("*array_record-*")
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(ValueError, match=f"Record 3 of {out} cannot be read"):
+    with pytest.raises(ValueError, match=f"record 3 of {out} cannot be read"):
         Records(str(out))[3]
 
 
@@ -162,10 +163,10 @@ def test_bad_records_are_counted_named_and_skipped(source, out, tmp_path):
 
 def test_too_many_bad_records_stop_it(source, out, tmp_path):
     damage(tmp_path, [0, 2, 3])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(TooManyBadRecordsError) as error:
         prepare(source, str(out), max_bad_fraction=0.34)  # 2 of 6 pass, 3 do not
     message = str(error.value)
-    assert "At least 3 of 6 records are bad, more than --max_bad_fraction=0.34" in message
+    assert "at least 3 of 6 records are bad, more than max_bad_fraction=0.34" in message
     assert "3 unreadable image" in message and "00.png" in message and "\n" not in message
     assert not out.exists()
     log = out.with_name("out.unfinished") / "bad_records.jsonl"
@@ -177,7 +178,7 @@ def test_nothing_usable(out, tmp_path):
         prepare(make_folder(tmp_path / "empty", 0), str(out))
     source = make_folder(tmp_path / "pairs", 2)
     damage(tmp_path, [0, 1])
-    with pytest.raises(ValueError, match="No usable pair in 2 records: 2 unreadable image"):
+    with pytest.raises(ValueError, match="no usable pair in 2 records: 2 unreadable image"):
         prepare(source, str(out), max_bad_fraction=1.0)
 
 
@@ -194,10 +195,10 @@ def test_out_is_never_overwritten(source, out):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_bad_fraction": 1.5}, "--max_bad_fraction=1.5 is not a fraction"),
-        ({"num_shards": 0}, "--num_shards=0 is too few"),
-        ({"split": "train[:3]"}, r"--split=train\[:3\] cannot name a split"),
-        ({"split": "all"}, "--split=all cannot name a split"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction=1.5 is not a fraction"),
+        ({"num_shards": 0}, "num_shards=0 is too few"),
+        ({"split": "train[:3]"}, r"split=train\[:3\] cannot name a split"),
+        ({"split": "all"}, "split=all cannot name a split"),
     ],
 )
 def test_arguments_out_of_range(source, out, arguments, message):
@@ -212,7 +213,7 @@ def test_a_bucket_is_no_place_to_write_to(source):
 
 def test_a_killed_run_leaves_nothing_that_reads_as_whole(source, out, tmp_path):
     killed = (
-        "import os, sys; from clipmoe_jax import prepare as p\n"
+        "import os, sys; from clipmoe_jax.data import preparation as p\n"
         "from clipmoe_jax.data.sources import ImageFolder\n"
         "class Dying(ImageFolder):\n"
         "    def __iter__(self):\n"
@@ -240,11 +241,11 @@ def contents(folder):
 
 KILLED = """
 import os, signal, sys
-from clipmoe_jax import prepare
+from clipmoe_jax.data import preparation
 from clipmoe_jax.data.sources import ImageFolder
 
 place, call, root, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
-original, count = getattr(prepare, place), 0
+original, count = getattr(preparation, place), 0
 
 def killing(*args, **kwargs):
     global count
@@ -253,8 +254,8 @@ def killing(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 
-setattr(prepare, place, killing)
-prepare.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, pixels=64, name="it")
+setattr(preparation, place, killing)
+preparation.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, pixels=64, name="it")
 """
 
 
@@ -303,7 +304,8 @@ def test_a_corrected_table_begins_anew(out, tmp_path):
         return run_command(f"--source=csv:{table}", f"--images={tmp_path}", f"--out={out}", "--num_shards=2")
 
     failed = run([0, 1, 2, "none"], "wrong")
-    assert failed.returncode == 1 and "delete --out's .unfinished folder" in " ".join(failed.stderr.split())
+    assert failed.returncode == 1 and failed.stderr.endswith("(the flag is --max_bad_fraction)\n")
+    assert f"delete {out}.unfinished, which keeps what was read" in failed.stderr
     assert len(list(out.with_name("out.unfinished").rglob("*.done.json"))) == 1
     done = run([0, 1, 2, 3], "right")
     assert done.returncode == 0, done.stderr
@@ -337,6 +339,65 @@ class Interrupted:
             yield Pair(f"other {i}", image.getvalue(), ("text",))
 
 
+def test_write_pairs_goes_on_with_whole_files(out, tmp_path):
+    """As inside a folder of the caller's own; other arguments begin anew."""
+    out.mkdir(parents=True)
+    folder, whole = epath.Path(out), tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(Interrupted(6, 4), folder, num_shards=3)
+    first = next(out.rglob("*-00000-of-00003"))
+    inode = first.stat().st_ino
+    report = write_pairs(Interrupted(6, 7), folder, num_shards=3)
+    assert first.stat().st_ino == inode
+    assert report == prepare(Interrupted(6, 7), str(whole), num_shards=3)
+    assert contents(out) == contents(whole)
+    write_pairs(Interrupted(6, 7), folder, num_shards=2)
+    assert len(list(out.rglob("*array_record-*"))) == 2 and len(Records(str(out))) == 6
+
+
+@pytest.mark.parametrize("pixels", [None, 16])
+def test_attributes_come_back_with_their_table(out, tmp_path, pixels):
+    scenes = open_source("digit_scenes:train?pairs=5")
+    prepare(scenes, str(out), pixels=pixels)
+    records = Records(str(out))
+    assert records.attribute_table == scenes.attribute_table
+    assert list(records.attribute_table)[:2] == ["ink", "background"]  # in order
+    assert [records[i]["attributes"] for i in range(5)] == [pair.attributes for pair in scenes]
+    fingerprint = records.fingerprint
+    table = (out / "attributes.json").read_text()
+    (out / "attributes.json").write_text(table.replace("mark {}", "a mark in the {}"))
+    assert Records(str(out)).fingerprint != fingerprint
+
+
+def test_records_without_attributes_say_so(source, out):
+    prepare(source, str(out))
+    records = Records(str(out))
+    assert records.attribute_table is None and "attributes" not in records[0]
+    assert not (out / "attributes.json").exists()
+
+
+class Shapes(list):
+    attribute_table = {"shape": AttributeSpec("a {}", ("cube", "ball"))}
+
+
+def test_pair_whose_attribute_is_not_in_the_table_is_bad(source, out):
+    image = next(iter(source)).image
+    pairs = [Pair(str(i), image, ("text",), {"shape": shape}) for i, shape in enumerate(("ball", "cone"))]
+    report = prepare(Shapes([*pairs, Pair("2", image, ("text",))]), str(out), max_bad_fraction=0.7)
+    assert report["bad_by_kind"] == {"bad attribute": 2}
+    assert Records(str(out))[0]["attributes"] == {"shape": "ball"}
+
+
+def test_attributes_of_several_sources_are_kept_if_they_are_the_same(out, tmp_path):
+    scenes, folder = "digit_scenes:test?pairs=2", f"folder:{tmp_path / 'pairs'}"
+    make_folder(tmp_path / "pairs", 2)
+    both = open_source(f"{scenes},{scenes}&seed=1")
+    assert both.attribute_table == open_source(scenes).attribute_table
+    assert open_source(f"{scenes},{folder}").attribute_table is None
+    prepare(open_source(f"{scenes},{folder}"), str(out))
+    assert [Records(str(out))[i]["id"] for i in range(4)] == ["0/000000", "0/000001", "1/00.png", "1/01.png"]
+
+
 def run_command(*arguments):
     command = [sys.executable, "-m", "clipmoe_jax.prepare", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
@@ -349,10 +410,17 @@ def test_command(source, out, tmp_path):
     assert len(Records(str(out), "val")) == 6
 
 
+def test_command_joins_several_sources(source, out, tmp_path):
+    flag = f"--source=folder:{tmp_path / 'pairs'}"
+    done = run_command(flag, flag, "--source=digit_scenes:test?pairs=1", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert [Records(str(out))[i]["id"] for i in (0, 6, 12)] == ["0/00.png", "1/00.png", "2/000000"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source=folder:/nowhere", "--out=x"], "--source=folder:/nowhere is not a folder"),
+        (["--source=folder:/nowhere", "--out=x"], "source folder:/nowhere is not a folder"),
         (["--source=folder:/", "--out=x", "--num_shard=2"], "Did you mean: num_shards"),
     ],
 )

@@ -1,10 +1,19 @@
-"""Formats in: what a source yields for good entries and for each kind of bad one."""
+"""The grammar of sources, and what the plain formats yield for good entries and each kind of bad one."""
 
 import json
 
 import pytest
 
-from clipmoe_jax.data.sources import BadRecord, ImageFolder, Pair, ShareGPT4V, open_source
+from clipmoe_jax.data.sources import (
+    BadRecord,
+    ImageFolder,
+    Pair,
+    ShareGPT4V,
+    is_source,
+    open_source,
+    source_stamp,
+    with_seed,
+)
 from clipmoe_jax.data.sources.base import find_files
 
 PNG = b"the sources do not look inside image files"
@@ -111,11 +120,117 @@ def test_image_folder_without_captions(tmp_path, text, kind):
     assert (record.id, record.kind) == ("a.png", kind)
 
 
-def test_open_source(tmp_path):
+@pytest.fixture
+def captioned(tmp_path):
+    """captions.json, and images/a.png with its caption beside it."""
     share_gpt4v(tmp_path, [entry()])
-    captions, images = tmp_path / "captions.json", str(tmp_path / "images")
-    assert len(open_source(f"sharegpt4v:{captions}", images)) == 1
-    assert len(open_source(f"folder:{images}")) == 1
+    (tmp_path / "images" / "a.txt").write_text("text")
+    return tmp_path
+
+
+def test_image_folder_is_an_option_or_an_argument(captioned):
+    spec, images = f"sharegpt4v:{captioned / 'captions.json'}", str(captioned / "images")
+    expected = [Pair("a.png", PNG, ("a red cube",))]
+    assert list(open_source(f"{spec}?images={images}")) == expected
+    assert list(open_source(spec, images)) == expected
+    assert list(open_source(f"{spec}?images={images}", images)) == expected
+    with pytest.raises(ValueError, match="captions.json.* is given another image folder, other: leave one"):
+        open_source(f"{spec}?images={images}", "other")
+
+
+def test_several_sources_are_one_with_numbered_ids(captioned):
+    images = captioned / "images"
+    folder, conversations = f"folder:{images}", f"sharegpt4v:{captioned / 'captions.json'}"
+    expected = [Pair("0/a.png", PNG, ("text",)), Pair("1/a.png", PNG, ("a red cube",))]
+    source = open_source(f"{folder},{conversations}?images={images}")
+    assert len(source) == 2 and list(source) == list(source) == expected
+    assert list(open_source(f"{folder},{conversations}", str(images))) == expected  # for the one with a use
+    assert [pair.id for pair in open_source(f"{folder},{folder}")] == ["0/a.png", "1/a.png"]
+
+
+def test_bad_records_of_several_sources_are_numbered_too(captioned):
+    (captioned / "images" / "a.txt").write_text("")
+    records = open_source(f"folder:{captioned / 'images'},folder:{captioned / 'images'}")
+    assert [(bad.id, bad.kind) for bad in records] == [(f"{i}/a.png", "empty caption") for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("50% of, all", "50%25 of%2C all"),
+        ("a,b", "a,b"),  # no kind follows the comma
+        ("a+b", "a+b"),
+        ("a,folder:b", "a%2Cfolder:b"),
+        ("what?", "what?"),
+        ("why?images=b", "why%3Fimages=b"),
+        ("a&b", "a&b"),
+    ],
+)
+def test_odd_characters_in_paths(tmp_path, name, written):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.png").write_bytes(PNG)
+    (tmp_path / name / "a.txt").write_text("text")
+    assert len(open_source(f"folder:{tmp_path}/{written}")) == 1
+
+
+def test_percent_escapes_in_options(tmp_path):
+    share_gpt4v(tmp_path, [entry()])
+    (tmp_path / "images").rename(tmp_path / "a&b+c?d=e")
+    spec = f"sharegpt4v:{tmp_path / 'captions.json'}?images={tmp_path}/a%26b+c%3Fd=e"
+    assert [record.image for record in open_source(spec)] == [PNG]
+
+
+def test_question_mark_in_a_pattern_of_files(tmp_path):
+    (tmp_path / "00.tar").write_bytes(b"")
+    assert len(open_source(f"webdataset:{tmp_path}/0?.tar")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("folder:x", True),
+        ("tfds:x?split=val", True),
+        ("data/train", False),
+        ("gs://x/y", False),
+        ("folder", False),
+    ],
+)
+def test_source_or_prepared_folder(text, expected):
+    assert is_source(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("digit_scenes:train", "digit_scenes:train?seed=3"),
+        ("digit_scenes:train?pairs=4", "digit_scenes:train?pairs=4&seed=3"),
+        ("digit_scenes:train?seed=9&pairs=4", "digit_scenes:train?seed=9&pairs=4"),
+        ("folder:a%2Cb,digit_scenes:test", "folder:a%2Cb,digit_scenes:test?seed=3"),
+        ("coco:x.json#test?images=y", "coco:x.json#test?images=y"),
+    ],
+)
+def test_only_generated_sources_get_a_seed(spec, expected):
+    assert with_seed(spec, 3) == expected == with_seed(expected, 4)
+
+
+def test_seed_of_the_caller_is_that_of_sources_without_one():
+    def images(spec, seed):
+        return [pair.image for pair in open_source(spec, seed=seed)]
+
+    first = images("digit_scenes:train?pairs=2", 0)
+    assert images("digit_scenes:train?pairs=2", 1) != first
+    assert images("digit_scenes:train?pairs=2&seed=0", 1) == first
+
+
+def test_stamp_changes_with_a_file(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("[]")
+    specs = [f"coco:{file}", f"coco:{file}#test?images=DIR", f"folder:{tmp_path},csv:{file}?images=DIR"]
+    before = [source_stamp(spec) for spec in specs]
+    assert before == [source_stamp(spec) for spec in specs] and all(before)
+    file.write_text("[1]")
+    assert all(source_stamp(spec) != stamp for spec, stamp in zip(specs, before, strict=True))
+    assert source_stamp("digit_scenes:train") == source_stamp(f"folder:{tmp_path}") == ""
 
 
 @pytest.mark.parametrize(
@@ -125,18 +240,25 @@ def test_open_source(tmp_path):
             "laion:x",
             None,
             ValueError,
-            "source=laion:x is not KIND:PATH: use one such as sharegpt4v:.*folder:DIR",
+            "source laion:x is not KIND:PATH: use one such as sharegpt4v:.*folder:DIR",
         ),
-        ("folder", None, ValueError, "source=folder is not KIND:PATH"),
-        ("folder:/nowhere", None, FileNotFoundError, "--source=folder:/nowhere is not a folder"),
-        ("folder:/", "x", ValueError, "--images=x has no use"),
-        ("sharegpt4v:x.json", None, ValueError, "needs --images=DIR"),
-        ("sharegpt4v:/no.json", "/", FileNotFoundError, "--source=sharegpt4v:/no.json does not"),
+        ("folder", None, ValueError, "source folder is not KIND:PATH"),
+        ("folder:?images=x", None, ValueError, "is not KIND:PATH"),
+        ("folder:/nowhere", None, FileNotFoundError, "source folder:/nowhere is not a folder"),
+        ("folder:/", "x", ValueError, "source folder:/ has no use for images=x"),
+        ("folder:/?images=x", None, ValueError, "source folder:/.images=x has no use for images=x"),
+        ("folder:/?depth=1", None, ValueError, "no option depth; folder has none"),
+        ("coco:x?depth=1&images=y", None, ValueError, "no option depth; coco has images"),
+        ("coco:x?images=", None, ValueError, r"options are written \?name=value&name=value"),
+        ("coco:x?images=y&images=z", None, ValueError, "option images is given twice"),
+        ("sharegpt4v:x.json", None, ValueError, "needs the folder its image paths start from"),
+        ("sharegpt4v:/no.json", "/", FileNotFoundError, "source sharegpt4v:/no.json does not exist"),
     ],
 )
-def test_wrong_specs(spec, images, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_specs_are_told_in_one_line(spec, images, error, message):
+    with pytest.raises(error, match=message) as raised:
         open_source(spec, images)
+    assert "\n" not in str(raised.value) and "--" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -156,5 +278,5 @@ def test_malformed_json(tmp_path, content, message):
 
 def test_image_root_must_exist(tmp_path):
     (tmp_path / "captions.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match="--images=/nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="images=/nowhere is not a folder"):
         ShareGPT4V(str(tmp_path / "captions.json"), "/nowhere")

@@ -8,8 +8,9 @@ import pathlib
 
 import numpy as np
 
-from clipmoe_jax.data import digit_scenes
 from clipmoe_jax.data.preparation import prepare
+from clipmoe_jax.data.sources import open_source
+from clipmoe_jax.data.sources.digit_scenes import ATTRIBUTES
 
 SCRIPT = "<script>alert('caption')</script> a \"large\" seven & more"
 TITLES = ("base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE")
@@ -45,9 +46,8 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
 
 
 def write_records(folder: pathlib.Path, split: str, count: int, seed: int) -> None:
-    first, *others = digit_scenes.make_scenes(count, split=split, seed=seed)
-    scenes = [first._replace(detailed=SCRIPT), *others]
-    prepare(digit_scenes.pairs(scenes, "detailed"), str(folder / split))
+    first, *others = open_source(f"digit_scenes:{split}?pairs={count}&seed={seed}")
+    prepare([first._replace(captions=(SCRIPT,)), *others], str(folder / split))
 
 
 def write_metrics(folder: pathlib.Path, rng: np.random.Generator) -> None:
@@ -92,7 +92,7 @@ def write_results(folder: pathlib.Path, rng: np.random.Generator) -> None:
             "parameters": size + 400_000 * (title == "CLIP-MoE"),
             "active_parameters": size + 140_000 * (title == "CLIP-MoE"),
             "expert": experts.get(title),
-            "zero_shot": {a: float(rng.random()) for a in digit_scenes.ATTRIBUTES},
+            "zero_shot": {a: float(rng.random()) for a in ATTRIBUTES},
             "evaluations": {"ood: places": {"auroc": 0.6 + row / 50, "fpr95": 0.6 - row / 50}},
         }
     write_json(folder / "eval" / "results.json", results)

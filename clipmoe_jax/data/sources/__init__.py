@@ -1,68 +1,181 @@
-"""Formats in: image-caption data sets as people have them, read one pair at a time.
+"""Sources: image-caption data sets as people have them, read one pair at a time.
 
-A source is a class with `__len__` and `__iter__`; it yields a `Pair` for each usable entry and a `BadRecord`
-for each other one, always in the same order, and raises only if there is nothing to read at all. Another
-format is another such class and a row of FORMATS.
+A source is written KIND:PATH or KIND:PATH?option=value&option=value, several with commas between them:
+
+    sharegpt4v:captions.json?images=DIR
+    coco:train.json?images=train2017,coco:val.json?images=val2017
+
+Percent escapes in paths and values are decoded: a comma in a path is %2C. Each kind is a class with
+`__len__` and `__iter__` (base.Source) and a row of KINDS; another kind is another such class and row.
 """
 
+import os
+import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from urllib.parse import unquote
 
-from clipmoe_jax.data.sources.base import BadRecord, Pair, Unique
+from clipmoe_jax.data.sources.base import AttributeSpec, BadRecord, Concatenated, Pair, Source, Unique
 from clipmoe_jax.data.sources.coco import Coco
 from clipmoe_jax.data.sources.conversations import ShareGPT4V
+from clipmoe_jax.data.sources.digit_scenes import DigitScenes
 from clipmoe_jax.data.sources.folders import Classes, ImageFolder, Img2Dataset
+from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.data.sources.parquet import Parquet
 from clipmoe_jax.data.sources.shards import WebDataset
 from clipmoe_jax.data.sources.tables import Csv, Flickr30k
 from clipmoe_jax.data.sources.tfds import Tfds
 
-__all__ = ["FORMATS", "BadRecord", "ImageFolder", "Pair", "ShareGPT4V", "open_source"]
+__all__ = [
+    "KINDS",
+    "AttributeSpec",
+    "BadRecord",
+    "ImageFolder",
+    "Pair",
+    "ShareGPT4V",
+    "Source",
+    "is_source",
+    "open_source",
+    "source_stamp",
+    "with_seed",
+]
 
 
-class _Format(NamedTuple):
-    """opens: class, given the path and, unless `images` is "no", the image folder. images: whether --images
-    must be given ("yes"), may be ("optional") or has no use ("no")."""
+class Kind(NamedTuple):
+    """A row of KINDS.
 
-    opens: Callable[..., Any]
-    images: str
+    Attributes:
+        opens: the class, called with the path and the options by name.
+        example: a source of this kind, for error messages.
+        images: whether the option `images`, the folder that image paths start from, is "needed", "optional"
+            or of "no use".
+        options: the others that `opens` takes.
+        generated: whether the pairs are made up, from an option `seed`; nothing is read then.
+    """
+
+    opens: Callable[..., Source]
     example: str
+    images: str = "no use"
+    options: tuple[str, ...] = ()
+    generated: bool = False
+
+    @property
+    def all_options(self) -> tuple[str, ...]:
+        return (*self.options, *(["images"] if self.images != "no use" else []))
 
 
-FORMATS = {
-    "sharegpt4v": _Format(ShareGPT4V, "yes", "sharegpt4v:captions.json"),
-    "folder": _Format(ImageFolder, "no", "folder:DIR"),
-    "img2dataset": _Format(Img2Dataset, "no", "img2dataset:DIR"),
-    "classes": _Format(Classes, "no", "classes:DIR"),
-    "webdataset": _Format(WebDataset, "no", "webdataset:DIR"),
-    "parquet": _Format(Parquet, "optional", "parquet:DIR"),
-    "coco": _Format(Coco, "yes", "coco:captions_val2017.json"),
-    "flickr30k": _Format(Flickr30k, "yes", "flickr30k:results_20130124.token"),
-    "csv": _Format(Csv, "yes", "csv:captions.tsv"),
-    "tfds": _Format(Tfds, "no", "tfds:coco_captions?split=val"),
+KINDS = {
+    "sharegpt4v": Kind(ShareGPT4V, "sharegpt4v:captions.json?images=DIR", images="needed"),
+    "folder": Kind(ImageFolder, "folder:DIR"),
+    "img2dataset": Kind(Img2Dataset, "img2dataset:DIR"),
+    "classes": Kind(Classes, "classes:DIR"),
+    "webdataset": Kind(WebDataset, "webdataset:DIR"),
+    "parquet": Kind(Parquet, "parquet:DIR", images="optional"),
+    "coco": Kind(Coco, "coco:captions_val2017.json?images=DIR", images="needed"),
+    "flickr30k": Kind(Flickr30k, "flickr30k:results_20130124.token?images=DIR", images="needed"),
+    "csv": Kind(Csv, "csv:captions.tsv?images=DIR", images="needed"),
+    "tfds": Kind(
+        Tfds, "tfds:coco_captions?split=val", options=("data_dir", "split", "image", "caption", "id")
+    ),
+    "digit_scenes": Kind(
+        DigitScenes,
+        "digit_scenes:train?pairs=8000",
+        options=("pairs", "captions", "seed"),
+        generated=True,
+    ),
 }
+_KIND = f"(?:{'|'.join(KINDS)}):"
 
 
-def open_source(spec: str, images: str | None = None) -> Unique:
-    """Opens the source that KIND:PATH names; an id that came before is a bad record.
+class _Spec(NamedTuple):
+    """One source, taken apart; path and options are unquoted."""
+
+    text: str
+    kind: str
+    path: str
+    options: dict[str, str]
+
+
+def is_source(text: str) -> bool:
+    """Returns whether a text is a source, not the path of a prepared data set: it begins with a kind and a
+    colon."""
+    return re.match(_KIND, text) is not None
+
+
+def open_source(spec: str, images: str | None = None, seed: int = 0) -> Source:
+    """Opens a source, or several with commas between them as one; an id that came before is a bad record.
+
+    The ids of several sources begin with the source's number ("0/", "1/", …); those of one are its own.
 
     Args:
-        spec: such as "sharegpt4v:captions.json"; docs/data.md has every kind.
-        images: the image folder, for kinds that keep captions and images apart.
+        spec: such as "sharegpt4v:captions.json?images=DIR"; docs/data.md has every kind.
+        images: the option `images` of every source that has none and a use for it.
+        seed: of generated sources that have none.
 
     Raises:
-        ValueError: an unknown kind, no path, or `images` missing or given without need.
+        ValueError: an unknown kind or option, no path, or image folders that are missing, of no use or two.
         FileNotFoundError: a path that does not exist.
     """
-    kind, _, path = spec.partition(":")
-    if kind not in FORMATS or not path:
-        examples = ", ".join(found.example for found in FORMATS.values())
-        raise ValueError(f"--source={spec} is not KIND:PATH: use one such as {examples}.")
-    opens, needs, _ = FORMATS[kind]
-    if needs == "no":
-        if images is not None:
-            raise ValueError(f"--images={images} has no use with --source={spec}: leave it out.")
-        return Unique(opens(path))
-    if needs == "yes" and images is None:
-        raise ValueError(f"--source={spec} needs --images=DIR, the folder its image paths are in.")
-    return Unique(opens(path, images))
+    specs = _parse(with_seed(spec, seed))
+    if images is not None and all(KINDS[one.kind].images == "no use" for one in specs):
+        raise ValueError(f"source {spec} has no use for images={images}: leave it out")
+    sources = [_open(one, images) for one in specs]
+    return Unique(sources[0] if len(sources) == 1 else Concatenated(sources))
+
+
+def with_seed(spec: str, seed: int) -> str:
+    """Returns the source with `seed=` added wherever pairs are generated and none is given."""
+    texts = []
+    for one in _parse(spec):
+        if KINDS[one.kind].generated and "seed" not in one.options:
+            texts.append(f"{one.text}{'&' if one.options else '?'}seed={seed}")
+        else:
+            texts.append(one.text)
+    return ",".join(texts)
+
+
+def source_stamp(spec: str) -> str:
+    """Returns sizes and times of the sources that are one file: other than before where one has changed."""
+    stamps = []
+    for one in _parse(spec):
+        files = [] if KINDS[one.kind].generated else [one.path, one.path.partition("#")[0]]  # coco's #split
+        stats = [os.stat(file) for file in files if os.path.isfile(file)]
+        stamps.append(f"{stats[0].st_size} {stats[0].st_mtime_ns}" if stats else "")
+    return ",".join(stamps)
+
+
+def _parse(spec: str) -> list[_Spec]:
+    return list(map(_parse_one, re.split(f",(?={_KIND})", spec)))
+
+
+def _parse_one(text: str) -> _Spec:
+    kind, _, rest = text.partition(":")
+    # The last question mark before a name and "=": others are of the path, a pattern of files.
+    path, query = rest, ""
+    if found := re.fullmatch(r"(.*)\?(\w+=.*)", rest, re.DOTALL):
+        path, query = found.groups()
+    if kind not in KINDS or not path:
+        examples = ", ".join(known.example for known in KINDS.values())
+        raise ValueError(f"source {text} is not KIND:PATH: use one such as {examples}")
+    try:
+        options = parse_options(query)
+    except ValueError as error:
+        raise ValueError(f"source {text}: {error}") from None
+    if "images" in options and KINDS[kind].images == "no use":
+        raise ValueError(f"source {text} has no use for images={options['images']}: leave it out")
+    known = KINDS[kind].all_options
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(
+            f"source {text}: no option {', '.join(unknown)}; {kind} has {', '.join(known) or 'none'}"
+        )
+    return _Spec(text, kind, unquote(path), options)
+
+
+def _open(spec: _Spec, images: str | None) -> Source:
+    kind, options = KINDS[spec.kind], dict(spec.options)
+    if images is not None and kind.images != "no use":
+        if options.setdefault("images", images) != images:
+            raise ValueError(f"source {spec.text} is given another image folder, {images}: leave one out")
+    if kind.images == "needed" and "images" not in options:
+        raise ValueError(f"source {spec.text} needs the folder its image paths start from: add ?images=DIR")
+    return kind.opens(spec.path, **options)

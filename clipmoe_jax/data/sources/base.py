@@ -1,22 +1,30 @@
-"""What every format shares: the records that sources yield, and the checks on them."""
+"""What all kinds of source share: the records that they yield, and the checks on them."""
 
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 class Pair(NamedTuple):
-    """An image and its captions; `image` is the contents of the image file, still encoded."""
+    """An image and its captions.
+
+    Attributes:
+        id: unlike those of all other pairs of the source.
+        image: the contents of the image file, still encoded.
+        captions: one or more.
+        attributes: a value for each attribute of the source's table, if it has one.
+    """
 
     id: str
     image: bytes
     captions: tuple[str, ...]
+    attributes: Mapping[str, str] | None = None
 
 
 class BadRecord(NamedTuple):
@@ -27,11 +35,41 @@ class BadRecord(NamedTuple):
     detail: str
 
 
+class AttributeSpec(NamedTuple):
+    """An attribute of images: its values, and a sentence with {} for a value, which classifies by text."""
+
+    prompt: str
+    values: tuple[str, ...]
+
+
+AttributeTable = Mapping[str, AttributeSpec]
+
+
+class Source(Protocol):
+    """A data set, read from the start each time: a `Pair` for each usable entry and a `BadRecord` for each
+    other one, in the same order every time.
+
+    A source whose pairs carry attributes also has an `attribute_table`, {name: AttributeSpec}.
+    """
+
+    def __len__(self) -> int:
+        """Returns the number of entries, bad ones too."""
+        ...
+
+    def __iter__(self) -> Iterator[Pair | BadRecord]: ...
+
+
+def attribute_table(source: Source) -> AttributeTable | None:
+    """Returns the attributes that the source's pairs carry, None if they carry none."""
+    return getattr(source, "attribute_table", None)
+
+
 class Unique:
     """A source whose ids come once: later records of the same id are bad. Keeps 16 bytes of each id."""
 
-    def __init__(self, source: Iterable[Pair | BadRecord]):
+    def __init__(self, source: Source):
         self._source = source
+        self.attribute_table = attribute_table(source)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -47,17 +85,35 @@ class Unique:
             yield record
 
 
+class Concatenated:
+    """Several sources, one after the other; ids begin with the source's number ("0/", "1/", …). Attributes
+    are carried if all sources have the same."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = sources
+        first, *others = map(attribute_table, sources)
+        self.attribute_table = first if all(table == first for table in others) else None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sources))
+
+    def __iter__(self) -> Iterator[Pair | BadRecord]:
+        for i, source in enumerate(self._sources):
+            for record in source:
+                yield record._replace(id=f"{i}/{record.id}")
+
+
 class Images:
-    """The folder that image paths of a source start from. Links inside are followed."""
+    """The folder that a source's image paths start from. Links inside are followed."""
 
     def __init__(self, root: str):
         """Raises FileNotFoundError if root is not a folder."""
         if not Path(root).is_dir():
-            raise FileNotFoundError(f"--images={root} is not a folder.")
+            raise FileNotFoundError(f"images={root} is not a folder")
         self._root = os.path.abspath(root)
 
     def pair(self, record_id: str, name: object, captions: Iterable[object]) -> Pair | BadRecord:
-        """The pair of the image at a path under the folder; a path that climbs out of it is a bad record."""
+        """Returns the pair of the image at a path under the folder; one that climbs out is a bad record."""
         if not isinstance(name, str) or not name:
             return BadRecord(record_id, "missing image", "no image path")
         path = os.path.normpath(os.path.join(self._root, name))
@@ -67,7 +123,7 @@ class Images:
 
 
 def pair_of_file(record_id: str, path: str, captions: Iterable[object]) -> Pair | BadRecord:
-    """The pair of an image file."""
+    """Returns the pair of an image file, or what is wrong with it."""
     try:
         image = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -78,7 +134,7 @@ def pair_of_file(record_id: str, path: str, captions: Iterable[object]) -> Pair 
 
 
 def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[object]) -> Pair | BadRecord:
-    """Checks the captions first, then the image."""
+    """Returns a pair, its captions stripped, or what is wrong: first of the captions, then of the image."""
     captions = tuple(captions)
     if not captions or any(caption is None for caption in captions):
         return BadRecord(record_id, "missing caption", "there is no caption")
@@ -97,14 +153,14 @@ def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[objec
 
 
 def find_file(path: str, kind: str) -> Path:
-    """The path, or FileNotFoundError."""
+    """Returns the path of a source that is one file. Raises FileNotFoundError if there is none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--source={kind}:{path} does not exist.")
+        raise FileNotFoundError(f"source {kind}:{path} does not exist")
     return Path(path)
 
 
 def files_under(folder: str | os.PathLike, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files in a folder and its subfolders, linked ones too; a link back to a folder above is left out."""
+    """Yields files in a folder and its subfolders, linked ones too, but for links back to a folder above."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -116,31 +172,32 @@ def files_under(folder: str | os.PathLike, above: frozenset[str] = frozenset()) 
 
 
 def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
-    """Files of a suffix: the one given, those of a folder and its subfolders, or of a pattern with `*`.
+    """Returns {name: file} of the files with a suffix: of one file, a folder with its subfolders, or a
+    pattern with `*`.
 
-    Returns them by name: the path under the folder, for subfolders may have files of the same name.
+    A name is the path under the folder, since subfolders may have files of the same name.
 
     Raises:
         FileNotFoundError: there are none.
     """
     if os.path.isdir(path):
-        root, found = path, sorted(file for file in files_under(path) if file.name.endswith(suffix))
+        root, paths = path, sorted(file for file in files_under(path) if file.name.endswith(suffix))
     else:
-        found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
-        root = os.path.commonpath([file.parent for file in found]) if found else ""
-    files = {file.relative_to(root).as_posix(): file for file in found if file.is_file()}
+        paths = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
+        root = os.path.commonpath([file.parent for file in paths]) if paths else ""
+    files = {file.relative_to(root).as_posix(): file for file in paths if file.is_file()}
     if not files:
-        raise FileNotFoundError(f"--source={kind}:{path} has no {suffix} file.")
+        raise FileNotFoundError(f"source {kind}:{path} has no {suffix} file")
     return files
 
 
 def as_text(value: object) -> object:
-    """Bytes as text; what is not UTF-8 in them becomes surrogates, which `make_pair` finds."""
+    """Decodes bytes; what is not UTF-8 becomes surrogates, which `make_pair` reports."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def parse_json(record_id: str, contents: bytes) -> object:
-    """The value of an entry's own JSON, or what is bad about it."""
+    """Returns the value of an entry's own JSON, or a BadRecord."""
     try:
         return json.loads(contents.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -150,8 +207,8 @@ def parse_json(record_id: str, contents: bytes) -> object:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises ValueError naming the byte that is not."""
+    """Reads a UTF-8 file, with or without a byte order mark. Raises ValueError naming a byte that is not."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}.") from error
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error

@@ -26,13 +26,11 @@ class Coco:
             karpathy = any("sentences" in entry for entry in entries)
             self._entries = _karpathy(entries, split) if karpathy else _coco(content, split, path)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}.") from error
+            raise ValueError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is neither COCO's captions nor Karpathy's splits: {error!r}."
-            ) from error
+            raise ValueError(f"{path} is neither COCO's captions nor Karpathy's splits: {error!r}") from error
         if split and not self._entries:
-            raise ValueError(f"--source=coco:{path}#{split}: no image of {path} is of that split.")
+            raise ValueError(f"source coco:{path}#{split}: no image of {path} is of that split")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -44,7 +42,7 @@ class Coco:
 
 def _coco(content: dict, split: str, path: str) -> list[tuple[object, list]]:
     if split:
-        raise ValueError(f"--source=coco:{path}#{split}: COCO's own file has no splits, leave #{split} out.")
+        raise ValueError(f"source coco:{path}#{split}: COCO's own file has no splits, leave #{split} out")
     captions = defaultdict(list)
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation.get("caption"))

@@ -26,9 +26,9 @@ class ShareGPT4V:
             self._entries = json.loads(read_text(file))
         except json.JSONDecodeError as error:
             place = f"line {error.lineno} column {error.colno}"
-            raise ValueError(f"{path} is not valid JSON at {place}: {error.msg}.") from error
+            raise ValueError(f"{path} is not valid JSON at {place}: {error.msg}") from error
         if not isinstance(self._entries, list):
-            raise ValueError(f"{path} holds a JSON {type(self._entries).__name__}, expected a list.")
+            raise ValueError(f"{path} holds a JSON {type(self._entries).__name__}, expected a list")
 
     def __len__(self) -> int:
         return len(self._entries)

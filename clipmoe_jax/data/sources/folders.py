@@ -25,7 +25,7 @@ class ImageFolder:
         """Raises FileNotFoundError if root is not a folder."""
         self._root = Path(root)
         if not self._root.is_dir():
-            raise FileNotFoundError(f"--source={self.kind}:{root} is not a folder.")
+            raise FileNotFoundError(f"source {self.kind}:{root} is not a folder")
         self._paths = sorted(path for path in files_under(root) if path.suffix.lower() in IMAGE_SUFFIXES)
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class ImageFolder:
             try:
                 captions = self._captions(path)
             except UnicodeDecodeError:
-                yield BadRecord(record_id, "invalid text", f"what lies beside {path} is not UTF-8")
+                yield BadRecord(record_id, "invalid text", f"the caption file of {path} is not UTF-8")
             except OSError as error:
                 yield BadRecord(record_id, "missing caption", f"{error.filename}: {error.strerror}")
             else:

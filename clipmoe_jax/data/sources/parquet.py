@@ -20,12 +20,12 @@ class Parquet:
     bad records from the damage on.
     """
 
-    def __init__(self, path: str, images: str | None):
+    def __init__(self, path: str, images: str | None = None):
         """Raises FileNotFoundError for a wrong path, ValueError for missing columns or without pyarrow."""
         try:
             import pyarrow.parquet  # optional, and slow to import
         except ImportError as error:
-            raise ValueError("Parquet files need pyarrow: pip install pyarrow.") from error
+            raise ValueError("Parquet files need pyarrow: pip install pyarrow") from error
         self._images = None if images is None else Images(images)
         self._files = find_files(path, "parquet", ".parquet")
         self._len = 0
@@ -40,11 +40,11 @@ class Parquet:
             if image is None or caption is None:
                 raise ValueError(
                     f"{file} has the columns {schema.names}: name one of images ({', '.join(IMAGE_COLUMNS)}) "
-                    f"and one of captions ({', '.join(CAPTION_COLUMNS)})."
+                    f"and one of captions ({', '.join(CAPTION_COLUMNS)})"
                 )
             if images is None and _is_text(schema.field(image).type):
                 raise ValueError(
-                    f"{file} holds paths of images in {image!r}: give --images=DIR, the folder they are in."
+                    f"{file} holds paths of images in {image!r}: add ?images=DIR, the folder they are in"
                 )
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Parquet:
         if isinstance(image, str) and self._images is not None:
             return self._images.pair(record_id, image, captions)
         if not isinstance(image, bytes):
-            detail = "the cell is empty" if image is None else f"only a path, {image}: give --images=DIR"
+            detail = "the cell is empty" if image is None else f"only a path, {image}: add ?images=DIR"
             image = BadRecord(record_id, "missing image", detail)
         return make_pair(record_id, image, captions)
 

@@ -53,7 +53,7 @@ class Csv:
             if image is None or caption is None:
                 raise ValueError(
                     f"{self._path} has the columns {names}: name one of images ({', '.join(IMAGE_COLUMNS)}) "
-                    f"and one of captions ({', '.join(CAPTION_COLUMNS)})."
+                    f"and one of captions ({', '.join(CAPTION_COLUMNS)})"
                 )
             # Bars separate captions in which quotes mean nothing.
             quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL

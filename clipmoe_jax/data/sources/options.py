@@ -1,0 +1,22 @@
+"""Options at the end of a line, KIND:PATH?name=value&name=value: one grammar for sources and evaluations."""
+
+from urllib.parse import unquote
+
+
+def parse_options(query: str) -> dict[str, str]:
+    """Returns {name: value} of `name=value&name=value`.
+
+    Percent escapes are decoded (%26 is an ampersand), and a plus is a plus.
+
+    Raises:
+        ValueError: a part that is not name=value, or an option that is given twice.
+    """
+    options: dict[str, str] = {}
+    for part in query.split("&") if query else ():
+        name, _, value = part.partition("=")
+        if not name or not value:
+            raise ValueError("options are written ?name=value&name=value")
+        if name in options:
+            raise ValueError(f"option {name} is given twice")
+        options[name] = unquote(value)
+    return options
