@@ -45,8 +45,21 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left with one at the end."""
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the exhaustive grids too (-m exhaustive: only these)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: one more cell of a grid; runs with --all")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Exhaustive tests run with --all alone. The longest files come first, so that no worker is left with one at
+    the end."""
+    if not config.getoption("--all"):
+        kept = [item for item in items if "exhaustive" not in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if "exhaustive" in item.keywords])
+        items[:] = kept
     tests = pathlib.Path(__file__).parent
     ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))

@@ -44,7 +44,7 @@ class Dataset:
         from something else, and what `write_pairs` and the source raise.
         """
         folder = epath.Path(self.path)
-        stamp = sources.source_stamp(self.source) if self.source else ""
+        stamp = sources.source_stamp(self.source).strip(",") if self.source else ""
         if not self.source or (artifacts.is_done(folder) and not stamp):
             return False
         split = self.split.partition("[")[0] or WHOLE_SPLIT
@@ -52,7 +52,7 @@ class Dataset:
         def build(unfinished: epath.Path) -> dict:
             if not distributed.is_main():
                 return {}
-            return preparation.write_pairs(sources.open_source(self.source), str(unfinished), split=split)
+            return preparation.write_pairs(sources.open_source(self.source), unfinished, split=split)
 
         inputs = {"source": self.source, "split": split} | ({"file": stamp} if stamp else {})
         return artifacts.make(folder, inputs, build)
