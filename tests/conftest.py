@@ -46,7 +46,9 @@ LONGEST = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="the exhaustive grids too (-m exhaustive: only these)")
+    parser.addoption(
+        "--all", action="store_true", help="the exhaustive grids too (-m exhaustive: only these)"
+    )
 
 
 def pytest_configure(config):

@@ -1,38 +1,73 @@
-"""How every command starts: flags in, errors out as one line."""
+"""The command line: parses flags, prints what a command says, and turns errors into one line."""
 
+import contextlib
+import functools
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
 
 from absl import app, flags
+
+from clipmoe_jax.core import artifacts, distributed
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and calls main(argv), as absl's app.run does.
+def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | None = None) -> None:
+    """Parses the flags, calls main(argv) as absl's app.run does, and prints the text that it returns.
 
-    Errors made for people become one line on stderr and exit code 1: bad flags, unknown config
-    fields, files that cannot be opened, and every ValueError or KeyError raised by this package.
-    An error from inside a library keeps its stack trace, and so does every error if the
-    environment variable CLIPMOE_DEBUG is set.
+    Errors made for people become one line on stderr and exit code 1: bad flags, unknown config fields, files
+    that cannot be opened, and every ValueError or KeyError raised by this package. An error from inside a
+    library keeps its stack trace, and so does every error if the environment variable CLIPMOE_DEBUG is set.
+    renamed: {config field of an earlier version: what it is now}, to say so where one is set. A run that SIGTERM
+    stopped says so and exits with `distributed.EXIT_PREEMPTED`.
     """
 
-    def main_with_clear_errors(argv):
+    def main_with_clear_errors(argv: list[str]) -> None:
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
         try:
-            main(argv)
+            with announced_preemption():
+                text = main(argv)
         except (ValueError, OSError, KeyError) as error:
             if not _is_for_people(error):
                 raise
-            _fail(_one_line(error))
+            _fail(_one_line(error) + _fix(error))
+        if text:
+            say(text)
 
-    app.run(main_with_clear_errors, flags_parser=_parse_flags)
+    app.run(main_with_clear_errors, flags_parser=functools.partial(_parse_flags, renamed=renamed or {}))
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def say(text: str) -> None:
+    """Prints text on the console at once, even if stdout is a file."""
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def announced_preemption() -> Iterator[None]:
+    """Prints, on process 0, where a run stopped if SIGTERM stops it in this block."""
+    try:
+        yield
+    except distributed.Preempted as stop:
+        if distributed.is_main():
+            say(str(stop))
+        raise
+
+
+def mark_flags_parsed() -> None:
+    """Lets a library read its own absl flags in a program that did not parse any, such as a notebook.
+
+    Otherwise the library fails, or takes that program's arguments for its own.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
     """Parses absl flags and ml_collections' config overrides; returns what is left of argv."""
     try:
         return flags.FLAGS(argv)
@@ -40,7 +75,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if "CLIPMOE_DEBUG" in os.environ:
             raise
         unknown_field = isinstance(error, AttributeError)
-        _fail(("no such config field: " if unknown_field else "") + _one_line(error))
+        text = _one_line(error)
+        _fail(f"no such config field: {text}{_renaming(text, renamed)}" if unknown_field else text)
+
+
+def _renaming(text: str, renamed: Mapping[str, str]) -> str:
+    """What fields of an earlier version, if the text of an error names some, are now."""
+    words = set(re.findall(r"[\w.]+", text.replace("config.", "")))
+    new = [
+        f"{old} is now {now}"
+        for old, now in renamed.items()
+        if words & {old, old.rpartition(".")[2], old.split(".")[0]}
+    ]
+    return f"; {'; '.join(new)}" if new else ""
 
 
 def _is_for_people(error: Exception) -> bool:
@@ -50,7 +97,7 @@ def _is_for_people(error: Exception) -> bool:
     return isinstance(error, OSError) or innermost.f_code.co_filename.startswith(_PACKAGE)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], Exception):  # ml_collections nests them
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
@@ -60,6 +107,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-def _fail(message: str) -> None:
+def _fix(error: Exception) -> str:
+    """Returns the flag that mends an error, where the error itself knows no flags."""
+    if isinstance(error, artifacts.MissingArtifactError) and "stage" in flags.FLAGS:
+        return f"; run the same command with --stage={error.stage} first"
+    return ""
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.core import artifacts, cli, distributed
 from clipmoe_jax.data import preparation
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.dmu import results as dmu_results
@@ -108,4 +108,5 @@ if __name__ == "__main__":
         dmu_results._diagnose = lambda run, folder: {}
     if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
-    runner.run_variants(config(), epath.Path(workdir))
+    with cli.announced_preemption():
+        runner.run_variants(config(), epath.Path(workdir))

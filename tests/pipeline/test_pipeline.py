@@ -166,7 +166,10 @@ def test_changed_config_is_refused_by_field(demo):
 
 def test_stage_without_its_inputs_says_which_makes_them(tmp_path):
     config = get_config("demo", "small")
-    with pytest.raises(FileNotFoundError, match="run the same command with --stage=base first"):
+    with pytest.raises(FileNotFoundError, match="data/train does not exist yet: stage data makes it"):
+        runner.run_variants(config, epath.Path(tmp_path), "embed_1")
+    runner.run_variants(config, epath.Path(tmp_path), "data")
+    with pytest.raises(FileNotFoundError, match="base does not exist yet: stage base makes it"):
         runner.run_variants(config, epath.Path(tmp_path), "embed_1")
     with pytest.raises(ValueError, match="'embed_4' is not a stage of this config: choose one of data, base"):
         runner.run_variants(config, epath.Path(tmp_path), "embed_4")
