@@ -56,8 +56,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Exhaustive tests run with --all alone. The longest files come first, so that no worker is left with one at
-    the end."""
+    """Exhaustive tests run with --all alone. The longest files come first: no worker is left with one."""
     if not config.getoption("--all"):
         kept = [item for item in items if "exhaustive" not in item.keywords]
         config.hook.pytest_deselected(items=[item for item in items if "exhaustive" in item.keywords])

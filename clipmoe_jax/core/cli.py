@@ -22,8 +22,8 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     Errors made for people become one line on stderr and exit code 1: bad flags, unknown config fields, files
     that cannot be opened, and every ValueError or KeyError raised by this package. An error from inside a
     library keeps its stack trace, and so does every error if the environment variable CLIPMOE_DEBUG is set.
-    renamed: {config field of an earlier version: what it is now}, to say so where one is set. A run that SIGTERM
-    stopped says so and exits with `distributed.EXIT_PREEMPTED`.
+    renamed: {config field of an earlier version: what it is now}, to say so where one is set. A run that
+    SIGTERM stopped says so and exits with `distributed.EXIT_PREEMPTED`.
     """
 
     def main_with_clear_errors(argv: list[str]) -> None:

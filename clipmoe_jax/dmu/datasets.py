@@ -54,7 +54,7 @@ class Dataset:
                 return {}
             return preparation.write_pairs(sources.open_source(self.source), unfinished, split=split)
 
-        inputs = {"source": self.source, "split": split} | ({"file": stamp} if stamp else {})
+        inputs = {"source": self.source, "split": split} | ({"source files": stamp} if stamp else {})
         return artifacts.make(folder, inputs, build)
 
 

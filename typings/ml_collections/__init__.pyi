@@ -1,7 +1,7 @@
 """The part of ml_collections that this package uses.
 
-The library types a field as the union of all that a field may hold, so that every use of one would be an error. Fields
-are whatever `clipmoe_jax/config.py` makes them: Any.
+The library types a field as the union of all that a field may hold, so that every use of one would be an
+error. Fields are whatever `clipmoe_jax/config.py` makes them: Any.
 """
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping

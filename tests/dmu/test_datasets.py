@@ -1,0 +1,128 @@
+"""A run's data sets: which folder each lies in, that it is prepared once, and what is refused."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from clipmoe_jax.config import default_config, set_variants, variant_configs
+from clipmoe_jax.data import preparation
+from clipmoe_jax.dmu.datasets import Dataset, datasets_of
+
+SCENES = "digit_scenes:train?pairs=8"
+
+
+def config_of(train: str, **data: str):
+    config = default_config()
+    config.data.update(data, train=train)
+    return config
+
+
+def folders(config, seed=0, variant=""):
+    """{name: folder under the workdir} of a variant's data sets."""
+    own = variant_configs(config)[variant]
+    datasets = datasets_of(own, config, epath.Path("w"), variant, seed)
+    return {name: dataset.path for name, dataset in datasets.items()}
+
+
+def test_a_prepared_folder_stays_where_it_is():
+    config = config_of("data/train", test="data/test")
+    assert folders(config) == {"train": "data/train", "test": "data/test"}
+
+
+def test_a_source_is_prepared_into_the_workdir():
+    config = config_of("folder:photos", test="coco:val.json?images=val", base=SCENES)
+    assert folders(config) == {"train": "w/data/train", "test": "w/data/test", "base": "w/data/base"}
+
+
+def test_a_base_from_a_checkpoint_needs_no_data():
+    config = config_of("folder:photos", base=SCENES)
+    config.base.checkpoint = "clip.pt"
+    assert folders(config) == {"train": "w/data/train"}
+
+
+def test_seeds_share_files_and_have_generated_pairs_of_their_own():
+    config = config_of(SCENES, test="folder:photos", base=f"{SCENES}&seed=7")
+    config.seeds = (1, 2)
+    for seed in (1, 2):
+        own = folders(config, seed)
+        assert own == {"train": f"w/data/seed_{seed}/train", "test": "w/data/test", "base": "w/data/base"}
+    datasets = datasets_of(config, config, epath.Path("w"), "", 2)
+    assert datasets["train"].source == f"{SCENES}&seed=2" and datasets["base"].source == f"{SCENES}&seed=7"
+
+
+def test_variants_share_what_they_do_not_set_otherwise():
+    config = config_of("folder:photos", test=SCENES)
+    set_variants(config, {"a": {}, "b": {"data.train": "folder:others"}})
+    assert folders(config, variant="a") == {"train": "w/data/train", "test": "w/data/test"}
+    assert folders(config, variant="b") == {"train": "w/b/data/train", "test": "w/data/test"}
+
+
+def test_a_bucket_is_no_place_to_prepare_in():
+    config = config_of(SCENES)
+    with pytest.raises(
+        ValueError, match=r"data\.train=digit_scenes:.* lies in a bucket: prepare it on a disk"
+    ):
+        datasets_of(config, config, epath.Path("gs://bucket/run"), "", 0)
+
+
+def write_photos(folder, count: int = 4) -> None:
+    """Images with a caption each: a folder, a tar shard, and ShareGPT4V's JSON of the same."""
+    (folder / "photos").mkdir()
+    entries = []
+    with tarfile.open(folder / "photos.tar", "w") as tar:
+        for i in range(count):
+            out, caption = io.BytesIO(), f"a square of brightness {i}"
+            Image.fromarray(np.full((40, 50, 3), 20 * i, np.uint8)).save(out, "PNG")
+            (folder / "photos" / f"{i}.png").write_bytes(out.getvalue())
+            (folder / "photos" / f"{i}.txt").write_text(caption)
+            for suffix, contents in (("png", out.getvalue()), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(contents)
+                tar.addfile(member, io.BytesIO(contents))
+            turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": caption}]
+            entries.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (folder / "captions.json").write_text(json.dumps(entries))
+
+
+RAW = {
+    "a folder": "folder:{0}/photos",
+    "tar shards": "webdataset:{0}/photos.tar",
+    "ShareGPT4V": "sharegpt4v:{0}/captions.json?images={0}/photos",
+    "two of them": "folder:{0}/photos,webdataset:{0}/photos.tar",
+}
+
+
+@pytest.mark.parametrize("source", RAW.values(), ids=RAW)
+def test_raw_files_are_prepared_once_and_opened(tmp_path, monkeypatch, source):
+    write_photos(tmp_path)
+    dataset = Dataset(str(tmp_path / "run" / "data" / "train"), "train[:3]", source.format(tmp_path))
+    assert dataset.prepare()
+    monkeypatch.setattr(preparation, "write_pairs", lambda *args, **kwargs: pytest.fail("prepared again"))
+    assert not dataset.prepare()
+    records = dataset.open()
+    assert len(records) == 3 and records[1]["captions"] == ["a square of brightness 1"]
+
+
+def test_a_source_that_changed_is_refused_and_one_that_has_gone_is_not_missed(tmp_path):
+    write_photos(tmp_path)
+    captions = tmp_path / "captions.json"
+    dataset = Dataset(str(tmp_path / "train"), "train", f"sharegpt4v:{captions}?images={tmp_path}/photos")
+    dataset.prepare()
+    captions.rename(tmp_path / "moved.json")
+    assert not dataset.prepare()
+    captions.write_text((tmp_path / "moved.json").read_text().replace("square", "circle"))
+    with pytest.raises(ValueError, match="train was made with source files="):
+        dataset.prepare()
+
+
+def test_another_source_for_the_same_folder_is_refused(tmp_path):
+    write_photos(tmp_path)
+    folder = str(tmp_path / "train")
+    Dataset(folder, "train", f"folder:{tmp_path}/photos").prepare()
+    with pytest.raises(ValueError, match="train was made with source="):
+        Dataset(folder, "train", f"webdataset:{tmp_path}/photos.tar").prepare()
