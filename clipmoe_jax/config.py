@@ -12,7 +12,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.dmu import recipes
 from clipmoe_jax.models.attention import IMPLEMENTATIONS, implementations
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.experts import GROUPED_MLPS, grouped_mlps
@@ -288,7 +287,6 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
     _check_choice("router.balance", config.router.balance, ("paper", "released"))
-    recipes.check_baselines(config.baselines)
     if 0 < config.data.max_caption_tokens < 3:
         raise ValueError(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "

@@ -1,19 +1,24 @@
-"""Clustering pairs by what a model already encodes, and accumulating the labels over stages.
+"""k-means over what a model already encodes, and pseudo-labels accumulated over stages.
 
-Letters: N pairs, d embedding, k clusters of one modality.
+Letters: N pairs, R rows of a part, D embedding width, C clusters of one modality.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import threadpoolctl
+from jaxtyping import Float, Float32, Int64, Integer, UInt16
 
 
-def fit_centres(parts: Sequence[np.ndarray], num_clusters: int, *, seed: int, max_fit: int) -> np.ndarray:
-    """k-means centres (k, d) float32 of features in parts, each (rows, d), possibly on disk.
+def fit_centres(
+    parts: Sequence[Float[np.ndarray, "_ D"]], num_clusters: int, *, seed: int, max_fit: int
+) -> Float32[np.ndarray, "C D"]:
+    """Returns k-means centres (C, D) float32 of features in parts, each (R, D), possibly on disk.
 
-    They come from at most `max_fit` features drawn by the seed, which alone are in memory at once. One
-    thread, since scikit-learn adds partial sums in the order in which threads finish.
+    They are fitted to at most `max_fit` features drawn by the seed, which alone are in memory at once. One
+    thread
+    computes: scikit-learn adds partial sums in the order in which threads finish. Raises ValueError for fewer
+    pairs than clusters.
     """
     from sklearn.cluster import KMeans  # here because it is slow to import
 
@@ -29,12 +34,16 @@ def fit_centres(parts: Sequence[np.ndarray], num_clusters: int, *, seed: int, ma
         for part, start, low, high in zip(parts, starts, bounds, bounds[1:], strict=False)
     ]
     with threadpoolctl.threadpool_limits(1):
-        kmeans = KMeans(num_clusters, n_init=3, random_state=seed).fit(np.concatenate(sample))
+        # scikit-learn declares n_init by its default alone, a string.
+        kmeans = KMeans(num_clusters, n_init=3, random_state=seed)  # pyright: ignore[reportArgumentType]
+        kmeans.fit(np.concatenate(sample))
     return kmeans.cluster_centers_.astype(np.float32)
 
 
-def nearest_centre(features: np.ndarray, centres: np.ndarray, chunk_size: int = 65536) -> np.ndarray:
-    """Labels (N,) uint16 of features (N, d): which of the centres (k, d) is nearest, the first of equals."""
+def nearest_centre(
+    features: Float[np.ndarray, "N D"], centres: Float32[np.ndarray, "C D"], chunk_size: int = 65536
+) -> UInt16[np.ndarray, " N"]:
+    """Returns the nearest of the centres (C, D) to each feature (N, D): (N,) uint16, the first of equals."""
     half_norms = np.sum(centres**2, axis=1) / 2
     labels = np.empty(len(features), np.uint16)
     for start in range(0, len(features), chunk_size):
@@ -44,9 +53,14 @@ def nearest_centre(features: np.ndarray, centres: np.ndarray, chunk_size: int = 
 
 
 def accumulate_labels(
-    previous: np.ndarray, image_labels: np.ndarray, text_labels: np.ndarray, num_clusters: int
-) -> np.ndarray:
-    """pseudo_label_s = pseudo_label_{s-1} * k^2 + text_label * k + image_label, (N,) int64; previous is zeros
-    for the first stage."""
+    previous: Integer[np.ndarray, " N"],
+    image_labels: Integer[np.ndarray, " N"],
+    text_labels: Integer[np.ndarray, " N"],
+    num_clusters: int,
+) -> Int64[np.ndarray, " N"]:
+    """Returns pseudo_label_s = pseudo_label_{s-1} * C^2 + text_label * C + image_label, (N,) int64.
+
+    previous: of the stage before, zeros for the first (the paper's section 3.1).
+    """
     labels = text_labels.astype(np.int64) * num_clusters + image_labels
     return previous.astype(np.int64) * num_clusters**2 + labels

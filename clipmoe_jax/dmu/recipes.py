@@ -271,7 +271,11 @@ _ONE_STAGE = ConfigDict({"mcl": {"num_stages": 1}})
 
 
 def recipes(config: ConfigDict) -> dict[str, Recipe]:
-    """Returns {name: recipe} of what a config makes, each after those it is made from."""
+    """Returns {name: recipe} of what a config makes, each after those it is made from.
+
+    Raises ValueError as `check_baselines` does.
+    """
+    check_baselines(config.baselines)
     stages = [row for rows in STAGES for row in rows(config)]
     wanted = [row for row in BASELINES if row.name in config.baselines]
     return {row.name: row for row in [*stages, *_in_order(wanted, config)]}

@@ -25,7 +25,7 @@ def stack_experts(
     router_stddev: float = 0.02,
     place: Callable[[trees.Params], Any] = lambda _: None,
 ) -> dict:
-    """Params of a MoE whose expert e is the feed-forward layer of tree e, in every MoE block; pure.
+    """Returns params of an MoE whose expert e is the feed-forward layer of tree e in every MoE block; pure.
 
     trees_of_params: E dense trees of one architecture, equal outside their feed-forward layers; tree 0, the
     base, gives everything shared, and the feed-forward layers of blocks that stay dense. num_moe_layers: the
@@ -90,10 +90,11 @@ def _stack(
 
 
 def expert_as_dense(params: trees.Params, config: ClipConfig, e: int) -> tuple[ClipConfig, dict]:
-    """Expert e of a MoE as the dense model it came from: its config and params, leaves as they are.
+    """Returns expert e of an MoE as the dense model it came from: architecture and params, leaves as they
+    are.
 
     Blocks of the MoE that are dense are the base's in every expert.
-    Raises ValueError for a dense model, and for an expert that there is not.
+    Raises ValueError for a dense model, and for an expert number out of range.
     """
     if config.moe is None:
         raise ValueError(f"expert {e} of a dense model was asked for: it has no experts")
@@ -115,7 +116,9 @@ def reinitialize_experts(
     share: float = 0.5,
     place: Callable[[trees.Params], Any] = lambda _: None,
 ) -> dict:
-    """The MoE with a share of each expert's hidden units drawn anew (Drop-Upcycling, arXiv 2502.19261); pure.
+    """Returns the MoE with a share of each expert's hidden units drawn anew; pure.
+
+    Drop-Upcycling (arXiv 2502.19261).
 
     Every expert of every block draws its own floor(share * F) of the F hidden units. Their columns of c_fc,
     biases of c_fc and rows of c_proj become normal values of the mean and standard deviation that these

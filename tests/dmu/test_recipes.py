@@ -26,6 +26,18 @@ def test_recipes_come_after_those_they_are_made_from():
         made.add(recipe.name)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["lora"], "baselines='lora': choose one of direct_ft, "),
+        (["base_ft_moe"], "made from 'direct_ft': add"),
+    ],
+)
+def test_a_baseline_that_cannot_be_made_is_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.recipes(config_of(*names))
+
+
 def test_tables_have_base_baselines_stages_ensemble_and_clip_moe_in_this_order():
     titles = [row.title for row in recipes.table_rows(config_of(*recipes.baseline_names(), num_stages=2))]
     assert titles == [

@@ -11,6 +11,7 @@ import pytest
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
+from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import Clip, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
@@ -48,6 +49,7 @@ def lowered_text(model: Clip, params, rules, phase, loss) -> str:
 def test_config_is_valid_and_its_steps_lower(name):
     config = get_config(name)
     configs.validate(config)
+    assert recipes.recipes(config)
     dense = configs.architecture(config)
     moe = dataclasses.replace(dense, moe=configs.moe_config(config))
     params, moe_params = abstract_params(dense), abstract_params(moe)
@@ -153,8 +155,6 @@ BAD_FIELDS = {
     "gradients that vanish": ("compute.dtype", "float16", "float32, bfloat16"),
     "unknown init_from": ("mcl.init_from", "last", "base, previous"),
     "unknown balance": ("router.balance", "none", "paper, released"),
-    "unknown baseline": ("baselines", ("lora",), "direct_ft"),
-    "baseline without its source": ("baselines", ("base_ft_moe",), "made from 'direct_ft'"),
     "no training data": ("data.train", "", "clipmoe_jax.prepare"),
     "no base": ("base.checkpoint", "", "base.checkpoint is empty"),
     "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must lie between 1 and"),
