@@ -76,7 +76,7 @@ def read_epochs(folder: str) -> Callable[[int], None]:
 
     def read(num_epochs: int) -> None:
         steps = num_epochs * sampler.num_steps
-        with loader.batches(pairs, sampler, start_step=0, num_steps=steps, num_units=1) as batches:
+        with loader.batches(pairs, sampler, start_step=0, num_steps=steps, num_text_shards=1) as batches:
             for batch in batches:
                 assert batch["image"].shape == (64, 224, 224, 3)
 
@@ -90,7 +90,7 @@ def wait_fraction(folder: str, images_per_second: float, num_epochs: int) -> flo
     pairs = loader.StreamedPairs(records, Tokenizer(248), 224, packing_steps=16)
     sampler, waited = ShuffledSampler(len(records), 64, seed=0), 0.0
     steps = num_epochs * sampler.num_steps
-    with loader.batches(pairs, sampler, start_step=0, num_steps=steps, num_units=1) as batches:
+    with loader.batches(pairs, sampler, start_step=0, num_steps=steps, num_text_shards=1) as batches:
         next(batches)
         began = time.perf_counter()
         for _ in range(steps - 1):
@@ -152,7 +152,7 @@ def main() -> None:
         found[f"tokenise {name}, captions/s/core"] = len(of_set) / (time.process_time() - began)
         batch = tokens[:32]
         lengths = (batch == END_ID).argmax(1) + 1
-        packed = pack(batch, lengths, place_captions(lengths, 1, 248, steps=16), num_units=1)
+        packed = pack(batch, lengths, place_captions(lengths, 1, 248, steps=16), num_shards=1)
         ratio = text_tower_seconds(batch) / text_tower_seconds(packed)
         found[f"text tower, 32 of {name} in {len(packed.tokens)} rows, times as fast"] = ratio
     for name, value in found.items():

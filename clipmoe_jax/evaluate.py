@@ -4,12 +4,13 @@
     python -m clipmoe_jax.evaluate --model=ViT-L-14.pt --data='zero_shot:data/imagenet?classes=imagenet' \\
         --data=mmvp:MMVP_VLM --data='knn:data/cifar10_test?train=data/cifar10_train' --out=numbers.json
 
---data is KIND:PATH?option=value, one of `clipmoe_jax.evaluation.evaluations`; a path alone is a prepared data
-set for retrieval. --experts evaluates each expert of a CLIP-MoE alone, too, as the dense model it came from.
+--data is KIND:PATH?option=value, a line of `clipmoe_jax.evaluation.evaluations`; a path alone is a prepared
+data set for retrieval. --experts evaluates each expert of a CLIP-MoE alone, too, as the dense model it came
+from.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from absl import flags, logging
 from etils import epath
@@ -20,7 +21,7 @@ from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import expert_as_dense
 from clipmoe_jax.evaluation.encoder import Encoder
-from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, parse_evaluation
+from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, NotApplicableError, parse_evaluation
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
@@ -35,48 +36,53 @@ def evaluate(
     batch_size: int = 256,
     config: ConfigDict | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{name: {line: {metric: value}}}: name is "model", with `experts` also "expert 0", ….
+    """Returns {name: {line: {metric: value}}}; name is "model", with `experts` also "expert 0", ….
 
-    model: of both towers, its params on the mesh of all devices (`read`). config: how to compute; None is
-    what a run does. Raises ValueError for a model without text tower, and for experts of a dense one.
+    Args:
+        model: of both towers, its params on the mesh of all devices (`read`).
+        evaluations: what to measure.
+        experts: whether to evaluate each expert alone too, as the dense model it came from.
+        batch_size: images or texts at a time.
+        config: whose compute fields to use; None is the default config.
+
+    Raises:
+        ValueError: a model without text tower, or experts of a dense one.
     """
     if model.config.text is None:
         raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
     config = config or configs.default_config()
     mesh = sharding.make_mesh()
     tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)
-    found = {}
+    numbers = {}
     for name, (architecture, params) in _models(model, experts):
         clip = Clip(architecture, configs.compute_config(config, sharding.platform()))
         subject = Subject(Encoder(clip, params, mesh, batch_size), tokenizer, architecture.vision.image_size)
-        found[name] = {evaluation.line: evaluation.measure(subject) for evaluation in evaluations}
-    return found
+        numbers[name] = {evaluation.line: evaluation.measure(subject) for evaluation in evaluations}
+    return numbers
 
 
 def _models(model: Loaded, experts: bool) -> Iterator[tuple[str, tuple[ClipConfig, trees.Params]]]:
     yield "model", (model.config, model.params)
     if experts:
         if model.config.moe is None:
-            raise ValueError(f"--experts: the model is a {model.source} and has none")
+            raise ValueError(f"the model is a {model.source} and has no experts")
         for e in range(model.config.moe.num_experts):
             yield f"expert {e}", expert_as_dense(model.params, model.config, e)
 
 
 def read(path: str, **options) -> Loaded:
-    """`read_model` with its options, params on the mesh of all devices."""
+    """Reads a model as `read_model`, its params on the mesh of all devices."""
     return read_model(path, **options, place=functools.partial(sharding.put_param, sharding.make_mesh()))
 
 
-def main(argv: list[str]) -> None:
-    """The command: reads flags, evaluates, prints a table for each line."""
+def main(argv: list[str]) -> str:
+    """Evaluates the model that the flags name; returns a table for each line."""
     del argv
-    logging.set_verbosity(logging.WARNING)  # tfds and orbax tell every file they open
+    logging.set_verbosity(logging.WARNING)  # tfds and orbax log every file they open
     given = flags.FLAGS
     distributed.keep_compiled_programs()
     lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data]
-    evaluations = [parse_evaluation(line) for line in lines]
-    for evaluation in evaluations:
-        _ = evaluation.data  # what is not there is told before the model is read
+    evaluations, skipped = _open(lines)  # an error in them is raised before the model is read
     if given.out:
         epath.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     model = read(
@@ -86,18 +92,36 @@ def main(argv: list[str]) -> None:
         context_length=given.context_length,
         image_size=given.image_size,
     )
-    print(f"{given.model}: {model.source}")
-    found = evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size)
-    width = max(map(len, found))
-    for line in lines:
-        metrics = found["model"][line]
-        cells = {m: max(6, len(short_name(m))) for m in metrics}
-        print(f"\n{line}\n" + "  ".join([" " * width, *(f"{short_name(m):>{n}}" for m, n in cells.items())]))
-        for name, numbers in found.items():
-            values = (f"{numbers[line][m]:>{n}.3f}" for m, n in cells.items())
-            print("  ".join([f"{name:{width}}", *values]))
+    numbers = evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size)
     if given.out:
-        artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **found})
+        artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **numbers})
+    tables = [_table(evaluation.line, numbers) for evaluation in evaluations]
+    return "\n\n".join([f"{given.model}: {model.source}", *skipped, *tables])
+
+
+def _open(lines: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+    """Returns evaluations with their data opened, and a text for each one that does not apply to its data."""
+    evaluations, skipped = [], []
+    for line in lines:
+        evaluation = parse_evaluation(line)
+        try:
+            _ = evaluation.data
+        except NotApplicableError as error:
+            skipped.append(f"skipped: {error}")
+        else:
+            evaluations.append(evaluation)
+    return evaluations, skipped
+
+
+def _table(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Returns the table of one evaluation: a row for each model, a column for each metric."""
+    width = max(map(len, numbers))
+    widths = {metric: max(6, len(short_name(metric))) for metric in numbers["model"][line]}
+    rows = [line, "  ".join([" " * width, *(f"{short_name(m):>{n}}" for m, n in widths.items())])]
+    for name, of_line in numbers.items():
+        cells = (f"{of_line[line][metric]:>{n}.3f}" for metric, n in widths.items())
+        rows.append("  ".join([f"{name:{width}}", *cells]))
+    return "\n".join(rows)
 
 
 def _define_flags() -> None:
@@ -115,4 +139,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    cli.run(main)
+    cli.run(lambda argv: print(main(argv)))

@@ -3,12 +3,12 @@
 Axis letters: N records, B pairs of a batch on this host, H, W image height and width, L context
 length, R rows of packed text.
 
-`StreamedPairs` reads and decodes what a batch needs; `DecodedPairs` does it once for the whole
-data set and keeps it in memory. `batches` takes either and gives the same arrays.
+`StreamedPairs` reads and decodes what a batch needs; `DecodedPairs` decodes the whole data set once and keeps
+it in memory. `batches` takes either and gives the same arrays.
 
-Text has a caption in each row, or, with `packing_steps` and `num_units`, several (data/packing.py). Every
-process must find the same number of rows, so all of them place all captions of the global batch, by the
-length of each record's longest: whichever has its turn fits.
+Text has a caption in each row, or, with `packing_steps` and `num_text_shards`, several (data/packing.py). The
+number of rows must be the same in every process. So each process places all captions of the global batch, by
+the length of each record's longest caption, which leaves room for whichever has its turn.
 
 With `short_captions` there is also "short_text", int32 (B, L'): the first sentence of each caption, for
 `losses.short_caption_loss`.
@@ -48,17 +48,25 @@ class Sampler(Protocol):
     num_steps: int
 
     def indices(self, step: int) -> np.ndarray:
-        """int64 (global_batch,): record indices, -1 for padding. Steps count on over epochs."""
+        """Returns int64 (global_batch,): record indices, -1 for padding. Steps count on over epochs."""
+        ...
 
     def origin(self, step: int) -> str:
-        """Where a step's records come from, in words."""
+        """Describes where a step's records come from."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedPairs:
-    """Pairs that are read and decoded each time they are used, by `num_threads` threads in all.
+    """Pairs that are read and decoded each time they are used.
 
-    packing_steps: how many numbers of rows packed text may have; 0 never packs.
+    Attributes:
+        records: the data set.
+        tokenizer: of captions.
+        image_size: of the decoded images.
+        packing_steps: how many numbers of rows packed text may have; 0 never packs.
+        short_captions: whether batches have "short_text".
+        num_threads: that decode, in all.
     """
 
     records: Records
@@ -77,11 +85,11 @@ class StreamedPairs:
         return self.tokenizer.context_length
 
     def caption_lengths(self, indices: np.ndarray) -> np.ndarray:
-        """int64 (B,): tokens of each record's longest caption, L at most; 0 where the index is -1."""
+        """Returns int64 (B,): tokens of each record's longest caption, L at most; 0 where the index is -1."""
         return _caption_lengths(self.records.token_counts, indices, self.context_length)
 
     def gather(self, indices: np.ndarray, epoch: int) -> Batch:
-        """Decodes some pairs, each with the caption that is its turn this epoch.
+        """Decodes some pairs, each with the caption whose turn it is this epoch.
 
         Args:
             indices: int (B,), records; -1 gives zeros.
@@ -124,7 +132,7 @@ class StreamedPairs:
 
 
 class DecodedPairs:
-    """Pairs decoded once and held in memory: for data sets that are small and read often.
+    """Pairs that are decoded once and held in memory, for data sets that are small and read often.
 
     Takes N·H·W·3 bytes for the images and 4·L for each caption.
     """
@@ -137,8 +145,9 @@ class DecodedPairs:
         packing_steps: int = 0,
         short_captions: bool = False,
     ):
-        """Decodes everything, with a progress bar if it takes more than two seconds. packing_steps: as of
-        `StreamedPairs`.
+        """Decodes everything, with a progress bar if it takes more than two seconds.
+
+        Args: as for `StreamedPairs`.
 
         Raises:
             ValueError: an image that does not decode, by record id and index.
@@ -160,7 +169,7 @@ class DecodedPairs:
         captions = [caption for of_one in captions for caption in of_one]
         self._text, self._short_text = tokenizer(captions), None
         if short_captions:
-            self._short_text = _short_tokenizer(tokenizer)(map(first_sentence, captions))
+            self._short_text = _short_tokenizer(tokenizer)([first_sentence(caption) for caption in captions])
         lengths = _lengths(self._text)
         self._longest = np.maximum.reduceat(lengths, self._first_caption)  # (N,) of a record's captions
         self.packing_steps, self.context_length = packing_steps, tokenizer.context_length
@@ -169,11 +178,11 @@ class DecodedPairs:
         return len(self._image)
 
     def caption_lengths(self, indices: np.ndarray) -> np.ndarray:
-        """As `StreamedPairs.caption_lengths`."""
+        """Returns the same as `StreamedPairs.caption_lengths`."""
         return _caption_lengths(self._longest, indices, self.context_length)
 
     def gather(self, indices: np.ndarray, epoch: int) -> Batch:
-        """As `StreamedPairs.gather`, without its errors."""
+        """Returns the same as `StreamedPairs.gather`; raises nothing."""
         captions = self._first_caption[indices] + epoch % self._num_captions[indices]
         batch = {"image": self._image[indices], "text": self._text[captions]}
         if self._short_text is not None:
@@ -193,7 +202,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
-    num_units: int = 0,
+    num_text_shards: int = 0,
 ) -> Iterator[Iterator[Batch]]:
     """Opens an iterator over this host's part of the batches of some steps.
 
@@ -213,35 +222,36 @@ def batches(
         num_workers: processes that decode streamed pairs ahead; with 0, threads of this process
             do, which is enough up to some 10,000 images per second. Workers hand batches over in
             shared memory: /dev/shm must hold a few of them for each.
-        num_units: runs of pairs of the global batch whose captions share rows, if the pairs have
-            packing_steps; 0 leaves one caption a row, as what looks at single tokens needs it.
+        num_text_shards: how many parts the global batch has for text, one for each device and microbatch:
+            captions of a part share rows if the pairs have packing_steps. 0 leaves a caption a row, which
+            whatever looks at single tokens needs.
 
     Yields:
         an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L), or PackedText of this host's
-        units, "index": int64 (B,) records, "valid": bool (B,)}, and "short_text" if the pairs have it.
+        shards, "index": int64 (B,) records, "valid": bool (B,)}, and "short_text" if the pairs have it.
         Padding pairs are zero, -1 in "index", False in "valid".
 
     Raises:
-        ValueError: hosts or units that do not divide the batch; from the iterator, an unreadable record.
+        ValueError: hosts or shards that do not divide the batch; from the iterator, an unreadable record.
     """
     if sampler.global_batch % process_count:
         raise ValueError(
-            f"A global batch of {sampler.global_batch} does not divide among {process_count} "
-            f"processes: use a multiple of {process_count}."
+            f"a global batch of {sampler.global_batch} does not divide among {process_count} "
+            f"processes: use a multiple of {process_count}"
         )
-    if num_units and (sampler.global_batch % num_units or num_units % process_count):
+    if num_text_shards and (sampler.global_batch % num_text_shards or num_text_shards % process_count):
         raise ValueError(
-            f"A global batch of {sampler.global_batch} in {num_units} units of {process_count} processes: "
-            "the units must divide the batch, and the processes the units."
+            f"a global batch of {sampler.global_batch} in {num_text_shards} shards of {process_count} "
+            "processes: the shards must divide the batch, and the processes the shards"
         )
     steps = range(start_step, start_step + num_steps)
-    num_units = num_units if pairs.packing_steps else 0
+    num_text_shards = num_text_shards if pairs.packing_steps else 0
     if isinstance(pairs, DecodedPairs):
-        yield map(_LocalBatch(pairs, sampler, process_index, process_count, num_units), steps)
+        yield map(_LocalBatch(pairs, sampler, process_index, process_count, num_text_shards), steps)
         return
     num_threads = max(1, pairs.num_threads // max(1, num_workers))
     pairs = dataclasses.replace(pairs, num_threads=num_threads)
-    local_batch = _LocalBatch(pairs, sampler, process_index, process_count, num_units)
+    local_batch = _LocalBatch(pairs, sampler, process_index, process_count, num_text_shards)
     iterator = _read_ahead(local_batch, steps, num_workers)
     try:
         yield map(_own, iterator) if num_workers else iterator
@@ -251,25 +261,25 @@ def batches(
 
 @dataclasses.dataclass(frozen=True)
 class _LocalBatch:
-    """step -> this host's batch; sent whole to worker processes."""
+    """Returns this host's batch of a step. Worker processes get a copy of it."""
 
     pairs: StreamedPairs | DecodedPairs
     sampler: Sampler
     process_index: int
     process_count: int
-    num_units: int
+    num_text_shards: int
 
     def __call__(self, step: int) -> Batch:
         all_indices = np.asarray(self.sampler.indices(step), np.int64)
         indices = self._part(all_indices)
         batch = self.pairs.gather(indices, epoch=step // self.sampler.num_steps)
-        if self.num_units:
+        if self.num_text_shards:
             lengths = self.pairs.caption_lengths(all_indices)
             context_length, steps = self.pairs.context_length, self.pairs.packing_steps
-            places = place_captions(lengths, self.num_units, context_length, steps)
+            places = place_captions(lengths, self.num_text_shards, context_length, steps)
             places = Places(places.num_rows, self._part(places.starts), self._part(places.segments))
             lengths = np.where(indices >= 0, _lengths(batch["text"]), 0)
-            batch["text"] = pack(batch["text"], lengths, places, self.num_units // self.process_count)
+            batch["text"] = pack(batch["text"], lengths, places, self.num_text_shards // self.process_count)
         return batch | {"index": indices, "valid": indices >= 0}
 
     def _part(self, array: np.ndarray) -> np.ndarray:
@@ -277,20 +287,26 @@ class _LocalBatch:
 
 
 def _read_ahead(local_batch: _LocalBatch, steps: range, num_workers: int):
-    """A grain iterator of local_batch(step), computed ahead of use."""
+    """Returns a grain iterator of local_batch(step), computed ahead of use."""
     import grain  # here because it is slow to import
-    from absl import flags
 
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(local_batch)
     # One batch at a time: its rows already use every thread.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # grain's workers read flags, which a library user has not
-            flags.FLAGS.mark_as_parsed()
+        _mark_flags_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         )
     return iter(dataset)
+
+
+def _mark_flags_parsed() -> None:
+    """Lets grain's workers read absl's flags, which a program that uses the library has not parsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def _own(batch: Batch) -> Batch:
@@ -307,7 +323,7 @@ def _own(batch: Batch) -> Batch:
 
 @functools.cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """One pool a process, kept from batch to batch."""
+    """Returns the process's pool of threads, kept from batch to batch."""
     return ThreadPoolExecutor(count, thread_name_prefix="decode")
 
 
@@ -316,14 +332,14 @@ def _short_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _caption_lengths(longest: np.ndarray, indices: np.ndarray, context_length: int) -> np.ndarray:
-    """`StreamedPairs.caption_lengths` from those of all records, (N,)."""
+    """Picks the lengths of some records from those of all, (N,): `StreamedPairs.caption_lengths`."""
     lengths = np.zeros(len(indices), np.int64)
     lengths[indices >= 0] = longest[indices[indices >= 0]]
     return np.minimum(lengths, context_length)
 
 
 def _lengths(text: np.ndarray) -> np.ndarray:
-    """(B, L) -> (B,) int64: tokens up to the first end token."""
+    """Counts tokens up to the first end token: (B, L) -> (B,) int64."""
     return np.argmax(text == END_ID, axis=1) + 1
 
 
@@ -331,14 +347,14 @@ def _decode(record: dict, index: int, image_size: int) -> np.ndarray:
     if isinstance(record["image"], np.ndarray):
         if len(record["image"]) != image_size:
             raise ValueError(
-                f"The data set holds pixels of size {len(record['image'])} and the model takes {image_size}: "
-                f"prepare it with --pixels={image_size}, or without --pixels for every size."
+                f"the data set holds pixels of size {len(record['image'])} and the model takes {image_size}: "
+                f"prepare it with pixels={image_size}, or without pixels for every size"
             )
         return record["image"]
     try:
         return preprocess_image(record["image"], image_size)
     except UnreadableImageError as error:
         raise ValueError(
-            f"Record {index} ({record['id']!r}) has an image that does not decode: {error}. "
-            "The data set has changed since it was prepared: prepare it again."
+            f"record {index} ({record['id']!r}) has an image that does not decode, its files have changed: "
+            f"prepare the data set again ({error})"
         ) from error

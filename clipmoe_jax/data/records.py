@@ -31,6 +31,7 @@ class Records:
     Attributes:
         path: the data set's folder, what prepare was given as --out.
         split: its split, or a part of one in TFDS's notation ("train[:1000]").
+        part: the slice of the split that the records are.
         image_size: of the pixels that are stored; None where image files are.
         fingerprint: changes when another data set is prepared there.
         attribute_table: {name: AttributeSpec} of the attributes that records carry; None if they carry none.
@@ -82,7 +83,7 @@ class Records:
             raise ValueError(f"{path} has no split {split!r}: {error}") from error
 
         (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-        self._part = slice(part.from_, part.to)
+        self.part = slice(part.from_, part.to)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -96,7 +97,7 @@ class Records:
             raise FileNotFoundError(
                 f"{path} does not exist: prepare the data set again, or set data.packing_steps=0"
             )
-        return map_array(path)[self._part]
+        return map_array(path)[self.part]
 
     def __getstate__(self) -> dict:
         """Leaves out the lengths of captions, which a worker process maps for itself."""

@@ -6,6 +6,7 @@ Letters: N inputs, d embedding.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -16,50 +17,63 @@ from clipmoe_jax.data import loader
 from clipmoe_jax.data.samplers import SequentialSampler
 from clipmoe_jax.models.clip import METHODS, Clip, normalize_features
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@functools.cache
-def make_encode(model: Clip, method: str) -> Callable[[trees.Params, jax.Array], jax.Array]:
-    """Jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or "encode_text"."""
+
+def cache_programs(function: Function) -> Function:
+    """Caches what a function returns for a model, as functools.cache, whose types take no flax module."""
+    return cast(Function, functools.cache(function))
+
+
+@cache_programs
+def make_encode(model: Clip, method: str) -> Callable[[trees.Params, Any], jax.Array]:
+    """Returns a jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or
+    "encode_text"."""
     return jax.jit(lambda params, inputs: model.apply({"params": params}, inputs, method=method)[0])
 
 
 class Encoder:
-    """A model with its params on a mesh; encodes in batches of one size, so that each tower compiles once, or
-    for packed captions once for each number of rows."""
+    """A model with its params on a mesh. Batches have one size, so that each tower compiles once, or for
+    packed captions once for each number of rows.
+
+    Attributes:
+        batch_size: rows of a batch over all devices, a multiple of their number.
+    """
 
     def __init__(self, model: Clip, params: trees.Params, mesh: Mesh, batch_size: int):
         self._model, self._params, self._mesh = model, params, mesh
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
 
     def batches(
-        self, batches: Iterable[Mapping[str, np.ndarray]], towers: Sequence[str] = ("image", "text")
+        self, batches: Iterable[Mapping[str, Any]], inputs: Sequence[str] = ("image", "text")
     ) -> dict[str, np.ndarray]:
-        """{tower: (N, d) float32 unit features} of a loader's batches, rows that are not "valid" left out.
+        """Returns {input: (N, d) float32 unit features} of a loader's batches, without rows that are not
+        "valid".
 
-        Each process gives its rows of a batch, and gets the features of all.
-        A batch is read back when the next one is under way: the device neither waits nor piles up inputs.
+        Each process gives its rows of a batch, and gets the features of all. A batch is read back when the
+        next one is under way: the device neither waits nor piles up inputs.
         """
-        features, pending = {tower: [] for tower in towers}, None
+        features, pending = {name: [] for name in inputs}, None
         for batch in batches:
-            inputs = {tower: batch[tower] for tower in towers}
-            started = self._start(inputs, batch["valid"])
+            started = self._start({name: batch[name] for name in inputs}, batch["valid"])
             self._finish(pending, features)
             pending = started
         self._finish(pending, features)
-        return {tower: np.concatenate(parts) for tower, parts in features.items()}
+        return {name: np.concatenate(parts) for name, parts in features.items()}
 
     def pairs(
         self,
         pairs: loader.StreamedPairs | loader.DecodedPairs,
         first: int = 0,
         stop: int | None = None,
-        towers: Sequence[str] = ("image", "text"),
+        inputs: Sequence[str] = ("image", "text"),
         num_workers: int = 0,
     ) -> dict[str, np.ndarray]:
-        """{tower: (N, d) float32 unit features} of records `first` to `stop` of a data set, in order."""
-        num_units = self._mesh.size if "text" in towers else 0
-        with self.open(pairs, first, stop, num_workers, num_units) as batches:
-            return self.batches(batches, towers)
+        """Returns {input: (N, d) float32 unit features} of records `first` to `stop` of a data set, in
+        order."""
+        num_text_shards = self._mesh.size if "text" in inputs else 0
+        with self.open(pairs, first, stop, num_workers, num_text_shards) as batches:
+            return self.batches(batches, inputs)
 
     def open(
         self,
@@ -67,10 +81,10 @@ class Encoder:
         first: int = 0,
         stop: int | None = None,
         num_workers: int = 0,
-        num_units: int = 0,
+        num_text_shards: int = 0,
     ) -> AbstractContextManager[Iterator[loader.Batch]]:
-        """This process's rows of the batches that records `first` to `stop` make, in order. num_units: as of
-        `loader.batches`."""
+        """Opens this process's rows of the batches of records `first` to `stop`, in order. num_text_shards:
+        as for `loader.batches`."""
         sampler = SequentialSampler(len(pairs) if stop is None else stop, self.batch_size, first)
         return loader.batches(
             pairs,
@@ -80,38 +94,38 @@ class Encoder:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_workers=num_workers,
-            num_units=num_units,
+            num_text_shards=num_text_shards,
         )
 
     def texts(self, tokens: np.ndarray) -> np.ndarray:
-        """(N, L) int32, the same in every process -> (N, d) float32, unit length."""
+        """Encodes captions, the same in every process: (N, L) int32 -> (N, d) float32 unit features."""
         return self._array("text", tokens)
 
     def images(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8, the same in every process -> (N, d) float32, unit length."""
+        """Encodes images, the same in every process: (N, H, W, 3) uint8 -> (N, d) float32 unit features."""
         return self._array("image", images)
 
-    def _array(self, tower: str, inputs: np.ndarray) -> np.ndarray:
-        num_batches = -(-len(inputs) // self.batch_size)
-        padding = [(0, num_batches * self.batch_size - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
-        valid = np.arange(num_batches * self.batch_size) < len(inputs)
+    def _array(self, name: str, array: np.ndarray) -> np.ndarray:
+        num_batches = -(-len(array) // self.batch_size)
+        padding = [(0, num_batches * self.batch_size - len(array))] + [(0, 0)] * (array.ndim - 1)
+        valid = np.arange(num_batches * self.batch_size) < len(array)
         rows = self.batch_size // jax.process_count()
         starts = [i * self.batch_size + jax.process_index() * rows for i in range(num_batches)]
-        inputs = np.pad(inputs, padding)
-        local = ({tower: inputs[i : i + rows], "valid": valid[i : i + rows]} for i in starts)
-        return self.batches(local, [tower])[tower]
+        array = np.pad(array, padding)
+        local = ({name: array[i : i + rows], "valid": valid[i : i + rows]} for i in starts)
+        return self.batches(local, [name])[name]
 
-    def _start(self, inputs: Mapping[str, np.ndarray], valid: np.ndarray) -> dict[str, jax.Array]:
-        """This process's rows of at most one batch -> features of the whole batch, not waited for."""
+    def _start(self, inputs: Mapping[str, Any], valid: np.ndarray) -> dict[str, jax.Array]:
+        """Starts a batch: this process's rows of it, or fewer, -> features of the whole batch."""
         missing, local = self.batch_size // jax.process_count() - len(valid), {**inputs, "valid": valid}
         if missing:  # never where captions are packed: `pairs` gives whole batches
             local = {n: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for n, a in local.items()}
         with jax.set_mesh(self._mesh):
             arrays = sharding.put_batch(self._mesh, local)
             started = {"valid": arrays.pop("valid")}
-            for tower, array in arrays.items():
-                encode = make_encode(self._model, METHODS[tower])
-                started[tower] = normalize_features(encode(self._params, array))
+            for name, array in arrays.items():
+                encode = make_encode(self._model, METHODS[name])
+                started[name] = normalize_features(encode(self._params, array))
             return sharding.replicate(self._mesh, started)
 
     @staticmethod
@@ -119,5 +133,5 @@ class Encoder:
         if pending is None:
             return
         valid = np.asarray(pending.pop("valid"))
-        for tower, array in pending.items():
-            features[tower].append(np.asarray(array)[valid])
+        for name, array in pending.items():
+            features[name].append(np.asarray(array)[valid])

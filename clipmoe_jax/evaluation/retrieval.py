@@ -3,12 +3,38 @@
 Letters: I images, T captions, B queries of a chunk, d embedding.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.evaluation.captions import read_captions
+from clipmoe_jax.evaluation.subject import Subject
+
 RANKS = (1, 5, 10)
 NO_QUERY = -1  # rows that fill up the last chunk
+
+
+class RetrievalFeatures(NamedTuple):
+    """A data set as a model sees it.
+
+    Attributes:
+        images: (I, d) float32 unit vectors.
+        texts: (T, d) float32 unit vectors, of every caption.
+        image_of_text: (T,) int, the image that each caption belongs to.
+    """
+
+    images: np.ndarray
+    texts: np.ndarray
+    image_of_text: np.ndarray
+
+
+def retrieval_features(subject: Subject, records: Records) -> RetrievalFeatures:
+    """Encodes every image and every caption of a data set."""
+    captions = read_captions(records)
+    return RetrievalFeatures(subject.images(records), subject.texts(captions.texts), captions.image_of_text)
 
 
 def retrieval_recall(
@@ -19,8 +45,10 @@ def retrieval_recall(
     ranks: tuple[int, ...] = RANKS,
     chunk_size: int = 256,
 ) -> dict[str, float]:
-    """Share of queries whose correct answer is among the first k, as `image_to_text_r1`, `text_to_image_r5`,
-    …; mean and median rank, 1 if the answer comes first, as `image_to_text_mean_rank`, ….
+    """Returns recall and ranks in both directions.
+
+    `image_to_text_r1`, `text_to_image_r5`, …: share of queries whose correct answer is among the first k;
+    `image_to_text_mean_rank`, `…_median_rank`: of the answers, 1 if it comes first.
 
     image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int,
     the image that each caption belongs to. An image's rank is that of its best caption. Ties count against: a
@@ -56,17 +84,17 @@ def _positions(
     image_of_answer: np.ndarray,
     chunk_size: int,
 ) -> np.ndarray:
-    """How many wrong answers stand before each query's best right one, a chunk of queries at a time."""
+    """Counts the wrong answers before each query's best right one, a chunk of queries at a time."""
     chunk_size = min(chunk_size, len(queries))
-    answers, image_of_answer = jnp.asarray(answers), jnp.asarray(image_of_answer)
-    found = []
+    on_device = jnp.asarray(answers), jnp.asarray(image_of_answer)
+    positions = []
     for start in range(0, len(queries), chunk_size):
         chunk, images = queries[start : start + chunk_size], image_of_query[start : start + chunk_size]
         missing = chunk_size - len(chunk)
         chunk = np.pad(chunk, ((0, missing), (0, 0)))
         images = np.pad(images, (0, missing), constant_values=NO_QUERY)
-        found.append(_positions_of_chunk(chunk, images, answers, image_of_answer))
-    return np.concatenate(found)[: len(queries)]
+        positions.append(_positions_of_chunk(chunk, images, *on_device))
+    return np.concatenate(positions)[: len(queries)]
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""A model as evaluations see it: data sets, pictures and sentences in, unit features out.
+"""A model as evaluations see it: data sets, image files and sentences in, unit features out.
 
 Letters: N images, T texts, d embedding.
 """
@@ -25,22 +25,16 @@ class Subject:
         self._tokenizer, self._image_size, self._num_workers = tokenizer, image_size, num_workers
 
     def images(self, records: Records) -> np.ndarray:
-        """(N, d) float32: a data set's images, in order."""
+        """Returns (N, d) float32 unit features of a data set's images, in order."""
         pairs = StreamedPairs(records, self._tokenizer, self._image_size)
-        return self.encoder.pairs(pairs, towers=["image"], num_workers=self._num_workers)["image"]
+        return self.encoder.pairs(pairs, inputs=["image"], num_workers=self._num_workers)["image"]
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(T, d) float32."""
+        """Returns (T, d) float32 unit features."""
         return self.encoder.texts(self._tokenizer(texts))
 
-    def captions(self, records: Records) -> tuple[np.ndarray, np.ndarray]:
-        """Every caption of a data set: (T, d) float32, and the image that it is of, (T,) int."""
-        captions = [records[i]["captions"] for i in range(len(records))]
-        image_of_text = np.repeat(np.arange(len(captions)), [len(of_one) for of_one in captions])
-        return self.texts([caption for of_one in captions for caption in of_one]), image_of_text
-
     def pictures(self, files: Sequence[Path]) -> np.ndarray:
-        """(N, d) float32: image files. Raises ValueError naming one that does not decode."""
+        """Returns (N, d) float32 unit features of image files. Raises ValueError if one is broken."""
 
         def decode(file: Path) -> np.ndarray:
             try:

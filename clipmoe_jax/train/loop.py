@@ -95,7 +95,7 @@ def fit(
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 num_workers=num_workers,
-                num_units=mesh.size * phase.accumulation_steps,
+                num_text_shards=mesh.size * phase.accumulation_steps,
             )
         )
         reporter = _Reporter(name, metrics, progress, start, num_steps, log_every, phase.batch_size)

@@ -124,7 +124,7 @@ def long_records(tmp_path_factory):
 
 
 class ThreeSteps:
-    """Two units of three pairs; the last step has two pairs."""
+    """Two shards of three pairs; the last step has two pairs."""
 
     global_batch, num_steps = 6, 3
 
@@ -138,7 +138,7 @@ class ThreeSteps:
     ids=["streamed", "worker process", "decoded"],
 )
 def test_captions_that_share_rows(kind, num_workers, long_records):
-    """Two hosts with a unit each give the tokens of one caption a row, in as few rows as can be."""
+    """Two hosts with a shard each give the tokens of one caption a row, in as few rows as can be."""
     tokenizer, sampler = Tokenizer(13), ThreeSteps()
     plain = take(kind(long_records, tokenizer, SIZE), sampler, num_steps=6)
     packed = [
@@ -148,7 +148,7 @@ def test_captions_that_share_rows(kind, num_workers, long_records):
             num_steps=6,
             process_index=host,
             process_count=2,
-            num_units=2,
+            num_text_shards=2,
             num_workers=num_workers,
         )
         for host in (0, 1)
@@ -178,16 +178,18 @@ def test_captions_that_share_rows(kind, num_workers, long_records):
 
 def test_pairs_are_packed_only_where_both_sides_ask(long_records):
     pairs = {steps: DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=steps) for steps in (0, 8)}
-    for steps, num_units in ((0, 2), (8, 0)):
-        (batch,) = take(pairs[steps], InOrder(6, 2), num_steps=1, num_units=num_units)
+    for steps, num_text_shards in ((0, 2), (8, 0)):
+        (batch,) = take(pairs[steps], InOrder(6, 2), num_steps=1, num_text_shards=num_text_shards)
         np.testing.assert_array_equal(batch["text"], pairs[0].gather(np.arange(6), 0)["text"])
 
 
-@pytest.mark.parametrize(("num_units", "process_count"), [(4, 1), (3, 2)])
-def test_units_must_divide_the_batch_and_hosts_the_units(long_records, num_units, process_count):
+@pytest.mark.parametrize(("num_text_shards", "process_count"), [(4, 1), (3, 2)])
+def test_shards_must_divide_the_batch_and_hosts_the_shards(long_records, num_text_shards, process_count):
     pairs = DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=8)
-    with pytest.raises(ValueError, match=f"batch of 6 in {num_units} units of {process_count} processes"):
-        take(pairs, InOrder(6, 2), num_units=num_units, process_count=process_count)
+    with pytest.raises(
+        ValueError, match=f"batch of 6 in {num_text_shards} shards of {process_count} processes"
+    ):
+        take(pairs, InOrder(6, 2), num_text_shards=num_text_shards, process_count=process_count)
 
 
 @pytest.mark.parametrize("pixels", [None, SIZE], ids=["files", "pixels"])
@@ -304,7 +306,7 @@ class Damaged:
 
 
 def test_an_unreadable_record_is_named(records, tokenizer):
-    message = r"Record 7 \('7'\) has an image that does not decode: .*truncated"
+    message = r"record 7 \('7'\) has an image that does not decode, .*truncated"
     with pytest.raises(ValueError, match=message):
         take(StreamedPairs(Damaged(records), tokenizer, SIZE))
     with pytest.raises(ValueError, match=message):

@@ -102,7 +102,7 @@ def test_pixels_are_those_of_the_files(source, out, tmp_path):
 
 def test_pixels_of_another_size_than_the_model_takes(source, out):
     prepare(source, str(out), pixels=24)
-    with pytest.raises(ValueError, match="holds pixels of size 24 and the model takes 32: .*--pixels=32"):
+    with pytest.raises(ValueError, match="holds pixels of size 24 and the model takes 32: .* pixels=32"):
         StreamedPairs(Records(str(out)), Tokenizer(8), 32).gather(np.arange(2), 0)
 
 

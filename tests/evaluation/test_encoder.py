@@ -34,7 +34,7 @@ def test_captions_that_share_rows_have_the_same_features(scenes):
         assert expected[tower].shape == (43, 16)
         np.testing.assert_allclose(found[tower], expected[tower], atol=1e-5)
     pairs = DecodedPairs(records, Tokenizer(64), 32, packing_steps=2)
-    with encoder.open(pairs, stop=43, num_units=8) as batches:
+    with encoder.open(pairs, stop=43, num_text_shards=8) as batches:
         assert [len(batch["text"].tokens) for batch in batches] == [
             8,
             8,

@@ -12,13 +12,15 @@ from PIL import Image
 from clipmoe_jax import evaluate
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
+from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import open_source
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.evaluation import ood, probe
+from clipmoe_jax.evaluation import data_sets, ood, probe
+from clipmoe_jax.evaluation.captions import read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
-from clipmoe_jax.evaluation.evaluations import parse_evaluation
+from clipmoe_jax.evaluation.evaluations import NotApplicableError, parse_evaluation
 from clipmoe_jax.evaluation.mmvp import mmvp_accuracy
-from clipmoe_jax.evaluation.retrieval import retrieval_recall
+from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.evaluation.zero_shot import class_embeddings, classification_metrics
 from clipmoe_jax.models.model_folder import save_model
@@ -50,6 +52,7 @@ def folder(tmp_path_factory):
         draw(root / "captioned" / f"{i}.png", colour)
         (root / "captioned" / f"{i}.txt").write_text(f"a {name} square\nsomething {name}\n")
     prepare(open_source(f"folder:{root / 'captioned'}"), str(root / "captioned_set"))
+    prepare(open_source("digit_scenes:test?pairs=24"), str(root / "attributes_set"))
     rows = ["Question ID,Type,Statement"]
     for i, name in enumerate(["red", "blue", "blue", "sea_green"]):
         kind = ("Colour", "Shade")[i // 2]
@@ -72,20 +75,77 @@ def images_of(root, name):
 
 
 def test_zero_shot_is_classification_by_prompts(folder, subject):
-    found = parse_evaluation(f"zero_shot:{folder}/test_set").measure(subject)
+    numbers = parse_evaluation(f"zero_shot:{folder}/test_set").measure(subject)
     pixels, labels = images_of(folder, "test")
     texts = subject.texts([f"a photo of a {name}." for name in sorted(COLOURS)])
     expected = classification_metrics(
         subject.encoder.images(pixels), class_embeddings(texts, range(3)), labels
     )
-    assert found == pytest.approx(expected) and found["top5"] == 1.0
+    assert numbers == pytest.approx(expected) and numbers["top5"] == 1.0
 
 
-def test_a_slice_has_the_classes_of_its_split(folder, subject):
-    found = parse_evaluation(f"zero_shot:{folder}/test_set?split=train[:3]")  # blue alone
+def test_a_slice_has_the_classes_of_its_split(folder):
+    part = parse_evaluation(f"zero_shot:{folder}/test_set?split=train[3:6]")  # red alone
     whole = parse_evaluation(f"zero_shot:{folder}/test_set")
-    assert found.data.names == whole.data.names and set(found.data.labels) == {0}
-    assert found.contents != whole.contents
+    assert part.data.images.names == whole.data.images.names
+    assert part.data.images.labels.tolist() == [1, 1, 1]
+    assert whole.data.images.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert part.contents != whole.contents
+
+
+@pytest.mark.parametrize(
+    ("line", "num_sets", "num_read"),
+    [
+        ("zero_shot:{0}/test_set", 1, 1),
+        ("zero_shot:{0}/test_set?split=train[:3]", 2, 1),
+        ("linear_probe:{0}/test_set?train={0}/train_set", 2, 2),
+        ("ood:{0}/test_set?unknown={0}/odd_set&train={0}/train_set", 3, 2),
+    ],
+)
+def test_data_sets_are_opened_once_and_labels_read_once(folder, monkeypatch, line, num_sets, num_read):
+    opened, read = [], []
+    monkeypatch.setattr(data_sets, "Records", lambda *args: opened.append(args) or Records(*args))
+    original = data_sets.read_labels
+    monkeypatch.setattr(data_sets, "read_labels", lambda records: read.append(records) or original(records))
+    evaluation = parse_evaluation(line.format(folder))
+    _ = evaluation.contents, evaluation.data, evaluation.chance
+    assert (len(opened), len(read)) == (num_sets, num_read)
+
+
+def test_attributes_are_told_by_a_prompt_for_each_value(folder, subject):
+    evaluation = parse_evaluation(f"attributes:{folder}/attributes_set?split=train")
+    numbers = evaluation.measure(subject)
+    scenes = list(open_source("digit_scenes:test?pairs=24"))
+    images = subject.encoder.images(np.stack([preprocess_image(pair.image, 32) for pair in scenes]))
+    table = open_source("digit_scenes:test").attribute_table
+    for name, (prompt, values) in table.items():
+        classes = class_embeddings(
+            subject.texts([prompt.format(value) for value in values]), range(len(values))
+        )
+        labels = [values.index(pair.attributes[name]) for pair in scenes]
+        assert numbers[name] == classification_metrics(images, classes, labels)["top1"], name
+    assert list(numbers) == [*table, "mean"]
+    assert numbers["mean"] == pytest.approx(np.mean([numbers[name] for name in table]))
+    assert len({numbers[name] for name in table}) > 2
+    assert evaluation.chance["digit"] == 1 / 10 and evaluation.chance["size"] == 1 / 2
+    assert evaluation.chance["mean"] == pytest.approx((3 / 6 + 2 / 4 + 1 / 2 + 1 / 3 + 1 / 10) / 8)
+
+
+def test_data_without_attributes_is_not_applicable(folder):
+    with pytest.raises(
+        NotApplicableError, match=f"evaluation attributes:.*: {folder}/test_set carries no attr"
+    ):
+        _ = parse_evaluation(f"attributes:{folder}/test_set").data
+
+
+def test_chance_is_that_of_the_classes_where_it_is_known(folder):
+    lines = {
+        f"zero_shot:{folder}/test_set": {"top1": 1 / 3},
+        f"knn:{folder}/test_set?train={folder}/train_set": {"top1": 1 / 3},
+        f"retrieval:{folder}/captioned_set": {},
+        f"mmvp:{folder}/mmvp": {},
+    }
+    assert {line: parse_evaluation(line).chance for line in lines} == lines
 
 
 def test_probe_and_neighbours_see_the_training_images(folder, subject):
@@ -99,24 +159,30 @@ def test_probe_and_neighbours_see_the_training_images(folder, subject):
 
 
 def test_retrieval_takes_every_caption(folder, subject):
-    found = parse_evaluation(f"retrieval:{folder}/captioned_set?split=train").measure(subject)
+    numbers = parse_evaluation(f"retrieval:{folder}/captioned_set?split=train").measure(subject)
     pixels = np.stack(
         [preprocess_image((folder / "captioned" / f"{i}.png").read_bytes(), 32) for i in range(3)]
     )
     texts = [text for name in COLOURS for text in (f"a {name} square", f"something {name}")]
     images, of_image = subject.encoder.images(pixels), np.repeat(np.arange(3), 2)
-    assert found == pytest.approx(retrieval_recall(images, subject.texts(texts), of_image))
+    assert numbers == pytest.approx(retrieval_recall(images, subject.texts(texts), of_image))
+    records = Records(f"{folder}/captioned_set")
+    features = retrieval_features(subject, records)
+    np.testing.assert_allclose(features.images, images, atol=1e-6)
+    np.testing.assert_allclose(features.texts, subject.texts(texts), atol=1e-6)
+    assert features.image_of_text.tolist() == of_image.tolist()
+    assert read_captions(records).texts == texts
 
 
 def test_mmvp_by_attribute(folder, subject):
-    found = parse_evaluation(f"mmvp:{folder}/mmvp").measure(subject)
+    numbers = parse_evaluation(f"mmvp:{folder}/mmvp").measure(subject)
     files = [folder / "mmvp" / "MLLM_VLM Images" / k / f"{i}.jpg" for k, i in
              (("Colour", 1), ("Colour", 2), ("Shade", 3), ("Shade", 4))]  # fmt: skip
     images = subject.encoder.images(np.stack([preprocess_image(file.read_bytes(), 32) for file in files]))
     names = ["red", "blue", "blue", "sea_green"]
     texts = subject.texts([f"a photo of a {name} square" for name in names])
     expected = mmvp_accuracy(images.reshape(2, 2, -1), texts.reshape(2, 2, -1), ["Colour", "Shade"])
-    assert found == expected and list(found) == ["Colour", "Shade", "average"]
+    assert numbers == expected and list(numbers) == ["Colour", "Shade", "average"]
 
 
 def test_unknown_images_are_told_by_each_and_by_the_ensemble(folder, subject, tmp_path):
@@ -126,10 +192,10 @@ def test_unknown_images_are_told_by_each_and_by_the_ensemble(folder, subject, tm
     line = f"ood:{folder}/test_set?unknown={folder}/odd_set"
     alone = parse_evaluation(line).measure(subject)
     assert list(alone) == ["zero_shot_auroc", "zero_shot_fpr95"]
-    found = parse_evaluation(f"{line}&train={folder}/train_set&classifier={tmp_path}/classifier.npz").measure(
-        subject
-    )
-    assert {name: found[name] for name in alone} == alone
+    numbers = parse_evaluation(
+        f"{line}&train={folder}/train_set&classifier={tmp_path}/classifier.npz"
+    ).measure(subject)
+    assert {name: numbers[name] for name in alone} == alone
     known, unknown = (subject.encoder.images(images_of(folder, name)[0]) for name in ("test", "odd"))
     train = images_of(folder, "train")
     fitted = probe.fit_linear_probe(subject.encoder.images(train[0]), train[1], 3)
@@ -141,9 +207,9 @@ def test_unknown_images_are_told_by_each_and_by_the_ensemble(folder, subject, tm
         zero_shot /= zero_shot.sum(axis=1, keepdims=True)
         scores[name] = (classifier[name] + fitted.probabilities(features) + zero_shot).max(axis=1) / 3
     expected = ood.detection_metrics(scores["known"], scores["unknown"])
-    assert found["cooked_auroc"] == pytest.approx(expected["auroc"])
-    assert found["cooked_fpr95"] == pytest.approx(expected["fpr95"])
-    assert 0 <= found["probe_auroc"] <= 1 and "zero_shot_and_probe_auroc" in found
+    assert numbers["cooked_auroc"] == pytest.approx(expected["auroc"])
+    assert numbers["cooked_fpr95"] == pytest.approx(expected["fpr95"])
+    assert 0 <= numbers["probe_auroc"] <= 1 and "zero_shot_and_probe_auroc" in numbers
 
 
 BAD_LINES = {
@@ -196,13 +262,13 @@ def test_an_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_pat
         parse_evaluation(f"zero_shot:{folder}/test_set"),
     ]
     save_model(tmp_path / "moe", trained.model.config, trained.params)
-    found = evaluate.evaluate(evaluate.read(str(tmp_path / "moe")), evaluations, experts=True, batch_size=8)
-    assert list(found) == ["model", "expert 0", "expert 1", "expert 2", "expert 3"]
+    numbers = evaluate.evaluate(evaluate.read(str(tmp_path / "moe")), evaluations, experts=True, batch_size=8)
+    assert list(numbers) == ["model", "expert 0", "expert 1", "expert 2", "expert 3"]
     for e, params in enumerate(trained.dense_params):
         save_model(tmp_path / f"dense_{e}", trained.dense, params)
         alone = evaluate.evaluate(evaluate.read(str(tmp_path / f"dense_{e}")), evaluations, batch_size=8)
-        assert found[f"expert {e}"] == alone["model"]
-    assert len({json.dumps(numbers) for numbers in found.values()}) > 1
+        assert numbers[f"expert {e}"] == alone["model"]
+    assert len({json.dumps(of_model) for of_model in numbers.values()}) > 1
 
 
 def test_the_command(folder, trained, tmp_path):
@@ -211,6 +277,7 @@ def test_the_command(folder, trained, tmp_path):
     command = [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={tmp_path / 'moe'}"]
     done = subprocess.run(
         [*command, f"--data={folder}/captioned_set", f"--data=mmvp:{folder}/mmvp", "--experts",
+         f"--data=attributes:{folder}/captioned_set",
          f"--out={tmp_path / 'new' / 'numbers.json'}"],
         capture_output=True,
         text=True,
@@ -219,6 +286,8 @@ def test_the_command(folder, trained, tmp_path):
     numbers = json.loads((tmp_path / "new" / "numbers.json").read_text())
     recall = numbers["model"][f"retrieval:{folder}/captioned_set"]["image_to_text_r1"]
     lines = done.stdout.splitlines()
+    skipped = f"evaluation attributes:{folder}/captioned_set: {folder}/captioned_set carries no attributes"
+    assert f"skipped: {skipped}" in lines and len(numbers["model"]) == 2
     header = next(i for i, line in enumerate(lines) if "i2t_r1" in line)
     assert lines[header + 1].split()[:2] == ["model", f"{recall:.3f}"]
     assert [line.split("  ")[0] for line in lines[header + 2 : header + 6]] == [
@@ -231,7 +300,7 @@ def test_the_command(folder, trained, tmp_path):
 
 def test_models_that_cannot_be_evaluated_so(trained):
     dense = evaluate.Loaded(trained.dense, trained.dense_params[0], "dense CLIP")
-    with pytest.raises(ValueError, match="--experts: the model is a dense CLIP and has none"):
+    with pytest.raises(ValueError, match="the model is a dense CLIP and has no experts"):
         evaluate.evaluate(dense, [], experts=True)
     vision = dataclasses.replace(trained.dense, text=None)
     with pytest.raises(ValueError, match="evaluations need a text tower"):

@@ -1,0 +1,260 @@
+"""The kinds of evaluation: what each opens, and how it measures a model on that.
+
+Letters: N images, C classes, d embedding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.sources.base import AttributeTable
+from clipmoe_jax.evaluation import ood, probe
+from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, templates
+from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
+from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_pairs
+from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
+from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.zero_shot import attribute_accuracy, class_embeddings, classification_metrics
+
+Numbers = dict[str, float]
+
+
+class NotApplicableError(ValueError):
+    """The data is there and lacks what the evaluation is of: the evaluation is skipped, the others go on."""
+
+
+class Data(Protocol):
+    """The data of an evaluation, opened, for any number of models."""
+
+    @property
+    def chance(self) -> Numbers:
+        """The value of each metric that guessing reaches, where that is known."""
+        ...
+
+    def measure(self, subject: Subject) -> Numbers:
+        """Returns {metric: value} of a model."""
+        ...
+
+
+class Kind(NamedTuple):
+    """A row of KINDS.
+
+    Attributes:
+        open: reads what a line names. Raises FileNotFoundError or ValueError if that is not there or does not
+            fit, and NotApplicableError.
+        options: names of the options that a line may have.
+        required: those that it must have.
+    """
+
+    open: Callable[[DataSets], Data]
+    options: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Retrieval:
+    records: Records
+    chance: Numbers = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Retrieval":
+        return cls(data.records())
+
+    def measure(self, subject: Subject) -> Numbers:
+        features = retrieval_features(subject, self.records)
+        return retrieval_recall(features.images, features.texts, features.image_of_text)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ZeroShot:
+    images: Labelled
+    templates: Sequence[str]
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_ZeroShot":
+        table = _table(data)  # first: the labels of a slice are then not read again
+        images = label_records(data.records(), data.labels(), table)
+        return cls(images, templates(data.options.get("classes", OWN_NAMES)))
+
+    @property
+    def chance(self) -> Numbers:
+        return _chance(self.images)
+
+    def measure(self, subject: Subject) -> Numbers:
+        features = subject.images(self.images.records)
+        return classification_metrics(features, self.class_embeddings(subject), self.images.labels)
+
+    def class_embeddings(self, subject: Subject) -> np.ndarray:
+        """Returns (C, d) float32, one for each class."""
+        prompts, class_of_prompt = make_prompts(self.images.names, self.templates)
+        return class_embeddings(subject.texts(prompts), class_of_prompt)
+
+
+def _table(data: DataSets) -> dict[str, str]:
+    """Returns {label: class name} of the whole split: the labels of a slice might be one alone."""
+    return class_table(data.options.get("classes", OWN_NAMES), data.labels(whole=True))
+
+
+def _chance(images: Labelled) -> Numbers:
+    return {"top1": 1 / len(images.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearProbe:
+    train: Labelled
+    test: Labelled
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_LinearProbe":
+        """Opens training and test images, in the classes of the training images."""
+        labels = data.labels("train")
+        table = class_table(OWN_NAMES, labels)
+        train = label_records(data.records("train"), labels, table)
+        return cls(train, label_records(data.records(), data.labels(), table))
+
+    @property
+    def chance(self) -> Numbers:
+        return _chance(self.train)
+
+    def measure(self, subject: Subject) -> Numbers:
+        return probe.linear_probe(*self.arrays(subject), len(self.train.names))[0]
+
+    def arrays(self, subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns features and labels of the training images, then of the test images."""
+        train, test = subject.images(self.train.records), subject.images(self.test.records)
+        return train, self.train.labels, test, self.test.labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Neighbours(_LinearProbe):
+    @classmethod
+    def open(cls, data: DataSets) -> "_Neighbours":
+        opened = super().open(data)
+        if len(opened.train.records) < probe.NEIGHBOURS:
+            raise ValueError(
+                f"{opened.train.records.path} has {len(opened.train.records)} images, and the "
+                f"{probe.NEIGHBOURS} nearest vote: give more, or use linear_probe"
+            )
+        return cls(opened.train, opened.test)
+
+    def measure(self, subject: Subject) -> Numbers:
+        return probe.knn(*self.arrays(subject), len(self.train.names))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attributes:
+    """labels: {attribute: (N,) int, indices into its values}."""
+
+    records: Records
+    table: AttributeTable
+    labels: Mapping[str, np.ndarray]
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Attributes":
+        records = data.records()
+        if (table := records.attribute_table) is None:
+            raise NotApplicableError(f"{records.path} carries no attributes")
+        attributes = [records[i]["attributes"] for i in range(len(records))]
+        labels = {
+            name: np.array([attribute.values.index(of_one[name]) for of_one in attributes])
+            for name, attribute in table.items()
+        }
+        return cls(records, table, labels)
+
+    @property
+    def chance(self) -> Numbers:
+        return _with_mean({name: 1 / len(attribute.values) for name, attribute in self.table.items()})
+
+    def measure(self, subject: Subject) -> Numbers:
+        images = subject.images(self.records)
+        return _with_mean(attribute_accuracy(images, self.labels, self.table, subject.texts))
+
+
+def _with_mean(numbers: Numbers) -> Numbers:
+    return numbers | {"mean": float(np.mean(list(numbers.values())))}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mmvp:
+    pairs: Sequence[MmvpPair]
+    chance: Numbers = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Mmvp":
+        return cls(mmvp_pairs(data.path))
+
+    def measure(self, subject: Subject) -> Numbers:
+        images = subject.pictures([file for pair in self.pairs for file in pair.images])
+        texts = subject.texts([prompt for pair in self.pairs for prompt in pair.prompts])
+        images, texts = (features.reshape(len(self.pairs), 2, -1) for features in (images, texts))
+        return mmvp_accuracy(images, texts, [pair.attribute for pair in self.pairs])
+
+
+@dataclasses.dataclass(frozen=True)
+class _KnownAndUnknown:
+    known: _ZeroShot
+    unknown: Records
+    train: Labelled | None
+    classifier: Mapping[str, np.ndarray] | None
+    chance: Numbers = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_KnownAndUnknown":
+        known, unknown, train, classifier = _ZeroShot.open(data), data.records("unknown"), None, None
+        if "train" in data.options:
+            train = label_records(data.records("train"), data.labels("train"), _table(data))
+        if file := data.options.get("classifier"):
+            if train is None:
+                raise ValueError("COOkeD's ensemble has a linear probe: give train= beside classifier=")
+            with epath.Path(file).open("rb") as opened:
+                classifier = dict(np.load(opened))
+            for name, records in (("known", known.images.records), ("unknown", unknown)):
+                expected = (len(records), len(known.images.names))
+                if name not in classifier or classifier[name].shape != expected:
+                    raise ValueError(f"{file} must have an array {name!r} of probabilities {expected}")
+        return cls(known, unknown, train, classifier)
+
+    def measure(self, subject: Subject) -> Numbers:
+        features = {
+            "known": subject.images(self.known.images.records),
+            "unknown": subject.images(self.unknown),
+        }
+        classes = self.known.class_embeddings(subject)
+        zero_shot = {part: ood.zero_shot_probabilities(array, classes) for part, array in features.items()}
+        probabilities = {"zero_shot": zero_shot}
+        if self.train is not None:
+            train = subject.images(self.train.records)
+            fitted = probe.fit_linear_probe(train, self.train.labels, len(self.train.names))
+            probed = {part: fitted.probabilities(array) for part, array in features.items()}
+            both = {part: (zero_shot[part] + probed[part]) / 2 for part in features}
+            probabilities |= {"probe": probed, "zero_shot_and_probe": both}
+            if self.classifier is not None:
+                probabilities["cooked"] = {
+                    part: ood.cooked_probabilities(self.classifier[part], probed[part], zero_shot[part])
+                    for part in features
+                }
+        numbers = {}
+        for name, of_part in probabilities.items():
+            known, unknown = (ood.max_probability(of_part[part]) for part in ("known", "unknown"))
+            detection = ood.detection_metrics(known, unknown)
+            numbers |= {f"{name}_{metric}": value for metric, value in detection.items()}
+        return numbers
+
+
+KINDS = {
+    "retrieval": Kind(_Retrieval.open, ("split",)),
+    "zero_shot": Kind(_ZeroShot.open, ("split", "classes")),
+    "linear_probe": Kind(_LinearProbe.open, ("split", "train", "train_split"), ("train",)),
+    "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),
+    "attributes": Kind(_Attributes.open, ("split",)),
+    "mmvp": Kind(_Mmvp.open),
+    "ood": Kind(
+        _KnownAndUnknown.open,
+        ("split", "classes", "unknown", "unknown_split", "train", "train_split", "classifier"),
+        ("unknown",),
+    ),
+}
