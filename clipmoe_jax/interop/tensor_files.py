@@ -1,37 +1,33 @@
-"""Files of named tensors: safetensors and PyTorch's, one file or sharded, read a tensor at a time.
+"""Files of named tensors, safetensors and PyTorch's, one file or several shards, read a tensor at a time.
 
-A file is opened to {name: Tensor}, whose shapes are known before any data is read; who wants an array pops
-its Tensor and reads it, so that neither file nor state dict stays in memory beside what is made of it.
+Opening a file gives {name: Tensor}: shapes are known before any data is read. To get an array, pop its Tensor
+and read it, so that neither the file nor a state dict stays in memory beside the arrays made from it.
 """
 
 import functools
 import json
-import math
 import os
+import pathlib
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
-import safetensors
+import safetensors.numpy
 from etils import epath
 
-SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "BOOL": np.dtype(np.bool_),
-}
-SHARD_BYTES = 5 * 10**9  # past which other libraries too write several files
+from clipmoe_jax.core.paths import in_bucket
+
+SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+SHARD_BYTES = 5 * 10**9  # other libraries too write several files past this size
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its shape, and what reads it into a numpy array of its own dtype."""
+    """A tensor in a file: its shape, and a function that reads it into a numpy array of its own dtype."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -41,12 +37,12 @@ Tensors = dict[str, Tensor]
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Tensors:
-    """Arrays in memory as if they came from a file."""
+    """Returns arrays in memory as if they came from a file."""
     return {name: Tensor(array.shape, lambda array=array: array) for name, array in arrays.items()}
 
 
 def open_tensors(path: epath.Path) -> Tensors:
-    """Opens a file of either kind, which its first bytes tell.
+    """Opens a safetensors or PyTorch file; its first bytes tell which it is.
 
     Raises ValueError for a file that is truncated, of another kind, or wants to run code.
     """
@@ -58,22 +54,22 @@ def open_tensors(path: epath.Path) -> Tensors:
 def open_sharded(index: epath.Path) -> Tensors:
     """Opens all files that a `….index.json` names.
 
-    Raises FileNotFoundError naming a file that is not there, ValueError for a tensor that its file lacks.
+    Raises FileNotFoundError naming files that do not exist, ValueError for tensors that their file lacks.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map: it is not the index of a sharded checkpoint")
     shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
     if missing := [name for name, path in shards.items() if not path.exists()]:
-        raise FileNotFoundError(f"{index} names {len(shards)} files, of which {missing[:10]} are not there")
+        raise FileNotFoundError(f"{index} names {len(shards)} files, of which {missing[:10]} do not exist")
     opened = {name: open_tensors(path) for name, path in shards.items()}
     if missing := [name for name, shard in weight_map.items() if name not in opened[shard]]:
         raise ValueError(f"{index} names tensors that their files lack: {missing[:10]}")
     return {name: opened[shard].pop(name) for name, shard in weight_map.items()}
 
 
-def read_json(path: epath.Path) -> dict:
-    """The contents of a JSON file. Raises ValueError if it is not one."""
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the contents of a JSON file. Raises ValueError if it is not one."""
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -81,75 +77,60 @@ def read_json(path: epath.Path) -> dict:
 
 
 def write_safetensors(
-    folder: epath.Path, arrays: dict[str, np.ndarray], stem: str = "model", shard_bytes: int = SHARD_BYTES
+    folder: pathlib.Path,
+    arrays: dict[str, np.ndarray],
+    stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes STEM.safetensors, or numbered shards and their index if one file would pass `shard_bytes`.
+    """Writes STEM.safetensors, or numbered shards and their index if one file would exceed `shard_bytes`.
 
     Takes the arrays out of the dict as it writes them.
     """
-    shards, sizes = [[]], [0]
-    for name, array in arrays.items():
-        if sizes[-1] and sizes[-1] + array.nbytes > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += array.nbytes
-    files = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        arrays,
+        get_storage_size=lambda array: array.nbytes,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     os.umask(umask := os.umask(0))
-    for file, names in zip(files, shards, strict=True):
+    for file, names in split.filename_to_tensors.items():
         # safetensors writes memory as it lies; np.ascontiguousarray would give a scalar an axis.
         shard = {name: np.asarray(arrays.pop(name), order="C") for name in names}
-        specs = {
-            name: safetensors.TensorSpec(
-                dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
-            )
-            for name, array in shard.items()
-        }
-        safetensors.serialize_file(specs, folder / file, metadata={"format": "pt"})
-        os.chmod(folder / file, 0o666 & ~umask)  # which the package makes readable by its owner alone
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        os.chmod(folder / file, 0o666 & ~umask)  # the package makes it readable by its owner alone
 
 
-def write_torch(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_torch(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a PyTorch state dict. Raises ValueError if PyTorch is not installed."""
     torch = _import_torch(path)
     torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, path)
 
 
 def _open_safetensors(path: epath.Path) -> Tensors:
-    """Reads the header here: the package's numpy loader has no bfloat16, and maps the file into memory."""
-    size = path.stat().length
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > size:
-            raise ValueError(f"{path} is truncated: it ends before its header does")
-        try:
-            header = json.loads(file.read(start - 8))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+    try:
+        if in_bucket(path):
+            with tempfile.TemporaryDirectory() as folder:
+                # The package reads local files alone. It keeps this one open, so the name may go.
+                file = _open_local(path.copy(epath.Path(folder) / path.name))
+        else:
+            file = _open_local(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, of no CLIP's parameters")
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name} has {end - begin} bytes, which are not {shape} of {dtype}")
-        if start + end > size:
-            raise ValueError(f"{path} is truncated: {name} ends at byte {start + end:,} of {size:,}")
-
-        def read(offset=start + begin, length=end - begin, dtype=dtype, shape=shape):
-            with path.open("rb") as file:
-                file.seek(offset)
-                return np.frombuffer(file.read(length), dtype).reshape(shape)
-
-        tensors[name] = Tensor(shape, read)
+    for name in file.offset_keys():
+        entry = file.get_slice(name)
+        if entry.get_dtype() not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {entry.get_dtype()}, which no CLIP's parameters have")
+        tensors[name] = Tensor(tuple(entry.get_shape()), functools.partial(file.get_tensor, name))
     return tensors
+
+
+def _open_local(path: epath.Path) -> Any:
+    # Pages of a mapped file, the default, would count as memory until it is closed.
+    return safetensors.safe_open(os.fspath(path), framework="numpy", backend="pread")
 
 
 def _open_torch(path: epath.Path) -> Tensors:
@@ -163,9 +144,9 @@ def _open_torch(path: epath.Path) -> Tensors:
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = " Only tensors are read, no pickled code: save the model's state_dict() alone."
+        fix = ". Only tensors are read, no pickled code: save the model's state_dict() alone"
         raise ValueError(
-            f"{path} cannot be read as safetensors or as a PyTorch state dict: {reason}"
+            f"{path} cannot be read as safetensors or as a PyTorch state dict: {reason.removesuffix('.')}"
             + (fix if isinstance(error, pickle.UnpicklingError) else "")
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -178,9 +159,9 @@ def _open_torch(path: epath.Path) -> Tensors:
     }
 
 
-def _import_torch(path: epath.Path):
+def _import_torch(path: os.PathLike) -> Any:
     try:
-        import torch
+        import torch  # optional
     except ImportError as error:
         raise ValueError(
             f"{path} is a PyTorch file and PyTorch is not installed: pip install torch"
@@ -188,24 +169,24 @@ def _import_torch(path: epath.Path):
     return torch
 
 
-def _is_torchscript(file: BinaryIO) -> bool:
-    found = False
+def _is_torchscript(file: IO[bytes]) -> bool:
+    has_code = False
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            found = any("/code/" in name for name in archive.namelist())
+            has_code = any("/code/" in name for name in archive.namelist())
     file.seek(0)
-    return found
+    return has_code
 
 
-def _to_numpy(torch, tensor) -> np.ndarray:
-    """The tensor's own values and dtype; numpy knows bfloat16 by ml_dtypes, PyTorch's conversion does not."""
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    """Returns a tensor's values in its own dtype. PyTorch's conversion does not know ml_dtypes' bfloat16."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
-def _to_torch(torch, array: np.ndarray):
+def _to_torch(torch: Any, array: np.ndarray) -> Any:
     array = np.asarray(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)

@@ -289,7 +289,7 @@ from clipmoe_jax.interop import tensor_files
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-tensor_files.safetensors.serialize_file = die
+tensor_files.safetensors.numpy.save_file = die
 convert.convert(sys.argv[1], "huggingface", sys.argv[2])
 """
 

@@ -177,7 +177,7 @@ def test_other_files_hold_the_same_model(pair, tmp_path, save):
 def test_a_shard_that_is_not_there_is_named(tmp_path):
     save_in_shards(make_torch_clip(), tmp_path)
     next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"of which \['model-00002-of-.*'\] are not there"):
+    with pytest.raises(FileNotFoundError, match=r"of which \['model-00002-of-.*'\] do not exist"):
         read_model(str(tmp_path))
 
 
@@ -336,8 +336,8 @@ def test_configs_that_are_refused(tmp_path, config, message):
     [
         (None, "config.json of transformers and none of .*'model.safetensors'"),
         (b"\x10" * 100, "cannot be read as safetensors or as a PyTorch state dict"),
-        (b"\x10" + bytes(7) + b'{"a": 1', "truncated: it ends before its header does"),
-        (b"\x04" + bytes(7) + b'{"a"', "not a safetensors file"),
+        (b"\x10" + bytes(7) + b'{"a": 1', "truncated or not a safetensors file: .*header"),
+        (b"\x04" + bytes(7) + b'{"a"', "truncated or not a safetensors file: .*JSON"),
     ],
     ids=["no file", "neither kind", "cut in its header", "a broken header"],
 )
@@ -365,9 +365,7 @@ def test_a_truncated_file(pair, tmp_path):
     content = (folder / "model.safetensors").read_bytes()
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        ValueError, match=r"model.safetensors is truncated: \S+ ends at byte [\d,]+ of [\d,]+"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated or not .*not fully covered"):
         read_model(str(tmp_path))
 
 

@@ -1,0 +1,69 @@
+"""Files of named tensors, apart from any model."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+
+from clipmoe_jax.interop import tensor_files
+
+ARRAYS = {
+    "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "half": np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16),
+    "scalar": np.array(4.6, np.float16),
+    "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+}
+
+
+def assert_holds(tensors, arrays):
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: a.shape for n, a in arrays.items()}
+    for name, tensor in tensors.items():
+        array = tensor.read()
+        assert array.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+
+
+@pytest.mark.parametrize("write", ["write_safetensors", "write_torch"])
+def test_written_tensors_come_back_with_shape_dtype_and_values(tmp_path, write):
+    """bfloat16 and scalars included, whatever their layout in memory."""
+    if write == "write_safetensors":
+        tensor_files.write_safetensors(tmp_path, dict(ARRAYS))
+    else:
+        tensor_files.write_torch(tmp_path / "model.safetensors", ARRAYS)
+    assert_holds(tensor_files.open_tensors(epath.Path(tmp_path / "model.safetensors")), ARRAYS)
+
+
+def test_safetensors_in_a_bucket_are_read_from_a_local_copy(tmp_path, monkeypatch):
+    """Which is deleted before the first tensor is read."""
+    monkeypatch.setattr(tensor_files, "in_bucket", lambda path: True)
+    monkeypatch.setattr(tensor_files.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    tensor_files.write_safetensors(tmp_path, dict(ARRAYS))
+    tensors = tensor_files.open_tensors(epath.Path(tmp_path / "model.safetensors"))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert_holds(tensors, ARRAYS)
+
+
+def test_dtype_of_no_parameter_is_refused_by_name(tmp_path):
+    safetensors.numpy.save_file({"bytes": np.zeros(2, np.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="bytes has dtype U8, which no CLIP's parameters have"):
+        tensor_files.open_tensors(epath.Path(tmp_path / "model.safetensors"))
+
+
+def test_shards_are_filled_in_order_and_a_large_tensor_is_alone(tmp_path):
+    arrays = {
+        name: np.zeros(size, np.uint8).view(bool)
+        for name, size in zip("abcd", (40, 40, 300, 40), strict=True)
+    }
+    tensor_files.write_safetensors(tmp_path, arrays, shard_bytes=100)
+    assert not arrays  # taken out as they were written
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = {name: int(file[6:11]) for name, file in index["weight_map"].items()}
+    assert shards["a"] == shards["b"] != shards["c"] and shards["c"] != shards["d"]
+    assert index["metadata"] == {"total_size": 420}
+    assert set(tensor_files.open_sharded(epath.Path(tmp_path / "model.safetensors.index.json"))) == set(
+        "abcd"
+    )
