@@ -6,14 +6,8 @@
 
 A config with `variants` is a sweep: each variant is run in WORKDIR/VARIANT, and one table compares them
 (configs/sweep.py). What is done is not done again; a run that was killed goes on. `--stage` runs one stage
-alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. `--plan` runs nothing:
-it prints what the run would take on devices that need not be here (docs/scaling.md):
-
-    python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --plan --plan_accelerator=h100 \\
-        --plan_devices=8 --plan_pairs=1246000
-
-With `--plan_scaling=100` it prints instead how steps of 100 pairs a device scale from 1 to 512 devices, and
-what breaks first.
+alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate. What a run will take
+is told by `python -m clipmoe_jax.plan`.
 """
 
 import contextlib
@@ -27,7 +21,6 @@ from ml_collections import ConfigDict, config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding
-from clipmoe_jax.core.accelerators import ACCELERATORS
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import stages
@@ -36,12 +29,9 @@ from clipmoe_jax.dmu.recipes import CLIP_MOE
 from clipmoe_jax.dmu.results import evaluate, evaluate_stage, is_wanted
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.evaluation.evaluations import parse_evaluation
-from clipmoe_jax.planning.plan import make_plan
-from clipmoe_jax.planning.scaling import weak_scaling
 from clipmoe_jax.planning.trainings import check_mesh, trainings
 from clipmoe_jax.report import write_report
-from clipmoe_jax.reporting.plan_tables import format_plan, format_scaling
-from clipmoe_jax.reporting.text_tables import draw_figure, format_results, format_table, has_retrieval
+from clipmoe_jax.reporting.text_tables import format_results, format_table
 
 
 def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], object]]:
@@ -159,33 +149,11 @@ def check_run(config: ConfigDict, only: str = "") -> None:
             check_mesh(mesh, training)
 
 
-def print_plan(config: ConfigDict) -> None:
-    """What the run would take."""
-    given = flags.FLAGS
-    configs.validate(config, paths=False)
-    variants = configs.variant_configs(config)
-    num_pairs = given.plan_pairs or config.data.digit_scenes
-    if not num_pairs:
-        if not config.data.train:
-            raise ValueError("how many pairs? Set --plan_pairs, or config.data.train to a prepared data set")
-        num_pairs = len(Records(config.data.train, config.data.train_split))
-    for name, variant in variants.items():
-        configs.validate(variant, paths=False)
-        device, mfu, pairs_of_device = given.plan_accelerator, given.plan_mfu, given.plan_scaling
-        if pairs_of_device:
-            found = format_scaling(weak_scaling(variant, device, mfu, num_pairs, pairs_of_device))
-        else:
-            found = format_plan(make_plan(variant, device, given.plan_devices, mfu, num_pairs))
-        print(f"{name}:\n{found}\n" if name else found)
-
-
 def write_results(results: Sequence[dict], workdir: epath.Path) -> str:
-    """The tables of one config's models. They also lie in table.txt, as a picture in figure.png (in eval/ for
-    one seed) and on a page, report.html. results: of each seed."""
+    """The tables of one config's models. They also lie in table.txt (in eval/ for one seed) and on a page,
+    report.html. results: of each seed."""
     tables, folder = format_results(results), workdir if len(results) > 1 else workdir / "eval"
     (folder / "table.txt").write_text(tables + "\n")
-    if has_retrieval(results):
-        draw_figure(results, folder / "figure.png")
     write_report(workdir)
     return tables
 
@@ -200,9 +168,6 @@ def main(argv: list[str]) -> None:
     """Runs the config and shows what came out."""
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds and orbax tell every file they open
-    if flags.FLAGS.plan:
-        print_plan(flags.FLAGS.config)
-        return
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
     distributed.initialize(flags.FLAGS.distributed)
     distributed.keep_compiled_programs()
@@ -230,16 +195,11 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
     )
-    flags.DEFINE_bool("plan", False, "Print what the run would take, and stop.")
-    flags.DEFINE_enum("plan_accelerator", "h100", list(ACCELERATORS), "Whose peak, memory and links.")
-    flags.DEFINE_integer("plan_devices", 8, "How many of them.", lower_bound=1)
-    flags.DEFINE_float("plan_mfu", 0.4, "Share of the peak to expect.", lower_bound=0.01, upper_bound=1.0)
-    flags.DEFINE_integer("plan_pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
-    flags.DEFINE_integer(
-        "plan_scaling", 0, "Pairs a device: print weak scaling to 512 devices instead.", lower_bound=0
-    )
-    flags.mark_flag_as_required("config")
-    flags.register_multi_flags_validator(
-        ["workdir", "plan"], lambda given: given["workdir"] or given["plan"], "--workdir must be set"
+    flags.DEFINE_bool("plan", False, "Has become python -m clipmoe_jax.plan.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    flags.register_validator(  # the last one, whose line is shown
+        "plan",
+        lambda given: not given,
+        "plans are made by python -m clipmoe_jax.plan --config=… --accelerator=… --devices=… --pairs=…",
     )
     cli.run(main)

@@ -10,8 +10,8 @@ from absl import app, flags
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and calls main(argv), as absl's app.run does.
+def run(main: Callable[[list[str]], str | None]) -> None:
+    """Parses the flags and calls main(argv), as absl's app.run does; prints the text that it returns, if any.
 
     Errors made for people become one line on stderr and exit code 1: bad flags, unknown config
     fields, files that cannot be opened, and every ValueError or KeyError raised by this package.
@@ -23,11 +23,13 @@ def run(main: Callable[[list[str]], None]) -> None:
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
         try:
-            main(argv)
+            text = main(argv)
         except (ValueError, OSError, KeyError) as error:
             if not _is_for_people(error):
                 raise
             _fail(_one_line(error))
+        if text:
+            print(text)
 
     app.run(main_with_clear_errors, flags_parser=_parse_flags)
 

@@ -1,10 +1,9 @@
-"""The results of one run, or of several seeds, as a table for the console and a figure."""
+"""The results of one run, or of several seeds, as tables for a terminal."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from clipmoe_jax.data.digit_scenes import ATTRIBUTES
 from clipmoe_jax.dmu.recipes import CLIP_MOE
@@ -144,60 +143,6 @@ def format_differences(seeds: Sequence[Results]) -> str:
     lines.append(" " * width + "".join(f"{name:>16}" for name in next(iter(rows.values()))))
     lines += [f"{title:{width}}" + "".join(f"{p:>16}" for p in row.values()) for title, row in rows.items()]
     return "\n".join(lines)
-
-
-def draw_figure(seeds: Sequence[Results], path: epath.Path) -> None:
-    """Recall by model; and, where there are attributes, zero-shot accuracy by attribute for each expert."""
-    import matplotlib  # here because it is slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    titles = list(seeds[0])
-    attributes = list(seeds[0][CLIP_MOE].get("zero_shot", {}))
-    figure, axes = plt.subplots(
-        1, 1 + bool(attributes), figsize=(13 if attributes else 7, 5), layout="constrained", squeeze=False
-    )
-    left = axes[0, 0]
-    y = np.arange(len(titles))
-    for offset, key, label, colour in (
-        (-0.2, "image_to_text_r1", "image to text", "#3b6fb6"),
-        (0.2, "text_to_image_r1", "text to image", "#e0873a"),
-    ):
-        values = 100 * np.array([[results[title][key] for title in titles] for results in seeds])
-        error = values.std(axis=0, ddof=1) if len(seeds) > 1 else None
-        left.barh(y + offset, values.mean(axis=0), 0.38, xerr=error, label=label, color=colour)
-    left.set_yticks(y, titles)
-    left.get_yticklabels()[titles.index(CLIP_MOE)].set_fontweight("bold")
-    left.invert_yaxis()
-    left.set_xlabel("recall@1 (%)")
-    left.set_title("Retrieval on the test set")
-    left.legend(loc="upper right")
-    left.spines[["top", "right"]].set_visible(False)
-    if attributes:
-        _draw_attributes(axes[0, 1], seeds, attributes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
-
-
-def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> None:
-    """A heat map: rows are the experts, each as the dense model it came from, and the CLIP-MoE."""
-    experts = _experts(seeds[0]) | {CLIP_MOE: CLIP_MOE}
-    values = 100 * np.mean(
-        [[[r[title]["zero_shot"][a] for a in attributes] for title in experts] for r in seeds], axis=0
-    )
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for row, column in np.ndindex(values.shape):
-        shade = "white" if values[row, column] > 60 else "black"
-        axis.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center", color=shade)
-    labels = [f"{a} ({100 / len(ATTRIBUTES[a]):.0f})" for a in attributes]
-    axis.set_xticks(range(len(attributes)), labels, rotation=30, ha="right", rotation_mode="anchor")
-    axis.set_xlabel("attribute (chance)")
-    axis.set_yticks(range(len(experts)), experts.values())
-    axis.get_yticklabels()[-1].set_fontweight("bold")
-    axis.set_title("Zero-shot accuracy by attribute (%)")
 
 
 def short_count(count: int) -> str:
