@@ -45,8 +45,8 @@ def check_pairs(section: str, phase: PhaseConfig, num_pairs: int) -> None:
 
 def check_sections(config: ConfigDict, num_pairs: int) -> None:
     """Raises ValueError if the stages or the routers want more pairs than there are."""
-    for section in ("mcl", "router"):
-        check_pairs(section, configs.phase_config(config[section]), num_pairs)
+    for name, section in (("mcl", config.mcl), ("router", config.router)):
+        check_pairs(name, configs.phase_config(section), num_pairs)
 
 
 def cluster_limit(config: ConfigDict, training: Training, number: int, num_pairs: int) -> Limit:

@@ -19,6 +19,7 @@ from clipmoe_jax.planning.abstract import (
     device_bytes,
     held_params,
     placed_params,
+    text_config,
     traceable,
 )
 from clipmoe_jax.planning.trainings import Training
@@ -54,13 +55,16 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
     of_pair = sum(kept_bytes(mesh, config, compute, params, training.rules, tower) for tower in METHODS)
     if training.short_length:
         of_text = kept_bytes(mesh, config, compute, params, training.rules, "text")
-        of_pair += of_text * training.short_length / config.text.context_length
+        of_pair += of_text * training.short_length / text_config(config).context_length
     recomputes = compute.remat != "none"
     if recomputes:  # one block at a time is there in full
         whole = dataclasses.replace(compute, remat="none")
         of_pair += max(
             kept_bytes(mesh, config, whole, params, training.rules, tower) / depth
-            for tower, depth in (("image", config.vision.num_layers), ("text", config.text.num_layers))
+            for tower, depth in (
+                ("image", config.vision.num_layers),
+                ("text", text_config(config).num_layers),
+            )
         )
     copies = 0
     for leaf in jax.tree.leaves((trainable, frozen)):

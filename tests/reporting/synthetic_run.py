@@ -15,6 +15,8 @@ SCRIPT = "<script>alert('caption')</script> a \"large\" seven & more"
 TITLES = ("base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE")
 METRICS = [f"{d}_r{k}" for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 NUM_PAIRS, NUM_TEST, NUM_STAGES = 64, 12, 2
+ATTRIBUTE_LINE = "attributes:data.test"
+CHANCE = {"ink": 1 / 6, "size": 1 / 2, "digit": 1 / 10}  # of each attribute
 
 
 def write_run(folder: pathlib.Path, seed: int = 0) -> None:
@@ -87,13 +89,17 @@ def write_results(folder: pathlib.Path, rng: np.random.Generator) -> None:
             numbers = {m: round(0.9 + 0.01 * rng.random(), 4) for m in METRICS}
         if title == "stage 1 alone":
             numbers["text_to_image_r10"] = 0.99
+        attributes = {name: round(float(rng.random()), 3) for name in CHANCE}
         size = 13_700_000 if title == "feature ensemble" else 3_400_000
         results[title] = numbers | {
             "parameters": size + 400_000 * (title == "CLIP-MoE"),
             "active_parameters": size + 140_000 * (title == "CLIP-MoE"),
             "expert": experts.get(title),
-            "zero_shot": {a: float(rng.random()) for a in digit_scenes.ATTRIBUTES},
-            "evaluations": {"ood: places": {"auroc": 0.6 + row / 50, "fpr95": 0.6 - row / 50}},
+            "evaluations": {
+                ATTRIBUTE_LINE: attributes | {"mean": float(np.mean(list(attributes.values())))},
+                "ood: places": {"auroc": 0.6 + row / 50, "fpr95": 0.6 - row / 50},
+            },
+            "chance": {ATTRIBUTE_LINE: CHANCE},
         }
     write_json(folder / "eval" / "results.json", results)
     write_json(
