@@ -58,8 +58,8 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
 
     from clipmoe_jax import config as configs
     from clipmoe_jax.core import sharding
+    from clipmoe_jax.dmu.phases import phases_of as trainings
     from clipmoe_jax.planning.abstract import abstract_step
-    from clipmoe_jax.planning.trainings import trainings
 
     config, platform = configs.default_config(), PLATFORMS[args.target]
     config.compute.dtype, config.compute.remat = args.dtype, args.remat

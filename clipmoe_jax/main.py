@@ -83,7 +83,13 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
     )
+    flags.DEFINE_bool("plan", False, "Has become python -m clipmoe_jax.plan.")
     flags.mark_flags_as_required(["config", "workdir"])
+    flags.register_validator(  # the last one, whose line is shown
+        "plan",
+        lambda given: not given,
+        "plans are made by python -m clipmoe_jax.plan --config=… --accelerator=… --devices=… --pairs=…",
+    )
 
 
 if __name__ == "__main__":

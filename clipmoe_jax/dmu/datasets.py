@@ -6,6 +6,8 @@ several seeds. A source that a variant sets otherwise than the config lies in WO
 """
 
 import dataclasses
+import os
+from collections.abc import Mapping
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -86,3 +88,15 @@ def datasets_of(
             folder /= f"seed_{seed}"
         datasets[name] = Dataset(str(folder / name), split, source)
     return datasets
+
+
+def describe(datasets: Mapping[str, Dataset], folder: epath.Path) -> dict[str, dict[str, str]]:
+    """Returns {name: {"path", "split", "source"}} for datasets.json in `folder`.
+
+    The path of what the run prepared is relative to the folder, so that a workdir may move.
+    """
+    described = {}
+    for name, dataset in datasets.items():
+        path = os.path.relpath(dataset.path, folder) if dataset.source else dataset.path
+        described[name] = dataclasses.asdict(dataset) | {"path": path}
+    return described

@@ -33,21 +33,21 @@ class PlannedPhase:
     """
 
     name: str
-    stage: str
-    architecture: ClipConfig
+    config: ClipConfig
     compute: ComputeConfig
     rules: trees.Rules
-    hyperparameters: PhaseConfig
+    phase: PhaseConfig
     num_steps: int
     short_length: int = 0
     frozen_dtype: str = "float32"
+    stage: str = ""
     is_bound: bool = False
 
     @property
-    def step_key(self) -> tuple:
+    def kind(self) -> tuple:
         """Returns what the compiled step depends on: phases with equal keys share one."""
-        any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
-        model = self.architecture, self.compute, tuple(self.rules)
+        any_length = dataclasses.replace(self.phase, num_steps=0)
+        model = self.config, self.compute, tuple(self.rules)
         return *model, any_length, self.short_length, self.frozen_dtype
 
 
@@ -95,7 +95,6 @@ def phases_of(
         context_length = config.base.architecture.text.context_length
         yield PlannedPhase(
             recipe.name,
-            recipe.stage,
             architecture,
             compute,
             recipe.trains,
@@ -103,6 +102,7 @@ def phases_of(
             steps[recipe.name],
             short_length=min(SHORT_LENGTH, context_length) if weight else 0,
             frozen_dtype=config.compute.frozen_dtype or compute.dtype,
+            stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
         )
 
@@ -128,9 +128,9 @@ def _is_bound(config: ConfigDict, recipe: Recipe) -> bool:
 def check_mesh(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> None:
     """Raises ValueError if a phase's batch or its parameters cannot be split over the mesh."""
     try:
-        settings = phase.hyperparameters
+        settings = phase.phase
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation_steps)
         if mesh.size > mesh.shape["data"]:  # else every device holds all of them
-            sharding.param_shardings(mesh, abstract_params(phase.architecture))
+            sharding.param_shardings(mesh, abstract_params(phase.config))
     except ValueError as error:
         raise ValueError(f"{phase.name}: {error}") from error

@@ -25,10 +25,11 @@ from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import save_array
+from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import Evaluation, NotApplicableError, parse_evaluation
-from clipmoe_jax.evaluation.retrieval import retrieval_recall
-from clipmoe_jax.evaluation.subject import Captions, Subject, read_captions, retrieval_features
+from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
+from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import load_model, read_config
@@ -173,10 +174,10 @@ def _sizes(path: epath.Path) -> dict[str, int]:
 
 
 def _evaluate_test(run: Run, recipe: Recipe, subject: Subject, folder: epath.Path) -> dict:
-    images, texts = retrieval_features(subject, run.records("test"), _captions(run))
-    save_array(folder / "image.npy", images)
-    save_array(folder / "text.npy", texts)
-    numbers = retrieval_recall(images, texts, _captions(run).image_of_text)
+    features = retrieval_features(subject, run.records("test"))
+    save_array(folder / "image.npy", features.images)
+    save_array(folder / "text.npy", features.texts)
+    numbers = retrieval_recall(features.images, features.texts, features.image_of_text)
     image_to_text, text_to_image = (
         100 * numbers[f"{name}_r1"] for name in ("image_to_text", "text_to_image")
     )

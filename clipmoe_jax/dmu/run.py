@@ -98,10 +98,9 @@ class Run:
         encoder: Encoder,
         first: int = 0,
         stop: int | None = None,
-        towers: Sequence[str] = ("image", "text"),
     ) -> dict[str, np.ndarray]:
         """Returns {"image", "text": (N, embed) float32 unit features} of a range of records, in order."""
-        return encoder.pairs(self.pairs(name), first, stop, towers, self.config.data.num_workers)
+        return encoder.pairs(self.pairs(name), first, stop, num_workers=self.config.data.num_workers)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """Returns what `make` returned when it was called under this key for the first time.

@@ -11,7 +11,7 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed, sharding
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.dmu import results
-from clipmoe_jax.dmu.datasets import Dataset, datasets_of
+from clipmoe_jax.dmu.datasets import Dataset, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, phases_of
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
@@ -100,6 +100,7 @@ def _run_seed(
         stages[EVALUATE_STAGE] = results.evaluate
     mesh, found = sharding.make_mesh(**config.mesh), None
     with contextlib.closing(Metrics(folder)) as metrics:
+        artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
         run = Run(config, seed, folder, mesh, metrics, datasets, siblings)
         for name, make in stages.items():
             if stage in ("", name):

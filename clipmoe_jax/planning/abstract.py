@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.models.clip import Clip, ClipConfig, abstract_params
+from clipmoe_jax.dmu.phases import PlannedPhase as Training
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig
-from clipmoe_jax.planning.trainings import Training
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
 FLOAT_BYTES = 4
@@ -28,17 +28,20 @@ def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
 
 
 def traceable(compute: ComputeConfig) -> ComputeConfig:
-    """cuDNN's attention cannot be traced without CUDA's libraries; XLA's keeps more."""
+    """Returns how a model is computed where its step is only traced: cuDNN's attention needs CUDA's libraries
+    for that, and XLA's, which stands for it, keeps more."""
     return dataclasses.replace(compute, attention="xla") if compute.attention == "cudnn" else compute
 
 
 def abstract_step(
     mesh: Mesh | AbstractMesh, training: Training
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The jitted step of a training, and its arguments as shapes with their shardings."""
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """Returns the jitted step of a training, and its arguments as shapes with their shardings."""
     trainable, frozen = held_params(mesh, training)
     loss = LossConfig(0.1, 0.01, short_caption_weight=float(training.short_length > 0))
-    step = make_train_step(Clip(training.config, training.compute), loss, training.phase)
+    model = Clip(training.config, training.compute)
+    # A Linen module has a hash, which its type does not tell.
+    step = cast(Callable[..., jax.stages.Wrapped], make_train_step)(model, loss, training.phase)
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
@@ -50,36 +53,44 @@ def abstract_step(
 
 
 def held_params(mesh: Mesh | AbstractMesh, training: Training) -> tuple[dict, dict]:
-    """(trainable, frozen) as placed shapes, the frozen ones of the type that `train.loop.fit` gives them."""
+    """Returns (trainable, frozen) as placed shapes, the frozen ones of the type that `train.loop.fit` gives
+    them."""
     trainable, frozen = trees.partition(placed_params(mesh, training.config), training.rules)
-    cast = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=training.frozen_dtype), frozen)
-    return trainable, jax.tree.map(lambda leaf, held: leaf.update(dtype=held.dtype), frozen, cast)
+    cast_frozen = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=training.frozen_dtype), frozen)
+    return trainable, jax.tree.map(lambda leaf, cast: leaf.update(dtype=cast.dtype), frozen, cast_frozen)
 
 
 def abstract_batch(
     mesh: Mesh | AbstractMesh, config: ClipConfig, num_pairs: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `num_pairs`, split over the mesh."""
-    size, where = config.vision.image_size, sharding.batch_sharding(mesh)
+    """Returns a batch of `num_pairs` as shapes, split over the mesh."""
+    size, split = config.vision.image_size, sharding.batch_sharding(mesh)
+    length = text_config(config).context_length
     return {
-        "image": jax.ShapeDtypeStruct((num_pairs, size, size, 3), np.uint8, sharding=where),
-        "text": jax.ShapeDtypeStruct((num_pairs, config.text.context_length), np.int32, sharding=where),
+        "image": jax.ShapeDtypeStruct((num_pairs, size, size, 3), np.uint8, sharding=split),
+        "text": jax.ShapeDtypeStruct((num_pairs, length), np.int32, sharding=split),
     }
+
+
+def text_config(config: ClipConfig) -> TextConfig:
+    """Returns the text tower's sizes; every model that is trained has one."""
+    assert config.text is not None
+    return config.text
 
 
 @functools.cache
 def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig) -> dict:
-    """A model's parameters as shapes with the shardings that PARAM_RULES give them; traced once."""
+    """Returns a model's parameters as shapes with the shardings of PARAM_RULES; traced once."""
     params = abstract_params(config)
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         params,
         sharding.param_shardings(mesh, params),
     )
 
 
 def device_bytes(tree: Any) -> int:
-    """What one device holds of a tree of placed shapes."""
+    """Returns the bytes that one device holds of a tree of placed shapes."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

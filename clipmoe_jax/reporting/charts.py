@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are CSS variables of the page, so that a chart is light or dark with it.
+"""Charts as inline SVG, whose colours are CSS variables of the page: light or dark as it is.
 
 Letters: T points in a curve, R rows, C columns, E experts.
 """
@@ -23,7 +23,7 @@ FONT = 10
 
 
 class Curve(NamedTuple):
-    """x, y (T,). noisy: drawn faintly, with its running mean over it."""
+    """A line of points x, y (T,). noisy: drawn faintly, with its running mean over it."""
 
     x: np.ndarray
     y: np.ndarray
@@ -32,7 +32,7 @@ class Curve(NamedTuple):
 
 
 def expert_colour(expert: int) -> str:
-    """A colour for an expert, or for the stage that it came from."""
+    """Returns the colour of an expert, or of the stage that it came from."""
     return EXPERT_COLOURS[expert]
 
 
@@ -48,7 +48,7 @@ def draw_curves(
     from_zero: bool = False,
     log_x: bool = False,
 ) -> Markup:
-    """Lines by label; reference: a level to compare with, and its label."""
+    """Draws lines by label. reference: the label and height of a level to compare with."""
     columns = 1 if max(map(len, curves)) > 20 else 3  # of the legend
     figure, axis = _panel(WIDTH, 2.7 + 0.2 * -(-len(curves) // columns))
     for label, curve in curves.items():
@@ -60,7 +60,7 @@ def draw_curves(
     if reference:
         axis.axhline(reference[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=reference[0])
     if dots:
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(_whole_numbers())
     if log_x:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -83,7 +83,10 @@ def draw_paired_bars(
     x: str,
     strong: str,
 ) -> Markup:
-    """Two horizontal bars for each label: pairs {legend: (values (R,), standard deviations (R,) or None)}."""
+    """Draws two horizontal bars for each label.
+
+    pairs: {legend: (values (R,), standard deviations (R,) or None)}. strong: the label in bold.
+    """
     figure, axis = _panel(5.2, 0.9 + 0.36 * len(labels))
     rows = np.arange(len(labels))
     for (label, (values, spread)), shift, alpha in zip(pairs.items(), (-0.19, 0.19), (1, 0.5), strict=True):
@@ -119,7 +122,7 @@ def draw_matrix(
     width: float = 3.6,
     strong: str = "",
 ) -> Markup:
-    """A heat map with its numbers, (R, C): the higher in low … high, the stronger. NaN is left empty."""
+    """Draws a heat map (R, C) with its numbers: the higher in low … high, the stronger. NaN is left empty."""
     from matplotlib.patches import Rectangle
 
     figure, axis = _panel(width, 0.75 + 0.36 * len(rows))
@@ -143,7 +146,7 @@ def draw_matrix(
 
 
 def draw_sizes(name: str, alt: str, sizes: np.ndarray, batch_size: int | None) -> Markup:
-    """Sizes of clusters from the largest, (R,) int, on a logarithmic scale; where they fill a batch."""
+    """Draws sizes of clusters from the largest, (R,) int, on a logarithmic scale, and the size of a batch."""
     figure, axis = _panel(WIDTH, 2.5)
     edges = np.arange(len(sizes) + 1) + 0.5
     axis.stairs(sizes, edges, baseline=0.7, fill=True, color=ACCENT, alpha=0.55, linewidth=0)
@@ -157,7 +160,7 @@ def draw_sizes(name: str, alt: str, sizes: np.ndarray, batch_size: int | None) -
         end = (edges[-1], batch_size)
         axis.annotate(f"one batch: {batch_size:,}", end, color=MUTED, fontsize=FONT, **place)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(_whole_numbers())
     axis.set_xlabel("cluster, by size")
     axis.set_ylabel("pairs")
     axis.margins(x=0.01)
@@ -165,7 +168,7 @@ def draw_sizes(name: str, alt: str, sizes: np.ndarray, batch_size: int | None) -
 
 
 def draw_shares(name: str, alt: str, rows: Sequence[str], shares: np.ndarray) -> Markup:
-    """Stacked bars in the experts' colours: shares (R, E) whose rows sum to 1."""
+    """Draws stacked bars in the experts' colours: shares (R, E) whose rows sum to 1."""
     figure, axis = _panel(WIDTH, 0.6 + 0.3 * len(rows))
     left = np.zeros(len(rows))
     for expert, share in enumerate(np.transpose(shares)):
@@ -181,7 +184,7 @@ def draw_shares(name: str, alt: str, rows: Sequence[str], shares: np.ndarray) ->
 
 
 def _panel(width: float, height: float):
-    """(figure, axis) without pyplot's global state."""
+    """Returns (figure, axis) without pyplot's global state."""
     from matplotlib.figure import Figure  # here because it is slow to import
 
     figure = Figure((width, height), layout="constrained")
@@ -196,13 +199,20 @@ def _panel(width: float, height: float):
     return figure, axis
 
 
+def _whole_numbers():
+    """Returns the locator of an axis of counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
+
+
 def _legend_above(axis, columns: int) -> None:
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "columnspacing": 1.4}
     axis.legend(frameon=False, labelcolor=INK, fontsize=FONT, handlelength=1.2, ncols=columns, **place)
 
 
 def _svg(figure, name: str, alt: str) -> Markup:
-    """The figure as an <svg>: text as text, ids that no other `name` has, the same bytes each time."""
+    """Returns the figure as an <svg> with text as text and ids of its own; the same bytes each time."""
     import matplotlib
 
     out = io.StringIO()
@@ -216,7 +226,7 @@ def _svg(figure, name: str, alt: str) -> Markup:
     body = re.sub(r"url\(#", f"url(#{name}-", body)
     body = re.sub(r'xlink:href="#', f'href="#{name}-', body)
     body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
-    body = re.sub("|".join(_VARIABLES), lambda found: f"var({_VARIABLES[found[0]]})", body)
+    body = re.sub("|".join(_VARIABLES), lambda match: f"var({_VARIABLES[match[0]]})", body)
     return Markup(
         f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {height}" '
         f'style="max-width: {round(SCALE * width)}px">{body}'
@@ -224,13 +234,13 @@ def _svg(figure, name: str, alt: str) -> Markup:
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
-    """At most MAX_POINTS means of neighbours."""
+    """Returns at most MAX_POINTS means of neighbours."""
     if len(values) <= MAX_POINTS:
         return values
     return np.array([part.mean() for part in np.array_split(values, MAX_POINTS)])
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Of each value and its neighbours, `window` of them, fewer at the ends: (T,) -> (T,)."""
+    """Returns the mean (T,) of each value and its neighbours, `window` in all, fewer at the ends."""
     half = window // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

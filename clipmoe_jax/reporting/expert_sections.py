@@ -1,4 +1,4 @@
-"""The report's sections on the experts: where tokens go, which patches and words, how different they are.
+"""The report's sections on the experts: routing, experts of patches and words, differences between experts.
 
 Letters: M MoE blocks, E experts, G patches along a side, R rows.
 """
@@ -8,53 +8,55 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from clipmoe_jax.reporting import charts, pictures
 from clipmoe_jax.reporting.charts import ACCENT, INK, Curve
 from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder
 
 Context = dict[str, Any]
-TOWERS = {"visual": "vision tower", "text": "text tower"}
+TOWERS = {"visual": "vision tower", "text": "text tower"}  # a tower's key in the run's files: its title
 COLOURS = {"visual": ACCENT, "text": INK}
 DIGITS_UP_TO = 4  # patches a side: larger ones have room for the expert's number
 
 
 def routing(folders: Sequence[Folder]) -> Context:
-    """Load, co-activation, load by place and by kind of word of each tower; entropy and largest gate."""
-    found = folders[0].json("eval/routing.json", DIAGNOSTICS)
+    """Returns load, co-activation, load by position and by kind of word of each tower; entropy and largest
+    gate; tokens whose experts router training changed."""
+    tables = folders[0].json("eval/routing.json", DIAGNOSTICS)
     change = folders[0].json("eval/routing_change.json", DIAGNOSTICS)
-    num_experts = len(found["visual"]["load"][0])
+    num_experts = len(tables["visual"]["load"][0])
     even = math.log(num_experts)
     return {
         "experts": expert_names(num_experts),
-        "towers": {title: _routing_of(tower, found[tower]) for tower, title in TOWERS.items()},
+        "towers": {title: _routing_of(tower, tables[tower]) for tower, title in TOWERS.items()},
         "entropy": _by_block(
             "entropy",
             "Entropy of the router",
-            {tower: (found[tower]["layers"], found[tower]["entropy"]) for tower in TOWERS},
+            {tower: (tables[tower]["layers"], tables[tower]["entropy"]) for tower in TOWERS},
             y="nats",
             reference=(f"even: {even:.2f}", even),
         ),
         "gate": _by_block(
             "gate",
             "Largest gate of a token, mean,",
-            {tower: (found[tower]["layers"], found[tower]["top1_gate"]) for tower in TOWERS},
+            {tower: (tables[tower]["layers"], tables[tower]["top1_gate"]) for tower in TOWERS},
             y="gate",
         ),
         "change": _by_block(
             "change",
             "Share of tokens whose experts changed by router training",
-            {tower: (found[tower]["layers"], 100 * np.array(change[tower])) for tower in TOWERS},
+            {tower: (tables[tower]["layers"], 100 * np.array(change[tower])) for tower in TOWERS},
             y="% of tokens",
         ),
     }
 
 
-def _routing_of(tower: str, found: dict) -> Context:
-    title, load = TOWERS[tower], 100 * np.array(found["load"])
-    together = 100 * np.mean(found["coactivation"], axis=0)
+def _routing_of(tower: str, tables: dict) -> Context:
+    title, load = TOWERS[tower], 100 * np.array(tables["load"])
+    together = 100 * np.mean(tables["coactivation"], axis=0)
     names = [f"expert {e}" for e in range(load.shape[1])]
-    blocks = [f"block {i}" for i in found["layers"]]
+    blocks = [f"block {i}" for i in tables["layers"]]
     loads = (f"{block} {_list(row)}" for block, row in zip(blocks, load, strict=True))
     load_alt = f"Heat map of the experts' shares of routed slots, {title}, in per cent: {'; '.join(loads)}."
     most = max(2 * load.mean(), load.max())  # twice an even share is as strong as one gets
@@ -71,10 +73,10 @@ def _routing_of(tower: str, found: dict) -> Context:
             f"together-{tower}", together_alt, together, names, names, high=100, **look
         ),
         "Load by position, mean over blocks": _shares(
-            f"places-{tower}", f"position, {title}", found["bins"], found["load_by_position"]
+            f"places-{tower}", f"position, {title}", tables["bins"], tables["load_by_position"]
         ),
     }
-    if by_class := found.get("load_by_word_class"):
+    if by_class := tables.get("load_by_word_class"):
         shares = np.swapaxes(list(by_class.values()), 0, 1)
         charts_of["Load by kind of word, mean over blocks"] = _shares(
             "words", "kind of word", list(by_class), shares
@@ -83,14 +85,14 @@ def _routing_of(tower: str, found: dict) -> Context:
 
 
 def heat_maps(folders: Sequence[Folder]) -> Context:
-    """Images and captions with the first expert of each patch and word, block by block."""
+    """Returns images and captions with the first expert of each patch and word, block by block."""
     folder = folders[0]
     arrays = folder.array("eval/heat_maps.npz", DIAGNOSTICS)
     texts = folder.json("eval/heat_maps.json", DIAGNOSTICS)
-    found = folder.json("eval/routing.json", DIAGNOSTICS)
+    routing_tables = folder.json("eval/routing.json", DIAGNOSTICS)
     examples = []
     for i, text in enumerate(texts):
-        visual, words = arrays["visual_experts"][i], arrays["text_experts"][i]
+        patches, words = arrays["visual_experts"][i], arrays["text_experts"][i]
         maps = [
             {
                 "block": block,
@@ -98,7 +100,7 @@ def heat_maps(folders: Sequence[Folder]) -> Context:
                 "alt": f"Block {block}: {_counts(experts)}",
                 "digits": experts.tolist() if len(experts) <= DIGITS_UP_TO else [],
             }
-            for block, experts in zip(found["visual"]["layers"], visual, strict=True)
+            for block, experts in zip(routing_tables["visual"]["layers"], patches, strict=True)
         ]
         examples.append(
             {
@@ -108,47 +110,48 @@ def heat_maps(folders: Sequence[Folder]) -> Context:
                 "words": [(word, words[:, place].tolist()) for place, word in enumerate(text["words"])],
             }
         )
-    num_experts = len(found["visual"]["load"][0])
+    num_experts = len(routing_tables["visual"]["load"][0])
     return {
         "examples": examples,
-        "blocks": found["text"]["layers"],
+        "blocks": routing_tables["text"]["layers"],
         "experts": expert_names(num_experts),
     }
 
 
 def experts(folders: Sequence[Folder]) -> Context:
-    """How different the experts are: outputs by CKA and divergence, weights by cosine."""
-    found = folders[0].json("eval/experts.json", DIAGNOSTICS)
+    """Returns how much the experts differ: outputs by CKA and divergence, weights by cosine."""
+    differences = folders[0].json("eval/experts.json", DIAGNOSTICS)
     towers, by_depth = {}, {}
     for tower, title in TOWERS.items():
-        cka = np.array(found[tower]["cka"])
+        of_tower = differences[tower]
+        cka = np.array(of_tower["cka"])
         pairs = ~np.eye(cka.shape[1], dtype=bool)
-        by_depth[tower] = (found[tower]["layers"], 1 - cka[:, pairs].mean(axis=1))
-        divergence = np.mean(found[tower]["js_divergence"], axis=0)
+        by_depth[tower] = (of_tower["layers"], 1 - cka[:, pairs].mean(axis=1))
+        divergence = np.mean(of_tower["js_divergence"], axis=0)
         towers[title] = {
             "Outputs alike: CKA": _pairs(f"cka-{tower}", title, cka.mean(axis=0), 0, 1),
             "Outputs apart: Jensen-Shannon divergence, bits": _pairs(
                 f"divergence-{tower}", title, divergence, 0, max(divergence.max(), 1e-6)
             ),
             "Weights alike: cosine of what changed": _pairs(
-                f"cosine-{tower}", title, np.mean(found[tower]["weight_cosine"], axis=0), 1, 1
+                f"cosine-{tower}", title, np.mean(of_tower["weight_cosine"], axis=0), 1, 1
             ),
         }
     label = "1 − CKA, mean over pairs of experts"
     return {
         "towers": towers,
-        "diversity": found["diversity"],
+        "diversity": differences["diversity"],
         "by_depth": (label, _by_block("depth", label, by_depth, y="1 − CKA", from_zero=True)),
     }
 
 
 def expert_names(num_experts: int) -> list[tuple[int, str]]:
-    """(number, what it came from): expert 0 is the base, expert s the model of stage s."""
+    """Returns (number, origin) of each expert: expert 0 is the base, expert s the model of stage s."""
     return [(e, f"stage {e}" if e else "base") for e in range(num_experts)]
 
 
 def _pairs(name: str, tower: str, values: np.ndarray, first: int, high: float) -> charts.Markup:
-    """Expert by expert, from expert `first` on: (R, R)."""
+    """values (R, R): expert by expert, from expert `first` on."""
     names = [f"expert {first + e}" for e in range(len(values))]
     rows = (f"{label}: {_list(row, '{:.2f}')}" for label, row in zip(names, values, strict=True))
     alt = f"Heat map, expert by expert, {tower}, mean over blocks. {'; '.join(rows)}."
@@ -164,10 +167,13 @@ def _shares(name: str, kind: str, rows: list[str], shares: Any) -> charts.Markup
 
 
 def _by_block(
-    name: str, title: str, found: Mapping[str, tuple[Sequence[int], Sequence[float]]], **look: Any
+    name: str, title: str, values: Mapping[str, tuple[ArrayLike, ArrayLike]], **look: Any
 ) -> charts.Markup:
-    """found: {tower: (blocks (M,), values (M,))}."""
-    shown = {TOWERS[tower]: Curve(*found[tower], COLOURS[tower]) for tower in TOWERS}
+    """values: {tower: (blocks (M,), values (M,))}."""
+    shown = {
+        TOWERS[tower]: Curve(np.asarray(blocks), np.asarray(numbers), COLOURS[tower])
+        for tower, (blocks, numbers) in values.items()
+    }
     parts = (f"{tower} {_list(curve.y, '{:.2f}')}" for tower, curve in shown.items())
     alt = f"{title} by block: {'; '.join(parts)}."
     return charts.draw_curves(name, alt, shown, x="block", dots=True, **look)
@@ -179,5 +185,5 @@ def _counts(patches: np.ndarray) -> str:
     return f"{', '.join(parts)} of {patches.size} patches."
 
 
-def _list(values: Sequence[float], form: str = "{:.0f}") -> str:
-    return ", ".join(form.format(value) for value in values)
+def _list(values: ArrayLike, form: str = "{:.0f}") -> str:
+    return ", ".join(form.format(value) for value in np.asarray(values))

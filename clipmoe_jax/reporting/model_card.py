@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to use it, where it comes from, what it scored."""
+"""The README.md of an exported model: description, usage, provenance, scores."""
 
 import json
 from typing import Any
@@ -96,10 +96,10 @@ model, preprocess = clipmoe.load("{name}/model.pt")
 def model_card(
     source: str, config: ClipConfig, params: trees.Params, read_from: str, to: str, name: str
 ) -> str:
-    """Returns Markdown. source: where the model was read; read_from: what lay there, in words; to: the format
-    it goes to; name: its folder.
+    """Returns a model's card in Markdown; of a model folder of a run also the run's config and evaluation.
 
-    Of a model folder of a run, the run's config and evaluation are told too.
+    source: the path that the model was read from. read_from: what lay there, in words. to: the format it is
+    written in. name: its new folder.
     """
     kind = "CLIP-MoE" if config.moe else "CLIP" if config.text else "CLIP vision tower"
     parts = [
@@ -176,7 +176,7 @@ def _usage(config: ClipConfig, to: str) -> str:
 
 
 def _released_arguments(config: ClipConfig) -> dict[str, int]:
-    """loadMoE's arguments."""
+    """Returns loadMoE's arguments."""
     if config.moe is None:
         return {}
     depth = config.vision.num_layers
@@ -188,7 +188,7 @@ def _released_arguments(config: ClipConfig) -> dict[str, int]:
 
 
 def _provenance(source: epath.Path) -> list[str]:
-    """Sections on the run that made a model, as far as it lies beside it: its config, its evaluation."""
+    """Returns the sections on the run that made a model, if it lies beside it: its config, its evaluation."""
     folders = [source, *list(source.parents)[:2]]
     sections = []
     if (made := next((f for f in folders if artifacts.is_done(f)), None)) is not None:
@@ -200,13 +200,13 @@ def _provenance(source: epath.Path) -> list[str]:
             f"```json\n{json.dumps(done['inputs'], indent=2)}\n```",
         ]
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
-    if results is not None and has_retrieval([found := json.loads(results.read_text())]):
-        sections += ["## Evaluation", _results(found)]
+    if results is not None and has_retrieval([numbers := json.loads(results.read_text())]):
+        sections += ["## Evaluation", _results(numbers)]
     return sections
 
 
 def _results(results: dict[str, dict[str, Any]]) -> str:
-    """Every model of the run, so that this one can be compared."""
+    """Returns a table of every model of the run, to compare this one with."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for title, numbers in results.items():
         cells = " | ".join(f"{100 * numbers[key]:.1f}" for key in COLUMNS.values())

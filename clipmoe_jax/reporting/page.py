@@ -1,4 +1,4 @@
-"""The report's page: every section of a run in one HTML file that loads nothing."""
+"""The report's page: all sections of a run in one HTML file that loads nothing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,15 +27,19 @@ SECTIONS: dict[str, tuple[str, Section]] = {
 
 
 def render(workdir: epath.Path) -> str:
-    """The page of a run, the same bytes from the same files. Raises FileNotFoundError without a run."""
+    """Returns the page of a run, the same bytes from the same files.
+
+    Raises FileNotFoundError if there is no run.
+    """
     folders = seed_folders(workdir)
+    loader = jinja2.PackageLoader("clipmoe_jax.reporting", ".")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipmoe_jax.reporting", "."),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    style = environment.loader.get_source(environment, "report.css")[0]
+    style = loader.get_source(environment, "report.css")[0]
     environment.globals |= {
         "again": f"python -m clipmoe_jax.report --workdir={workdir}",
         "percent": "{:.1f}\u202f%".format,  # a narrow space that no line breaks at
@@ -55,7 +59,7 @@ def render(workdir: epath.Path) -> str:
 
 
 def _made(section: Section, folders: Sequence[Folder]) -> dict[str, Any]:
-    """{"content": what the section shows, "absent": what is not there for it, and the command for that}."""
+    """Returns {"content": what the section shows, "absent": None}, or None and the NotThereError."""
     try:
         return {"content": section(folders), "absent": None}
     except NotThereError as error:
@@ -63,7 +67,7 @@ def _made(section: Section, folders: Sequence[Folder]) -> dict[str, Any]:
 
 
 def _ink_on(colour: str) -> str:
-    """Black or white, whichever is easier to read on a colour (WCAG's relative luminance)."""
+    """Returns black or white, whichever is easier to read on a colour (WCAG's relative luminance)."""
     linear = [(int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000" if luminance > 0.179 else "#fff"

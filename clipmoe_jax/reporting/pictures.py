@@ -1,4 +1,4 @@
-"""Images of a data set as small data URIs, and expert maps to lay over them.
+"""Images of a data set as small data URIs, and maps of experts to lay over them.
 
 Letters: H, W image height and width, G patches along a side.
 """
@@ -30,16 +30,18 @@ PIXEL_ART = 64  # images up to this size are shown as they are, pixel by pixel
 
 
 def thumbnail(record_image: bytes | np.ndarray, size: int = 176) -> str:
-    """A data URI of an image file's contents or of pixels uint8 (H, W, 3), sides at most `size`."""
-    of_file = isinstance(record_image, bytes)
-    image = decode_image(record_image) if of_file else Image.fromarray(record_image)
+    """Returns a data URI of an image file's bytes or of pixels uint8 (H, W, 3), sides at most `size`."""
+    if isinstance(record_image, bytes):
+        image = decode_image(record_image)
+    else:
+        image = Image.fromarray(record_image)
     image = image.convert("RGB")
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     return _data_uri(image, "PNG" if max(image.size) <= PIXEL_ART else "JPEG")
 
 
 def overlay(experts: np.ndarray) -> str:
-    """A data URI of a picture that tints each patch by its expert: int (G, G), one pixel a patch."""
+    """Returns a data URI of a picture that tints each patch by its expert, one pixel a patch: int (G, G)."""
     rgb = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in EXPERT_COLOURS]
     alpha = np.full((*experts.shape, 1), round(255 * OVERLAY_ALPHA), np.uint8)
     return _data_uri(

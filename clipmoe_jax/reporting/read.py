@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, as the report reads it.
+"""Reads the files of a run's workdir for the report.
 
 Letters: N pairs of the training set, T points in a curve.
 """
@@ -14,12 +14,12 @@ from etils import epath
 from clipmoe_jax.data.records import Records
 
 Curves = dict[str, dict[str, np.ndarray]]
-DIAGNOSTICS = "evaluate"  # the stage that makes routing, heat maps, experts, neighbours and cost
+DIAGNOSTICS = "evaluate"  # the stage that writes routing, heat maps, experts, neighbours and cost
 MAIN = "python -m clipmoe_jax.main --config=CONFIG"
 
 
 class NotThereError(Exception):
-    """A file that a section is made from is not there: `what` it is, and the `command` that makes it."""
+    """A file that a section reads is not there: `what` names it, `command` makes it."""
 
     def __init__(self, what: str, command: str):
         super().__init__(what)
@@ -28,83 +28,92 @@ class NotThereError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """One seed's folder; workdir is what the user gave, the same unless there are several seeds."""
+    """One seed's folder; workdir is the one that the user gave, the same unless there are several seeds."""
 
     path: epath.Path
     workdir: epath.Path
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Returns whether a file is there."""
         return (self.path / name).exists()
 
     def file(self, name: str, stage: str) -> epath.Path:
-        """A file that `stage` makes. Raises NotThereError."""
+        """Returns the path of a file that `stage` makes. Raises NotThereError."""
         path = self.path / name
         if not path.exists():
             raise NotThereError(self._shown(name), f"{MAIN} --workdir={self.workdir} --stage={stage}")
         return path
 
     def json(self, name: str, stage: str) -> Any:
-        """A JSON file that `stage` makes. Raises NotThereError."""
+        """Returns the content of a JSON file that `stage` makes. Raises NotThereError."""
         return json.loads(self.file(name, stage).read_text())
 
     def array(self, name: str, stage: str) -> Any:
-        """What numpy has saved in a file (.npy an array, .npz a dict of arrays). Raises NotThereError."""
+        """Returns the array of an .npy file, or the dict of arrays of an .npz file. Raises NotThereError."""
         with self.file(name, stage).open("rb") as file:
-            found = np.load(file)
-            return found if isinstance(found, np.ndarray) else dict(found)
+            content = np.load(file)
+            return content if isinstance(content, np.ndarray) else dict(content)
 
     def config(self) -> dict[str, Any]:
-        """The run's config. Raises NotThereError: it is written when all stages are through."""
+        """Returns the run's config. Raises NotThereError: it is written when all stages are through."""
         if not self.has("config.json"):
             raise NotThereError(self._shown("config.json"), f"{MAIN} --workdir={self.workdir}")
         return json.loads((self.path / "config.json").read_text())
 
     def measured(self, name: str) -> dict[str, Any]:
-        """What was measured while an artifact was made; nothing if it is not there."""
+        """Returns what was measured while an artifact was made; {} if it is not there."""
         path = self.path / name / "done.json"
         return json.loads(path.read_text())["measured"] if path.exists() else {}
 
     def records(self, name: str) -> Records:
-        """The prepared data set "train" or "test". Raises NotThereError where it has gone."""
-        data = self.config()["data"]
-        if data["digit_scenes"]:
-            path, split = self.path / "data" / name, "train"
-            shown, command = self._shown(f"data/{name}"), f"{MAIN} --workdir={self.workdir} --stage=data"
-        else:
-            path, split = epath.Path(data[name]), data[f"{name}_split"]
-            shown, command = str(path), f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}"
+        """Returns the data set "train" or "test". Raises NotThereError where it has gone."""
+        path, split, made_by_run = self._dataset(name)
         if not path.exists():
-            raise NotThereError(shown, command)
+            if made_by_run:
+                command = f"{MAIN} --workdir={self.workdir} --stage=data"
+                raise NotThereError(self._shown(f"data/{name}"), command)
+            raise NotThereError(str(path), f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}")
         return Records(str(path), split)
 
+    def _dataset(self, name: str) -> tuple[epath.Path, str, bool]:
+        """Path and split of a data set, and whether the run prepared it."""
+        if self.has("datasets.json"):
+            dataset = json.loads((self.path / "datasets.json").read_text())[name]
+            made_by_run = bool(dataset["source"])
+            path = self.path / dataset["path"] if made_by_run else epath.Path(dataset["path"])
+            return path, dataset["split"], made_by_run
+        data = self.config()["data"]  # of version 0.1, which made the demo's data in the seed's own folder
+        if data[name]:
+            return epath.Path(data[name]), data[f"{name}_split"], False
+        return self.path / "data" / name, "", True
+
     def _shown(self, name: str) -> str:
-        """A file's name as seen from the workdir."""
+        """Returns a file's name as seen from the workdir."""
         return name if self.path == self.workdir else f"{self.path.name}/{name}"
 
 
 def seed_folders(workdir: epath.Path) -> list[Folder]:
-    """The run's folders, one a seed, by seed. Raises FileNotFoundError for a workdir without a run."""
+    """Returns the run's folders, one a seed, by seed. Raises FileNotFoundError if there is no run."""
     if not workdir.exists():
         raise FileNotFoundError(f"--workdir={workdir} does not exist: make a run with {MAIN} --workdir=…")
     seeds = [path for path in workdir.iterdir() if re.fullmatch(r"seed_\d+", path.name)]
     seeds.sort(key=lambda path: int(path.name.removeprefix("seed_")))
     if (workdir / "metrics.jsonl").exists():
         return [Folder(workdir, workdir)]
-    found = [Folder(path, workdir) for path in seeds if (path / "metrics.jsonl").exists()]
-    if not found:
+    folders = [Folder(path, workdir) for path in seeds if (path / "metrics.jsonl").exists()]
+    if not folders:
         raise FileNotFoundError(
             f"--workdir={workdir} has no run in it (no metrics.jsonl, no seed_N): make one with "
             f"{MAIN} --workdir={workdir}"
         )
-    return found
+    return folders
 
 
 def read_curves(folder: Folder) -> Curves:
-    """{phase: {"step" and each number: (T,) float64}} of metrics.jsonl, phases in the order they began.
+    """Returns {phase: {"step" and each number: (T,) float64}} of metrics.jsonl in the order of the phases.
 
-    A resumed run repeats steps: the later line counts. A line that a kill has cut off is left out; what the
-    resumed run wrote behind it, without a break, is read.
+    A resumed run repeats steps: the later line counts. A line that a kill has cut off is left out, but not
+    the one that the resumed run then wrote behind it without a line break.
     """
     phases: dict[str, dict[int, dict[str, float]]] = {}
     for text in folder.file("metrics.jsonl", "base").read_text().splitlines():
@@ -120,7 +129,7 @@ def read_curves(folder: Folder) -> Curves:
 
 
 def read_labels(folder: Folder) -> dict[int, np.ndarray]:
-    """{stage: pseudo-labels (N,) int64}. Raises NotThereError if there is not one stage's."""
+    """Returns {stage: pseudo-labels (N,) int64}. Raises NotThereError if not even stage 1 has them."""
     labels = {}
     for stage in range(1, 100):
         name = f"stage_{stage}/clusters/pseudo_labels.npy"

@@ -1,7 +1,7 @@
 """The report's sections on models and data: results, clusters, examples, cost, config.
 
-A section is a function (the seeds' folders) -> dict for the page's template. It raises NotThereError if what
-it is made from is not there. What is not a mean over seeds is shown of the first.
+A section is a function (the seeds' folders) -> dict for the page's template. It raises NotThereError if a
+file that it reads is not there. All but means over seeds are of the first seed.
 """
 
 import json
@@ -14,7 +14,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE
 from clipmoe_jax.reporting import charts, pictures, tables
 from clipmoe_jax.reporting.read import DIAGNOSTICS, MAIN, Folder, NotThereError, read_labels
-from clipmoe_jax.reporting.text_tables import Results, has_retrieval
+from clipmoe_jax.reporting.text_tables import MEAN, Results, attribute_lines, dense_experts, has_retrieval
 
 Context = dict[str, Any]
 EXAMPLES_OF_CLUSTER = 6
@@ -22,7 +22,7 @@ FIRST = tables.FIRST
 
 
 def summary(folders: Sequence[Folder]) -> Context:
-    """How CLIP-MoE did against its base, and which model was best: recall@1 in per cent, mean over seeds."""
+    """Returns recall@1 of CLIP-MoE, its base and the best model, in per cent, mean over seeds."""
     seeds = read_results(folders)
     if not has_retrieval(seeds):
         command = f"{MAIN} --workdir={folders[0].workdir} --stage=evaluate --config.data.test=FOLDER"
@@ -48,13 +48,20 @@ def summary(folders: Sequence[Folder]) -> Context:
 
 
 def results(folders: Sequence[Folder]) -> Context:
-    """The table, recall@1 as bars, zero-shot accuracy by attribute if there is one, further evaluations."""
+    """Returns the tables, and as charts recall@1 and the accuracy by attribute, where there are such."""
     seeds = read_results(folders)
-    titles = list(seeds[0])
-    if not has_retrieval(seeds):
-        nothing = {"differences": None, "bars": None, "attributes": None}
-        return nothing | {"table": tables.recall_table(seeds), "further": tables.evaluation_tables(seeds)}
-    pairs = {}
+    with_recall = has_retrieval(seeds)
+    return {
+        "table": tables.recall_table(seeds),
+        "differences": tables.difference_table(seeds) if with_recall and len(seeds) > 1 else None,
+        "bars": _recall_bars(seeds) if with_recall else None,
+        "attributes": _attributes(seeds),
+        "further": tables.evaluation_tables(seeds),
+    }
+
+
+def _recall_bars(seeds: Sequence[Results]) -> charts.Markup:
+    titles, pairs = list(seeds[0]), {}
     for key, label in FIRST.items():
         values = 100 * np.array([[r[title][key] for title in titles] for r in seeds])
         pairs[label] = (values.mean(axis=0), values.std(axis=0, ddof=1) if len(seeds) > 1 else None)
@@ -63,38 +70,34 @@ def results(folders: Sequence[Folder]) -> Context:
         for row, title in enumerate(titles)
     )
     alt = f"Bars of recall at 1 in per cent, image to text and text to image: {'; '.join(numbers)}."
-    return {
-        "table": tables.recall_table(seeds),
-        "differences": len(seeds) > 1 and tables.difference_table(seeds),
-        "bars": charts.draw_paired_bars("recall", alt, titles, pairs, x="recall@1 (%)", strong=CLIP_MOE),
-        "attributes": _attributes(seeds),
-        "further": tables.evaluation_tables(seeds),
-    }
+    return charts.draw_paired_bars("recall", alt, titles, pairs, x="recall@1 (%)", strong=CLIP_MOE)
 
 
 def read_results(folders: Sequence[Folder]) -> list[Results]:
-    """eval/results.json of each seed."""
+    """Returns eval/results.json of each seed."""
     return [folder.json("eval/results.json", "evaluate") for folder in folders]
 
 
-def _attributes(seeds: Sequence[Results]) -> charts.Markup | None:
-    """Zero-shot accuracy by attribute: the experts, each as the dense model it came from, and CLIP-MoE."""
-    experts = {title: r["expert"] for title, r in seeds[0].items() if r["expert"] is not None}
-    labels = {title: f"expert {e}: {title.removesuffix(' alone')}" for title, e in experts.items()}
+def _attributes(seeds: Sequence[Results]) -> dict[str, charts.Markup]:
+    """Returns {title: heat map} of each evaluation by attribute: the experts, each as the dense model it came
+    from, and CLIP-MoE."""
+    labels = {title: f"expert {e}: {of}" for title, (e, of) in dense_experts(seeds[0]).items()}
     labels[CLIP_MOE] = CLIP_MOE
-    rows, attributes = list(labels.values()), list(seeds[0][CLIP_MOE].get("zero_shot", {}))
-    if not attributes:
-        return None
-    found = [[[r[title]["zero_shot"][a] for a in attributes] for title in labels] for r in seeds]
-    values = 100 * np.mean(found, axis=0)
-    best = (f"{a} {rows[i]}" for a, i in zip(attributes, values.argmax(axis=0), strict=True))
-    alt = f"Heat map of zero-shot accuracy in per cent. The best by attribute: {', '.join(best)}."
-    look = {"low": 0, "high": 100, "form": "{:.0f}", "width": 7.6, "strong": CLIP_MOE}
-    return charts.draw_matrix("attributes", alt, values, rows, attributes, **look)
+    rows, lines, maps = list(labels.values()), attribute_lines(seeds), {}
+    for number, line in enumerate(lines):
+        title = "Zero-shot accuracy" + (f" on {line.partition(':')[2]}" if len(lines) > 1 else "")
+        attributes = [name for name in seeds[0][CLIP_MOE]["evaluations"][line] if name != MEAN]
+        accuracies = [[[r[t]["evaluations"][line][a] for a in attributes] for t in labels] for r in seeds]
+        values = 100 * np.mean(accuracies, axis=0)
+        best = (f"{a} {rows[i]}" for a, i in zip(attributes, values.argmax(axis=0), strict=True))
+        alt = f"Heat map in per cent. {title}, the best by attribute: {', '.join(best)}."
+        look = {"low": 0, "high": 100, "form": "{:.0f}", "width": 7.6, "strong": CLIP_MOE}
+        maps[title] = charts.draw_matrix(f"attributes-{number}", alt, values, rows, attributes, **look)
+    return maps
 
 
 def clusters(folders: Sequence[Folder]) -> Context:
-    """{"stages": {stage: its clusters' sizes, and what lies in the two largest}, "gone": why no examples}."""
+    """Returns {"stages": {stage: sizes of clusters, pairs of the two largest}, "gone": why no examples}."""
     folder, gone, records = folders[0], None, None
     labels = read_labels(folder)
     try:
@@ -121,7 +124,7 @@ def _stage(
         "chart": charts.draw_sizes(f"clusters-{stage}", alt, sizes[order], batch_size),
         "num_clusters": len(sizes),
         "num_pairs": len(labels),
-        "largest": [_cluster(records, labels, names[i]) for i in order[:2]] if records else [],
+        "largest": [_cluster(records, labels, int(names[i])) for i in order[:2]] if records else [],
         "own": levels[0] if levels else None,
         "of_parents": sum(levels[1:]),
         "unused": report.get("pairs_unused", 0),
@@ -129,7 +132,7 @@ def _stage(
 
 
 def _cluster(records: Records, labels: np.ndarray, name: int) -> Context:
-    """Some of a cluster's pairs, from all over the data."""
+    """Returns some of a cluster's pairs, from all over the data."""
     members = np.flatnonzero(labels == name)
     chosen = np.linspace(0, len(members) - 1, min(EXAMPLES_OF_CLUSTER, len(members))).astype(int)
     examples = []
@@ -137,12 +140,13 @@ def _cluster(records: Records, labels: np.ndarray, name: int) -> Context:
         record = records[index]
         image = pictures.thumbnail(record["image"])
         examples.append({"record": index, "image": image, "caption": record["captions"][0]})
-    return {"name": int(name), "size": len(members), "examples": examples}
+    return {"name": name, "size": len(members), "examples": examples}
 
 
 def neighbours(folders: Sequence[Folder]) -> Context:
-    """Test images on which one of base and CLIP-MoE ranks an own caption first and the other does not."""
-    found = folders[0].json("eval/neighbours.json", DIAGNOSTICS)
+    """Returns test images on which one of base and CLIP-MoE ranks an own caption first and the other does
+    not."""
+    by_verdict = folders[0].json("eval/neighbours.json", DIAGNOSTICS)
     records = folders[0].records("test")
 
     def answer(entry: dict, model: str, right: bool) -> Context:
@@ -160,13 +164,13 @@ def neighbours(folders: Sequence[Folder]) -> Context:
         }
 
     return {
-        "CLIP-MoE right, base wrong": [show(entry, "clip_moe") for entry in found["clip_moe_right"]],
-        "Base right, CLIP-MoE wrong": [show(entry, "base") for entry in found["base_right"]],
+        "CLIP-MoE right, base wrong": [show(entry, "clip_moe") for entry in by_verdict["clip_moe_right"]],
+        "Base right, CLIP-MoE wrong": [show(entry, "base") for entry in by_verdict["base_right"]],
     }
 
 
 def _compare(answer: str, own: str) -> list[tuple[str, bool]]:
-    """The words of an answer, and of each whether the own caption lacks it."""
+    """Returns the words of an answer, each with whether the own caption lacks it."""
 
     def plain(word: str) -> str:
         return word.strip(".,;:!?\"'()").lower()
@@ -176,12 +180,12 @@ def _compare(answer: str, own: str) -> list[tuple[str, bool]]:
 
 
 def cost(folders: Sequence[Folder]) -> Context:
-    """What the models cost at inference."""
+    """Returns the table of what the models cost at inference."""
     return {"table": tables.cost_table(folders[0].json("eval/cost.json", DIAGNOSTICS))}
 
 
 def config(folders: Sequence[Folder]) -> Context:
-    """The config as JSON, and the versions with which the routers were trained."""
+    """Returns the config as JSON, and the versions with which the routers were trained."""
     done = "moe/params/done.json"
     versions = folders[0].json(done, "router")["versions"] if folders[0].has(done) else {}
     return {"json": json.dumps(folders[0].config(), indent=2), "versions": versions}

@@ -1,4 +1,4 @@
-"""Tables of the report: recall and other scores by model, training, cost.
+"""The report's tables: recall and other scores by model, training, cost.
 
 Letters: S seeds, M models, C columns.
 """
@@ -10,16 +10,24 @@ import numpy as np
 
 from clipmoe_jax.dmu.recipes import CLIP_MOE
 from clipmoe_jax.evaluation.retrieval import RANKS
-from clipmoe_jax.reporting.text_tables import Results, differences, has_retrieval, short_count, short_name
+from clipmoe_jax.reporting.text_tables import (
+    Results,
+    differences,
+    further_lines,
+    has_retrieval,
+    short_count,
+    short_name,
+)
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 FIRST = {f"{direction}_r1": label for direction, label in DIRECTIONS.items()}  # recall@1
-LOWER_IS_BETTER = ("fpr95", "rank")  # how such metrics' names end
-NO_SHARES = ("rank", "C")  # and those that are not parts of one
+# Endings of metrics' names.
+LOWER_IS_BETTER = ("fpr95", "rank")
+NO_SHARES = ("rank", "C")  # not between 0 and 1
 
 
 class Cell(NamedTuple):
-    """What stands there; a remark in smaller type; whether it is the best of its column."""
+    """A cell: its text, a remark in smaller type, whether it is the best of its column."""
 
     text: str
     note: str = ""
@@ -27,7 +35,7 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """groups: {heading, "" for none: its columns}; rows: {title: cells}; strong: the row that stands out."""
+    """A table. groups: {heading, "" for none: its columns}; rows: {title: cells}; strong: the row in bold."""
 
     caption: str
     groups: dict[str, list[str]]
@@ -36,7 +44,7 @@ class Table(NamedTuple):
 
 
 def recall_table(seeds: Sequence[Results]) -> Table:
-    """Recall by model in per cent, mean ± standard deviation over seeds, and the models' sizes."""
+    """Returns recall by model in per cent, mean ± standard deviation over seeds, and the models' sizes."""
     if not has_retrieval(seeds):
         rows = {
             title: [Cell(short_count(numbers[key])) for key in ("parameters", "active_parameters")]
@@ -57,23 +65,23 @@ def recall_table(seeds: Sequence[Results]) -> Table:
 
 
 def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
-    """One table for each further evaluation, with the models that have it."""
-    names = dict.fromkeys(name for result in seeds[0].values() for name in result.get("evaluations", {}))
+    """Returns one table for each further evaluation, with the models that have it."""
+    lines = dict.fromkeys(line for numbers in seeds[0].values() for line in further_lines(numbers))
     tables = []
-    for name in names:
-        titles = [title for title, result in seeds[0].items() if name in result.get("evaluations", {})]
-        metrics = list(seeds[0][titles[0]]["evaluations"][name])
-        found = [[[r[title]["evaluations"][name][m] for m in metrics] for title in titles] for r in seeds]
-        scales = [1 if m.endswith(NO_SHARES) else 100 for m in metrics]
-        cells = score_cells(scales * np.array(found), [m.endswith(LOWER_IS_BETTER) for m in metrics])
+    for line in lines:
+        titles = [title for title, numbers in seeds[0].items() if line in numbers.get("evaluations", {})]
+        metrics = list(seeds[0][titles[0]]["evaluations"][line])
+        scores = [[[r[title]["evaluations"][line][m] for m in metrics] for title in titles] for r in seeds]
+        scales = np.array([1 if m.endswith(NO_SHARES) else 100 for m in metrics])
+        cells = score_cells(scales * np.array(scores), [m.endswith(LOWER_IS_BETTER) for m in metrics])
         columns = [short_name(metric).replace("_", " ") for metric in metrics]
-        tables.append(Table(name, {"": columns}, dict(zip(titles, cells, strict=True))))
+        tables.append(Table(line, {"": columns}, dict(zip(titles, cells, strict=True))))
     return tables
 
 
 def score_cells(scores: np.ndarray, lower_is_better: Sequence[bool] | None = None) -> list[list[Cell]]:
-    """Numbers (S, M, C), per cent or as they are: mean ± standard deviation over seeds, the best mean of each
-    column marked."""
+    """Returns the cells of numbers (S, M, C), per cent or as they are: mean ± standard deviation over seeds,
+    the best mean of each column marked."""
     means = scores.mean(axis=0)
     sign = np.where(lower_is_better, -1, 1) if lower_is_better is not None else 1
     best = sign * means >= (sign * means).max(axis=0) - 1e-12
@@ -92,18 +100,19 @@ def score_cells(scores: np.ndarray, lower_is_better: Sequence[bool] | None = Non
 
 
 def difference_table(seeds: Sequence[Results]) -> Table:
-    """CLIP-MoE minus each other model in each of the seeds, R@1 in points."""
-    found = differences(seeds)
+    """Returns CLIP-MoE minus each other model in each of the seeds, R@1 in points."""
+    by_model = differences(seeds)
     rows = {
-        title: [Cell(text.replace("-", "−")) for text in columns.values()] for title, columns in found.items()
+        title: [Cell(text.replace("-", "−")) for text in columns.values()]
+        for title, columns in by_model.items()
     }
     caption = f"CLIP-MoE minus each other model in each of {len(seeds)} seeds, R@1 in points"
-    columns = list(next(iter(found.values())))
+    columns = list(next(iter(by_model.values())))
     return Table(f"{caption}, {' / '.join(DIRECTIONS.values())}", {"": columns}, rows)
 
 
 def phase_table(curves: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[str, str]) -> Table:
-    """Steps, minutes, speed and the last numbers of each phase; curves as of `read.read_curves`."""
+    """Returns steps, minutes, speed and the last numbers of each phase; curves as of `read.read_curves`."""
     rows = {}
     for phase, curve in curves.items():
         minutes = (curve["time"][-1] - curve["time"][0]) / 60
@@ -120,7 +129,7 @@ def phase_table(curves: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[s
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Parameters, FLOPs, time and memory of each model; beside CLIP-MoE's how many times the base's."""
+    """Returns parameters, FLOPs, time and memory of each model; beside CLIP-MoE's the ratio to the base's."""
     forms = {
         "parameters": ("parameters", "all", short_count),
         "active_parameters": ("parameters", "active", short_count),
@@ -135,11 +144,11 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
     groups: dict[str, list[str]] = {}
     for heading, column, _ in forms.values():
         groups.setdefault(heading, []).append(column)
-    base, rows = costs.get("base"), {}
+    base, rows = costs.get("base", {}), {}
     for title, cost in costs.items():
-        compared = base is not None and title == CLIP_MOE
+        ratios = base.keys() - {"best_batch"} if title == CLIP_MOE else ()
         rows[title] = [
-            Cell(form(cost[key]), f"{cost[key] / base[key]:.2f}×" if compared and key != "best_batch" else "")
+            Cell(form(cost[key]), f"{cost[key] / base[key]:.2f}×" if key in ratios else "")
             for key, (_, _, form) in forms.items()
         ]
     caption = "On the machine that evaluated. Latency: of one image and one caption together."

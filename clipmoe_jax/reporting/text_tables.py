@@ -1,15 +1,13 @@
-"""The results of one run, or of several seeds, as a table for the console and a figure."""
+"""Tables of results for a terminal: of one run, or of several seeds."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from clipmoe_jax.data.sources.digit_scenes import ATTRIBUTES
 from clipmoe_jax.dmu.recipes import CLIP_MOE
 
-Results = dict[str, dict[str, Any]]
+Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/results.json holds them
 COLUMNS = {
     "i2t R@1": "image_to_text_r1",
     "i2t R@5": "image_to_text_r5",
@@ -21,26 +19,29 @@ HOW_TO_READ = (
     "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
     "caption. Active: what one token uses."
 )
+ATTRIBUTES = "attributes"  # the kind of evaluation that has a table of its own
+MEAN = "mean"  # over the attributes
 
 
 def format_results(seeds: Sequence[Results]) -> str:
-    """All tables of one run, or of several seeds."""
-    tables = [format_table(seeds), format_attributes(seeds), format_evaluations(seeds)]
+    """Returns all tables of one run, or of several seeds."""
+    attributes = [format_attributes(seeds, line) for line in attribute_lines(seeds)]
+    tables = [format_table(seeds), *attributes, format_evaluations(seeds)]
     if len(seeds) > 1 and has_retrieval(seeds):
         tables.append(format_differences(seeds))
     return "\n\n".join(filter(None, tables))
 
 
 def has_retrieval(seeds: Sequence[Results]) -> bool:
-    """Whether there was a test set for retrieval."""
+    """Returns whether there was a test set for retrieval."""
     return all(
         key in numbers for results in seeds for numbers in results.values() for key in COLUMNS.values()
     )
 
 
 def format_table(seeds: Sequence[Results]) -> str:
-    """One row a model: recall if there is any (mean ± standard deviation over seeds), parameters, active
-    parameters."""
+    """Returns one row a model: recall if there is any (mean ± standard deviation over seeds), parameters,
+    active parameters."""
     titles = list(seeds[0])
     width = max(len(title) for title in titles)
     cell = 7 if len(seeds) == 1 else 11
@@ -61,52 +62,65 @@ def format_table(seeds: Sequence[Results]) -> str:
     return "\n".join([*lines, "", HOW_TO_READ])
 
 
-def format_attributes(seeds: Sequence[Results]) -> str:
-    """Zero-shot accuracy by attribute in per cent: each expert as the dense model it came from, and the
-    CLIP-MoE; "" where there are no attributes."""
-    attributes = list(seeds[0][CLIP_MOE].get("zero_shot", {}))
-    if not attributes:
-        return ""
-    rows = _experts(seeds[0]) | {CLIP_MOE: CLIP_MOE}
-    width, cell = max(map(len, rows.values())), 6 if len(seeds) == 1 else 11
-    cells = {name: max(cell, len(name)) for name in (*attributes, "mean")}
-    lines = ["  ".join([f"{'':{width}}", *(f"{name:>{n}}" for name, n in cells.items())])]
-    for title, label in rows.items():
-        found = [[results[title]["zero_shot"][a] for a in attributes] for results in seeds]
-        found = np.concatenate([found, np.mean(found, axis=1, keepdims=True)], axis=1)
-        numbers = (
-            f"{_mean_and_spread(of_one, 100, 1):>{n}}"
-            for of_one, n in zip(found.T, cells.values(), strict=True)
+def attribute_lines(seeds: Sequence[Results]) -> list[str]:
+    """Returns the evaluations that tell attributes, those whose lines begin "attributes:"."""
+    return [line for line in seeds[0][CLIP_MOE].get("evaluations", {}) if _is_of_attributes(line)]
+
+
+def further_lines(numbers: dict[str, Any]) -> list[str]:
+    """Returns a model's other evaluations."""
+    return [line for line in numbers.get("evaluations", {}) if not _is_of_attributes(line)]
+
+
+def _is_of_attributes(line: str) -> bool:
+    return line.partition(":")[0] == ATTRIBUTES
+
+
+def format_attributes(seeds: Sequence[Results], line: str) -> str:
+    """Returns zero-shot accuracy by attribute in per cent: each expert as the dense model it came from, the
+    CLIP-MoE, and chance. line: of `attribute_lines`."""
+    labels = {title: f"expert {e} ({of})" for title, (e, of) in dense_experts(seeds[0]).items()}
+    labels[CLIP_MOE] = CLIP_MOE
+    columns = list(seeds[0][CLIP_MOE]["evaluations"][line])
+    width, cell = max(map(len, labels.values())), 6 if len(seeds) == 1 else 11
+    widths = {column: max(cell, len(column)) for column in columns}
+    lines = ["  ".join([" " * width, *(f"{column:>{n}}" for column, n in widths.items())])]
+    for title, label in labels.items():
+        cells = (
+            f"{_mean_and_spread([r[title]['evaluations'][line][column] for r in seeds], 100, 1):>{n}}"
+            for column, n in widths.items()
         )
-        lines.append("  ".join([f"{label:{width}}", *numbers]))
-    chances = [100 / len(ATTRIBUTES[a].values) for a in attributes]
-    numbers = zip([*chances, np.mean(chances)], cells.values(), strict=True)
-    lines.append("  ".join([f"{'chance':{width}}", *(f"{chance:>{n}.1f}" for chance, n in numbers)]))
-    return "\n".join(["Zero-shot accuracy by attribute, per cent", *lines])
+        lines.append("  ".join([f"{label:{width}}", *cells]))
+    chance = seeds[0][CLIP_MOE]["chance"][line]
+    chance = {MEAN: float(np.mean(list(chance.values()))), **chance}
+    cells = (f"{100 * chance[column]:>{n}.1f}" for column, n in widths.items())
+    lines.append("  ".join([f"{'chance':{width}}", *cells]))
+    data = f" of {line.partition(':')[2]}" if len(attribute_lines(seeds)) > 1 else ""
+    return "\n".join([f"Zero-shot accuracy by attribute{data}, per cent", *lines])
 
 
-def _experts(results: Results) -> dict[str, str]:
-    """{title: label} of the models that became experts."""
+def dense_experts(results: Results) -> dict[str, tuple[int, str]]:
+    """Returns {title: (expert, its name)} of the dense models that became experts."""
     return {
-        title: f"expert {numbers['expert']} ({title.removesuffix(' alone')})"
+        title: (numbers["expert"], title.removesuffix(" alone"))
         for title, numbers in results.items()
         if numbers["expert"] is not None
     }
 
 
 def format_evaluations(seeds: Sequence[Results]) -> str:
-    """A table for each of the config's evaluations: models by metrics, mean ± standard deviation."""
-    with_numbers = [title for title, numbers in seeds[0].items() if "evaluations" in numbers]
-    width, tables = max(map(len, with_numbers), default=0), []
-    for line in seeds[0][CLIP_MOE].get("evaluations", {}):
-        rows = {title: [results[title]["evaluations"][line] for results in seeds] for title in with_numbers}
-        metrics = list(rows[CLIP_MOE][0])
-        cells = {m: max(len(short_name(m)), 15 if len(seeds) > 1 else 6) for m in metrics}
-        names = (f"{short_name(m):>{cell}}" for m, cell in cells.items())
+    """Returns a table for each further evaluation: models by metrics, mean ± standard deviation."""
+    evaluated = [title for title, numbers in seeds[0].items() if "evaluations" in numbers]
+    width, tables = max(map(len, evaluated), default=0), []
+    for line in further_lines(seeds[0][CLIP_MOE]):
+        metrics = list(seeds[0][CLIP_MOE]["evaluations"][line])
+        widths = {m: max(len(short_name(m)), 15 if len(seeds) > 1 else 6) for m in metrics}
+        names = (f"{short_name(m):>{n}}" for m, n in widths.items())
         lines = [line, "  ".join([" " * width, *names])]
-        for title, found in rows.items():
-            numbers = [f"{_mean_and_spread([one[m] for one in found], 1, 3):>{cells[m]}}" for m in metrics]
-            lines.append("  ".join([f"{title:{width}}", *numbers]))
+        for title in evaluated:
+            of_seeds = [results[title]["evaluations"][line] for results in seeds]
+            cells = (f"{_mean_and_spread([n[m] for n in of_seeds], 1, 3):>{widths[m]}}" for m in metrics)
+            lines.append("  ".join([f"{title:{width}}", *cells]))
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -117,27 +131,27 @@ def short_name(metric: str) -> str:
 
 
 def _mean_and_spread(values: Sequence[float], scale: float, digits: int) -> str:
-    values = scale * np.array(values)
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
+    scaled = scale * np.array(values)
+    spread = f" ± {scaled.std(ddof=1):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{scaled.mean():.{digits}f}{spread}"
 
 
 def differences(seeds: Sequence[Results]) -> dict[str, dict[str, str]]:
-    """CLIP-MoE minus each other model, seed by seed: recall@1, "i2t / t2i", as {title: {column: points}}:
-    the mean, the least and the most, and in how many seeds it is above."""
-    found = {}
+    """Returns recall@1 of CLIP-MoE minus each other model's, seed by seed, in points: {title: {column:
+    "i2t / t2i"}} with the mean, the least, the most, and the number of seeds in which it is above."""
+    rows = {}
     for title in seeds[0]:
         if title == CLIP_MOE:
             continue
         points = np.array([[100 * (r[CLIP_MOE][key] - r[title][key]) for key in RECALL_AT_1] for r in seeds])
         columns = {"mean": points.mean(0), "least": points.min(0), "most": points.max(0)}
-        found[title] = {name: f"{i2t:+.1f} / {t2i:+.1f}" for name, (i2t, t2i) in columns.items()}
-        found[title]["seeds above"] = " / ".join(map(str, (points > 0).sum(0)))
-    return found
+        rows[title] = {name: f"{i2t:+.1f} / {t2i:+.1f}" for name, (i2t, t2i) in columns.items()}
+        rows[title]["seeds above"] = " / ".join(map(str, (points > 0).sum(0)))
+    return rows
 
 
 def format_differences(seeds: Sequence[Results]) -> str:
-    """`differences` as a table."""
+    """Returns `differences` as a table."""
     rows = differences(seeds)
     width = max(map(len, rows))
     lines = [f"CLIP-MoE minus each other model in each of {len(seeds)} seeds, R@1 in points, i2t / t2i"]
@@ -146,61 +160,7 @@ def format_differences(seeds: Sequence[Results]) -> str:
     return "\n".join(lines)
 
 
-def draw_figure(seeds: Sequence[Results], path: epath.Path) -> None:
-    """Recall by model; and, where there are attributes, zero-shot accuracy by attribute for each expert."""
-    import matplotlib  # here because it is slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    titles = list(seeds[0])
-    attributes = list(seeds[0][CLIP_MOE].get("zero_shot", {}))
-    figure, axes = plt.subplots(
-        1, 1 + bool(attributes), figsize=(13 if attributes else 7, 5), layout="constrained", squeeze=False
-    )
-    left = axes[0, 0]
-    y = np.arange(len(titles))
-    for offset, key, label, colour in (
-        (-0.2, "image_to_text_r1", "image to text", "#3b6fb6"),
-        (0.2, "text_to_image_r1", "text to image", "#e0873a"),
-    ):
-        values = 100 * np.array([[results[title][key] for title in titles] for results in seeds])
-        error = values.std(axis=0, ddof=1) if len(seeds) > 1 else None
-        left.barh(y + offset, values.mean(axis=0), 0.38, xerr=error, label=label, color=colour)
-    left.set_yticks(y, titles)
-    left.get_yticklabels()[titles.index(CLIP_MOE)].set_fontweight("bold")
-    left.invert_yaxis()
-    left.set_xlabel("recall@1 (%)")
-    left.set_title("Retrieval on the test set")
-    left.legend(loc="upper right")
-    left.spines[["top", "right"]].set_visible(False)
-    if attributes:
-        _draw_attributes(axes[0, 1], seeds, attributes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
-
-
-def _draw_attributes(axis, seeds: Sequence[Results], attributes: list[str]) -> None:
-    """A heat map: rows are the experts, each as the dense model it came from, and the CLIP-MoE."""
-    experts = _experts(seeds[0]) | {CLIP_MOE: CLIP_MOE}
-    values = 100 * np.mean(
-        [[[r[title]["zero_shot"][a] for a in attributes] for title in experts] for r in seeds], axis=0
-    )
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for row, column in np.ndindex(values.shape):
-        shade = "white" if values[row, column] > 60 else "black"
-        axis.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center", color=shade)
-    labels = [f"{a} ({100 / len(ATTRIBUTES[a].values):.0f})" for a in attributes]
-    axis.set_xticks(range(len(attributes)), labels, rotation=30, ha="right", rotation_mode="anchor")
-    axis.set_xlabel("attribute (chance)")
-    axis.set_yticks(range(len(experts)), experts.values())
-    axis.get_yticklabels()[-1].set_fontweight("bold")
-    axis.set_title("Zero-shot accuracy by attribute (%)")
-
-
-def short_count(count: int) -> str:
+def short_count(count: float) -> str:
     """3,562,000 -> 3.56M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:

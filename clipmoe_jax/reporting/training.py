@@ -15,7 +15,7 @@ BASELINE_COLOURS = dict(
 
 
 def training(folders: Sequence[Folder]) -> dict[str, Any]:
-    """{"panels": [(title, chart)], "table": of phases}."""
+    """Returns {"panels": [(title, chart)], "table": of phases}."""
     curves = {phase: curve for phase, curve in read_curves(folders[0]).items() if "loss" in curve}
     names = {phase: _title(phase) for phase in curves}
     groups = {
@@ -48,7 +48,7 @@ def _losses(name: str, phases: dict[str, tuple[str, dict]]) -> charts.Markup:
 
 
 def _balance(folder: Folder, curve: dict) -> charts.Markup:
-    """`losses.load_balance` of each tower, and its value for even loads, if the config says which it is."""
+    """Draws `losses.load_balance` of each tower, and its value for even loads where the config tells it."""
     reference = None
     if folder.has("config.json"):
         config = folder.config()
@@ -64,7 +64,7 @@ def _balance(folder: Folder, curve: dict) -> charts.Markup:
 
 
 def _rates(curves: Curves) -> charts.Markup:
-    """Of the base, the stages, which share a schedule, and the routers."""
+    """Draws learning rates of the base, the stages, which share a schedule, and the routers."""
     titles = {"base": "dense base", "mcl_1": "each stage", "router": "routers"}
     shown = {
         title: Curve(curves[phase]["step"], curves[phase]["learning_rate"], _colour(phase))
@@ -83,7 +83,7 @@ def _title(phase: str) -> str:
 
 
 def _colour(phase: str) -> str:
-    """A stage has the colour of the expert that it becomes."""
+    """Returns a phase's colour: a stage has that of the expert that it becomes."""
     if phase.startswith("mcl_"):
         return expert_colour(int(phase.removeprefix("mcl_")))
     return {"base": MUTED, "router": INK, **BASELINE_COLOURS}[phase]

@@ -1,4 +1,4 @@
-"""What `--plan` says, against what is there when it runs."""
+"""Plans against what is there when the planned step runs."""
 
 import collections
 import dataclasses
@@ -14,14 +14,23 @@ from benchmarks.collectives import sent
 from clipmoe_jax.config import BASELINES, default_config
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import ACCELERATORS
+from clipmoe_jax.dmu.phases import (
+    PlannedPhase as Training,
+)
+from clipmoe_jax.dmu.phases import (
+    architectures_of as models_of,
+)
+from clipmoe_jax.dmu.phases import (
+    phases_of as trainings,
+)
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
-from clipmoe_jax.planning import plan, scaling
-from clipmoe_jax.planning.trainings import Training, models_of, trainings
+from clipmoe_jax.planning import plan
+from clipmoe_jax.planning.memory import plan_memory
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
-from clipmoe_jax.reporting.plan_tables import format_plan, format_scaling
+from clipmoe_jax.reporting.plan_tables import format_plan
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
@@ -79,7 +88,7 @@ def bytes_on_first_device(tree) -> int:
 def test_bytes_of_params_and_optimizer(kind, sizes):
     mesh = sharding.make_mesh(*sizes)
     state, frozen = started(kind, mesh)
-    memory = plan.plan_memory(abstract(mesh), training(kind))
+    memory = plan_memory(abstract(mesh), training(kind))
     assert memory.params == bytes_on_first_device(state.trainable) + bytes_on_first_device(frozen)
     assert memory.optimizer == bytes_on_first_device(state.opt_state)
     assert memory.gradients == bytes_on_first_device(state.trainable)
@@ -261,7 +270,7 @@ def test_remat_and_accumulation_are_not_mfu():
     mesh = sharding.make_abstract_mesh(8, 1, 1, num_devices=8)
     plain = plan.plan_step(mesh, training("feed-forward layers"))
     again = plan.plan_step(mesh, training("feed-forward layers", remat="full"))
-    assert again.flops == plain.flops and plain.again == 1 and 1.2 < again.again < 1.6
+    assert again.flops == plain.flops and plain.computed == 1 and 1.2 < again.computed < 1.6
     assert again.memory.activations < plain.memory.activations / 2
 
 
@@ -282,19 +291,35 @@ def test_what_could_not_run(change, message):
         plan.make_plan(config, "v5p", 256, mfu=0.4, num_pairs=1_246_000)
 
 
-def test_the_command():
-    command = [sys.executable, "-m", "clipmoe_jax.main", "--config=configs/demo.py:small", "--plan"]
-    done = subprocess.run([*command, "--plan_devices=2"], capture_output=True, text=True)
+def run_command(module, *flags):
+    command = [sys.executable, "-m", f"clipmoe_jax.{module}", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_prints_the_plan():
+    done = run_command("plan", "--config=configs/demo.py:small", "--devices=2")
     assert done.returncode == 0, done.stderr
     assert "mcl_1" in done.stdout and "device-hours" in done.stdout
-    scaled = subprocess.run(
-        [*command, "--plan_scaling=2", "--config.baselines=()"], capture_output=True, text=True
-    )
-    assert scaled.stdout.count("What breaks first: ") == 3, scaled.stderr  # base, stages, routers
-    missing = subprocess.run(
-        [*command[:-2], "--config=configs/vit_b32.py", "--plan"], capture_output=True, text=True
-    )
-    assert missing.returncode == 1 and missing.stderr.startswith("error: how many pairs? Set --plan_pairs")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "how many pairs? Set --pairs"),
+        (("--pairs=500", "--config.mcl.num_steps=300"), "mcl.batch_size=800 is more than the 500 training"),
+    ],
+    ids=["no data", "less than a batch"],
+)
+def test_command_ends_with_one_line(flags, message):
+    done = run_command("plan", "--config=configs/vit_b32.py", *flags)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {message}")
+
+
+def test_main_names_the_command():
+    done = run_command("main", "--config=configs/vit_b32.py", "--plan")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "python -m clipmoe_jax.plan --config=" in done.stderr
 
 
 def test_short_captions_cost_a_second_pass_of_the_text_tower():
@@ -337,90 +362,3 @@ def test_time_of_a_transfer(sizes, axes, milliseconds):
     mesh = sharding.make_abstract_mesh(*sizes, num_devices=int(np.prod(sizes)))
     transfer = Transfer(tuple(axes), "gradients", "all-reduce", 1.8e9)
     assert transfer_seconds(H100, mesh, transfer) == pytest.approx(milliseconds / 1e3)
-
-
-def test_weak_scaling_by_hand():
-    """50 pairs a device of the feed-forward step: 5 GFLOP a pair are 50 x 5e9 / (197e12 x 0.5) = 2.538 ms."""
-    mesh = sharding.make_abstract_mesh(512, 1, 1, num_devices=512)
-    wide = dataclasses.replace(PHASE, batch_size=50 * 512)
-    step = dataclasses.replace(training("feed-forward layers"), phase=wide)
-    row = scaling.make_row(V5E, mesh, step, mfu=0.5, model_seconds=2.538e-3)
-    assert (row.num_devices, row.batch_size) == (512, 25600)
-    # Three products of (50, 32) by (32, 25600), each six of bfloat16; three copies in float32.
-    assert row.similarity == pytest.approx(6 * 50 * 25600 * 32 * 6 / (197e12 * 0.5))
-    assert row.similarity_bytes == 3 * 4 * 50 * 25600
-    # Features of 25600 captions once to all, their gradients twice; kernels and biases of 2 x 2 layers.
-    features = 25600 * 32 * 4 * 511 / 512
-    kernels = 2 * (2 * 64 * 256 + 256 + 64) + 2 * (2 * 48 * 192 + 192 + 48)
-    sent = [transfer.num_bytes for transfer in row.transfers]
-    assert sum(sent) == pytest.approx(3 * features + 2 * 4 * kernels * 511 / 512)
-    # Two slices of 256 chips: 200 GB/s within, 256 x 3.125 GB/s = 800 GB/s from one to the other.
-    assert row.travel == pytest.approx(sum(sent) / 200e9)
-    assert row.efficiency == pytest.approx(2.538e-3 / (2.538e-3 + row.similarity + row.travel))
-    assert row.overlapped == pytest.approx(2.538e-3 / (2.538e-3 + row.similarity))
-
-
-def test_short_captions_have_a_similarity_matrix_of_their_own():
-    mesh = sharding.make_abstract_mesh(8, 1, 1, num_devices=8)
-    long = training("feed-forward layers")
-    both = dataclasses.replace(long, short_length=16)
-    one, two = (scaling.make_row(V5E, mesh, it, 0.5, 1e-3).similarity for it in (long, both))
-    assert two == pytest.approx(2 * one)
-
-
-def test_batches_that_clusters_and_warm_up_do_not_allow():
-    """1,246,000 / 729 clusters = 1,709 pairs: 17 devices of 100 fit. 200 steps of warm-up are refused from
-    6,200 pairs on, 62 devices, just as training refuses them."""
-    config = default_config()
-    stages = [it for it in trainings(config, "cuda", 1_246_000) if it.name.startswith("mcl_")]
-    clusters, warm_up = scaling.batch_limits(config, stages, 1_246_000, 100)
-    assert clusters[0] == 18 and "mcl_3 (1,709 pairs in each of 729)" in clusters[1]
-    assert warm_up[0] == 62 and "200" in warm_up[1]
-    phase = dataclasses.replace(stages[0].phase, batch_size=6200)
-    assert dataclasses.replace(phase, batch_size=6100).length(1_246_000 // 6100) == 204
-    with pytest.raises(ValueError, match="warmup_steps=200 does not fit into 200 steps"):
-        phase.length(1_246_000 // 6200)
-
-
-def test_memory_that_the_similarity_matrix_does_not_have():
-    """0.9 x 16 GB - 8 GB = 6.4 GB, 12 x 100^2 bytes for each device of the group: 53,333."""
-    memory = plan.Memory(1e9, 2e9, 1e9, 0, 4e9, loss=3e6)
-    assert list(scaling.memory_limit(V5E, memory, 100, 1))[0][0] == 53_334
-    ((first, what),) = scaling.memory_limit(V5E, memory._replace(activations=12e9), 100, 4)
-    assert first == 4 and what == "100 pairs a device do not fit (16.0 GB)"
-
-
-def test_when_what_travels_takes_a_tenth():
-    """Of 90 ms of computation: 9 ms at 8 devices are 9 %, 12 at 16 are 12 %; nothing overlapped breaks."""
-
-    def row(num_devices):
-        transfers = [
-            Transfer(("data",), "gradients", "all-reduce", 1),
-            Transfer(("data",), "features of captions", "all-gather", 1),
-        ]
-        travels = [4e-3, num_devices * 1e-3 if num_devices < 16 else 8e-3]
-        return scaling.Row(num_devices, num_devices, 90e-3, 0, 0, transfers, travels)
-
-    ((first, what),) = scaling.time_limits([row(4), row(5), row(16)], [32], row)
-    assert first == 16 and what.endswith("mostly for the all-gather of features of captions over data")
-
-
-def test_weak_scaling_of_a_config():
-    """fsdp and expert stay, so that the smallest mesh is theirs; kinds as in the plan."""
-    config = default_config()
-    config.base.architecture = DENSE.to_dict()
-    config.mesh.expert, config.baselines = 4, ("direct_ft",)
-    found = scaling.weak_scaling(config, "h100", 0.4, 1_246_000, 100)
-    assert list(found.kinds) == ["mcl_1", "router"]
-    router = found.kinds["router"]
-    assert [row.num_devices for row in router.rows] == [4, 8, 16, 32, 64, 128, 256, 512]
-    # 62 devices do not split over 4 experts: 64.
-    assert any(limit.startswith("from 64 devices on, 1 epoch(s)") for limit in router.limits)
-    assert not any("cluster" in limit for limit in router.limits)
-    lines = format_scaling(found).splitlines()
-    firsts = [line for line in lines if line.startswith("What breaks first: ")]
-    assert len(firsts) == 2 and all(limit in "\n".join(lines) for limit in router.limits)
-    assert sum(line.startswith("     512   51,200") for line in lines) == 2
-    config.mcl.accumulation_steps = 8
-    with pytest.raises(ValueError, match="batch size 400 cannot be split over 4 devices x 8 accumulation"):
-        scaling.weak_scaling(config, "h100", 0.4, 1_246_000, 100)

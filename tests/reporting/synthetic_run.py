@@ -10,12 +10,13 @@ import numpy as np
 
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.sources import open_source
-from clipmoe_jax.data.sources.digit_scenes import ATTRIBUTES
 
 SCRIPT = "<script>alert('caption')</script> a \"large\" seven & more"
 TITLES = ("base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE")
 METRICS = [f"{d}_r{k}" for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 NUM_PAIRS, NUM_TEST, NUM_STAGES = 64, 12, 2
+ATTRIBUTE_LINE = "attributes:data.test"
+CHANCE = {"ink": 1 / 6, "size": 1 / 2, "digit": 1 / 10}  # of each attribute
 
 
 def write_run(folder: pathlib.Path, seed: int = 0) -> None:
@@ -25,12 +26,22 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
         write_records(folder / "data", split, count, seed)
     config = {
         "seed": seed,
-        "data": {"digit_scenes": NUM_PAIRS, "train": "", "test": ""},
+        "data": {
+            "train": "digit_scenes:train?pairs=64",
+            "train_split": "train",
+            "test": "digit_scenes:test?pairs=12",
+            "test_split": "test",
+        },
         "mcl": {"batch_size": 8, "num_stages": NUM_STAGES},
         "moe": {"num_selected_experts": 2},
         "router": {"balance": "paper"},
     }
     write_json(folder / "config.json", config)
+    datasets = {
+        name: {"path": f"data/{name}", "split": name, "source": f"digit_scenes:{name}"}
+        for name in ("train", "test")
+    }
+    write_json(folder / "datasets.json", datasets)
     write_metrics(folder, rng)
     for stage in range(1, NUM_STAGES + 1):
         clusters, params = folder / f"stage_{stage}" / "clusters", folder / f"stage_{stage}" / "params"
@@ -47,7 +58,7 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
 
 def write_records(folder: pathlib.Path, split: str, count: int, seed: int) -> None:
     first, *others = open_source(f"digit_scenes:{split}?pairs={count}&seed={seed}")
-    prepare([first._replace(captions=(SCRIPT,)), *others], str(folder / split))
+    prepare([first._replace(captions=(SCRIPT,)), *others], str(folder / split), split=split)
 
 
 def write_metrics(folder: pathlib.Path, rng: np.random.Generator) -> None:
@@ -87,13 +98,17 @@ def write_results(folder: pathlib.Path, rng: np.random.Generator) -> None:
             numbers = {m: round(0.9 + 0.01 * rng.random(), 4) for m in METRICS}
         if title == "stage 1 alone":
             numbers["text_to_image_r10"] = 0.99
+        attributes = {name: round(float(rng.random()), 3) for name in CHANCE}
         size = 13_700_000 if title == "feature ensemble" else 3_400_000
         results[title] = numbers | {
             "parameters": size + 400_000 * (title == "CLIP-MoE"),
             "active_parameters": size + 140_000 * (title == "CLIP-MoE"),
             "expert": experts.get(title),
-            "zero_shot": {a: float(rng.random()) for a in ATTRIBUTES},
-            "evaluations": {"ood: places": {"auroc": 0.6 + row / 50, "fpr95": 0.6 - row / 50}},
+            "evaluations": {
+                ATTRIBUTE_LINE: attributes | {"mean": float(np.mean(list(attributes.values())))},
+                "ood: places": {"auroc": 0.6 + row / 50, "fpr95": 0.6 - row / 50},
+            },
+            "chance": {ATTRIBUTE_LINE: CHANCE},
         }
     write_json(folder / "eval" / "results.json", results)
     write_json(

@@ -129,6 +129,39 @@ def test_where_less_is_better_the_least_is_bold(page):
     assert rows["CLIP-MoE"] == [("68.0", True), ("52.0", True)]  # 0.6 ± 4/50: highest AUROC, lowest FPR
 
 
+def test_attributes_are_a_heat_map_and_no_further_table(page, workdir):
+    results = json.loads((workdir / "eval" / "results.json").read_text())
+    [chart] = [c for c in page.all("svg") if c["aria-label"].startswith("Heat map in per cent. Zero-shot")]
+    rows = {
+        "expert 0: base": "base",
+        "expert 1: stage 1": "stage 1 alone",
+        "expert 2: stage 2": "stage 2 alone",
+    }
+    rows["CLIP-MoE"] = "CLIP-MoE"
+    for attribute in synthetic_run.CHANCE:
+        accuracy = {
+            row: results[title]["evaluations"][synthetic_run.ATTRIBUTE_LINE][attribute]
+            for row, title in rows.items()
+        }
+        assert f"{attribute} {max(accuracy, key=accuracy.get)}" in chart["aria-label"]
+        assert all(f"{100 * value:.0f}" in chart["text"].split() for value in accuracy.values())
+    captions = [element["text"] for element in page.all("caption")]
+    assert "ood: places" in captions and not any("attributes" in caption for caption in captions)
+
+
+def test_attributes_are_shown_without_a_test_set_for_recall(workdir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    file = folder / "eval" / "results.json"
+    results = json.loads(file.read_text())
+    for numbers in results.values():
+        for metric in synthetic_run.METRICS:
+            del numbers[metric]
+    file.write_text(json.dumps(results))
+    page = Page(write_report(epath.Path(folder)).read_text())
+    assert any("Zero-shot accuracy, the best" in chart["aria-label"] for chart in page.all("svg"))
+
+
 def test_equal_values_are_best_together():
     cells = tables.score_cells(100 * np.array([[[0.5, 0.1], [0.5, 0.2]]]))
     assert [[cell.best for cell in row] for row in cells] == [[True, False], [True, True]]

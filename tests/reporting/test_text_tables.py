@@ -1,0 +1,54 @@
+"""The tables for a terminal, from results written by hand."""
+
+from clipmoe_jax.reporting import text_tables
+
+LINE, OTHER = "attributes:data.test", "attributes:data/scenes"
+
+
+def make_results(gain=0.0, lines=(LINE,)):
+    """A base, a stage and a CLIP-MoE; gain: of the CLIP-MoE's accuracy in ink."""
+    results = {}
+    for title, expert, ink in (("base", 0, 0.9), ("stage 1 alone", 1, 0.5), ("CLIP-MoE", None, 0.7 + gain)):
+        attributes = {"ink": ink, "background": 0.4, "mean": (ink + 0.4) / 2}
+        results[title] = {
+            "parameters": 3_420_000,
+            "active_parameters": 3_420_000,
+            "expert": expert,
+            "evaluations": {**dict.fromkeys(lines, attributes), "zero_shot:x": {"top1": 0.25}},
+            "chance": dict.fromkeys(lines, {"ink": 1 / 6, "background": 1 / 4}),
+        }
+    return results
+
+
+def test_attributes_of_experts_and_chance():
+    table = text_tables.format_attributes([make_results()], LINE)
+    assert table.splitlines() == [
+        "Zero-shot accuracy by attribute, per cent",
+        "                       ink  background    mean",
+        "expert 0 (base)       90.0        40.0    65.0",
+        "expert 1 (stage 1)    50.0        40.0    45.0",
+        "CLIP-MoE              70.0        40.0    55.0",
+        "chance                16.7        25.0    20.8",
+    ]
+
+
+def test_attributes_of_several_seeds_are_means_with_deviations():
+    table = text_tables.format_attributes([make_results(), make_results(gain=0.02)], LINE)
+    [row] = [line.split() for line in table.splitlines() if line.startswith("CLIP-MoE")]
+    assert " ".join(row) == "CLIP-MoE 71.0 ± 1.4 40.0 ± 0.0 55.5 ± 0.7"
+
+
+def test_attributes_of_several_data_sets_name_them():
+    tables = text_tables.format_results([make_results(lines=(LINE, OTHER))])
+    assert "by attribute of data.test, per cent" in tables and "of data/scenes, per cent" in tables
+
+
+def test_attributes_have_no_table_among_further_evaluations():
+    table = text_tables.format_evaluations([make_results()])
+    assert table.splitlines()[0] == "zero_shot:x" and "ink" not in table
+    assert text_tables.format_results([make_results()]).count("background") == 1
+
+
+def test_run_without_attributes_has_no_such_table():
+    assert text_tables.attribute_lines([make_results(lines=())]) == []
+    assert "attribute" not in text_tables.format_results([make_results(lines=())])
