@@ -1,36 +1,35 @@
 """The training section: curves of loss, load balance and learning rate, and the phases in numbers."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from clipmoe_jax.dmu.recipes import BASELINE_TITLES
+from clipmoe_jax.dmu.recipes import BASE_NAME, BASELINES, ROUTER_NAME, find_recipe
 from clipmoe_jax.reporting import charts, tables
 from clipmoe_jax.reporting.charts import ACCENT, INK, MUTED, Curve, expert_colour
 from clipmoe_jax.reporting.read import Curves, Folder, read_curves
 
-BASELINE_COLOURS = dict(
-    zip(BASELINE_TITLES, itertools.cycle((INK, ACCENT, expert_colour(5), expert_colour(4))), strict=False)
-)
+# Titles of panels, by group of recipes.
+PANELS = {
+    "base": "Dense base",
+    "stage": "Stages: batches of one cluster each",
+    "moe": "Routers",
+    "baseline": "Baselines",
+}
+BASELINE_COLOURS = (INK, ACCENT, expert_colour(5), expert_colour(4))
 
 
 def training(folders: Sequence[Folder]) -> dict[str, Any]:
     """Returns {"panels": [(title, chart)], "table": of phases}."""
     curves = {phase: curve for phase, curve in read_curves(folders[0]).items() if "loss" in curve}
     names = {phase: _title(phase) for phase in curves}
-    groups = {
-        "Dense base": [phase for phase in curves if phase == "base"],
-        "Stages: batches of one cluster each": [phase for phase in curves if phase.startswith("mcl_")],
-        "Routers": [phase for phase in curves if phase == "router"],
-        "Baselines": [phase for phase in curves if phase in BASELINE_TITLES],
-    }
+    groups = {title: [p for p in curves if _group(p) == group] for group, title in PANELS.items()}
     panels = [
         (f"Loss. {title}", _losses(f"loss-{i}", {names[phase]: (phase, curves[phase]) for phase in phases}))
         for i, (title, phases) in enumerate(groups.items())
         if phases
     ]
-    if "balance_image" in curves.get("router", {}):
-        panels.append(("Load balance of the routers", _balance(folders[0], curves["router"])))
+    if "balance_image" in curves.get(ROUTER_NAME, {}):
+        panels.append(("Load balance of the routers", _balance(folders[0], curves[ROUTER_NAME])))
     panels.append(("Learning rate", _rates(curves)))
     return {"panels": panels, "table": tables.phase_table(curves, names)}
 
@@ -65,7 +64,7 @@ def _balance(folder: Folder, curve: dict) -> charts.Markup:
 
 def _rates(curves: Curves) -> charts.Markup:
     """Draws learning rates of the base, the stages, which share a schedule, and the routers."""
-    titles = {"base": "dense base", "mcl_1": "each stage", "router": "routers"}
+    titles = {BASE_NAME: "dense base", "mcl_1": "each stage", ROUTER_NAME: "routers"}
     shown = {
         title: Curve(curves[phase]["step"], curves[phase]["learning_rate"], _colour(phase))
         for phase, title in titles.items()
@@ -76,17 +75,27 @@ def _rates(curves: Curves) -> charts.Markup:
     return charts.draw_curves("rates", alt, shown, x="step", y="learning rate", from_zero=True)
 
 
+def _group(phase: str) -> str:
+    """Returns the group of a phase's recipe; a phase of a recipe that is gone counts as a baseline."""
+    recipe = find_recipe(phase)
+    return recipe.group if recipe else "baseline"
+
+
 def _title(phase: str) -> str:
-    if phase.startswith("mcl_"):
-        return f"stage {phase.removeprefix('mcl_')}"
-    return {"base": "dense base", "router": "routers"}.get(phase) or BASELINE_TITLES.get(phase, phase)
+    recipe = find_recipe(phase)
+    if recipe is None:
+        return phase
+    return {"base": "dense base", "moe": "routers"}.get(recipe.group) or recipe.title.removesuffix(" alone")
 
 
 def _colour(phase: str) -> str:
     """Returns a phase's colour: a stage has that of the expert that it becomes."""
-    if phase.startswith("mcl_"):
-        return expert_colour(int(phase.removeprefix("mcl_")))
-    return {"base": MUTED, "router": INK, **BASELINE_COLOURS}[phase]
+    group = _group(phase)
+    if group == "stage":
+        return expert_colour(int(phase.rpartition("_")[2]))
+    names = [row.name for row in BASELINES]
+    place = names.index(phase) if phase in names else len(names)
+    return {"base": MUTED, "moe": INK}.get(group) or BASELINE_COLOURS[place % len(BASELINE_COLOURS)]
 
 
 def _ends(shown: dict[str, Curve], form: str) -> str:
