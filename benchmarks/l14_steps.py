@@ -58,15 +58,15 @@ def compile_step(kind: str, args: argparse.Namespace) -> dict[str, float]:
 
     from clipmoe_jax import config as configs
     from clipmoe_jax.core import sharding
-    from clipmoe_jax.dmu.phases import phases_of as trainings
+    from clipmoe_jax.dmu.phases import phases_of
     from clipmoe_jax.planning.abstract import abstract_step
 
     config, platform = configs.default_config(), PLATFORMS[args.target]
     config.compute.dtype, config.compute.remat = args.dtype, args.remat
     config.mcl.batch_size = config.router.batch_size = args.batch
-    training = next(t for t in trainings(config, platform, 10**6) if t.name == KINDS[kind])
+    phase = next(t for t in phases_of(config, platform, 10**6) if t.name == KINDS[kind])
     mesh = sharding.make_mesh(devices=[target_device(args.target)])
-    step, arguments = abstract_step(mesh, training)
+    step, arguments = abstract_step(mesh, phase)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)

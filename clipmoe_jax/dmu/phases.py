@@ -1,7 +1,6 @@
 """The recipe table worked out for a config: each phase that trains, over which model, for how many steps."""
 
 import dataclasses
-from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -33,10 +32,10 @@ class PlannedPhase:
     """
 
     name: str
-    config: ClipConfig
+    architecture: ClipConfig
     compute: ComputeConfig
     rules: trees.Rules
-    phase: PhaseConfig
+    hyperparameters: PhaseConfig
     num_steps: int
     short_length: int = 0
     frozen_dtype: str = "float32"
@@ -44,10 +43,10 @@ class PlannedPhase:
     is_bound: bool = False
 
     @property
-    def kind(self) -> tuple:
+    def step_key(self) -> tuple:
         """Returns what the compiled step depends on: phases with equal keys share one."""
-        any_length = dataclasses.replace(self.phase, num_steps=0)
-        model = self.config, self.compute, tuple(self.rules)
+        any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
+        model = self.architecture, self.compute, tuple(self.rules)
         return *model, any_length, self.short_length, self.frozen_dtype
 
 
@@ -72,20 +71,23 @@ def architecture_of(config: ConfigDict, recipe: Recipe) -> ClipConfig:
 
 def phases_of(
     config: ConfigDict, platform: str, num_pairs: int, num_base_pairs: int = 0
-) -> Iterator[PlannedPhase]:
-    """Yields the phases of a config in order, for so many training pairs on a platform.
+) -> list[PlannedPhase]:
+    """Returns the phases of a config in order, for so many training pairs on a platform.
 
     num_base_pairs: that a base is trained on from scratch; 0 is as many.
     Raises ValueError naming the section whose batch is larger than the data, or whose warm-up does not fit.
     """
     steps: dict[str, int] = {}
+    phases = []
     for recipe in recipes.recipes(config).values():
-        if recipe.group == "ensemble" or (recipe.group == "base" and config.base.checkpoint):
+        if recipe.group == "ensemble":
+            continue
+        if recipe.group == "base" and (config.base.checkpoint or not config.data.base):
             continue
         hyperparameters = configs.phase_config(recipe.hyperparameters(config))
         pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
         if recipe.num_steps is None:
-            steps[recipe.name] = _steps_of_section(recipe.section, hyperparameters, pairs)
+            steps[recipe.name] = steps_of_section(recipe.section, hyperparameters, pairs)
         else:
             steps[recipe.name] = recipe.num_steps(recipes.StepCounts(config, steps.__getitem__))
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
@@ -93,7 +95,7 @@ def phases_of(
         weight = 0.0 if recipe.group == "base" else config.loss.short_caption_weight
         weight = recipe.losses(config).get("short_caption_weight", weight)
         context_length = config.base.architecture.text.context_length
-        yield PlannedPhase(
+        phase = PlannedPhase(
             recipe.name,
             architecture,
             compute,
@@ -105,9 +107,15 @@ def phases_of(
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
         )
+        phases.append(phase)
+    return phases
 
 
-def _steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> int:
+def steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> int:
+    """Returns how many steps a section's phase takes on so many pairs.
+
+    Raises ValueError naming the section if its batch is larger than the data, or its warm-up does not fit.
+    """
     if num_pairs < hyperparameters.batch_size:
         raise ValueError(
             f"{section}.batch_size={hyperparameters.batch_size} is more than the {num_pairs} training pairs: "
@@ -128,9 +136,9 @@ def _is_bound(config: ConfigDict, recipe: Recipe) -> bool:
 def check_mesh(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> None:
     """Raises ValueError if a phase's batch or its parameters cannot be split over the mesh."""
     try:
-        settings = phase.phase
+        settings = phase.hyperparameters
         sharding.check_batch(mesh, settings.batch_size, settings.accumulation_steps)
         if mesh.size > mesh.shape["data"]:  # else every device holds all of them
-            sharding.param_shardings(mesh, abstract_params(phase.config))
+            sharding.param_shardings(mesh, abstract_params(phase.architecture))
     except ValueError as error:
         raise ValueError(f"{phase.name}: {error}") from error

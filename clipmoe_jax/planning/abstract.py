@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.dmu.phases import PlannedPhase as Training
+from clipmoe_jax.dmu.phases import PlannedPhase
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
@@ -20,9 +20,9 @@ from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 FLOAT_BYTES = 4
 
 
-def lower_step(mesh: AbstractMesh, training: Training, platform: str) -> None:
+def lower_step(mesh: AbstractMesh, phase: PlannedPhase, platform: str) -> None:
     """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
-    step, arguments = abstract_step(mesh, dataclasses.replace(training, compute=traceable(training.compute)))
+    step, arguments = abstract_step(mesh, dataclasses.replace(phase, compute=traceable(phase.compute)))
     with jax.sharding.use_abstract_mesh(mesh):
         step.trace(*arguments).lower(lowering_platforms=(platform,))
 
@@ -34,29 +34,29 @@ def traceable(compute: ComputeConfig) -> ComputeConfig:
 
 
 def abstract_step(
-    mesh: Mesh | AbstractMesh, training: Training
+    mesh: Mesh | AbstractMesh, phase: PlannedPhase
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
-    """Returns the jitted step of a training, and its arguments as shapes with their shardings."""
-    trainable, frozen = held_params(mesh, training)
-    loss = LossConfig(0.1, 0.01, short_caption_weight=float(training.short_length > 0))
-    model = Clip(training.config, training.compute)
+    """Returns the jitted step of a phase, and its arguments as shapes with their shardings."""
+    trainable, frozen = held_params(mesh, phase)
+    loss = LossConfig(0.1, 0.01, short_caption_weight=float(phase.short_length > 0))
+    model = Clip(phase.architecture, phase.compute)
     # A Linen module has a hash, which its type does not tell.
-    step = cast(Callable[..., jax.stages.Wrapped], make_train_step)(model, loss, training.phase)
+    step = cast(Callable[..., jax.stages.Wrapped], make_train_step)(model, loss, phase.hyperparameters)
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
-    batch = abstract_batch(mesh, training.config, training.phase.batch_size)
-    if training.short_length:
-        shape = training.phase.batch_size, training.short_length
+    batch = abstract_batch(mesh, phase.architecture, phase.hyperparameters.batch_size)
+    if phase.short_length:
+        shape = phase.hyperparameters.batch_size, phase.short_length
         batch["short_text"] = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
-    return step, (abstract_state(mesh, training.phase, trainable), frozen, batch, rate, key)
+    return step, (abstract_state(mesh, phase.hyperparameters, trainable), frozen, batch, rate, key)
 
 
-def held_params(mesh: Mesh | AbstractMesh, training: Training) -> tuple[dict, dict]:
+def held_params(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> tuple[dict, dict]:
     """Returns (trainable, frozen) as placed shapes, the frozen ones of the type that `train.loop.fit` gives
     them."""
-    trainable, frozen = trees.partition(placed_params(mesh, training.config), training.rules)
-    cast_frozen = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=training.frozen_dtype), frozen)
+    trainable, frozen = trees.partition(placed_params(mesh, phase.architecture), phase.rules)
+    cast_frozen = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=phase.frozen_dtype), frozen)
     return trainable, jax.tree.map(lambda leaf, cast: leaf.update(dtype=cast.dtype), frozen, cast_frozen)
 
 

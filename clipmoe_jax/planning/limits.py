@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax import config as configs
-from clipmoe_jax.dmu.phases import PlannedPhase as Training
+from clipmoe_jax.dmu.phases import PlannedPhase
 from clipmoe_jax.planning.memory import Memory
-from clipmoe_jax.train.phase import PhaseConfig
 
 USABLE_MEMORY = 0.9  # of a device's; the rest is left to the program and to fragmentation
 
@@ -30,60 +28,43 @@ class Limit(NamedTuple):
         return self.batch_size > self.largest
 
 
-def check_pairs(section: str, phase: PhaseConfig, num_pairs: int) -> None:
-    """Raises ValueError naming a config's section if its batch or its warm-up wants more pairs."""
-    if num_pairs < phase.batch_size:
-        raise ValueError(
-            f"{section}.batch_size={phase.batch_size} is more than the {num_pairs} training pairs: "
-            "choose a smaller batch or more data"
-        )
-    try:
-        phase.length(num_pairs // phase.batch_size)
-    except ValueError as error:
-        raise ValueError(f"{section}: {error}") from error
-
-
-def check_sections(config: ConfigDict, num_pairs: int) -> None:
-    """Raises ValueError if the stages or the routers want more pairs than there are."""
-    for name, section in (("mcl", config.mcl), ("router", config.router)):
-        check_pairs(name, configs.phase_config(section), num_pairs)
-
-
-def cluster_limit(config: ConfigDict, training: Training, number: int, num_pairs: int) -> Limit:
+def cluster_limit(config: ConfigDict, phase: PlannedPhase, number: int, num_pairs: int) -> Limit:
     """Returns the mean cluster of MCL stage `number`: larger batches are not filled from one cluster."""
     num_clusters = config.cluster.num_clusters ** (2 * number)
     drops = config.mcl.small_clusters == "drop"
     fate = "such clusters are left out" if drops else "parent clusters do"
     effect = f"the mean of {num_clusters:,} clusters does not fill it: {fate}"
-    return Limit(training.name, training.phase.batch_size, num_pairs // num_clusters, effect)
+    return Limit(phase.name, phase.hyperparameters.batch_size, num_pairs // num_clusters, effect)
 
 
-def warmup_limit(training: Training, num_pairs: int) -> list[Limit]:
+def warmup_limit(phase: PlannedPhase, num_pairs: int) -> list[Limit]:
     """Returns the largest batch with which an epoch outlasts the warm-up; [] if the number of steps is fixed.
 
     num_epochs * (num_pairs // B) <= warmup_steps holds from the first B on of which an epoch has fewer than
     `least` batches.
     """
-    phase = training.phase
-    if phase.num_steps:
+    settings = phase.hyperparameters
+    if settings.num_steps:
         return []
-    least = phase.warmup_steps // phase.num_epochs + 1
-    effect = f"{phase.num_epochs} epoch(s) end within the warm-up of {phase.warmup_steps} steps: refused"
-    return [Limit(training.name, phase.batch_size, num_pairs // least, effect)]
+    least = settings.warmup_steps // settings.num_epochs + 1
+    effect = (
+        f"{settings.num_epochs} epoch(s) end within the warm-up of {settings.warmup_steps} steps: refused"
+    )
+    return [Limit(phase.name, settings.batch_size, num_pairs // least, effect)]
 
 
-def memory_limit(training: Training, memory: Memory, device_bytes: float, num_devices: int) -> Limit:
+def memory_limit(phase: PlannedPhase, memory: Memory, device_bytes: float, num_devices: int) -> Limit:
     """Returns the largest batch that fits into nine tenths of the memory of as many devices.
 
     Activations grow with B and the similarity matrix with its square, so that B / b solves
     loss (B / b)^2 + activations (B / b) = the bytes that all else leaves, where b is the config's batch.
     """
-    batch_size = training.phase.batch_size
+    batch_size = phase.hyperparameters.batch_size
     left = USABLE_MEMORY * device_bytes - (sum(memory) - memory.activations - memory.loss)
     times = 0.0
     if left > 0:
         times = 2 * left / (memory.activations + math.sqrt(memory.activations**2 + 4 * memory.loss * left))
-    split = num_devices * training.phase.accumulation_steps
+    split = num_devices * phase.hyperparameters.accumulation_steps
     largest = math.floor(times * batch_size / split) * split
     effect = "activations and similarity matrix exceed a device's memory"
-    return Limit(training.name, batch_size, largest, effect)
+    return Limit(phase.name, batch_size, largest, effect)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.phases import PlannedPhase as Training
+from clipmoe_jax.dmu.phases import PlannedPhase
 from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.planning.abstract import (
@@ -45,22 +45,24 @@ class Memory(NamedTuple):
     loss: float
 
 
-def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
-    """Returns the bytes that a step of a training holds on each device."""
-    config, compute, phase = training.config, training.compute, training.phase
+def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
+    """Returns the bytes that a step of a phase holds on each device."""
+    config, compute = phase.architecture, phase.compute
     params = placed_params(mesh, config)
-    trainable, frozen = held_params(mesh, training)
-    state = abstract_state(mesh, phase, trainable)
-    pairs_of_device = phase.batch_size // phase.accumulation_steps // mesh.size
-    of_pair = sum(kept_bytes(mesh, config, compute, params, training.rules, tower) for tower in METHODS)
-    if training.short_length:
-        of_text = kept_bytes(mesh, config, compute, params, training.rules, "text")
-        of_pair += of_text * training.short_length / text_config(config).context_length
+    trainable, frozen = held_params(mesh, phase)
+    state = abstract_state(mesh, phase.hyperparameters, trainable)
+    pairs_of_device = (
+        phase.hyperparameters.batch_size // phase.hyperparameters.accumulation_steps // mesh.size
+    )
+    of_pair = sum(kept_bytes(mesh, config, compute, params, phase.rules, tower) for tower in METHODS)
+    if phase.short_length:
+        of_text = kept_bytes(mesh, config, compute, params, phase.rules, "text")
+        of_pair += of_text * phase.short_length / text_config(config).context_length
     recomputes = compute.remat != "none"
     if recomputes:  # one block at a time is there in full
         whole = dataclasses.replace(compute, remat="none")
         of_pair += max(
-            kept_bytes(mesh, config, whole, params, training.rules, tower) / depth
+            kept_bytes(mesh, config, whole, params, phase.rules, tower) / depth
             for tower, depth in (
                 ("image", config.vision.num_layers),
                 ("text", text_config(config).num_layers),
@@ -77,7 +79,7 @@ def plan_memory(mesh: AbstractMesh, training: Training) -> Memory:
         gradients=device_bytes(trainable),
         copies=copies,
         activations=of_pair * pairs_of_device,
-        loss=similarity_bytes(phase.batch_size, mesh.size),
+        loss=similarity_bytes(phase.hyperparameters.batch_size, mesh.size),
     )
 
 

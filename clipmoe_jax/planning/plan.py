@@ -14,23 +14,17 @@ from ml_collections import ConfigDict
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import ACCELERATORS, Accelerator
 from clipmoe_jax.dmu.phases import (
-    PlannedPhase as Training,
-)
-from clipmoe_jax.dmu.phases import (
-    architectures_of as models_of,
-)
-from clipmoe_jax.dmu.phases import (
+    PlannedPhase,
+    architectures_of,
     check_mesh,
-)
-from clipmoe_jax.dmu.phases import (
-    phases_of as trainings,
+    phases_of,
 )
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step, placed_params
-from clipmoe_jax.planning.limits import Limit, check_sections, cluster_limit, memory_limit, warmup_limit
+from clipmoe_jax.planning.limits import Limit, cluster_limit, memory_limit, warmup_limit
 from clipmoe_jax.planning.memory import Memory, plan_memory
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers
 
@@ -67,9 +61,10 @@ class Plan:
     mfu: float
     num_pairs: int
     models: dict[str, tuple[int, int, int]]  # name -> parameters, active ones, those on a device
-    steps: dict[str, tuple[Training, StepPlan]]  # name of the first stage of a kind -> its step
+    steps: dict[str, tuple[PlannedPhase, StepPlan]]  # name of the first stage of a kind -> its step
     stages: list[Stage]
     limits: list[Limit]
+    bounds: list[str]  # stages that may take fewer steps: small clusters are dropped
 
 
 def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float, num_pairs: int) -> Plan:
@@ -79,10 +74,9 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
     refused: fewer pairs than a batch, a warm-up that does not fit, batches that do not split over the
     devices, parameters that do not split over the mesh.
     """
-    check_sections(config, num_pairs)
     device = ACCELERATORS[accelerator]
     mesh = sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices)
-    dense, moe = models_of(config)
+    dense, moe = architectures_of(config)
     assert moe.moe is not None
     models = {}
     for name, model in (("dense base", dense), (f"CLIP-MoE of {moe.moe.num_experts}", moe)):
@@ -94,47 +88,49 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
     def seconds(pairs: int, flops_of_pair: float) -> float:
         return pairs * flops_of_pair / (device.peak_flops * mfu * num_devices)
 
-    steps, stages, limits = {}, [], []
+    steps, stages, limits, bounds = {}, [], [], []
     embedding = flops.forward(dense)
     planned: dict[tuple, StepPlan] = {}
-    for training in trainings(config, device.platform, num_pairs):
-        check_mesh(mesh, training)
-        if training.kind not in planned:
-            lower_step(mesh, training, device.platform)
-            step = planned[training.kind] = plan_step(mesh, training)
-            steps[training.name] = training, step
-            limits += warmup_limit(training, num_pairs)
-            limits.append(memory_limit(training, step.memory, device.memory, num_devices))
-        if training.name.startswith("mcl_"):
-            number = int(training.name.removeprefix("mcl_"))
-            limits.append(cluster_limit(config, training, number, num_pairs))
+    for phase in phases_of(config, device.platform, num_pairs):
+        check_mesh(mesh, phase)
+        if phase.is_bound:
+            bounds.append(phase.name)
+        if phase.step_key not in planned:
+            lower_step(mesh, phase, device.platform)
+            step = planned[phase.step_key] = plan_step(mesh, phase)
+            steps[phase.name] = phase, step
+            limits += warmup_limit(phase, num_pairs)
+            limits.append(memory_limit(phase, step.memory, device.memory, num_devices))
+        if phase.name.startswith("mcl_"):
+            number = int(phase.name.removeprefix("mcl_"))
+            limits.append(cluster_limit(config, phase, number, num_pairs))
             stages.append(Stage(f"embed_{number}", num_pairs, embedding, seconds(num_pairs, embedding)))
-        pairs, of_pair = training.num_steps * training.phase.batch_size, planned[training.kind].flops
-        stages.append(Stage(training.name, pairs, of_pair, seconds(pairs, of_pair)))
-    return Plan(device, mesh, mfu, num_pairs, models, steps, stages, limits)
+        pairs, of_pair = phase.num_steps * phase.hyperparameters.batch_size, planned[phase.step_key].flops
+        stages.append(Stage(phase.name, pairs, of_pair, seconds(pairs, of_pair)))
+    return Plan(device, mesh, mfu, num_pairs, models, steps, stages, limits, bounds)
 
 
-def plan_step(mesh: AbstractMesh, training: Training) -> StepPlan:
+def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
     """Returns FLOPs, memory and transfers of one training step."""
-    config, compute, phase = training.config, training.compute, training.phase
-    trains = trees.match_rules(training.rules, list(trees.flatten(placed_params(mesh, config))))
+    config, compute = phase.architecture, phase.compute
+    trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config))))
     model_flops = flops.forward_backward(config, trains)
     experts = experts_of_token(config, compute, mesh)
     computed = flops.forward_backward(config, trains, slots=experts)
-    if training.short_length:
+    if phase.short_length:
         of_text = functools.partial(
-            flops.forward_backward, config, trains, training.short_length, towers=["text"]
+            flops.forward_backward, config, trains, phase.short_length, towers=["text"]
         )
         model_flops, computed = model_flops + of_text(), computed + of_text(slots=experts)
-    again = (compute.remat == "full") + (phase.accumulation_steps > 1)
+    again = (compute.remat == "full") + (phase.hyperparameters.accumulation_steps > 1)
     computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
         compute.remat == "dots"
     )
     return StepPlan(
         flops=model_flops,
         computed=computed / model_flops,
-        memory=plan_memory(mesh, training),
-        transfers=plan_transfers(mesh, training),
+        memory=plan_memory(mesh, phase),
+        transfers=plan_transfers(mesh, phase),
     )
 
 

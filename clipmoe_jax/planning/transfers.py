@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import Accelerator
-from clipmoe_jax.dmu.phases import PlannedPhase as Training
+from clipmoe_jax.dmu.phases import PlannedPhase
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.transformer import first_moe_layer
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, placed_params, text_config
@@ -34,13 +34,13 @@ class Transfer(NamedTuple):
     num_bytes: float
 
 
-def plan_transfers(mesh: AbstractMesh, training: Training) -> list[Transfer]:
+def plan_transfers(mesh: AbstractMesh, phase: PlannedPhase) -> list[Transfer]:
     """Returns what a device sends in one step on the usual rings: (n - 1) / n of what is gathered or
     scattered, twice that of what is reduced to all."""
     return [
-        *_features(mesh, training),
-        *_parameters_and_gradients(mesh, training),
-        *_tokens(mesh, training),
+        *_features(mesh, phase),
+        *_parameters_and_gradients(mesh, phase),
+        *_tokens(mesh, phase),
     ]
 
 
@@ -55,22 +55,22 @@ def _on_rings(
         yield Transfer(tuple(axes), what, operation, sent)
 
 
-def _num_forward_passes(training: Training) -> int:
-    recomputes = training.compute.remat != "none"
-    return 1 + recomputes + (training.phase.accumulation_steps > 1)
+def _num_forward_passes(phase: PlannedPhase) -> int:
+    recomputes = phase.compute.remat != "none"
+    return 1 + recomputes + (phase.hyperparameters.accumulation_steps > 1)
 
 
-def _features(mesh: AbstractMesh, training: Training) -> Iterator[Transfer]:
-    size = training.phase.batch_size * training.config.embed_dim * FLOAT_BYTES
+def _features(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
+    size = phase.hyperparameters.batch_size * phase.architecture.embed_dim * FLOAT_BYTES
     yield from _on_rings(mesh, sharding.BATCH_AXES, "features of captions", "all-gather", size)
     yield from _on_rings(mesh, sharding.BATCH_AXES, "their gradient", "all-reduce", size)
 
 
-def _parameters_and_gradients(mesh: AbstractMesh, training: Training) -> Iterator[Transfer]:
-    leaves = trees.flatten(placed_params(mesh, training.config))
-    trains = trees.match_rules(training.rules, list(leaves))
-    itemsize = jnp.dtype(training.compute.dtype).itemsize
-    microbatches = training.phase.accumulation_steps
+def _parameters_and_gradients(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
+    leaves = trees.flatten(placed_params(mesh, phase.architecture))
+    trains = trees.match_rules(phase.rules, list(leaves))
+    itemsize = jnp.dtype(phase.compute.dtype).itemsize
+    microbatches = phase.hyperparameters.accumulation_steps
 
     def as_made(name: str, num_bytes: float) -> float:
         """Returns the bytes of a float32 leaf's gradient in the type in which products make it."""
@@ -79,9 +79,9 @@ def _parameters_and_gradients(mesh: AbstractMesh, training: Training) -> Iterato
 
     split = {name: leaf for name, leaf in leaves.items() if "fsdp" in leaf.sharding.spec}
     whole = {name: mesh.shape["fsdp"] * device_bytes(leaf) for name, leaf in split.items()}
-    gathered = _num_forward_passes(training) * sum(whole.values())
-    if training.compute.remat == "dots":  # backward only those that pull a gradient back
-        pulls = flops.input_gradients(training.config, trains)
+    gathered = _num_forward_passes(phase) * sum(whole.values())
+    if phase.compute.remat == "dots":  # backward only those that pull a gradient back
+        pulls = flops.input_gradients(phase.architecture, trains)
         gathered -= sum(size for name, size in whole.items() if name.rpartition("/")[0] not in pulls)
     # Every microbatch gathers parameters and scatters gradients; what is reduced to all is their float32 sum.
     size = gathered / FLOAT_BYTES * itemsize
@@ -99,17 +99,17 @@ def _parameters_and_gradients(mesh: AbstractMesh, training: Training) -> Iterato
         yield from _on_rings(mesh, axes, "gradients", "all-reduce", size)
 
 
-def _tokens(mesh: AbstractMesh, training: Training) -> Iterator[Transfer]:
+def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
     """Yields what tokens on their way to experts of other devices make."""
-    config, compute, moe = training.config, training.compute, training.config.moe
+    config, compute, moe = phase.architecture, phase.compute, phase.architecture.moe
     if moe is None:
         return
-    trains = trees.match_rules(training.rules, list(trees.flatten(placed_params(mesh, config))))
+    trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config))))
     experts_train = any(yes for name, yes in trains.items() if "/moe/c_fc/" in name)
     shared_train = any(yes for name, yes in trains.items() if "/moe/" not in name)
     itemsize = jnp.dtype(compute.dtype).itemsize
-    passes, recomputes = _num_forward_passes(training), compute.remat != "none"
-    pairs_of_group = training.phase.batch_size // mesh.size * mesh.shape["expert"]
+    passes, recomputes = _num_forward_passes(phase), compute.remat != "none"
+    pairs_of_group = phase.hyperparameters.batch_size // mesh.size * mesh.shape["expert"]
     text = text_config(config)
     num_patches = (config.vision.image_size // config.vision.patch_size) ** 2
     for what, tower, length in (

@@ -46,6 +46,11 @@ def _timetable(plan: Plan) -> list[str]:
         lines.append(
             f"{stage.name:<26}{stage.num_pairs:>14,}{of_pair:>12}{_time(stage.seconds):>12}{hours:>14.2f}"
         )
+    if plan.bounds:
+        lines.append(
+            f"At most: mcl.small_clusters=drop leaves pairs out of {', '.join(plan.bounds)}; how many is "
+            "known after clustering."
+        )
     return lines
 
 
@@ -63,8 +68,8 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _step(plan: Plan, name: str) -> list[str]:
-    training, step = plan.steps[name]
-    device, mesh, pairs = plan.accelerator, plan.mesh, training.phase.batch_size
+    phase, step = plan.steps[name]
+    device, mesh, pairs = plan.accelerator, plan.mesh, phase.hyperparameters.batch_size
     milliseconds = 1e3 * pairs * step.flops / (device.peak_flops * plan.mfu * mesh.size)
     lines = [
         f"a step of {name}: {pairs} pairs, {pairs / mesh.size:g} a device, {milliseconds:.1f} ms "

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from clipmoe_jax.config import default_config
-from clipmoe_jax.dmu.phases import phases_of as trainings
+from clipmoe_jax.dmu.phases import phases_of, steps_of_section
 from clipmoe_jax.planning import limits
 from clipmoe_jax.planning.memory import Memory, similarity_bytes
 from clipmoe_jax.planning.plan import make_plan
@@ -16,8 +16,8 @@ NUM_PAIRS = 1_246_000  # of ShareGPT4V-PT
 
 @pytest.fixture(scope="module")
 def stages():
-    """{name: training} of the default config."""
-    return {training.name: training for training in trainings(default_config(), "cuda", NUM_PAIRS)}
+    """{name: phase} of the default config."""
+    return {phase.name: phase for phase in phases_of(default_config(), "cuda", NUM_PAIRS)}
 
 
 @pytest.mark.parametrize(
@@ -37,32 +37,33 @@ def test_mean_cluster_fills_a_batch(stages, number, largest, small_clusters, fat
 @pytest.mark.parametrize("num_epochs", [1, 3])
 def test_warmup_limit_is_where_training_refuses(stages, num_epochs):
     """200 steps of warm-up want 201 steps: 6,199 pairs in one epoch, 3 * 67 steps of 18,597 in three."""
-    phase = dataclasses.replace(stages["mcl_1"].phase, num_epochs=num_epochs)
-    training = dataclasses.replace(stages["mcl_1"], phase=phase)
-    [limit] = limits.warmup_limit(training, NUM_PAIRS)
+    settings = dataclasses.replace(stages["mcl_1"].hyperparameters, num_epochs=num_epochs)
+    phase = dataclasses.replace(stages["mcl_1"], hyperparameters=settings)
+    [limit] = limits.warmup_limit(phase, NUM_PAIRS)
     assert limit.largest == {1: 6_199, 3: 18_597}[num_epochs]
-    limits.check_pairs("mcl", dataclasses.replace(phase, batch_size=limit.largest), NUM_PAIRS)
+    steps_of_section("mcl", dataclasses.replace(settings, batch_size=limit.largest), NUM_PAIRS)
     with pytest.raises(ValueError, match="mcl: warmup_steps=200 does not fit into"):
-        limits.check_pairs("mcl", dataclasses.replace(phase, batch_size=limit.largest + 1), NUM_PAIRS)
+        steps_of_section("mcl", dataclasses.replace(settings, batch_size=limit.largest + 1), NUM_PAIRS)
 
 
 def test_fixed_number_of_steps_has_no_warmup_limit(stages):
-    phase = dataclasses.replace(stages["mcl_1"].phase, num_steps=300)
-    assert limits.warmup_limit(dataclasses.replace(stages["mcl_1"], phase=phase), NUM_PAIRS) == []
+    settings = dataclasses.replace(stages["mcl_1"].hyperparameters, num_steps=300)
+    phase = dataclasses.replace(stages["mcl_1"], hyperparameters=settings)
+    assert limits.warmup_limit(phase, NUM_PAIRS) == []
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 8])
 def test_largest_batch_fills_nine_tenths_of_the_memory(stages, accumulation_steps):
     """8 devices of 16 GB: 14.4 - 4 GB are left for 5 MB of activations a pair of a microbatch and 12 B^2 / 8
     bytes."""
-    phase = dataclasses.replace(stages["mcl_1"].phase, accumulation_steps=accumulation_steps)
-    training = dataclasses.replace(stages["mcl_1"], phase=phase)
+    settings = dataclasses.replace(stages["mcl_1"].hyperparameters, accumulation_steps=accumulation_steps)
+    phase = dataclasses.replace(stages["mcl_1"], hyperparameters=settings)
 
     def memory(batch_size):
         activations = 5e6 * batch_size / 8 / accumulation_steps
         return Memory(1e9, 2e9, 1e9, 0, activations, similarity_bytes(batch_size, 8))
 
-    limit = limits.memory_limit(training, memory(phase.batch_size), 16e9, 8)
+    limit = limits.memory_limit(phase, memory(phase.hyperparameters.batch_size), 16e9, 8)
     assert limit.largest % (8 * accumulation_steps) == 0
     assert sum(memory(limit.largest)) <= 14.4e9 < sum(memory(limit.largest + 8 * accumulation_steps))
 

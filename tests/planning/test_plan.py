@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 
 from benchmarks.collectives import sent
-from clipmoe_jax.config import BASELINES, default_config
+from clipmoe_jax.config import default_config
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import ACCELERATORS
 from clipmoe_jax.dmu.phases import (
-    PlannedPhase as Training,
+    PlannedPhase,
+    architectures_of,
+    phases_of,
 )
-from clipmoe_jax.dmu.phases import (
-    architectures_of as models_of,
+from clipmoe_jax.dmu.recipes import (
+    BASELINES,
+    TRAIN_EVERYTHING,
+    TRAIN_FFN,
+    TRAIN_MOE,
+    TRAIN_ROUTERS,
+    baseline_names,
 )
-from clipmoe_jax.dmu.phases import (
-    phases_of as trainings,
-)
-from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
@@ -52,9 +55,9 @@ KINDS = {
 }
 
 
-def training(kind, phase=PHASE, **compute):
+def phase_of(kind, settings=PHASE, **compute):
     config, rules = KINDS[kind]
-    return Training("it", config, ComputeConfig(**compute), rules, phase, 10)
+    return PlannedPhase("it", config, ComputeConfig(**compute), rules, settings, 10)
 
 
 def abstract(mesh):
@@ -62,7 +65,7 @@ def abstract(mesh):
 
 
 def started(kind, mesh):
-    """Params and state of a kind of training, on devices."""
+    """Params and state of a kind of phase, on devices."""
     config, rules = KINDS[kind]
     images, tokens = np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 24), np.int32)
     params = sharding.init_params(
@@ -88,7 +91,7 @@ def bytes_on_first_device(tree) -> int:
 def test_bytes_of_params_and_optimizer(kind, sizes):
     mesh = sharding.make_mesh(*sizes)
     state, frozen = started(kind, mesh)
-    memory = plan_memory(abstract(mesh), training(kind))
+    memory = plan_memory(abstract(mesh), phase_of(kind))
     assert memory.params == bytes_on_first_device(state.trainable) + bytes_on_first_device(frozen)
     assert memory.optimizer == bytes_on_first_device(state.opt_state)
     assert memory.gradients == bytes_on_first_device(state.trainable)
@@ -111,7 +114,7 @@ def test_what_travels(kind, sizes, name):
     pair: log-sums, shares of experts, metrics."""
     mesh = sharding.make_mesh(*sizes)
     planned = collections.Counter()
-    for transfer in plan_transfers(abstract(mesh), training(kind, dispatch=name)):
+    for transfer in plan_transfers(abstract(mesh), phase_of(kind, dispatch=name)):
         planned[transfer.operation] += transfer.num_bytes
     found = sent(compiled_step(kind, mesh, dispatch=name))
     assert found.keys() == planned.keys()
@@ -132,7 +135,7 @@ def test_what_travels(kind, sizes, name):
 def test_gradients_travel_as_products_make_them(kind, sizes, in_half, in_float32):
     """In half precision but for vectors and routers. What is split over fsdp is scattered once, the rest is
     reduced to all: twice 7/8 of it."""
-    transfers = plan_transfers(abstract(sharding.make_mesh(*sizes)), training(kind, dtype="bfloat16"))
+    transfers = plan_transfers(abstract(sharding.make_mesh(*sizes)), phase_of(kind, dtype="bfloat16"))
     found = {t.operation: t.num_bytes for t in transfers if t.what == "gradients"}
     if sizes[1] == 1:
         assert found == {"all-reduce": 7 / 8 * 2 * (2 * in_half + 4 * in_float32)}
@@ -146,7 +149,7 @@ def test_accumulated_gradients_travel_once_and_in_float32():
         [
             t.num_bytes
             for t in plan_transfers(
-                abstract(sharding.make_mesh(8, 1, 1)), training("feed-forward layers", phase, dtype=dtype)
+                abstract(sharding.make_mesh(8, 1, 1)), phase_of("feed-forward layers", phase, dtype=dtype)
             )
             if t.what == "gradients"
         ]
@@ -163,7 +166,7 @@ def test_every_microbatch_gathers_and_scatters():
             (transfer.operation, transfer.axes): transfer.num_bytes
             for transfer in plan_transfers(
                 mesh,
-                training(
+                phase_of(
                     "feed-forward layers",
                     dataclasses.replace(PHASE, accumulation_steps=steps),
                     dtype="bfloat16",
@@ -199,13 +202,13 @@ def test_fsdp_gathers_parameters_and_no_activations(remat):
     """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:
     of fewer pairs than here XLA gathers those instead of adding up its kernels' gradients."""
     mesh, phase = sharding.make_mesh(1, 8, 1), dataclasses.replace(PHASE, batch_size=256)
-    planned = sum(
+    expected = sum(
         transfer.num_bytes
-        for transfer in plan_transfers(abstract(mesh), training("feed-forward layers", phase, remat=remat))
+        for transfer in plan_transfers(abstract(mesh), phase_of("feed-forward layers", phase, remat=remat))
         if transfer.operation == "all-gather"
     )
     found = sent(compiled_step("feed-forward layers", mesh, phase, remat=remat))
-    assert found["all-gather"] == pytest.approx(planned, rel=0.01)
+    assert found["all-gather"] == pytest.approx(expected, rel=0.01)
     assert "all-to-all" not in found
 
 
@@ -226,23 +229,23 @@ def compiled_step(kind, mesh, phase=PHASE, **compute) -> str:
 
 def test_stages_and_steps():
     config = default_config()
-    config.baselines = BASELINES
-    found = {training.name: training for training in trainings(config, "cuda", 1_246_000)}
-    trained = [name for name in BASELINES if name != "feature_ensemble"]
+    config.baselines = baseline_names()
+    found = {phase.name: phase for phase in phases_of(config, "cuda", 1_246_000)}
+    trained = [row.name for row in BASELINES if row.group != "ensemble"]
     assert list(found) == ["mcl_1", "mcl_2", "mcl_3", "router", *trained]
     steps = 1_246_000 // 800
     assert found["mcl_2"].num_steps == found["router"].num_steps == steps
     assert found["direct_ft_same_pairs"].num_steps == 4 * steps
-    assert found["base_ft_moe"].config.moe.num_experts == 2
+    assert found["base_ft_moe"].architecture.moe.num_experts == 2
     assert found["long_clip"].short_length == 64 and found["full_ft"].short_length == 0
     # mcl and direct_ft; router; full_ft; long_clip; base_ft_moe; sparse_upcycling, drop_upcycling; clip_up.
-    assert len({training.kind for training in found.values()}) == 7
+    assert len({phase.step_key for phase in found.values()}) == 7
 
 
 def test_the_papers_time():
     """86 pairs a second on each of 8 A100, half an hour a stage (arXiv 2409.19291, section 4.1), is 14.5 %
     of their peak by our count."""
-    dense, _ = models_of(default_config())
+    dense, _ = architectures_of(default_config())
     trains = trees.match_rules(TRAIN_FFN, list(trees.flatten(abstract_params(dense))))
     peak = ACCELERATORS["a100"].peak_flops
     assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.145, abs=0.002)
@@ -268,8 +271,8 @@ def test_what_is_printed():
 
 def test_remat_and_accumulation_are_not_mfu():
     mesh = sharding.make_abstract_mesh(8, 1, 1, num_devices=8)
-    plain = plan.plan_step(mesh, training("feed-forward layers"))
-    again = plan.plan_step(mesh, training("feed-forward layers", remat="full"))
+    plain = plan.plan_step(mesh, phase_of("feed-forward layers"))
+    again = plan.plan_step(mesh, phase_of("feed-forward layers", remat="full"))
     assert again.flops == plain.flops and plain.computed == 1 and 1.2 < again.computed < 1.6
     assert again.memory.activations < plain.memory.activations / 2
 
@@ -330,10 +333,10 @@ def test_short_captions_cost_a_second_pass_of_the_text_tower():
     config.loss.short_caption_weight = 1.0
     after = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
     for name in ("mcl_1", "router"):
-        training, step = after.steps[name]
-        names = list(trees.flatten(abstract_params(training.config)))
-        trains = trees.match_rules(training.rules, names)
-        more = flops.forward_backward(training.config, trains, 64, towers=["text"])
+        phase, step = after.steps[name]
+        names = list(trees.flatten(abstract_params(phase.architecture)))
+        trains = trees.match_rules(phase.rules, names)
+        more = flops.forward_backward(phase.architecture, trains, 64, towers=["text"])
         assert step.flops - before.steps[name][1].flops == pytest.approx(more) and more > 0
         assert step.memory.activations > 1.05 * before.steps[name][1].memory.activations
 

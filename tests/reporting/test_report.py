@@ -331,12 +331,23 @@ def test_what_is_not_there_is_named_with_its_command(workdir, tmp_path, files):
         assert any(name in box and f"{made_by}\n{again}" in box for box in boxes), name
 
 
+def test_data_of_a_workdir_of_version_0_1_is_found(workdir, tmp_path):
+    """It has no datasets.json: the config names the user's data, and the demo's lies beside it."""
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    (folder / "datasets.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] = {"train": "", "test": str(folder / "data" / "test"), "test_split": "test[:5]"}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = Folder(epath.Path(folder), epath.Path(folder))
+    assert len(run.records("train")) == synthetic_run.NUM_PAIRS and len(run.records("test")) == 5
+
+
 def test_users_data_that_has_gone_is_prepared_again(workdir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["data"] = {"digit_scenes": 0, "train": "nowhere/train", "train_split": "train"}
-    (folder / "config.json").write_text(json.dumps(config))
+    dataset = {"path": "nowhere/train", "split": "train", "source": ""}
+    (folder / "datasets.json").write_text(json.dumps({"train": dataset}))
     with pytest.raises(NotThereError) as gone:
         Folder(epath.Path(folder), epath.Path(folder)).records("train")
     assert gone.value.what == "nowhere/train"
