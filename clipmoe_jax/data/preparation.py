@@ -12,12 +12,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]: no stub
 from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts
@@ -171,7 +172,7 @@ def _check_arguments(split: str, max_bad_fraction: float, num_shards: int | None
 class _BadRecords:
     """Counts bad records, names them in a log, and stops when there are too many."""
 
-    def __init__(self, folder: epath.Path, log: TextIO, total: int, max_fraction: float):
+    def __init__(self, folder: epath.Path, log: IO, total: int, max_fraction: float):
         self.counts = Counter()
         self._folder, self._log, self._total, self._max_fraction = folder, log, total, max_fraction
         self._first = []
@@ -222,7 +223,8 @@ class _Encoder:
         if table is not None:
             features["attributes"] = tfds.features.Sequence(text)  # values, in the order of the table
         self.features = tfds.features.FeaturesDict(features)
-        self._serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
+        info: Any = self.features.get_serialized_info()
+        self._serializer = ExampleSerializer(info)
 
     def decode(self, record: Pair | BadRecord) -> _Decoded | BadRecord:
         """Decodes the image and tokenises the captions; of a record that cannot be used, returns why."""

@@ -93,15 +93,17 @@ class ClusterSampler:
         # each pool is what a child's own batches have left over, down to the clusters themselves.
         places = np.arange(batch * self.global_batch, (batch + 1) * self.global_batch)
         nodes = np.full(len(places), node)
-        for depth in range(level, -1, -1):
-            here = self._levels[depth]
-            keys = make_key(self._seed, epoch, depth, here.nodes[nodes])
-            pool = here.starts[nodes] + permute(places, here.sizes[nodes], keys)
-            if depth:
-                below = self._levels[depth - 1]
-                nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
-                places = below.used[nodes] + pool - below.left_starts[nodes]
-        return self._clusters.order[pool].astype(np.int64)
+        for depth in range(level, 0, -1):
+            pool, below = self._pool_places(epoch, depth, nodes, places), self._levels[depth - 1]
+            nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
+            places = below.used[nodes] + pool - below.left_starts[nodes]
+        return self._clusters.order[self._pool_places(epoch, 0, nodes, places)].astype(np.int64)
+
+    def _pool_places(self, epoch: int, depth: int, nodes: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Returns places among all pools of a level, (B,), of places in the epoch's orders of its nodes."""
+        level = self._levels[depth]
+        keys = make_key(self._seed, epoch, depth, level.nodes[nodes])
+        return level.starts[nodes] + permute(places, level.sizes[nodes], keys)
 
     def origin(self, step: int) -> str:
         """Where a step's records come from, in words."""

@@ -101,9 +101,9 @@ def clean(text: str) -> str:
 
 def read_merges() -> list[tuple[str, str]]:
     """CLIP's 48,894 byte-pair merges, the first to apply first."""
-    packed = resources.files(__package__).joinpath("clip_merges.txt.gz").read_bytes()
+    packed = resources.files("clipmoe_jax.data").joinpath("clip_merges.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").splitlines()
-    return [tuple(line.split(" ")) for line in lines]
+    return [(first, second) for first, second in (line.split(" ") for line in lines)]
 
 
 def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
