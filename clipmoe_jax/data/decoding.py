@@ -13,10 +13,10 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# An image that takes less is mostly Python's own work, which threads only take turns at: two took 1.0 to 1.8
-# times as long as one for images of up to 0.2 ms, and 0.5 to 0.7 times for others.
+# Of an image that takes less, most is Python's own work, which threads take turns at: two threads took 1.0 to
+# 1.8 times as long as one for images of up to 0.2 ms, and 0.5 to 0.7 times for others.
 SLOW_SECONDS = 3e-4
-SLOW_CHUNKS = 3  # so many in a row are no accident
+SLOW_CHUNKS = 3  # in a row, before threads take over
 
 
 def num_cores() -> int:

@@ -120,7 +120,7 @@ def test_context_length_too_short(length):
 
 
 def test_texts_that_are_not_strings(tokenize):
-    with pytest.raises(TypeError, match="Caption 1 is a NoneType"):
+    with pytest.raises(TypeError, match="caption 1 is a NoneType"):
         tokenize(["fine", None])
-    with pytest.raises(TypeError, match="Caption 0 is a int"):
+    with pytest.raises(TypeError, match="caption 0 is a int"):
         tokenize([3])

@@ -1,4 +1,4 @@
-"""What all kinds of source share: the records that they yield, and the checks on them."""
+"""The records that sources yield, the checks on them, and what else all kinds share."""
 
 import glob
 import hashlib
