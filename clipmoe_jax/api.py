@@ -1,4 +1,4 @@
-"""`clipmoe_jax.load`: a model to encode images and captions with."""
+"""`clipmoe_jax.load` and the model that it returns, which encodes images and captions."""
 
 from collections.abc import Sequence
 
@@ -19,9 +19,10 @@ from clipmoe_jax.models.transformer import ComputeConfig
 
 
 class LoadedClip:
-    """A dense CLIP or a CLIP-MoE.
+    """A dense CLIP or a CLIP-MoE that encodes images and captions.
 
-    config: the architecture. params: the param tree. source: what the path held, in words.
+    config: the architecture. params: the param tree. source: the kind of model and its format, in words; the
+    model's repr shows it.
     """
 
     def __init__(self, config: ClipConfig, params: dict, source: str, compute: ComputeConfig):
@@ -31,8 +32,11 @@ class LoadedClip:
     def encode_image(
         self, images: Sequence[Image.Image] | Image.Image | np.ndarray | jax.Array, *, normalize: bool = False
     ) -> jax.Array:
-        """Features (B, embed) float32 of a list of PIL images (or one), or of an array (B, H, W, 3), float
-        already preprocessed or uint8. Raises TypeError for anything else."""
+        """Returns image features (B, embed) float32.
+
+        images: PIL images or a single one, or an array (B, H, W, 3), uint8 or preprocessed floats.
+        normalize: scales each row to unit length. Raises TypeError for other inputs.
+        """
         if not hasattr(images, "shape"):
             images = [images] if isinstance(images, Image.Image) else list(images)
             if odd := [type(i).__name__ for i in images if not isinstance(i, Image.Image)]:
@@ -44,9 +48,11 @@ class LoadedClip:
     def encode_text(
         self, texts: str | Sequence[str] | np.ndarray | jax.Array, *, normalize: bool = False
     ) -> jax.Array:
-        """Features (B, embed) float32 of strings, or of token ids (B, L) int32.
+        """Returns text features (B, embed) float32.
 
-        Raises ValueError for a vision tower alone, and for strings if the vocabulary is not CLIP's."""
+        texts: strings or a single one, or token ids (B, L) int32. normalize: scales each row to unit length.
+        Raises ValueError if the model has no text tower, and for strings if its vocabulary is not CLIP's.
+        """
         text = self.config.text
         if text is None:
             raise ValueError(f"{self!r} cannot encode text")
@@ -77,14 +83,14 @@ def load(
     image_size: int | None = None,
     dtype: str = "float32",
 ) -> LoadedClip:
-    """Loads a CLIP or CLIP-MoE from any of the formats in docs/interop.md, and says which it found.
+    """Returns a CLIP or CLIP-MoE read from any of the formats in docs/interop.md.
 
-    num_selected_experts: K of an MoE; None is what the file says, or 2 where it does not. activation: of a
-    bare state dict; None is quick_gelu. context_length: 248 stretches a text tower of 77 positions.
+    num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation: of a
+    bare state dict; None means quick_gelu. context_length: 248 stretches a text tower of 77 positions.
     image_size: resizes the vision tower's grid of positions. dtype: of the computation.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
-    found = read_model(
+    model = read_model(
         path,
         num_selected_experts=num_selected_experts,
         activation=activation,
@@ -92,8 +98,7 @@ def load(
         image_size=image_size,
         place=lambda _, leaf: jnp.asarray(leaf),
     )
-    print(f"{path}: {found.source}")
     config = configs.default_config()
     config.compute.dtype = dtype
     compute = configs.compute_config(config, sharding.platform())
-    return LoadedClip(found.config, found.params, found.source, compute)
+    return LoadedClip(model.config, model.params, model.source, compute)

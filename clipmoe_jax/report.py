@@ -1,9 +1,9 @@
-"""Writes WORKDIR/report.html: a run on one page, made from its files alone, again at any time.
+"""Writes WORKDIR/report.html: a run on one page, made from the run's files alone, at any time.
 
     python -m clipmoe_jax.report --workdir=runs/demo
 
-The page is one file that loads nothing. A section whose files are not there yet says which command makes
-them.
+The page is a single file that loads no others. A section whose files do not exist yet says which command
+makes them.
 """
 
 from absl import flags, logging
@@ -17,7 +17,7 @@ from clipmoe_jax.reporting.page import render
 def write_report(workdir: epath.Path) -> epath.Path:
     """Writes report.html into a run's workdir and returns its path.
 
-    Of a workdir with seeds (seed_N) one page for all. Raises FileNotFoundError if there is no run in it.
+    A workdir with several seeds (seed_N) gets one page for all. Raises FileNotFoundError if it holds no run.
     """
     workdir = epath.Path(workdir)
     page = render(workdir)
@@ -27,15 +27,15 @@ def write_report(workdir: epath.Path) -> epath.Path:
     return path
 
 
-def main(argv: list[str]) -> None:
-    """The command."""
+def main(argv: list[str]) -> str:
+    """Runs the command; returns its message."""
     del argv
-    logging.set_verbosity(logging.WARNING)  # tfds tells every file it opens
+    logging.set_verbosity(logging.WARNING)  # TFDS logs every file it opens
     path = write_report(epath.Path(flags.FLAGS.workdir))
-    print(f"{path}: {path.stat().length / 1e6:.1f} MB; open it in a browser.")
+    return f"{path}: {path.stat().length / 1e6:.1f} MB; open it in a browser."
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Where a run lies.")
+    flags.DEFINE_string("workdir", None, "The folder of a run.")
     flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -1,4 +1,4 @@
-"""What the vendors say of the accelerators that runs are planned for and measured against."""
+"""The vendors' figures for the accelerators that runs are planned for and measured against."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 class Accelerator(NamedTuple):
     """One device.
 
-    platform: "tpu" or "cuda". peak_flops: a second, dense, bfloat16. memory: bytes of HBM. link: bytes a
-    second to and from the other devices of its slice or node together (half of it each way). domain: devices
-    that share such links, of the largest slice or a node. network: bytes a second to and from devices beyond,
-    a device's share of its host's ports (half of it each way).
+    platform: "tpu" or "cuda". peak_flops: per second, dense, bfloat16. memory: bytes of HBM. link: bytes per
+    second to and from all other devices of its slice or node (half of it each way). domain: number of devices
+    that share such links, in the largest slice or in a node. network: bytes per second to and from devices
+    outside the domain: a device's share of its host's ports (half of it each way).
     """
 
     name: str
@@ -21,10 +21,10 @@ class Accelerator(NamedTuple):
     network: float
 
 
-# TPUs: the system architecture pages of cloud.google.com/tpu/docs (v5e, v5p, v6e). GPUs: NVIDIA's data
-# sheets of the SXM modules, without sparsity; link is NVLink. network, each way: on the same pages 6.4 Tbit/s
-# for the 256 chips of a v5e pod, 50 Gbit/s for a v5p chip, 25.6 Tbit/s for 256 chips of v6e; InfiniBand of
-# 200 (DGX A100) and 400 Gbit/s (DGX H100 and H200) for each of 8 GPUs in NVIDIA's user guides.
+# Sources. TPUs: the system architecture pages of cloud.google.com/tpu/docs (v5e, v5p, v6e). GPUs: NVIDIA's
+# data sheets of the SXM modules, without sparsity; link is NVLink. network, each way: on the same pages
+# 6.4 Tbit/s for the 256 chips of a v5e pod, 50 Gbit/s for a v5p chip, 25.6 Tbit/s for 256 chips of v6e; in
+# NVIDIA's user guides InfiniBand of 200 (DGX A100) and 400 Gbit/s (DGX H100 and H200) for each of 8 GPUs.
 ACCELERATORS = {
     "v5e": Accelerator("TPU v5e", "tpu", 197e12, 16e9, 400e9, 256, 6.25e9),
     "v5p": Accelerator("TPU v5p", "tpu", 459e12, 95 * 2**30, 1200e9, 6144, 12.5e9),
@@ -34,7 +34,7 @@ ACCELERATORS = {
     "h200": Accelerator("H200 141 GB", "cuda", 989e12, 141e9, 900e9, 8, 100e9),
 }
 
-# What JAX calls them (`device_kind`).
+# By JAX's names for them (`device_kind`).
 DEVICE_KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -49,5 +49,5 @@ DEVICE_KINDS = {
 
 
 def of_kind(device_kind: str) -> Accelerator | None:
-    """The accelerator that JAX calls so; None for others, whose peak is not known here."""
+    """Returns the accelerator with this JAX device kind; None if its figures are not known here."""
     return ACCELERATORS[DEVICE_KINDS[device_kind]] if device_kind in DEVICE_KINDS else None

@@ -1,12 +1,12 @@
-"""Folders that a run makes: whole or not there, and remembering what they were made from.
+"""Folders that a run makes: whole or absent, and recording the inputs they were made from.
 
-A finished artifact has a `done.json`: the config fields it depends on, a hash of them, versions, and what was
-measured while making it. It is written as `NAME.unfinished`, which a killed run leaves and the next one goes
-on with, and renamed when whole. Its `checkpoints/` serve until then and are deleted last.
+A finished artifact has a `done.json`: the inputs it depends on (config fields, mostly), a hash of them,
+package versions, and what was measured while it was made. It is built as `NAME.unfinished` and renamed once
+it is whole. A killed run leaves that folder, and the next run continues in it. Its `checkpoints/` serve until
+then and are deleted last.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -14,125 +14,151 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import filelock
 from etils import epath
 
 from clipmoe_jax.core import distributed
 from clipmoe_jax.core.paths import in_bucket, written_whole
 
 CHECKPOINTS = "checkpoints"
+DONE, INPUTS, LOCK = "done.json", "inputs.json", ".lock"
+NOT_COPIED = (DONE, INPUTS, LOCK, CHECKPOINTS)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
+Inputs = Mapping[str, Any]
+# From the inputs that an earlier version recorded to the names that this version gives them.
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
-def make(path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict[str, Any]]) -> bool:
-    """Makes the artifact unless it is there. Returns whether anything was built.
 
-    path: the folder. inputs: {config field: value} that it depends on. build: given the unfinished folder,
-    fills it (going on with what it finds there) and returns what it measured, for done.json.
-    Raises ValueError naming the first differing field if the folder, whole or unfinished, was made from
+class MissingArtifactError(FileNotFoundError):
+    """An artifact that a stage reads does not exist yet. `stage` names the stage that makes it."""
+
+    def __init__(self, path: epath.Path, stage: str):
+        super().__init__(f"{path} does not exist yet: stage {stage} makes it")
+        self.stage = stage
+
+
+class BusyError(ValueError):
+    """Another process is making the folder."""
+
+
+def make(
+    path: epath.Path,
+    inputs: Inputs,
+    build: Callable[[epath.Path], dict[str, Any]],
+    upgrade: Upgrade | None = None,
+) -> bool:
+    """Makes an artifact unless it exists. Returns whether anything was built.
+
+    path: the artifact's folder. inputs: {name: value} of everything it depends on. build: fills the
+    unfinished folder, continuing with what it finds there, and returns measurements for done.json. upgrade:
+    renames the inputs that an earlier version recorded, before they are compared.
+    Raises ValueError naming the first input that differs if the folder, whole or unfinished, was made from
     others, and BusyError if another process is making it.
     """
-    path = epath.Path(path)
-    inputs = _as_json(inputs)
-    unfinished = path.parent / f"{path.name}.unfinished"
-    if distributed.is_main() and not is_done(path) and is_done(unfinished):
-        _finish(unfinished, path)  # killed between the last lines below
-    if distributed.agree(is_done(path)):
+    path, inputs = epath.Path(path), _as_json(inputs)
+    unfinished = _unfinished(path)
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main() and not is_done(path):
+            stack.enter_context(_locked(unfinished))
+            if is_done(unfinished) and not is_done(path):  # killed between the last lines below
+                _finish(unfinished, path)
+        if distributed.agree(is_done(path)):
+            if distributed.is_main():
+                _check_same(path, _recorded(path / DONE, upgrade), inputs)
+                _tidy(path)
+                _delete(unfinished)  # a kill may leave some of it in a bucket
+            return False
         if distributed.is_main():
-            _check_same(path, json.loads((path / "done.json").read_text())["inputs"], inputs)
-            _tidy(path)
-            _delete(unfinished)  # in a bucket a kill may leave some of it
-        return False
-    if distributed.is_main():
-        if (unfinished / "inputs.json").exists():
-            _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
-        else:
-            _delete(unfinished)  # killed before it wrote what it is made from
-            unfinished.mkdir(parents=True)
-            write_json(unfinished / "inputs.json", inputs)
-    with _alone(unfinished):
+            if (unfinished / INPUTS).exists():
+                _check_same(unfinished, _recorded(unfinished / INPUTS, upgrade), inputs)
+            else:
+                _clear(unfinished)  # killed before it recorded its inputs
+                write_json(unfinished / INPUTS, inputs)
         distributed.barrier(f"{path} begins")
-        measured = build(unfinished)
+        measurements = build(unfinished)
         distributed.barrier(f"{path} is made")
         if distributed.is_main():
             done = {
                 "inputs": inputs,
                 "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
-                "measured": measured,
+                "measured": measurements,
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
-            write_json(unfinished / "done.json", done)
+            write_json(unfinished / DONE, done)
             _finish(unfinished, path)
             _tidy(path)
     distributed.barrier(f"{path} is whole")
     return True
 
 
-def copy(path: epath.Path, inputs: Mapping[str, Any], others: Sequence[epath.Path]) -> epath.Path | None:
-    """Copies to `path`, unless it is there, the first of other artifacts that was made from the same inputs.
+def copy(
+    path: epath.Path, inputs: Inputs, others: Sequence[epath.Path], upgrade: Upgrade | None = None
+) -> epath.Path | None:
+    """Copies the first of other artifacts that was made from the same inputs to `path`, unless that exists.
 
-    Returns which, if any; process 0 copies, the others return None. As with `make` it is whole or not there:
-    done.json is copied last, and what a killed copy leaves is begun again.
-    Raises ValueError if an unfinished `path` was begun from other inputs.
+    Returns the artifact that was copied, or None. Process 0 copies; on the others the result is None. As with
+    `make`, `path` is whole or absent: done.json is copied last, and a killed copy starts over. upgrade: as
+    for `make`. Raises ValueError if an unfinished `path` was begun from other inputs, and BusyError if
+    another process is making it.
     """
     path, inputs = epath.Path(path), _as_json(inputs)
-    unfinished = path.parent / f"{path.name}.unfinished"
+    unfinished = _unfinished(path)
     if not distributed.is_main() or is_done(path) or is_done(unfinished):
         return None
     for other in map(epath.Path, others):
-        if not is_done(other):
+        if not is_done(other) or _recorded(other / DONE, upgrade) != inputs:
             continue
-        done = json.loads((other / "done.json").read_text())
-        if done["inputs"] != inputs:
-            continue
-        if (unfinished / "inputs.json").exists():
-            _check_same(unfinished, json.loads((unfinished / "inputs.json").read_text()), inputs)
-        _delete(unfinished)
-        _copy_folder(other, unfinished, without=("done.json", "inputs.json", CHECKPOINTS))
-        write_json(unfinished / "done.json", {**done, "copied_from": str(other)})
-        _finish(unfinished, path)
+        with _locked(unfinished):
+            if (unfinished / INPUTS).exists():
+                _check_same(unfinished, _recorded(unfinished / INPUTS, upgrade), inputs)
+            _clear(unfinished)
+            _copy_folder(other, unfinished, without=NOT_COPIED)
+            write_json(unfinished / DONE, {**_read_json(other / DONE), "copied_from": str(other)})
+            _finish(unfinished, path)
+            _tidy(path)
         return other
     return None
 
 
 def is_done(path: epath.Path) -> bool:
-    """Whether the artifact is whole."""
-    return (epath.Path(path) / "done.json").exists()
+    """Returns whether the artifact is whole."""
+    return (epath.Path(path) / DONE).exists()
 
 
 def measured(path: epath.Path) -> dict[str, Any]:
-    """What was measured while the artifact was made."""
-    return json.loads((epath.Path(path) / "done.json").read_text())["measured"]
+    """Returns the measurements that were taken while the artifact was made."""
+    return _read_json(epath.Path(path) / DONE)["measured"]
 
 
 def require(path: epath.Path, stage: str) -> epath.Path:
-    """The path, or FileNotFoundError that names the stage which makes it."""
+    """Returns the path of an artifact that must exist.
+
+    stage: the stage that makes it. Raises MissingArtifactError, which names it, if there is none.
+    """
     if not is_done(path):
-        raise FileNotFoundError(f"{path} is not there yet: run the same command with --stage={stage} first")
+        raise MissingArtifactError(path, stage)
     return path
 
 
 @contextlib.contextmanager
 def new_folder(
-    path: epath.Path, *, keep_failed: bool = False, inputs: Mapping[str, Any] | None = None
+    path: epath.Path, *, keep_failed: bool = False, inputs: Inputs | None = None
 ) -> Iterator[epath.Path]:
-    """A folder to fill, `path`.unfinished, which becomes `path` when the block ends without an error.
+    """Yields a folder to fill, `path`.unfinished, which becomes `path` when the block ends without an error.
 
-    What a killed process left of an earlier attempt is thrown away, unless it was made from the same
-    `inputs`; what an error leaves, unless keep_failed. Raises ValueError if `path` is there, and BusyError if
-    another process is making it.
+    Deletes what a killed process left of an earlier attempt, unless it has the same `inputs`, and what an
+    error leaves, unless keep_failed. Raises ValueError if `path` exists, and BusyError if another process is
+    making it.
     """
     path = epath.Path(path)
     if path.exists():
-        raise ValueError(f"--out={path} exists already: delete it or pick another --out.")
-    unfinished = path.parent / f"{path.name}.unfinished"
-    made_from = unfinished / "inputs.json"
-    left = unfinished.exists()
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with _alone(unfinished):
-        same = inputs is not None and made_from.exists() and json.loads(made_from.read_text()) == inputs
-        if left and not same:
-            for item in unfinished.iterdir():
-                item.rmtree() if item.is_dir() else item.unlink()
+        raise ValueError(f"{path} exists already: delete it or choose another folder")
+    unfinished = _unfinished(path)
+    made_from = unfinished / INPUTS
+    with _locked(unfinished):
+        if inputs is None or not made_from.exists() or _read_json(made_from) != inputs:
+            _clear(unfinished)
         if inputs is not None:
             write_json(made_from, dict(inputs))
         try:
@@ -143,57 +169,70 @@ def new_folder(
             raise
         made_from.unlink(missing_ok=True)
         unfinished.rename(path)
-
-
-class BusyError(ValueError):
-    """Another process is making the folder."""
-
-
-@contextlib.contextmanager
-def _alone(unfinished: epath.Path) -> Iterator[None]:
-    """Nobody else makes the folder meanwhile: a lock that ends with the process, where there are such."""
-    with contextlib.ExitStack() as stack:
-        if distributed.is_main() and not in_bucket(unfinished):
-            descriptor = os.open(unfinished, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = f"another process is making {unfinished}: wait until it has ended, or end it"
-                raise BusyError(message) from None
-            except OSError:  # NFS has none for folders
-                pass
-        yield
+        (path / LOCK).unlink(missing_ok=True)
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all; process 0 does."""
+    """Writes a JSON file, whole or not at all. Only process 0 writes."""
     if not distributed.is_main():
         return
     with written_whole(path) as file:
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def _locked(unfinished: epath.Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it. Raises BusyError if one is at work there.
+
+    The lock ends with this process, however that ends. Buckets and file systems without locks have none.
+    """
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if not in_bucket(unfinished):
+            # A soft lock, which filelock falls back to, would outlive a killed process.
+            lock = filelock.FileLock(os.fspath(unfinished / LOCK), timeout=0, fallback_to_soft=False)
+            try:
+                stack.enter_context(lock)
+            except filelock.Timeout:
+                message = f"another process is making {unfinished}: wait until it has ended, or end it"
+                raise BusyError(message) from None
+            except OSError:  # no locks here, as on some network file systems
+                pass
+        yield
+
+
+def _unfinished(path: epath.Path) -> epath.Path:
+    return path.parent / f"{path.name}.unfinished"
+
+
+def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:
+    """Returns the inputs in a done.json or inputs.json, named as this version names them."""
+    content = _read_json(path)
+    inputs = content["inputs"] if path.name == DONE else content
+    return _as_json(upgrade(inputs)) if upgrade else inputs
+
+
 def _finish(unfinished: epath.Path, path: epath.Path) -> None:
-    """Gives what is whole its name. A bucket copies object by object, and done.json last of all."""
+    """Gives a whole artifact its name. In a bucket, copies its objects, done.json last of all."""
     if not in_bucket(path):
         unfinished.rename(path)
         return
-    _delete(path)  # what a killed copy left
-    _copy_folder(unfinished, path, without=("done.json", "inputs.json", CHECKPOINTS))
-    (path / "done.json").write_text((unfinished / "done.json").read_text())
-    (unfinished / "done.json").unlink()  # what a kill leaves of it from here on is nothing that is done
+    _delete(path)  # left by a killed copy
+    _copy_folder(unfinished, path, without=NOT_COPIED)
+    (path / DONE).write_text((unfinished / DONE).read_text())
+    (unfinished / DONE).unlink()  # first, so that a kill from here on leaves nothing that looks done
     _delete(unfinished)
 
 
 def _tidy(path: epath.Path) -> None:
-    """Takes away what served only until the artifact was whole."""
+    """Deletes what was needed only until the artifact was whole."""
     _delete(path / CHECKPOINTS)
-    (path / "inputs.json").unlink(missing_ok=True)
+    for name in (INPUTS, LOCK):
+        (path / name).unlink(missing_ok=True)
 
 
 def _copy_folder(source: epath.Path, target: epath.Path, without: Sequence[str] = ()) -> None:
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for item in source.iterdir():
         if item.name in without:
             continue
@@ -203,8 +242,12 @@ def _copy_folder(source: epath.Path, target: epath.Path, without: Sequence[str] 
             item.copy(target / item.name)
 
 
-def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are when read from a file."""
+def _read_json(path: epath.Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _as_json(inputs: Inputs) -> dict[str, Any]:
+    """Returns inputs as a file gives them back: lists for tuples."""
     return json.loads(json.dumps(dict(inputs)))
 
 
@@ -213,11 +256,22 @@ def _delete(folder: epath.Path) -> None:
         folder.rmtree()
 
 
-def _check_same(path: epath.Path, made_from: dict[str, Any], inputs: dict[str, Any]) -> None:
-    for name in sorted(made_from.keys() | inputs.keys()):
-        before, now = made_from.get(name, "nothing"), inputs.get(name, "nothing")
+def _clear(unfinished: epath.Path) -> None:
+    """Deletes everything in a folder but its lock."""
+    for item in unfinished.iterdir():
+        if item.name == LOCK:
+            continue
+        if item.is_dir():
+            item.rmtree()
+        else:
+            item.unlink()
+
+
+def _check_same(path: epath.Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
+    for name in sorted(recorded.keys() | inputs.keys()):
+        before, now = recorded.get(name, "nothing"), inputs.get(name, "nothing")
         if before != now:
             raise ValueError(
-                f"{path} was made with {name}={before!r}, the config says {now!r}: give another --workdir, "
-                f"set it back, or delete {path} and what was made from it"
+                f"{path} was made with {name}={before!r}, the config says {now!r}: set it back, choose "
+                f"another workdir, or delete {path} and what was made from it"
             )

@@ -1,4 +1,7 @@
-"""Where numbers go: the console's progress bar, `metrics.jsonl` and TensorBoard. Process 0 alone writes."""
+"""Output of a run: progress bars and lines on the console, `metrics.jsonl` and TensorBoard.
+
+Process 0 alone writes.
+"""
 
 import functools
 import json
@@ -15,9 +18,27 @@ from clipmoe_jax.core.paths import in_bucket
 UPLOAD_SECONDS = 30
 
 
+def progress_bar(description: str, total: int | None, unit: str, delay: float = 0, initial: int = 0) -> tqdm:
+    """Returns a progress bar for work that has no `Metrics`; call its `update(n)`.
+
+    It shows only on a terminal, only in process 0, and only after `delay` seconds.
+    """
+    return tqdm(
+        desc=description,
+        total=total,
+        unit=unit,
+        delay=delay,
+        initial=initial,
+        disable=None if distributed.is_main() else True,  # None: unless it is a terminal
+        dynamic_ncols=True,
+    )
+
+
 class Metrics:
-    """The numbers of one run. A resumed run repeats the steps since its last checkpoint: the later line
-    counts."""
+    """Writes the numbers of one run.
+
+    A resumed run repeats the steps since its last checkpoint: of two lines for a step, the later counts.
+    """
 
     def __init__(self, workdir: epath.Path):
         self._active = distributed.is_main()
@@ -29,14 +50,13 @@ class Metrics:
 
     @functools.cached_property
     def _tensorboard(self):
-        """Opened with the first numbers: slow to import (with it comes torch, where that is installed), and a
-        run in which nothing is left to do writes no file."""
-        from tensorboardX import SummaryWriter
+        """Opens with the first numbers, so that a run with nothing left to do writes no file."""
+        from tensorboardX import SummaryWriter  # here because it is slow to import: it imports torch
 
         return SummaryWriter(str(self._workdir / "tensorboard"))
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """One line of numbers after `step` steps of a phase ("stage_1", "router", …)."""
+        """Writes numbers after `step` steps of a phase ("mcl_1", "router", …)."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -46,7 +66,7 @@ class Metrics:
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
     def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
-        """A progress bar with rate and time left, rarer in a log file; silent on other processes than 0."""
+        """Returns a progress bar with rate and time left, refreshed less often in a log file."""
         return tqdm(
             desc=f"{phase:<24}",
             initial=start,
@@ -54,16 +74,16 @@ class Metrics:
             unit=unit,
             disable=not self._active,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file keeps every one
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file keeps every refresh
         )
 
     def say(self, text: str) -> None:
-        """A line on the console, above any progress bar."""
+        """Prints a line on the console, above any progress bar."""
         if self._active:
             tqdm.write(text)
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Flushes and closes the files."""
         if not self._active:
             return
         self._lines.close()
@@ -72,8 +92,11 @@ class Metrics:
 
 
 class _Lines:
-    """A text file that lines are added to. In a bucket, which adds nothing to an object, it is written anew,
-    every UPLOAD_SECONDS at most and when it is closed."""
+    """A text file to append lines to.
+
+    A bucket cannot append to an object, so there the whole file is written again, at most every
+    UPLOAD_SECONDS and on close.
+    """
 
     def __init__(self, path: epath.Path):
         self._path, self._file, self._text, self._written = path, None, "", time.monotonic()

@@ -1,6 +1,12 @@
-"""Folders that a run makes: made once, from known inputs, and whole or not there."""
+"""Folders that a run makes: built once, from known inputs, whole or absent."""
 
+import errno
+import fcntl
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -29,7 +35,7 @@ def never(folder):
     raise AssertionError("built again")
 
 
-def test_an_artifact_is_built_once(tmp_path):
+def test_artifact_is_built_once(tmp_path):
     calls = []
     assert artifacts.make(tmp_path / "base", INPUTS, counted(calls)) is True
     assert artifacts.make(tmp_path / "base", INPUTS, never) is False
@@ -37,7 +43,7 @@ def test_an_artifact_is_built_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
-def test_done_json_says_what_it_was_made_from(tmp_path):
+def test_done_json_records_inputs_measurements_and_versions(tmp_path):
     artifacts.make(tmp_path / "base", INPUTS, counted([], {"loss": 0.5}))
     done = json.loads((tmp_path / "base" / "done.json").read_text())
     assert done["inputs"] == {"mcl.seed": 0, "mcl.sizes": [1, 2], "data": {"train": "pairs"}}
@@ -47,7 +53,7 @@ def test_done_json_says_what_it_was_made_from(tmp_path):
     assert files == {"done.json", "part_0", "part_1", "part_2"}
 
 
-def test_the_hash_depends_on_the_inputs_and_not_on_their_order(tmp_path):
+def test_hash_depends_on_inputs_and_not_on_their_order(tmp_path):
     hashes = []
     for i, inputs in enumerate([{"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}]):
         artifacts.make(tmp_path / str(i), inputs, counted([]))
@@ -70,21 +76,21 @@ OTHER_INPUTS = {
 
 
 @pytest.mark.parametrize(("inputs", "message"), OTHER_INPUTS.values(), ids=OTHER_INPUTS)
-def test_other_inputs_are_refused_with_field_values_and_fix(tmp_path, inputs, message):
+def test_artifact_of_other_inputs_is_refused_with_field_values_and_fix(tmp_path, inputs, message):
     artifacts.make(tmp_path / "base", INPUTS, counted([]))
-    fix = "give another --workdir, set it back, or delete .*base and what was made from it"
+    fix = "set it back, choose another workdir, or delete .*base and what was made from it"
     with pytest.raises(ValueError, match=f"base was made with {message}: {fix}"):
         artifacts.make(tmp_path / "base", inputs, never)
 
 
-def test_other_inputs_are_refused_for_an_unfinished_folder_too(tmp_path):
+def test_unfinished_folder_of_other_inputs_is_refused(tmp_path):
     with pytest.raises(InterruptedError):
         artifacts.make(tmp_path / "base", INPUTS, counted([], fail_after=1))
     with pytest.raises(ValueError, match="base.unfinished was made with mcl.seed=0, the config says 7"):
         artifacts.make(tmp_path / "base", INPUTS | {"mcl.seed": 7}, never)
 
 
-def test_a_build_that_was_killed_goes_on_with_what_it_left(tmp_path):
+def test_killed_build_continues_with_what_it_left(tmp_path):
     first, second = [], []
     with pytest.raises(InterruptedError):
         artifacts.make(tmp_path / "base", INPUTS, counted(first, fail_after=2))
@@ -94,7 +100,7 @@ def test_a_build_that_was_killed_goes_on_with_what_it_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_killed_between_done_and_renamed(tmp_path):
+def test_artifact_killed_between_done_and_rename_is_not_built_again(tmp_path):
     """It is whole: nothing is built again, and what served until then is taken away."""
 
     def build(folder):
@@ -110,7 +116,7 @@ def test_killed_between_done_and_renamed(tmp_path):
     assert not (tmp_path / "base" / "checkpoints").exists()
 
 
-def test_a_folder_that_does_not_say_what_it_was_made_from_is_started_anew(tmp_path):
+def test_unfinished_folder_without_recorded_inputs_starts_over(tmp_path):
     (tmp_path / "base.unfinished").mkdir()
     (tmp_path / "base.unfinished" / "part_0").write_text("from other inputs")
     artifacts.make(tmp_path / "base", INPUTS, counted([]))
@@ -132,14 +138,17 @@ def test_is_done_only_when_whole(tmp_path):
     assert artifacts.is_done(path)
 
 
-def test_require_names_the_stage_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="base is not there yet: .*--stage=mcl_2 first"):
+def test_missing_artifact_names_the_stage_that_makes_it(tmp_path):
+    with pytest.raises(
+        artifacts.MissingArtifactError, match="base does not exist yet: stage mcl_2 makes it"
+    ) as e:
         artifacts.require(tmp_path / "base", "mcl_2")
+    assert e.value.stage == "mcl_2"
     artifacts.make(tmp_path / "base", INPUTS, counted([]))
     assert artifacts.require(tmp_path / "base", "mcl_2") == tmp_path / "base"
 
 
-def test_json_is_replaced_whole(tmp_path):
+def test_failed_write_leaves_the_json_that_was_there(tmp_path):
     path = tmp_path / "numbers.json"
     artifacts.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
@@ -163,7 +172,7 @@ def make_two(tmp_path):
     return [tmp_path / name / "base" for name in "abc"]
 
 
-def test_another_variants_artifact_of_the_same_inputs_is_copied(tmp_path):
+def test_artifact_of_the_same_inputs_is_copied(tmp_path):
     others = make_two(tmp_path)
     assert artifacts.copy(tmp_path / "base", INPUTS, others) == tmp_path / "b" / "base"
     assert artifacts.make(tmp_path / "base", INPUTS, never) is False
@@ -173,13 +182,13 @@ def test_another_variants_artifact_of_the_same_inputs_is_copied(tmp_path):
     assert artifacts.copy(tmp_path / "base", INPUTS, others) is None  # it is there
 
 
-def test_no_artifact_of_other_inputs_is_copied(tmp_path):
+def test_artifact_of_other_inputs_is_not_copied(tmp_path):
     others = make_two(tmp_path)
     assert artifacts.copy(tmp_path / "base", INPUTS | {"mcl.seed": 8}, others) is None
     assert not (tmp_path / "base").exists() and not (tmp_path / "base.unfinished").exists()
 
 
-def test_a_copy_that_was_killed_is_not_taken_for_whole(tmp_path, monkeypatch):
+def test_killed_copy_is_not_whole(tmp_path, monkeypatch):
     others = make_two(tmp_path)
 
     def killed(*_):
@@ -199,7 +208,7 @@ def test_a_copy_that_was_killed_is_not_taken_for_whole(tmp_path, monkeypatch):
     }
 
 
-def test_an_unfinished_artifact_gives_way_to_a_copy_of_the_same_inputs_alone(tmp_path):
+def test_copy_replaces_an_unfinished_artifact_of_the_same_inputs_only(tmp_path):
     others = make_two(tmp_path)
     for inputs, path in ((INPUTS, tmp_path / "same"), (INPUTS | {"mcl.seed": 7}, tmp_path / "other")):
         with pytest.raises(InterruptedError):
@@ -209,8 +218,7 @@ def test_an_unfinished_artifact_gives_way_to_a_copy_of_the_same_inputs_alone(tmp
         artifacts.copy(tmp_path / "other", INPUTS, others)
 
 
-def test_what_another_process_makes_is_left_to_it(tmp_path):
-    """A command that was started twice; the second says so and touches nothing."""
+def test_second_builder_of_a_folder_is_refused_and_touches_nothing(tmp_path):
 
     def twice(folder):
         with pytest.raises(artifacts.BusyError, match="another process is making .*base.unfinished: wait"):
@@ -225,3 +233,67 @@ def test_what_another_process_makes_is_left_to_it(tmp_path):
                 with artifacts.new_folder(tmp_path / f"out_{keep_failed}", keep_failed=keep_failed):
                     raise AssertionError("two at once")
         assert (tmp_path / f"out_{keep_failed}" / "part").exists()
+
+
+def renamed(inputs):
+    """This version calls `mcl.seed` what an earlier one called `stage.seed`."""
+    return {"mcl.seed" if name == "stage.seed" else name: value for name, value in inputs.items()}
+
+
+def test_inputs_that_were_renamed_since_are_the_same_inputs(tmp_path):
+    """For a whole artifact, an unfinished one and a copy; another value is still refused, by its new name."""
+    before = {"stage.seed": 0, "mcl.sizes": (1, 2), "data": {"train": "pairs"}}
+    artifacts.make(tmp_path / "base", before, counted([]))
+    with pytest.raises(ValueError, match="base was made with mcl.seed='nothing', the config says 0"):
+        artifacts.make(tmp_path / "base", INPUTS, never)
+    assert artifacts.make(tmp_path / "base", INPUTS, never, upgrade=renamed) is False
+    with pytest.raises(ValueError, match="base was made with mcl.seed=0, the config says 7"):
+        artifacts.make(tmp_path / "base", INPUTS | {"mcl.seed": 7}, never, upgrade=renamed)
+
+    assert artifacts.copy(tmp_path / "copied", INPUTS, [tmp_path / "base"]) is None
+    assert artifacts.copy(tmp_path / "copied", INPUTS, [tmp_path / "base"], renamed) == tmp_path / "base"
+    assert artifacts.make(tmp_path / "copied", INPUTS, never, upgrade=renamed) is False
+
+    first, second = [], []
+    with pytest.raises(InterruptedError):
+        artifacts.make(tmp_path / "killed", before, counted(first, fail_after=2))
+    assert artifacts.make(tmp_path / "killed", INPUTS, counted(second), upgrade=renamed) is True
+    assert (first, second) == ([0, 1], [2])
+
+
+def test_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    """As some network file systems are."""
+
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    artifacts.make(tmp_path / "base", INPUTS, counted([]))
+    assert artifacts.is_done(tmp_path / "base")
+
+
+HOLDER = """
+import sys, time
+from clipmoe_jax.core import artifacts
+def build(folder):
+    print("building", flush=True)
+    time.sleep(60)
+artifacts.make(sys.argv[1], {}, build)
+"""
+
+
+def test_lock_ends_with_the_process_that_held_it(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "base")]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "building\n"
+        with pytest.raises(artifacts.BusyError):
+            artifacts.make(tmp_path / "base", {}, never)
+        process.kill()
+    assert artifacts.make(tmp_path / "base", {}, counted([])) is True
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        "done.json",
+        "part_0",
+        "part_1",
+        "part_2",
+    }

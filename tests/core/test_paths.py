@@ -9,14 +9,14 @@ from clipmoe_jax.core import artifacts, metrics, paths
 from clipmoe_jax.core.paths import absolute, in_bucket, written_whole
 
 
-def test_names_of_buckets_stay_as_they_are(tmp_path, monkeypatch):
+def test_bucket_paths_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)
     assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
     assert absolute("run") == epath.Path(tmp_path) / "run"
 
 
-def test_what_fails_leaves_the_file_that_was_there(tmp_path):
+def test_failed_write_leaves_the_file_that_was_there(tmp_path):
     path = epath.Path(tmp_path) / "file"
     path.write_text("before")
     with pytest.raises(KeyError), written_whole(path) as file:
@@ -28,7 +28,7 @@ def test_what_fails_leaves_the_file_that_was_there(tmp_path):
     assert path.read_text() == "after" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_fails_leaves_nothing_half_in_a_bucket(tmp_path, monkeypatch):
+def test_failed_write_leaves_no_half_object_in_a_bucket(tmp_path, monkeypatch):
     """Where a file that is closed is uploaded."""
     monkeypatch.setattr(paths, "in_bucket", lambda path: True)
     path = epath.Path(tmp_path) / "file"
@@ -49,7 +49,7 @@ def never(folder):
     raise AssertionError("it is there")
 
 
-def test_an_artifact_in_a_bucket_is_whole_when_its_last_object_is_there(tmp_path, monkeypatch):
+def test_artifact_in_a_bucket_is_done_when_its_last_object_is_copied(tmp_path, monkeypatch):
     """Killed before done.json was copied it is not done; the next start copies again, building nothing."""
     monkeypatch.setattr(artifacts, "in_bucket", lambda path: True)
     path, copy_folder = epath.Path(tmp_path) / "base", artifacts._copy_folder
@@ -70,7 +70,7 @@ def test_an_artifact_in_a_bucket_is_whole_when_its_last_object_is_there(tmp_path
     assert {found.name for found in tmp_path.iterdir()} == {"base"}
 
 
-def test_what_is_left_of_a_copied_artifact_is_not_taken_for_one(tmp_path, monkeypatch):
+def test_rest_of_a_copied_artifact_in_a_bucket_is_deleted(tmp_path, monkeypatch):
     """Killed while it was deleted: the next start deletes the rest."""
     monkeypatch.setattr(artifacts, "in_bucket", lambda path: True)
     path, unfinished = epath.Path(tmp_path) / "base", epath.Path(tmp_path) / "base.unfinished"
@@ -90,7 +90,7 @@ def test_what_is_left_of_a_copied_artifact_is_not_taken_for_one(tmp_path, monkey
     assert {found.name for found in tmp_path.iterdir()} == {"base"}
 
 
-def test_lines_of_an_earlier_start_stay_in_a_bucket(tmp_path, monkeypatch):
+def test_metrics_of_an_earlier_start_stay_in_a_bucket(tmp_path, monkeypatch):
     """Whose objects cannot be added to."""
     monkeypatch.setattr(metrics, "in_bucket", lambda path: True)
     file, seen = tmp_path / "metrics.jsonl", []

@@ -184,11 +184,11 @@ def test_nothing_usable(out, tmp_path):
 
 def test_out_is_never_overwritten(source, out):
     prepare(source, str(out))
-    with pytest.raises(ValueError, match=f"--out={out} exists already: delete it or pick"):
+    with pytest.raises(ValueError, match=f"{out} exists already: delete it or choose"):
         prepare(source, str(out))
     other = out.with_name("other")
     other.mkdir()
-    with pytest.raises(ValueError, match=f"--out={other} exists already"):
+    with pytest.raises(ValueError, match=f"{other} exists already"):
         prepare(source, str(other))
 
 

@@ -220,7 +220,7 @@ def test_the_card_tells_sizes_training_and_scores(tmp_path):
 
 
 REFUSED = {
-    "a format that is none": ("onnx", {}, "--to=onnx is not a format: choose one of huggingface, openclip"),
+    "a format that is none": ("onnx", {}, "'onnx' is not a format: choose one of huggingface, openclip"),
     "77 positions for the released code": (
         "clipmoe",
         {},
@@ -251,7 +251,7 @@ def test_the_released_code_fixes_its_activation(tmp_path):
 def test_a_folder_that_is_there_is_not_touched(dense_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="--out=.*out exists already: delete it or pick another"):
+    with pytest.raises(ValueError, match=".*out exists already: delete it or choose another"):
         convert(dense_folder, "huggingface", str(tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
@@ -262,7 +262,7 @@ def run_command(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 
-def test_the_command(golden_dir, tmp_path):
+def test_command_writes_the_folder_and_names_both_ends(golden_dir, tmp_path):
     source, out = golden_dir / "moe_all.pt", tmp_path / "out"
     done = run_command(f"--from={source}", "--to=clipmoe", f"--out={out}", "--num_selected_experts=3")
     assert done.returncode == 0, done.stderr
@@ -273,7 +273,7 @@ def test_the_command(golden_dir, tmp_path):
     assert json.loads((out / "clipmoe.json").read_text())["num_selected_experts"] == 3
 
 
-def test_an_error_of_the_command_is_a_line(tmp_path):
+def test_command_reports_an_error_as_one_line(tmp_path):
     done = run_command(f"--from={tmp_path}/none.pt", "--to=clipmoe", f"--out={tmp_path}/out")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path}/none.pt does not exist: give a file or a folder")

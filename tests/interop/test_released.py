@@ -320,11 +320,11 @@ def close_to(found, expected):
     return np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
 
 
-def test_load_says_what_it_found(golden_dir, capsys):
+def test_loaded_model_says_what_it_is_and_prints_nothing(golden_dir, capsys):
     model = clipmoe_jax.load(str(golden_dir / "moe_last1.pt"))
-    found = "CLIP-MoE (4 experts, 2 selected) in the released code's format"
-    assert capsys.readouterr().out == f"{golden_dir / 'moe_last1.pt'}: {found}\n"
-    assert repr(model) == f"<{found}, embed_dim 32>"
+    assert model.source == "CLIP-MoE (4 experts, 2 selected) in the released code's format"
+    assert repr(model) == f"<{model.source}, embed_dim 32>"
+    assert capsys.readouterr() == ("", "")
 
 
 def test_encode_preprocessed_images(golden_clip, golden):

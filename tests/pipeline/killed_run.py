@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from clipmoe_jax import main
-from clipmoe_jax.core import artifacts, checkpoints, distributed
+from clipmoe_jax.core import artifacts, checkpoints, cli, distributed
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.dmu import stages
@@ -106,4 +106,5 @@ if __name__ == "__main__":
         dmu_results._diagnose = lambda run, folder: {}
     if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
-    main.run_pipeline(config(), epath.Path(workdir))
+    with cli.announced_preemption():
+        main.run_pipeline(config(), epath.Path(workdir))

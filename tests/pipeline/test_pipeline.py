@@ -171,7 +171,7 @@ def test_changed_config_is_refused_by_field(demo):
 
 def test_stage_without_its_inputs_says_which_makes_them(tmp_path):
     config = get_config("demo", "small")
-    with pytest.raises(FileNotFoundError, match="run the same command with --stage=base first"):
+    with pytest.raises(FileNotFoundError, match="base does not exist yet: stage base makes it"):
         main.run_pipeline(config, epath.Path(tmp_path), only="embed_1")
     with pytest.raises(
         ValueError, match="--stage=embed_4 is not a stage of this config: choose one of data, base"

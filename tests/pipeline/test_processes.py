@@ -223,13 +223,14 @@ def test_a_barrier_names_the_host_that_is_late():
 
 TERMINATED = """
 import os, signal
-from clipmoe_jax.core import distributed
+from clipmoe_jax.core import cli, distributed
 distributed.initialize()
 assert not distributed.preempted()
 os.kill(os.getpid(), signal.SIGTERM)
 while not distributed.preempted():
     pass
-raise distributed.Preempted("alone")
+with cli.announced_preemption():
+    raise distributed.Preempted("alone")
 """
 
 
