@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -22,11 +20,6 @@ SLOW_CHUNKS = 3  # in a row, before threads take over
 def num_cores() -> int:
     """Returns how many cores this process may use: under SLURM or in a container fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def progress_bar(total: int, *, description: str = "", unit: str = "it", delay: float = 0.0) -> tqdm:
-    """Returns a progress bar that appears after `delay` seconds, on a terminal alone."""
-    return tqdm(desc=description or None, total=total, unit=unit, delay=delay, disable=None)
 
 
 def map_decoding(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -23,7 +23,8 @@ from typing import Protocol
 
 import numpy as np
 
-from clipmoe_jax.data.decoding import map_decoding, num_cores, progress_bar
+from clipmoe_jax.core import cli, metrics
+from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -160,7 +161,7 @@ class DecodedPairs:
             return record["captions"]
 
         captions = []
-        with progress_bar(len(records), description="decoding", delay=2) as progress:
+        with metrics.progress_bar("decoding", len(records), "image", delay=2) as progress:
             for of_one in map_decoding(fill, range(len(records))):
                 captions.append(of_one)
                 progress.update()
@@ -296,19 +297,11 @@ def _read_ahead(local_batch: _LocalBatch, steps: range, num_workers: int):
     # One batch at a time: its rows already use every thread.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
-        _mark_flags_parsed()
+        cli.mark_flags_parsed()  # grain's workers read flags
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         )
     return iter(dataset)
-
-
-def _mark_flags_parsed() -> None:
-    """Lets grain's workers read absl's flags, which a program that uses the library has not parsed."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _own(batch: Batch) -> Batch:

@@ -21,10 +21,10 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from clipmoe_jax.core import artifacts
+from clipmoe_jax.core import artifacts, metrics
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import records
-from clipmoe_jax.data.decoding import map_decoding, progress_bar
+from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources.base import AttributeTable, BadRecord, Pair, Source, attribute_table
 from clipmoe_jax.data.tokenizer import word_ids
@@ -129,7 +129,8 @@ def write_pairs(
         artifacts.write_json(folder / PLAN, plan)
     encoder = _Encoder(pixels, table)
     entries, parts = iter(source), []
-    with (folder / "bad_records.jsonl").open("w") as log, progress_bar(len(source), unit="pair") as progress:
+    progress = metrics.progress_bar("preparing", len(source), "pair")
+    with (folder / "bad_records.jsonl").open("w") as log, progress:
         bad = _BadRecords(folder, log, len(source), max_bad_fraction)
         for k in range(num_shards):
             path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
