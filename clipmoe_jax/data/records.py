@@ -54,8 +54,7 @@ class Records:
         folder = epath.Path(path) / NAME / VERSION
         if not folder.exists():
             raise FileNotFoundError(
-                f"{path} is not a prepared data set: make one with "
-                f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}"
+                f"{path} is not a prepared data set: make one with python -m clipmoe_jax.prepare"
             )
         builder: Any = tfds.builder_from_directory(folder)
         if not split and len(builder.info.splits) == 1:
@@ -96,7 +95,7 @@ class Records:
         path = epath.Path(self.path) / f"token_counts-{self.split.partition('[')[0]}.npy"
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} does not exist: prepare the data set again, or set data.packing_steps=0"
+                f"{path} does not exist: prepare the data set again, or use packing_steps=0"
             )
         return map_array(path)[self.part]
 

@@ -75,7 +75,7 @@ def test_token_counts_are_those_of_the_longest_caption(source, out):
     assert Records(str(out), "val").token_counts.tolist() == 6 * [6]
     assert Records(str(out), "val[1:4]").token_counts.tolist() == 3 * [6]
     (out / "token_counts-val.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"prepare the data set again, or set data.packing_steps=0"):
+    with pytest.raises(FileNotFoundError, match=r"prepare the data set again, or use packing_steps=0"):
         _ = Records(str(out), "val").token_counts
 
 
@@ -125,7 +125,10 @@ def test_records_pickle_and_check_their_index(source, out):
 
 
 def test_wrong_path_or_split_is_refused(source, out):
-    with pytest.raises(FileNotFoundError, match=f"prepare --source=KIND:PATH --out={out}"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"{out} is not a prepared data set: make one with python -m clipmoe_jax.prepare",
+    ):
         Records(str(out))
     prepare(source, str(out), split="val")
     assert len(Records(str(out), "val")) == 6
