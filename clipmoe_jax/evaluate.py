@@ -139,4 +139,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    cli.run(lambda argv: print(main(argv)))
+    cli.run(main)

@@ -1,82 +1,75 @@
-"""Errors of a command with a config, as a person at a terminal meets them."""
+"""The command prepare: its flags, what it says, and its errors."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-CONFIG = """
-import ml_collections
-
-def get_config(arch="small"):
-    if arch != "small":
-        raise ValueError(f"unknown arch {arch!r}: use small")
-    return ml_collections.ConfigDict({"num_steps": 10, "data": {"batch_size": 8}})
-"""
-
-COMMAND = """
-from ml_collections import config_flags
-from clipmoe_jax.core import cli
-from clipmoe_jax.data.tokenizer import Tokenizer
-
-CONFIG = config_flags.DEFINE_config_file("config")
-
-def main(argv):
-    steps = CONFIG.value.num_steps
-    if steps == 11:
-        Tokenizer(context_length=2)  # an error of this package, made for people
-    if steps == 12:
-        int("twelve")  # an error from anywhere else
-    print("steps", steps)
-
-cli.run(main)
-"""
+from clipmoe_jax.data.records import Records
 
 
 @pytest.fixture
-def run_command(tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG)
-    (tmp_path / "command.py").write_text(COMMAND)
-
-    def run(*arguments, **variables):
-        return subprocess.run(
-            [sys.executable, "command.py", *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.getcwd()} | variables,
-            capture_output=True,
-            text=True,
-        )
-
-    return run
+def pairs(tmp_path):
+    """A folder of six images with two captions each."""
+    (tmp_path / "pairs").mkdir()
+    for i in range(6):
+        Image.new("RGB", (9, 8), (i, 0, 0)).save(tmp_path / "pairs" / f"{i:02}.png")
+        (tmp_path / "pairs" / f"{i:02}.txt").write_text(f"caption {i}\nsecond caption {i} é\n")
+    return tmp_path / "pairs"
 
 
-def test_overrides_reach_main(run_command):
-    done = run_command("--config=config.py", "--config.num_steps=3")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "steps 3\n", "")
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "nested" / "out"
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "clipmoe_jax.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_corrected_table_begins_anew(out, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (9, 8)).save(tmp_path / f"{i}.png")
+    table = tmp_path / "x.csv"
+
+    def run(names, caption):
+        table.write_text("image,caption\n" + "".join(f"{name}.png,{caption}\n" for name in names))
+        return run_command(f"--source=csv:{table}", f"--images={tmp_path}", f"--out={out}", "--num_shards=2")
+
+    failed = run([0, 1, 2, "none"], "wrong")
+    assert failed.returncode == 1 and failed.stderr.endswith("(the flag is --max_bad_fraction)\n")
+    assert f"delete {out}.unfinished, which keeps what was read" in failed.stderr
+    assert len(list(out.with_name("out.unfinished").rglob("*.done.json"))) == 1
+    done = run([0, 1, 2, 3], "right")
+    assert done.returncode == 0, done.stderr
+    assert [Records(str(out))[i]["captions"] for i in range(4)] == 4 * [["right"]]
+
+
+def test_says_what_it_made(pairs, out):
+    done = run_command(f"--source=folder:{pairs}", f"--out={out}", "--split=val")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith(f"{out}: 6 pairs with 12 captions")
+    assert len(Records(str(out), "val")) == 6
+
+
+def test_several_sources_become_one_data_set(pairs, out):
+    flag = f"--source=folder:{pairs}"
+    done = run_command(flag, flag, "--source=digit_scenes:test?pairs=1", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert [Records(str(out))[i]["id"] for i in (0, 6, 12)] == ["0/00.png", "1/00.png", "2/000000"]
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("arguments", "message"),
     [
-        ("--config.nothing=1", "no such config field: 'nothing'"),
-        ("--config.data.batchsize=1", "'batchsize' Did you mean \"batch_size\""),
-        ("--config.num_steps=many", "--config.num_steps=many: invalid literal for int"),
-        ("--config.num_steps=11", "context_length=2 is too short: use 3 or more."),
-        ("--config=config.py:huge", "unknown arch 'huge': use small"),
-        ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
-        ("config.num_steps=3", "unexpected argument 'config.num_steps=3'"),
+        (["--source=folder:/nowhere", "--out=x"], "source folder:/nowhere is not a folder"),
+        (["--source=folder:/", "--out=x", "--num_shard=2"], "Did you mean: num_shards"),
     ],
 )
-def test_errors_are_one_line(run_command, argument, message):
-    done = run_command("--config=config.py", argument)
+def test_errors_are_one_line(arguments, message):
+    done = run_command(*arguments)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
-
-
-def test_other_errors_keep_their_stack_trace(run_command):
-    done = run_command("--config=config.py", "--config.num_steps=12")
-    assert done.returncode == 1 and "Traceback" in done.stderr and "'twelve'" in done.stderr
-    debugged = run_command("--config=config.py", "--config.num_steps=11", CLIPMOE_DEBUG="1")
-    assert debugged.returncode == 1 and "Traceback" in debugged.stderr

@@ -1,4 +1,4 @@
-"""What a model costs at inference: parameters, FLOPs, time and memory, on one device.
+"""The cost of a model at inference: parameters, FLOPs, time and memory, on one device.
 
 Letters: N examples, L length.
 """
@@ -29,7 +29,7 @@ def costs(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     rounds: int = 15,
 ) -> dict[str, dict[str, Any]]:
-    """{title: numbers} of models that are timed in turns, so that what slows the machine slows all of them.
+    """Returns {title: numbers} of models, timed in turns so that whatever slows the machine slows all.
 
     models: {title: (model as it is to be run, params whole in this process)}. images (N, H, W, 3) uint8 and
     tokens (N, L) int32, repeated where a batch takes more.
@@ -58,22 +58,22 @@ def costs(
         }
         calls = {title: _call(programs[title], encoders[title][1], *pairs) for title in models}
         for title, seconds in interleaved_seconds(calls, rounds).items():
-            median, found = statistics.median(seconds), results[title]
+            median, numbers = statistics.median(seconds), results[title]
             if size == 1:
-                found["latency_ms"] = 1e3 * median
-            if size in batch_sizes and size / median > found["pairs_per_second"]:
-                found |= {"pairs_per_second": size / median, "best_batch": size}
-            found["peak_bytes"] = peak_bytes(programs[title])  # the last size is the largest
+                numbers["latency_ms"] = 1e3 * median
+            if size in batch_sizes and size / median > numbers["pairs_per_second"]:
+                numbers |= {"pairs_per_second": size / median, "best_batch": size}
+            numbers["peak_bytes"] = peak_bytes(programs[title])  # the last size is the largest
     return results
 
 
 def hand_flops(config: ClipConfig, tower: str, length: int | None = None) -> float:
-    """FLOPs of an image ("visual") or of a caption of `length` tokens ("text"), K experts to a token."""
+    """Returns FLOPs of an image ("visual") or a caption of `length` tokens ("text"), K experts to a token."""
     return float(sum(layer.flops for layer in flops.layers(config, tower, length)))
 
 
 def xla_flops(config: ClipConfig, tower: str, length: int | None = None) -> float:
-    """FLOPs of an image or caption by XLA's own count of the compiled program, norms and softmax included.
+    """Returns FLOPs of an image or caption, as XLA counts the compiled program: norms and softmax included.
 
     XLA counts what a dispatch computes. That is the active path for buffers of C = N K / E rows an expert
     ("capacity", factor 1): K products to a token, as if routing were even. "dense" computes E of them, and of
@@ -85,15 +85,17 @@ def xla_flops(config: ClipConfig, tower: str, length: int | None = None) -> floa
         size = config.vision.image_size
         inputs = jax.ShapeDtypeStruct((COUNTED_BATCH, size, size, 3), np.uint8)
     else:
+        if config.text is None:
+            raise ValueError("the model has no text tower, of which to count FLOPs")
         inputs = jax.ShapeDtypeStruct((COUNTED_BATCH, length or config.text.context_length), np.int32)
     method = "encode_image" if tower == "visual" else "encode_text"
     encode = jax.jit(lambda params, inputs: model.apply({"params": params}, inputs, method=method)[0])
-    compiled = encode.lower(abstract_params(config), inputs).compile()
-    return float(compiled.cost_analysis()["flops"]) / COUNTED_BATCH
+    counts: Any = encode.lower(abstract_params(config), inputs).compile().cost_analysis()
+    return float(counts["flops"]) / COUNTED_BATCH
 
 
 def interleaved_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, one after the other in every round, after a first one untimed."""
+    """Returns the seconds of each call in each round, one after the other, after a first one untimed."""
     seconds = {name: [] for name in calls}
     for call in calls.values():
         jax.block_until_ready(call())
@@ -106,9 +108,9 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> 
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Arguments, results and temporaries, by `memory_analysis`; an argument whose place a result takes counts
-    once."""
-    memory = compiled.memory_analysis()
+    """Returns the bytes of arguments, results and temporaries, by `memory_analysis`; an argument whose place
+    a result takes counts once."""
+    memory: Any = compiled.memory_analysis()  # None on no platform that we know
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -119,7 +121,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 def _encode_pairs(model: Clip) -> Callable[..., tuple[jax.Array, jax.Array]]:
     def encode(params, images, tokens):
-        outputs = model.apply({"params": params}, images, tokens)
+        outputs: Any = model.apply({"params": params}, images, tokens)
         return outputs["image_features"], outputs["text_features"]
 
     return encode

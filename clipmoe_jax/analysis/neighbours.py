@@ -18,7 +18,7 @@ def neighbours(
     image_of_text: np.ndarray,
     count: int = 8,
 ) -> dict[str, list[dict[str, Any]]]:
-    """{"clip_moe_right": examples, "base_right": examples}: at most `count` images each for which the
+    """Returns {"clip_moe_right": examples, "base_right": examples}: at most `count` images each for which the
     CLIP-MoE ranks an own caption first and the base does not, and the reverse.
 
     Features: (I, d) and (T, d) float32, compared by inner product; image_of_text (T,) int. A model's margin
@@ -33,25 +33,25 @@ def neighbours(
         "base": _rank_captions(*base_features, image_of_text),
         "clip_moe": _rank_captions(*moe_features, image_of_text),
     }
-    own_words, found = set(zip(image_of_text.tolist(), captions, strict=True)), {}
+    own_words, examples = set(zip(image_of_text.tolist(), captions, strict=True)), {}
     for right, wrong in (("clip_moe", "base"), ("base", "clip_moe")):
         (margin, best_own, *_), (other_margin, _, taken, _) = ranked[right], ranked[wrong]
         same_words = [(i, captions[caption]) in own_words for i, caption in enumerate(taken)]
         differ = (margin > 0) & (other_margin <= 0) & ~np.array(same_words)
         apart = np.where(differ, margin - other_margin, 0)
         images = [int(i) for i in np.argsort(-apart, kind="stable")[:count] if apart[i] > 0]
-        found[f"{right}_right"] = [
+        examples[f"{right}_right"] = [
             {"image": i, "caption": captions[best_own[i]]}
             | {name: [captions[first[i]], float(score[i])] for name, (*_, first, score) in ranked.items()}
             for i in images
         ]
-    return found
+    return examples
 
 
 def _rank_captions(
     image_features: np.ndarray, text_features: np.ndarray, image_of_text: np.ndarray, chunk_size: int = 1024
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each image (I,): margin, best own caption, first caption of all, and that one's score."""
+    """Returns of each image, (I,): margin, best own caption, first caption of all, and that one's score."""
     parts = []
     for start in range(0, len(image_features), chunk_size):
         scores = image_features[start : start + chunk_size] @ text_features.T

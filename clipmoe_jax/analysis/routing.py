@@ -1,10 +1,9 @@
-"""Where the routers of a CLIP-MoE send its tokens: sums over a data set, and maps of single examples.
+"""The routing of a CLIP-MoE's tokens: sums over a data set, and maps of single examples.
 
 Letters: B batch, L length, M MoE blocks, E experts, K selected experts, P places (bins of positions),
 C classes of words, G patches along a side.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +14,10 @@ from jax.sharding import Mesh
 
 from clipmoe_jax.analysis.words import WORD_CLASSES, classes_of_tokens
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig, end_position, text_mask
+from clipmoe_jax.evaluation.encoder import cache_programs
+from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig, TextConfig, end_position, text_mask
 from clipmoe_jax.models.moe import route
-from clipmoe_jax.models.transformer import first_moe_layer
+from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
 
 Array = jax.Array
 
@@ -29,9 +29,12 @@ TEXT_PLACES = ("0", "1-4", "5-9", "10-19", "20-39", "40-", "end token")
 class RoutingSums(NamedTuple):
     """Sums over the tokens that count, of one batch on the device or of many on the host.
 
-    chosen_at (M, P, E), chosen_of (M, C, E): slots that each expert received at a place, of a class of words;
-    together (M, E, E): tokens that chose both experts, diagonal: that chose e; num_tokens (). All integers.
-    entropy, top1_gate: (B, M) float32 sums of each row on the device, (M,) float64 on the host.
+    Attributes:
+        chosen_at: (M, P, E) int, slots that each expert received at each place.
+        chosen_of: (M, C, E) int, slots that each expert received of each class of words.
+        together: (M, E, E) int, tokens that chose both experts; on the diagonal, those that chose the expert.
+        num_tokens: () int.
+        entropy, top1_gate: (B, M) float32 sums of each row on the device, (M,) float64 on the host.
     """
 
     chosen_at: Any
@@ -43,37 +46,36 @@ class RoutingSums(NamedTuple):
 
 
 def moe_layers(config: ClipConfig) -> dict[str, list[int]]:
-    """{tower: numbers of its MoE blocks}. Raises ValueError for a dense model."""
-    if config.moe is None:
-        raise ValueError("the model is dense: it has no experts; give the CLIP-MoE (WORKDIR/moe/params)")
-    depth = {"visual": config.vision.num_layers, "text": config.text.num_layers}
-    return {tower: list(range(first_moe_layer(n, config.moe), n)) for tower, n in depth.items()}
+    """Returns {tower: numbers of its MoE blocks}. Raises ValueError for a dense model."""
+    moe, text = _moe(config), _text(config)
+    depth = {"visual": config.vision.num_layers, "text": text.num_layers}
+    return {tower: list(range(first_moe_layer(n, moe), n)) for tower, n in depth.items()}
 
 
 def route_by_model(
     model: Clip, params: trees.Params, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, RoutingSums]:
-    """{tower: sums over all batches, exact integers and float64}.
+    """Returns {tower: sums over all batches, exact integers and float64}.
 
     params on the mesh. batches: as the loader's, each process its own rows: image (B, H, W, 3),
-    text (B, L) int32, valid (B,) bool. What is not valid, and padding after the end token, counts for
-    nothing. Raises ValueError if no token is left.
+    text (B, L) int32, valid (B,) bool. Rows that are not valid do not count, nor does padding after the end
+    token. Raises ValueError if no token is left.
     """
     moe_layers(model.config)
     totals: dict[str, RoutingSums] = {}
     for tower, arrays in placed_inputs(batches, mesh):
         with jax.set_mesh(mesh):
-            sums = sharding.replicate(mesh, _make_sums(model, tower)(params, arrays))
-        found = RoutingSums(*map(_on_host, sums))
-        found = found._replace(entropy=found.entropy.sum(axis=0), top1_gate=found.top1_gate.sum(axis=0))
-        totals[tower] = jax.tree.map(np.add, totals[tower], found) if tower in totals else found
+            on_device = sharding.replicate(mesh, _make_sums(model, tower)(params, arrays))
+        sums = RoutingSums(*map(_on_host, on_device))
+        sums = sums._replace(entropy=sums.entropy.sum(axis=0), top1_gate=sums.top1_gate.sum(axis=0))
+        totals[tower] = jax.tree.map(np.add, totals[tower], sums) if tower in totals else sums
     if not totals or not all(sums.num_tokens for sums in totals.values()):
         raise ValueError("routing: there is no token to count: give at least one valid image and caption")
     return totals
 
 
 def routing_tables(sums: Mapping[str, RoutingSums], config: ClipConfig) -> dict[str, dict[str, Any]]:
-    """{tower: load, entropy (nats), top1_gate, coactivation, load_by_position, …} as lists for JSON.
+    """Returns {tower: load, entropy (nats), top1_gate, coactivation, load_by_position, …} as lists for JSON.
 
     load: share of the routed slots that each expert received, f_e of `losses.load_balance`. A bin of
     positions or a class of words that no token was in is left out.
@@ -84,16 +86,16 @@ def routing_tables(sums: Mapping[str, RoutingSums], config: ClipConfig) -> dict[
     }
     tables = {}
     for tower, layers in moe_layers(config).items():
-        found = sums[tower]
-        chosen = np.einsum("mee->me", found.together)
-        filled = found.chosen_at[0].sum(axis=-1) > 0  # every layer sees the same tokens
+        of_tower = sums[tower]
+        chosen = np.einsum("mee->me", of_tower.together)
+        filled = of_tower.chosen_at[0].sum(axis=-1) > 0  # every layer sees the same tokens
         tables[tower] = {
             "layers": layers,
             "load": _shares(chosen),
-            "entropy": (found.entropy / found.num_tokens).tolist(),
-            "top1_gate": (found.top1_gate / found.num_tokens).tolist(),
-            "coactivation": (found.together / found.num_tokens).tolist(),
-            "load_by_position": _shares(found.chosen_at[:, filled]),
+            "entropy": (of_tower.entropy / of_tower.num_tokens).tolist(),
+            "top1_gate": (of_tower.top1_gate / of_tower.num_tokens).tolist(),
+            "coactivation": (of_tower.together / of_tower.num_tokens).tolist(),
+            "load_by_position": _shares(of_tower.chosen_at[:, filled]),
             "bins": [place for place, there in zip(places[tower], filled, strict=True) if there],
         }
     chosen_of = sums["text"].chosen_of
@@ -106,7 +108,7 @@ def routing_tables(sums: Mapping[str, RoutingSums], config: ClipConfig) -> dict[
 def routing_sums(
     router_logits: Array, num_selected: int, mask: Array, place: Array, word: Array, num_places: int
 ) -> RoutingSums:
-    """The sums of one batch; jittable.
+    """Returns the sums of one batch; jittable.
 
     router_logits (B, M, L, E) float32; mask (B, L) bool, the tokens that count; place, word (B, L) int, the
     bin of a token's position and the class of its word, -1 for none.
@@ -138,22 +140,26 @@ def changed_routing(
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: Mesh,
 ) -> dict[str, list[float]]:
-    """{tower: for each MoE layer, share of tokens whose set of experts is not the same with `params` as with
-    `other`}: two checkpoints of one model. Batches as for `route_by_model`."""
-    moe_layers(model.config)
-    changed, num_tokens = dict.fromkeys(INPUTS, 0), dict.fromkeys(INPUTS, 0)
+    """Compares two checkpoints of a model.
+
+    Returns {tower: for each MoE layer, share of tokens whose set of experts is not the same with `params` as
+    with `other`}. Batches as for `route_by_model`.
+    """
+    layers = moe_layers(model.config)
+    changed = {tower: np.zeros(len(of_tower), np.int64) for tower, of_tower in layers.items()}
+    num_tokens = dict.fromkeys(layers, np.zeros((), np.int64))
     for tower, arrays in placed_inputs(batches, mesh):
         with jax.set_mesh(mesh):
             counts = sharding.replicate(mesh, _make_changed(model, tower)(params, other, arrays))
-        changed[tower] += _on_host(counts[0])
-        num_tokens[tower] += _on_host(counts[1])
+        changed[tower] = changed[tower] + _on_host(counts[0])
+        num_tokens[tower] = num_tokens[tower] + _on_host(counts[1])
     return {tower: (changed[tower] / num_tokens[tower]).tolist() for tower in changed}
 
 
 def top1_experts(
     model: Clip, params: trees.Params, images: np.ndarray, tokens: np.ndarray, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The expert with the largest gate: int8 (n, M, G, G) of each patch, (n, M, L) of each token of a
+    """Returns the expert with the largest gate: int8 (n, M, G, G) of each patch, (n, M, L) of each token of a
     caption, -1 after the end token.
 
     images (n, H, W, 3) uint8, tokens (n, L) int32, the same in every process; computed as one batch.
@@ -170,8 +176,8 @@ def top1_experts(
     top = {}
     for tower, arrays in placed_inputs([batch], mesh):
         with jax.set_mesh(mesh):
-            found = sharding.replicate(mesh, _make_top1(model, tower)(params, arrays))
-        top[tower] = np.asarray(found, np.int8)[:count]
+            experts = sharding.replicate(mesh, _make_top1(model, tower)(params, arrays))
+        top[tower] = np.asarray(experts, np.int8)[:count]
     visual = top["visual"][:, :, 1:]  # the class token is no place in the image
     return visual.reshape(*visual.shape[:2], grid, grid), top["text"]
 
@@ -179,7 +185,7 @@ def top1_experts(
 def placed_inputs(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[tuple[str, dict[str, Array]]]:
-    """(tower, its arrays on the mesh) of each batch: inputs, valid and, of text, word (B, L) int8."""
+    """Yields (tower, its arrays on the mesh) of each batch: inputs, valid and, of text, word (B, L) int8."""
     for batch in batches:
         sharding.check_batch(mesh, len(batch["valid"]) * jax.process_count())
         for tower, name in INPUTS.items():
@@ -190,52 +196,52 @@ def placed_inputs(
 
 
 def token_mask(config: ClipConfig, tower: str, arrays: Mapping[str, Array]) -> Array:
-    """(B, L) bool: tokens of valid rows, and of text none after the end token."""
+    """Marks the tokens that count, (B, L) bool: those of valid rows, of text none after the end token."""
     valid = arrays["valid"][:, None]
     if tower == "text":
-        return text_mask(arrays["inputs"], config.text.eos_token_id) & valid
+        return text_mask(arrays["inputs"], _text(config).eos_token_id) & valid
     return jnp.broadcast_to(valid, (len(valid), _grid(config) ** 2 + 1))
 
 
 def _places(config: ClipConfig, tower: str, inputs: Array) -> tuple[Array, int]:
-    """The bin of each token's position, (B, L) int32, and how many bins there are."""
+    """Returns the bin of each token's position, (B, L) int32, and the number of bins."""
     if tower == "visual":
         grid = _grid(config)
         row = jnp.concatenate([jnp.zeros(1, jnp.int32), 1 + jnp.arange(grid**2) // grid])
         return jnp.broadcast_to(row, (len(inputs), len(row))), grid + 1
     position = jnp.arange(inputs.shape[1])
     place = jnp.searchsorted(jnp.array(FIRST_POSITIONS), position, side="right") - 1
-    end = end_position(inputs, config.text.eos_token_id)[:, None]
+    end = end_position(inputs, _text(config).eos_token_id)[:, None]
     return jnp.where(position == end, len(FIRST_POSITIONS), place), len(TEXT_PLACES)
 
 
 def _logits(model: Clip, tower: str, params: trees.Params, inputs: Array) -> Array:
-    method = METHODS[INPUTS[tower]]
-    return model.apply({"params": params}, inputs, method=method)[1]["router_logits"]
+    outputs: Any = model.apply({"params": params}, inputs, method=METHODS[INPUTS[tower]])
+    return outputs[1]["router_logits"]
 
 
-@functools.cache
+@cache_programs
 def _make_sums(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Array]], RoutingSums]:
     def sums(params, arrays):
         logits = _logits(model, tower, params, arrays["inputs"])
         mask = token_mask(model.config, tower, arrays)
         place, num_places = _places(model.config, tower, arrays["inputs"])
         word = arrays.get("word", jnp.full(mask.shape, -1))
-        return routing_sums(logits, model.config.moe.num_selected_experts, mask, place, word, num_places)
+        return routing_sums(logits, _moe(model.config).num_selected_experts, mask, place, word, num_places)
 
     return jax.jit(sums)
 
 
-@functools.cache
+@cache_programs
 def _make_changed(model: Clip, tower: str) -> Callable[..., tuple[Array, Array]]:
-    """Jitted: (tokens (M,) int32 whose set of experts differs, tokens () int32)."""
+    """Returns a jitted function: (tokens (M,) int32 whose set of experts differs, tokens () int32)."""
 
     def changed(params, other, arrays):
         mask = token_mask(model.config, tower, arrays)
 
         def sets(params):  # (B, M, L, E) of 0 and 1
             logits = _logits(model, tower, params, arrays["inputs"])
-            _, expert_ids = route(logits, model.config.moe.num_selected_experts)
+            _, expert_ids = route(logits, _moe(model.config).num_selected_experts)
             return jax.nn.one_hot(expert_ids, logits.shape[-1], dtype=jnp.int32).sum(axis=-2)
 
         differs = jnp.any(sets(params) != sets(other), axis=-1) & mask[:, None]
@@ -244,7 +250,7 @@ def _make_changed(model: Clip, tower: str) -> Callable[..., tuple[Array, Array]]
     return jax.jit(changed)
 
 
-@functools.cache
+@cache_programs
 def _make_top1(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Array]], Array]:
     def top1(params, arrays):
         logits = _logits(model, tower, params, arrays["inputs"])
@@ -254,15 +260,27 @@ def _make_top1(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Arr
     return jax.jit(top1)
 
 
+def _moe(config: ClipConfig) -> MoeConfig:
+    if config.moe is None:
+        raise ValueError("the model is dense: it has no experts; give the CLIP-MoE (WORKDIR/moe/params)")
+    return config.moe
+
+
+def _text(config: ClipConfig) -> TextConfig:
+    if config.text is None:
+        raise ValueError("the model has no text tower")
+    return config.text
+
+
 def _grid(config: ClipConfig) -> int:
     return config.vision.image_size // config.vision.patch_size
 
 
 def _on_host(array: Array) -> np.ndarray:
-    array = np.asarray(array)
-    return array.astype(np.float64 if array.dtype == np.float32 else np.int64)
+    on_host = np.asarray(array)
+    return on_host.astype(np.float64 if on_host.dtype == np.float32 else np.int64)
 
 
 def _shares(counts: np.ndarray) -> list:
-    """Integers to shares of their sum over the last axis."""
+    """Returns integers as shares of their sum over the last axis."""
     return (counts / counts.sum(axis=-1, keepdims=True)).tolist()

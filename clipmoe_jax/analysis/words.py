@@ -1,4 +1,4 @@
-"""What the tokens of a caption are as words: their text, and a coarse class of each word.
+"""The tokens of captions as words: their text, and a coarse class of each word.
 
 Letters: B captions, L length.
 """
@@ -38,9 +38,11 @@ FUNCTION_WORDS = frozenset(
 
 
 def word_class(word: str) -> int:
-    """Index into WORD_CLASSES of a lower-cased word, by the first rule that holds: digits or a cardinal
-    number; a colour's name; an article, pronoun, preposition, conjunction, auxiliary or clitic; no letter in
-    it; other."""
+    """Returns the index into WORD_CLASSES of a lower-cased word.
+
+    The first rule that holds decides: digits or a cardinal number; a colour's name; an article, pronoun,
+    preposition, conjunction, auxiliary or clitic; no letter in it; other.
+    """
     if word.isnumeric() or word in NUMBERS:
         return 0
     if word in COLOURS:
@@ -51,7 +53,7 @@ def word_class(word: str) -> int:
 
 
 def classes_of_tokens(tokens: np.ndarray) -> np.ndarray:
-    """The class of the word that each token is, or is a piece of: (B, L) int32 -> (B, L) int8.
+    """Returns the class of the word that each token is, or is a piece of: (B, L) int32 -> (B, L) int8.
 
     -1 for the start token, and from the end token on.
     """
@@ -72,7 +74,7 @@ def classes_of_tokens(tokens: np.ndarray) -> np.ndarray:
 
 
 def token_texts(tokens: np.ndarray) -> list[str]:
-    """The text of each token of a caption up to its end token, (L,) int32; a piece of a word is the piece."""
+    """Returns the text of each token, or piece of a word, of a caption up to its end token, (L,) int32."""
     pieces = _pieces()
     ends = np.flatnonzero(tokens == END_ID)
     return [_decode([pieces[i]]) for i in tokens[: ends[0] + 1 if len(ends) else None].tolist()]
@@ -80,11 +82,11 @@ def token_texts(tokens: np.ndarray) -> list[str]:
 
 @functools.cache
 def _pieces() -> list[str]:
-    """Token id -> its bytes as the byte-pair encoder writes them; the last of a word ends in "</w>"."""
+    """Returns the bytes of each token, as the byte-pair encoder writes them; a word's last ends in "</w>"."""
     vocabulary = backend().get_vocab()
-    return sorted(vocabulary, key=vocabulary.get)
+    return sorted(vocabulary, key=lambda piece: vocabulary[piece])
 
 
 def _decode(pieces: list[str]) -> str:
-    """Text of the bytes of some pieces; what is no whole character becomes U+FFFD."""
+    """Returns the text of some pieces; bytes that are no whole character become U+FFFD."""
     return decoders.ByteLevel().decode([piece.removesuffix(END_OF_WORD) for piece in pieces])

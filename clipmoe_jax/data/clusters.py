@@ -11,17 +11,19 @@ from etils import epath
 from clipmoe_jax.data.npy import load_array, map_array
 
 ORDER, SIZES = "order.npy", "sizes.npy"
-# Labels are read so many at a time.
+# Labels read at a time.
 CHUNK = 1 << 22
 
 
 class ClusterIndex:
-    """Which records belong to which cluster.
+    """The records of each cluster. An index on disk pickles as its folder, so that worker processes map the
+    same pages.
 
-    labels (C,) int64: ascending. sizes (C,) int64: records of each. order (N,) uint32 (int64 from 2^32 on):
-    the records of the first cluster, ascending, then those of the second, …
-
-    A file-backed index pickles as its folder, so that worker processes map the same pages.
+    Attributes:
+        labels: (C,) int64, ascending.
+        sizes: (C,) int64, the number of records of each cluster.
+        order: (N,) uint32 (int64 from 2^32 on): the records of the first cluster, ascending, then those of
+            the second, …
     """
 
     def __init__(self, labels: np.ndarray, sizes: np.ndarray, order: np.ndarray):
@@ -30,11 +32,11 @@ class ClusterIndex:
 
     @classmethod
     def sort(cls, labels: np.ndarray) -> "ClusterIndex":
-        """A counting sort of (N,) int labels, in memory or mapped: N numbers of `order` are in memory."""
+        """Sorts (N,) int labels, in memory or mapped, by counting; `order` is held in memory."""
         counts = Counter()
         for start in range(0, len(labels), CHUNK):
-            values, found = np.unique(labels[start : start + CHUNK], return_counts=True)
-            counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+            values, numbers = np.unique(labels[start : start + CHUNK], return_counts=True)
+            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
         values = np.array(sorted(counts), np.int64)
         sizes = np.array([counts[value] for value in values.tolist()], np.int64)
         order = np.empty(len(labels), np.uint32 if len(labels) < 2**32 else np.int64)
@@ -43,21 +45,22 @@ class ClusterIndex:
         for start in range(0, len(labels), CHUNK):
             which = np.searchsorted(values, labels[start : start + CHUNK]).astype(small)
             records = np.argsort(which, kind="stable")
-            found = np.bincount(which, minlength=len(values))
-            shift = np.repeat(free - (np.cumsum(found) - found), found)  # from place in `records` to `order`
+            numbers = np.bincount(which, minlength=len(values))
+            # From a place in `records` to one in `order`.
+            shift = np.repeat(free - (np.cumsum(numbers) - numbers), numbers)
             order[shift + np.arange(len(records))] = records + start
-            free += found
+            free += numbers
         return cls(values, sizes, order)
 
     def write(self, folder: epath.Path) -> None:
-        """order.npy and sizes.npy, (2, C) int64 of labels and sizes."""
+        """Writes order.npy and sizes.npy, (2, C) int64 of labels and sizes."""
         for name, array in ((ORDER, self.order), (SIZES, np.stack([self.labels, self.sizes]))):
             with (folder / name).open("wb") as file:
                 np.save(file, array)
 
     @classmethod
     def open(cls, folder: epath.Path) -> "ClusterIndex":
-        """What `write` wrote; `order` stays on disk where the disk is a local one."""
+        """Opens what `write` wrote; `order` stays on a local disk."""
         labels, sizes = load_array(folder / SIZES)
         index = cls(labels, sizes, map_array(folder / ORDER))
         index._folder = folder

@@ -23,7 +23,8 @@ from typing import Protocol
 
 import numpy as np
 
-from clipmoe_jax.data.decoding import map_decoding, num_cores, progress_bar
+from clipmoe_jax.core import cli, metrics
+from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import Places, pack, place_captions
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -88,7 +89,7 @@ class StreamedPairs:
         """Returns int64 (B,): tokens of each record's longest caption, L at most; 0 where the index is -1."""
         return _caption_lengths(self.records.token_counts, indices, self.context_length)
 
-    def gather(self, indices: np.ndarray, epoch: int) -> Batch:
+    def gather(self, indices: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
         """Decodes some pairs, each with the caption whose turn it is this epoch.
 
         Args:
@@ -160,7 +161,7 @@ class DecodedPairs:
             return record["captions"]
 
         captions = []
-        with progress_bar(len(records), description="decoding", delay=2) as progress:
+        with metrics.progress_bar("decoding", len(records), "image", delay=2) as progress:
             for of_one in map_decoding(fill, range(len(records))):
                 captions.append(of_one)
                 progress.update()
@@ -181,7 +182,7 @@ class DecodedPairs:
         """Returns the same as `StreamedPairs.caption_lengths`."""
         return _caption_lengths(self._longest, indices, self.context_length)
 
-    def gather(self, indices: np.ndarray, epoch: int) -> Batch:
+    def gather(self, indices: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
         """Returns the same as `StreamedPairs.gather`; raises nothing."""
         captions = self._first_caption[indices] + epoch % self._num_captions[indices]
         batch = {"image": self._image[indices], "text": self._text[captions]}
@@ -272,15 +273,17 @@ class _LocalBatch:
     def __call__(self, step: int) -> Batch:
         all_indices = np.asarray(self.sampler.indices(step), np.int64)
         indices = self._part(all_indices)
-        batch = self.pairs.gather(indices, epoch=step // self.sampler.num_steps)
+        arrays = self.pairs.gather(indices, epoch=step // self.sampler.num_steps)
+        batch: Batch = {**arrays, "index": indices, "valid": indices >= 0}
         if self.num_text_shards:
             lengths = self.pairs.caption_lengths(all_indices)
             context_length, steps = self.pairs.context_length, self.pairs.packing_steps
             places = place_captions(lengths, self.num_text_shards, context_length, steps)
             places = Places(places.num_rows, self._part(places.starts), self._part(places.segments))
-            lengths = np.where(indices >= 0, _lengths(batch["text"]), 0)
-            batch["text"] = pack(batch["text"], lengths, places, self.num_text_shards // self.process_count)
-        return batch | {"index": indices, "valid": indices >= 0}
+            lengths = np.where(indices >= 0, _lengths(arrays["text"]), 0)
+            num_shards = self.num_text_shards // self.process_count
+            batch["text"] = pack(arrays["text"], lengths, places, num_shards)
+        return batch
 
     def _part(self, array: np.ndarray) -> np.ndarray:
         return np.split(array, self.process_count)[self.process_index]
@@ -294,19 +297,11 @@ def _read_ahead(local_batch: _LocalBatch, steps: range, num_workers: int):
     # One batch at a time: its rows already use every thread.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
-        _mark_flags_parsed()
+        cli.mark_flags_parsed()  # grain's workers read flags
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         )
     return iter(dataset)
-
-
-def _mark_flags_parsed() -> None:
-    """Lets grain's workers read absl's flags, which a program that uses the library has not parsed."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _own(batch: Batch) -> Batch:

@@ -1,4 +1,4 @@
-"""Permutations of 0 … n - 1 by a key, computed where they are asked for and never stored.
+"""Permutations of 0 … n - 1 by a key, computed place by place and never stored.
 
 A balanced Feistel network permutes the least power of 4 that is not below n; a value outside 0 … n - 1 goes
 through again until it is inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
@@ -12,7 +12,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def make_key(*parts: int | np.ndarray) -> np.ndarray:
-    """A uint64 key from numbers or arrays of them: an array if one of them is."""
+    """Returns a uint64 key of numbers or arrays of them, an array if one of them is."""
     key = np.zeros((), np.uint64)
     for part in parts:
         key = _mix(key ^ _mix(np.asarray(part).astype(np.uint64) ^ _GOLDEN))
@@ -20,7 +20,7 @@ def make_key(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permute(places: np.ndarray, size: int | np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Where each place goes: (B,) int in 0 … size - 1 -> (B,) int64 in 0 … size - 1.
+    """Permutes places: (B,) int in 0 … size - 1 -> (B,) int64 in 0 … size - 1.
 
     size () or (B,), key () or (B,) uint64: places that share both are permuted together.
     """
@@ -38,7 +38,7 @@ def permute(places: np.ndarray, size: int | np.ndarray, key: np.ndarray) -> np.n
 
 
 def _feistel(values: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A keyed bijection of the 2·half-bit numbers."""
+    """Permutes the numbers of 2·half bits by a key."""
     left, right = values >> half, values & ((np.uint64(1) << half) - np.uint64(1))
     for _ in range(ROUNDS):
         keys = keys + _GOLDEN
@@ -47,7 +47,7 @@ def _feistel(values: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarr
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): every bit of x changes every bit."""
+    """Applies SplitMix64's finalizer (Steele, Lea and Flood, 2014): every bit of x changes every bit."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -12,18 +12,19 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]: no stub
 from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from clipmoe_jax.core import artifacts
+from clipmoe_jax.core import artifacts, metrics
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import records
-from clipmoe_jax.data.decoding import map_decoding, progress_bar
+from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources.base import AttributeTable, BadRecord, Pair, Source, attribute_table
 from clipmoe_jax.data.tokenizer import word_ids
@@ -128,7 +129,8 @@ def write_pairs(
         artifacts.write_json(folder / PLAN, plan)
     encoder = _Encoder(pixels, table)
     entries, parts = iter(source), []
-    with (folder / "bad_records.jsonl").open("w") as log, progress_bar(len(source), unit="pair") as progress:
+    progress = metrics.progress_bar("preparing", len(source), "pair")
+    with (folder / "bad_records.jsonl").open("w") as log, progress:
         bad = _BadRecords(folder, log, len(source), max_bad_fraction)
         for k in range(num_shards):
             path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
@@ -171,7 +173,7 @@ def _check_arguments(split: str, max_bad_fraction: float, num_shards: int | None
 class _BadRecords:
     """Counts bad records, names them in a log, and stops when there are too many."""
 
-    def __init__(self, folder: epath.Path, log: TextIO, total: int, max_fraction: float):
+    def __init__(self, folder: epath.Path, log: IO, total: int, max_fraction: float):
         self.counts = Counter()
         self._folder, self._log, self._total, self._max_fraction = folder, log, total, max_fraction
         self._first = []
@@ -222,7 +224,8 @@ class _Encoder:
         if table is not None:
             features["attributes"] = tfds.features.Sequence(text)  # values, in the order of the table
         self.features = tfds.features.FeaturesDict(features)
-        self._serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
+        info: Any = self.features.get_serialized_info()
+        self._serializer = ExampleSerializer(info)
 
     def decode(self, record: Pair | BadRecord) -> _Decoded | BadRecord:
         """Decodes the image and tokenises the captions; of a record that cannot be used, returns why."""

@@ -9,6 +9,7 @@ longest caption, start and end counted; and, if the records carry attributes, `a
 import functools
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -53,10 +54,9 @@ class Records:
         folder = epath.Path(path) / NAME / VERSION
         if not folder.exists():
             raise FileNotFoundError(
-                f"{path} is not a prepared data set: make one with "
-                f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}"
+                f"{path} is not a prepared data set: make one with python -m clipmoe_jax.prepare"
             )
-        builder = tfds.builder_from_directory(folder)
+        builder: Any = tfds.builder_from_directory(folder)
         if not split and len(builder.info.splits) == 1:
             (split,) = builder.info.splits
         if split.partition("[")[0] not in builder.info.splits:
@@ -95,15 +95,15 @@ class Records:
         path = epath.Path(self.path) / f"token_counts-{self.split.partition('[')[0]}.npy"
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} does not exist: prepare the data set again, or set data.packing_steps=0"
+                f"{path} does not exist: prepare the data set again, or use packing_steps=0"
             )
         return map_array(path)[self.part]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Leaves out the lengths of captions, which a worker process maps for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "token_counts"}
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one pair.
 
         Returns:
@@ -124,7 +124,7 @@ class Records:
                 f"record {index} of {self.path} cannot be read, its files have changed: prepare the data set "
                 f"again ({error})"
             ) from error
-        pair = {
+        pair: dict[str, Any] = {
             "id": record["id"].decode("utf-8"),
             "captions": [caption.decode("utf-8") for caption in record["captions"]],
         }

@@ -1,8 +1,8 @@
-"""Which records each step of training uses: pure functions of (seed, step), the same on every host.
+"""Samplers: the records that each step uses, pure functions of (seed, step) and the same on every host.
 
 Letters: N records, B records of a global batch, S steps of an epoch, C clusters. Steps count on over epochs:
-epoch = step // S. An order is never stored: a keyed permutation gives the records of a step alone, so that a
-sampler over a billion pairs opens at once.
+epoch = step // S. No order is stored: a keyed permutation gives the records of one step, so that a sampler
+over a billion pairs opens at once.
 """
 
 import numpy as np
@@ -22,12 +22,12 @@ class SequentialSampler:
         self._num_records, self._first = num_records, first
 
     def indices(self, step: int) -> np.ndarray:
-        """int64 (B,), -1 for padding."""
+        """Returns int64 (B,), -1 for padding."""
         indices = self._first + np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         return np.where(indices < self._num_records, indices, -1)
 
     def origin(self, step: int) -> str:
-        """Where a step's records come from, in words."""
+        """Describes where a step's records come from."""
         return f"records from {self._first + step * self.global_batch}"
 
 
@@ -41,13 +41,13 @@ class ShuffledSampler:
         self._num_records, self._seed = num_records, seed
 
     def indices(self, step: int) -> np.ndarray:
-        """int64 (B,)."""
+        """Returns int64 (B,)."""
         epoch, k = divmod(step, self.num_steps)
         places = np.arange(k * self.global_batch, (k + 1) * self.global_batch)
         return permute(places, self._num_records, make_key(self._seed, epoch))
 
     def origin(self, step: int) -> str:
-        """Where a step's records come from, in words."""
+        """Describes where a step's records come from."""
         return f"epoch {step // self.num_steps}, shuffled"
 
 
@@ -69,7 +69,7 @@ class ClusterSampler:
         labels_per_stage: int = 9,
         small_clusters: str = "backoff",
     ):
-        """clusters: of this stage's accumulated pseudo-labels. Raises ValueError if no batch fills."""
+        """clusters: of accumulated pseudo-labels. Raises ValueError if no cluster fills a batch."""
         _check_batch(len(clusters), global_batch)
         if small_clusters not in ("backoff", "drop"):
             raise ValueError(f"small_clusters={small_clusters!r}: choose 'backoff' or 'drop'")
@@ -87,24 +87,26 @@ class ClusterSampler:
             )
 
     def indices(self, step: int) -> np.ndarray:
-        """int64 (B,), all from one cluster."""
+        """Returns int64 (B,), all from one cluster."""
         epoch, level, node, batch = self._find(step)
         # A place in the node's order of this epoch -> a place in its pool -> the same one level down, where
         # each pool is what a child's own batches have left over, down to the clusters themselves.
         places = np.arange(batch * self.global_batch, (batch + 1) * self.global_batch)
         nodes = np.full(len(places), node)
-        for depth in range(level, -1, -1):
-            here = self._levels[depth]
-            keys = make_key(self._seed, epoch, depth, here.nodes[nodes])
-            pool = here.starts[nodes] + permute(places, here.sizes[nodes], keys)
-            if depth:
-                below = self._levels[depth - 1]
-                nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
-                places = below.used[nodes] + pool - below.left_starts[nodes]
-        return self._clusters.order[pool].astype(np.int64)
+        for depth in range(level, 0, -1):
+            pool, below = self._pool_places(epoch, depth, nodes, places), self._levels[depth - 1]
+            nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
+            places = below.used[nodes] + pool - below.left_starts[nodes]
+        return self._clusters.order[self._pool_places(epoch, 0, nodes, places)].astype(np.int64)
+
+    def _pool_places(self, epoch: int, depth: int, nodes: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Returns places among all pools of a level, (B,), of places in the epoch's orders of its nodes."""
+        level = self._levels[depth]
+        keys = make_key(self._seed, epoch, depth, level.nodes[nodes])
+        return level.starts[nodes] + permute(places, level.sizes[nodes], keys)
 
     def origin(self, step: int) -> str:
-        """Where a step's records come from, in words."""
+        """Describes where a step's records come from."""
         epoch, level, node, _ = self._find(step)
         label = self._levels[level].nodes[node]
         if not level:
@@ -112,8 +114,8 @@ class ClusterSampler:
         return f"epoch {epoch}, what is left of the clusters under {label}, {level} level(s) up"
 
     def report(self) -> dict[str, int]:
-        """How an epoch uses the records: pairs by level (0 is the clusters themselves, 1 their parents,
-        …)."""
+        """Counts an epoch's pairs by level (0 is the clusters themselves, 1 their parents, …), unused pairs,
+        and clusters."""
         counts = {k: level.num_batches * self.global_batch for k, level in enumerate(self._levels)}
         report = {f"pairs_level_{k}": count for k, count in counts.items() if count}
         report["pairs_unused"] = len(self._clusters) - self.num_steps * self.global_batch
@@ -121,7 +123,7 @@ class ClusterSampler:
         return report
 
     def _find(self, step: int) -> tuple[int, int, int, int]:
-        """Epoch, level, position of the node in it, and which of the node's batches."""
+        """Returns the epoch, the level, the node's index in it, and the index of the batch in the node."""
         epoch, k = divmod(step, self.num_steps)
         batch = int(permute(np.array([k]), self.num_steps, make_key(self._seed, epoch))[0])
         level = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
@@ -151,7 +153,7 @@ class _Level:
         self.num_batches = int(batches.sum())
 
     def parents(self, labels_per_stage: int, global_batch: int) -> "_Level":
-        """One level up: what is left over."""
+        """Returns the level above, whose pools are what this one leaves over."""
         nodes, first = np.unique(self.nodes // labels_per_stage, return_index=True)
         return _Level(nodes, np.add.reduceat(self._left, first), global_batch)
 

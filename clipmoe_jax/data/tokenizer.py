@@ -43,7 +43,7 @@ class Tokenizer:
     def __init__(self, context_length: int, parse_special_tokens: bool = True):
         """Raises ValueError if context_length leaves no room for start, one word and end."""
         if context_length < 3:
-            raise ValueError(f"context_length={context_length} is too short: use 3 or more.")
+            raise ValueError(f"context_length={context_length} is too short: use 3 or more")
         self.context_length = context_length
         self.parse_special_tokens = parse_special_tokens
 
@@ -62,7 +62,7 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"Caption {i} is a {type(text).__name__}, expected a string.")
+                raise TypeError(f"caption {i} is a {type(text).__name__}, expected a string")
         ids = np.full((len(texts), self.context_length), PAD_ID, np.int32)
         texts = [clean(text) for text in texts]
         encodings = backend().encode_batch_fast(texts)
@@ -82,13 +82,13 @@ class Tokenizer:
 
 
 def word_ids(texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text's words, however many, without start and end; special words are plain text."""
+    """Returns the ids of each text's words, all of them, without start and end; special words are text."""
     return [encoding.ids for encoding in backend().encode_batch_fast([clean(text) for text in texts])]
 
 
 def first_sentence(text: str) -> str:
-    """A text up to its first full stop, question or exclamation mark that white space follows, or its first
-    line; all of it if there is none."""
+    """Returns a text up to its first full stop, question or exclamation mark that white space follows, or up
+    to the end of its first line."""
     return _SENTENCE_END.split(text.strip(), maxsplit=1)[0]
 
 
@@ -100,14 +100,14 @@ def clean(text: str) -> str:
 
 
 def read_merges() -> list[tuple[str, str]]:
-    """CLIP's 48,894 byte-pair merges, the first to apply first."""
-    packed = resources.files(__package__).joinpath("clip_merges.txt.gz").read_bytes()
+    """Reads CLIP's 48,894 byte-pair merges, the first to apply first."""
+    packed = resources.files("clipmoe_jax.data").joinpath("clip_merges.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").splitlines()
-    return [tuple(line.split(" ")) for line in lines]
+    return [(first, second) for first, second in (line.split(" ") for line in lines)]
 
 
 def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Token -> id for CLIP's 49,408 tokens: bytes, bytes that end a word, merges, start, end."""
+    """Returns {token: id} of CLIP's 49,408 tokens: bytes, bytes that end a word, merges, start, end."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [byte + "</w>" for byte in alphabet]
     tokens += ["".join(pair) for pair in merges]
@@ -117,7 +117,7 @@ def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1)
 def backend() -> Backend:
-    """The byte-pair encoder alone, without special tokens, for text that is clean; built once a process."""
+    """Returns the byte-pair encoder, without special tokens, for clean text; built once a process."""
     merges = read_merges()
     vocabulary = build_vocabulary(merges)
     backend = Backend(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
@@ -131,7 +131,7 @@ def backend() -> Backend:
 
 
 def _parse_special_tokens(text: str) -> list[int]:
-    """Ids of a clean text whose special words count; one that follows punctuation does not."""
+    """Returns the ids of a clean text, special words as tokens unless punctuation stands before them."""
     special = "|".join(re.escape(word) for word in SPECIAL_IDS)
     split = pre_tokenizers.Split(Regex(f"{special}|{_WORDS}"), behavior="removed", invert=True)
     ids = []

@@ -23,9 +23,9 @@ TEMPLATES = {
 
 
 def class_table(name: str, labels: Iterable[str] = ()) -> dict[str, str]:
-    """{label: class name} of a data set, in the order of its class indices.
+    """Returns {label: class name} of a data set, in the order of its class indices.
 
-    Labels are those that the data set's folders or files have: WordNet ids of imagenet and imagenet-o (the
+    Labels are the names of the data set's folders or files: WordNet ids of imagenet and imagenet-o (the
     200 classes of ImageNet that its images are taken for), "0" to "999" of imagenet-v2, names with
     underscores of cifar10 and cifar100. name "none": the labels given, sorted, are their own names.
     Raises ValueError for another name, for "none" without labels, and for labels that the table lacks.
@@ -54,8 +54,8 @@ def class_table(name: str, labels: Iterable[str] = ()) -> dict[str, str]:
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """Sentences with {} in place of a class name, for a table of `class_table`: OpenAI's 80 for ImageNet, 18
-    for CIFAR, and a single one for "none"."""
+    """Returns sentences with {} in place of a class name, for a table of `class_table`: OpenAI's 80 for
+    ImageNet, 18 for CIFAR, and a single one for "none"."""
     if name == OWN_NAMES:
         return GENERIC_TEMPLATES
     _check(name)
@@ -63,7 +63,8 @@ def templates(name: str) -> tuple[str, ...]:
 
 
 def make_prompts(names: Sequence[str], sentences: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Each class name in each sentence: T = C·len(sentences) prompts, and the class of each, (T,) int."""
+    """Returns each class name in each sentence, T = C·len(sentences) prompts, and the class of each, (T,)
+    int."""
     prompts = [sentence.replace("{}", name) for name in names for sentence in sentences]
     return prompts, np.repeat(np.arange(len(names)), len(sentences))
 

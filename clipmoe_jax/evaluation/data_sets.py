@@ -12,7 +12,7 @@ from clipmoe_jax.data.records import Records
 
 
 class DataSets:
-    """What an evaluation's path and options name. Each data set is opened once, and its labels are read once.
+    """The data sets that an evaluation's path and options name, each opened once and its labels read once.
 
     Attributes:
         path: of the evaluation.

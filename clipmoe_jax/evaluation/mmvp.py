@@ -28,7 +28,7 @@ class MmvpPair(NamedTuple):
 
 
 def mmvp_pairs(folder: str) -> list[MmvpPair]:
-    """The pairs of a folder that has Questions.csv and MLLM_VLM Images/TYPE/ID.jpg, as the published one has
+    """Reads the pairs of a folder with Questions.csv and MLLM_VLM Images/TYPE/ID.jpg, as it is published
     (https://huggingface.co/datasets/MMVP/MMVP_VLM).
 
     Rows that follow each other are a pair. Raises FileNotFoundError for a file that is not there and
@@ -37,10 +37,10 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
     root = Path(folder)
     table = root / "Questions.csv"
     if not table.is_file():
-        raise FileNotFoundError(f"{table} does not exist: give the folder of MMVP_VLM's Questions.csv.")
+        raise FileNotFoundError(f"{table} does not exist: give the folder of MMVP_VLM's Questions.csv")
     images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
     if images is None:
-        raise FileNotFoundError(f"{root} has no folder {IMAGE_FOLDERS[0]!r}: MMVP_VLM's images belong there.")
+        raise FileNotFoundError(f"{root} has no folder {IMAGE_FOLDERS[0]!r}: MMVP_VLM's images belong there")
     rows = _read_rows(table)
     pairs = []
     for (first, kind, statement), (second, other_kind, other_statement) in zip(
@@ -49,14 +49,14 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
         if kind != other_kind or not first.isdecimal() or not second.isdecimal() or first == second:
             raise ValueError(
                 f"{table}: rows {first!r} ({kind}) and {second!r} ({other_kind}) are no pair: two numbers of "
-                f"one Type must follow each other."
+                "one Type must follow each other"
             )
         paths = (images / kind / f"{first}.jpg", images / kind / f"{second}.jpg")
         prompts = (PROMPT.format(statement), PROMPT.format(other_statement))
         pairs.append(MmvpPair(kind, paths, prompts))
     if missing := [path for pair in pairs for path in pair.images if not path.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of {2 * len(pairs)} images of {table} do not exist, the first {missing[0]}."
+            f"{len(missing)} of {2 * len(pairs)} images of {table} do not exist, the first {missing[0]}"
         )
     return pairs
 
@@ -64,7 +64,7 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
 def mmvp_accuracy(
     image_features: np.ndarray, text_features: np.ndarray, attribute_of_pair: Sequence[str]
 ) -> dict[str, float]:
-    """{attribute: share of its pairs that are right, …, "average": the mean over attributes}.
+    """Returns {attribute: share of its pairs that are right, …, "average": the mean over attributes}.
 
     image_features, text_features (P, 2, d) float32, those of each pair in the order of `MmvpPair`, compared
     by inner product; attribute_of_pair (P,). A pair is right if each prompt scores higher with its own image
@@ -85,11 +85,11 @@ def mmvp_accuracy(
 
 
 def _read_rows(table: Path) -> list[list[str]]:
-    """(question id, type, statement) of each row."""
+    """Returns (question id, type, statement) of each row."""
     table_rows = csv.reader(io.StringIO(read_text(table)))
     rows = [[cell.strip() for cell in row] for row in table_rows if any(row)][1:]  # after the header
     if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
-        raise ValueError(f"{table}: the row {wrong[0]} is not {', '.join(COLUMNS)}.")
+        raise ValueError(f"{table}: the row {wrong[0]} is not {', '.join(COLUMNS)}")
     if not rows or len(rows) % 2:
-        raise ValueError(f"{table} has {len(rows)} rows, which are not pairs.")
+        raise ValueError(f"{table} has {len(rows)} rows, which are not pairs")
     return rows

@@ -10,8 +10,11 @@ CLIP_LOGIT_SCALE = 100.0
 
 
 def detection_metrics(known_scores: np.ndarray, unknown_scores: np.ndarray) -> dict[str, float]:
-    """auroc: chance that a known image scores higher than an unknown one, equal counting half; fpr95: share
-    of unknown images accepted by the highest threshold (score ≥ it) that accepts 95 % of the known ones.
+    """Returns auroc and fpr95.
+
+    auroc: the probability that a known image scores higher than an unknown one, equal scores counting half;
+    fpr95: the share of unknown images accepted (score ≥ threshold) by the highest threshold that accepts 95 %
+    of the known ones.
 
     known_scores (N,), unknown_scores (M,). Raises ValueError if one is empty or not finite.
     """
@@ -30,24 +33,24 @@ def detection_metrics(known_scores: np.ndarray, unknown_scores: np.ndarray) -> d
 
 
 def max_probability(probabilities: np.ndarray) -> np.ndarray:
-    """MSP, the highest probability (arXiv 1610.02136): (N, C) -> (N,)."""
+    """Returns MSP, the highest probability (arXiv 1610.02136): (N, C) -> (N,)."""
     return probabilities.max(axis=1)
 
 
 def negative_entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Minus the entropy in nats: (N, C) -> (N,)."""
+    """Returns minus the entropy in nats: (N, C) -> (N,)."""
     return -scipy.special.entr(probabilities).sum(axis=1)
 
 
 def negative_energy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """T·log Σ exp(logit / T), minus the energy of arXiv 2010.03759, eq. 4: (N, C) -> (N,)."""
+    """Returns T·log Σ exp(logit / T), minus the energy of arXiv 2010.03759, eq. 4: (N, C) -> (N,)."""
     return temperature * scipy.special.logsumexp(logits / temperature, axis=1)
 
 
 def zero_shot_probabilities(
     image_features: np.ndarray, classes: np.ndarray, logit_scale: float = CLIP_LOGIT_SCALE
 ) -> np.ndarray:
-    """Softmax over the scaled inner products of unit features: (N, d), (C, d) -> (N, C).
+    """Returns the softmax over scaled inner products of unit features: (N, d), (C, d) -> (N, C).
 
     logit_scale is the factor itself, not its logarithm.
     """
@@ -55,9 +58,9 @@ def zero_shot_probabilities(
 
 
 def cooked_probabilities(classifier: np.ndarray, probe: np.ndarray, zero_shot: np.ndarray) -> np.ndarray:
-    """COOkeD (arXiv 2507.22576, https://github.com/glhr/COOkeD): the mean of the probabilities of a
-    classifier trained on the known classes alone, a linear probe of CLIP's image features, and zero-shot
-    CLIP at scale 100.
+    """Averages the probabilities of three models, as COOkeD does (arXiv 2507.22576,
+    https://github.com/glhr/COOkeD): a classifier trained on the known classes alone, a linear probe of CLIP's
+    image features, and zero-shot CLIP at scale 100.
 
     Each (N, C) -> (N, C). Its authors score it by `max_probability` (their demo.py) and by `negative_entropy`
     (what their eval.py prints). Raises ValueError for shapes that differ and rows that do not sum to 1.

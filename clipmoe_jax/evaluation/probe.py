@@ -5,7 +5,7 @@ Letters: N images, C classes, d features.
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # scipy.special is imported where it is first used
@@ -20,26 +20,32 @@ FINEST_STEP = 0.125
 
 
 class Probe(NamedTuple):
-    """A linear probe: weight (C, d), bias (C,) float32, the C it was fitted with. A class that training lacks
-    has the lowest bias there is."""
+    """A linear probe. A class without training images has the lowest bias there is.
+
+    Attributes:
+        weight: (C, d) float32.
+        bias: (C,) float32.
+        strength: the C of the logistic regression, the inverse of its L2 penalty.
+    """
 
     weight: np.ndarray
     bias: np.ndarray
     strength: float
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """(N, d) -> (N, C)."""
+        """Returns (N, C) logits of (N, d) features."""
         return features @ self.weight.T + self.bias
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """(N, d) -> (N, C), rows that sum to 1."""
+        """Returns (N, C) probabilities of (N, d) features."""
         return scipy.special.softmax(self.logits(features), axis=1)
 
 
 def fit_linear_probe(
     features: np.ndarray, labels: np.ndarray, num_classes: int, *, max_iter: int = 1000, seed: int = 0
 ) -> Probe:
-    """Logistic regression by L-BFGS with an L2 penalty, features (N, d), labels (N,) int below num_classes.
+    """Fits logistic regression by L-BFGS with an L2 penalty; features (N, d), labels (N,) int below
+    num_classes.
 
     As in CLIP's paper (arXiv 2103.00020, A.3): at most 1,000 iterations; C is searched on a part held out (a
     fifth of each class, drawn by seed), first in steps of two decades and then around the best in steps that
@@ -74,8 +80,8 @@ def linear_probe(
     max_iter: int = 1000,
     seed: int = 0,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """top1, top5, mean_per_class (as `metrics_of_ranks`) and C of a probe, and its probabilities (N, C) of
-    the test images. Arguments as for `fit_linear_probe`.
+    """Returns top1, top5, mean_per_class (as `metrics_of_ranks`) and C of a probe, and its probabilities
+    (N, C) of the test images. Arguments as for `fit_linear_probe`.
     """
     probe = fit_linear_probe(train_features, train_labels, num_classes, max_iter=max_iter, seed=seed)
     ranks = label_ranks(probe.logits(test_features), test_labels)
@@ -94,7 +100,8 @@ def knn(
     temperature: float = 0.07,
     chunk_size: int = 4096,
 ) -> dict[str, float]:
-    """top1, top5, mean_per_class (as `metrics_of_ranks`) of the votes of the k nearest training images.
+    """Returns top1, top5, mean_per_class (as `metrics_of_ranks`) of the votes of the k nearest training
+    images.
 
     Features (N, d) compared by cosine, labels (N,) int below num_classes. A neighbour's vote weighs
     exp(cosine / temperature), as in DINO (arXiv 2104.14294, after arXiv 1805.01978). A class without vote is
@@ -106,17 +113,20 @@ def knn(
     _check_labels(train_labels, num_classes)
     if k > len(train_labels):
         raise ValueError(f"k={k} neighbours of {len(train_labels)} training images: use a smaller k")
-    # Votes are divided by their sum, so the weight of a cosine of 1 may be 1.
-    neighbours = KNeighborsClassifier(
-        n_neighbors=k, metric="cosine", weights=lambda distances: np.exp(-distances / temperature)
-    ).fit(train_features, train_labels)
+
+    def weigh(distances: np.ndarray) -> np.ndarray:
+        return np.exp(-distances / temperature)  # votes are divided by their sum: a cosine of 1 may weigh 1
+
+    weights: Any = weigh  # scikit-learn's types know strings alone
+    neighbours = KNeighborsClassifier(n_neighbors=k, metric="cosine", weights=weights)
+    neighbours.fit(train_features, train_labels)
     ranks = []
     for start in range(0, len(test_features), chunk_size):
         labels = test_labels[start : start + chunk_size]
         votes = np.zeros((len(labels), num_classes))
         votes[:, neighbours.classes_] = neighbours.predict_proba(test_features[start : start + chunk_size])
-        found = label_ranks(votes, labels)
-        ranks.append(np.where(votes[np.arange(len(labels)), labels] > 0, found, np.inf))
+        has_vote = votes[np.arange(len(labels)), labels] > 0
+        ranks.append(np.where(has_vote, label_ranks(votes, labels), np.inf))
     return metrics_of_ranks(np.concatenate(ranks), test_labels)
 
 
@@ -126,7 +136,7 @@ def _check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 
 def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) int -> (N,) bool: the first fifth of each class, rounded down, in an order drawn by seed."""
+    """Picks the first fifth of each class, rounded down, in an order drawn by seed: (N,) int -> (N,) bool."""
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -136,16 +146,16 @@ def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _search(accuracy: Callable[[float], float]) -> float:
-    """The exponent of the highest accuracy, between the ends of COARSE_STRENGTHS."""
-    found = {float(exponent): accuracy(exponent) for exponent in COARSE_STRENGTHS}
+    """Returns the exponent of the highest accuracy, between the ends of COARSE_STRENGTHS."""
+    accuracies = {float(exponent): accuracy(exponent) for exponent in COARSE_STRENGTHS}
     step = (COARSE_STRENGTHS[1] - COARSE_STRENGTHS[0]) / 2
     while step >= FINEST_STEP:
-        best = max(found, key=lambda exponent: (found[exponent], -exponent))
+        best = max(accuracies, key=lambda exponent: (accuracies[exponent], -exponent))
         for exponent in (best - step, best + step):
-            if COARSE_STRENGTHS[0] <= exponent <= COARSE_STRENGTHS[-1] and exponent not in found:
-                found[exponent] = accuracy(exponent)
+            if COARSE_STRENGTHS[0] <= exponent <= COARSE_STRENGTHS[-1] and exponent not in accuracies:
+                accuracies[exponent] = accuracy(exponent)
         step /= 2
-    return max(found, key=lambda exponent: (found[exponent], -exponent))
+    return max(accuracies, key=lambda exponent: (accuracies[exponent], -exponent))
 
 
 def _fit(features: np.ndarray, labels: np.ndarray, num_classes: int, strength: float, max_iter: int) -> Probe:

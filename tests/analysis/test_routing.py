@@ -178,7 +178,7 @@ def test_a_dense_model_has_no_routing(trained):
         routing.route_by_model(model, trained.dense_params[0], trained.batches, trained.mesh)
 
 
-def test_nothing_to_count(trained):
+def test_batches_without_tokens_are_refused(trained):
     empty = {**trained.batches[0], "valid": np.zeros(4, bool)}
     for batches in ([], [empty]):
         with pytest.raises(ValueError, match="there is no token to count"):

@@ -53,7 +53,7 @@ def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path):
     assert "a.tar at byte 2,560" in bad.detail
 
 
-def test_shards_of_one_name_in_two_folders(tmp_path):
+def test_files_of_one_name_in_two_folders_have_different_ids(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         shard(tmp_path / folder / "0.tar", 1)
@@ -64,14 +64,14 @@ def test_shards_of_one_name_in_two_folders(tmp_path):
     assert kinds(open_source(f"parquet:{tmp_path}")) == ["x/0.parquet:0", "y/0.parquet:0"]
 
 
-def test_members_that_are_of_no_sample(tmp_path):
+def test_members_of_no_sample_are_passed_over(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("README", "._0.jpg", ".DS_Store", "0.jpg", "0.txt"):
             add(tar, name, b"contents")
     assert list(open_source(f"webdataset:{tmp_path}")) == [Pair("a/0", b"contents", ("contents",))]
 
 
-def test_json_too_deep_to_parse(tmp_path):
+def test_json_too_deep_to_parse_is_a_bad_record(tmp_path):
     deep = "[" * 200_000
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, contents in (("0.jpg", "x"), ("0.json", deep), ("1.jpg", "x"), ("1.txt", "text")):
@@ -91,7 +91,7 @@ def invalid_text():
 
 
 @pytest.mark.parametrize("form", ["text", "list"])
-def test_one_invalid_caption_in_parquet(tmp_path, form):
+def test_one_invalid_caption_of_parquet_is_one_bad_record(tmp_path, form):
     captions = invalid_text()
     if form == "list":
         captions = pyarrow.ListArray.from_arrays([0, 1, 2], captions)
@@ -109,7 +109,7 @@ def test_one_invalid_caption_in_parquet(tmp_path, form):
         ("int64", ["damaged row", "damaged row"]),
     ],
 )
-def test_one_invalid_caption_in_a_dictionary_of_parquet(tmp_path, index_type, expected):
+def test_one_invalid_caption_in_a_dictionary_of_parquet_is_found(tmp_path, index_type, expected):
     indices = pyarrow.array([0, 1], index_type)
     captions = pyarrow.DictionaryArray.from_arrays(indices, invalid_text())
     table = pyarrow.table({"image": [b"a", b"b"], "caption": captions})
@@ -118,14 +118,14 @@ def test_one_invalid_caption_in_a_dictionary_of_parquet(tmp_path, index_type, ex
 
 
 @pytest.mark.parametrize("index_type", ["int8", "int32", "int64"])
-def test_dictionaries_of_parquet(tmp_path, index_type):
+def test_dictionaries_of_parquet_are_read_as_text(tmp_path, index_type):
     captions = pyarrow.DictionaryArray.from_arrays(pyarrow.array([1, 0], index_type), ["one", "two"])
     table = pyarrow.table({"image": [b"a", b"b"], "caption": captions})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     assert [record.captions for record in open_source(f"parquet:{tmp_path}")] == [("two",), ("one",)]
 
 
-def test_a_damaged_row_group_of_parquet(tmp_path):
+def test_damaged_row_group_of_parquet_ends_at_the_next(tmp_path):
     path = tmp_path / "x.parquet"
     table = {"image": [bytes([i]) * 5000 for i in range(20)], "caption": ["text"] * 20}
     pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=5)
@@ -139,7 +139,7 @@ def test_a_damaged_row_group_of_parquet(tmp_path):
     assert kinds(source) == expected and len(source) == 20
 
 
-def test_hugging_face_images_of_which_some_are_not_inside(tmp_path):
+def test_hugging_face_images_outside_the_file_need_the_folder(tmp_path):
     images = [{"bytes": b"a", "path": None}, {"bytes": None, "path": "b.png"}, {"bytes": None, "path": None}]
     pyarrow.parquet.write_table(
         pyarrow.table({"image": images, "text": 3 * ["text"]}), tmp_path / "x.parquet"
@@ -170,14 +170,14 @@ def read_table(tmp_path, text, kind="csv"):
     ]
 
 
-def test_short_and_blank_rows_of_a_table(tmp_path):
+def test_short_rows_of_a_table_are_bad_and_blank_ones_are_none(tmp_path):
     found = read_table(tmp_path, b"filepath\ttitle\na.png\nb.png\n\nc.png\ttext\n\n")
     assert found == [("line 2", "malformed entry"), ("line 3", "malformed entry"), ("c.png", "text")]
     found = read_table(tmp_path, b"a.png#1\tx\r\na.png#0\ty\n\nbroken\nb.png#0\tz\n", "flickr30k")
     assert found == [("a.png", "x", "y"), ("line 4", "malformed entry"), ("b.png", "z")]
 
 
-def test_quotes_in_a_table(tmp_path):
+def test_quotes_in_a_table_open_and_close(tmp_path):
     found = read_table(tmp_path, b'filepath\ttitle\na.png\t"Oh" he said\nb.png\ta "big" dog\nc.png\t"1\t2"\n')
     assert found == [("a.png", "Oh he said"), ("b.png", 'a "big" dog'), ("c.png", "1\t2")]
     found = read_table(tmp_path, b'filepath\ttitle\na.png\ttext\nb.png\t"open\nc.png\tlost\n')
@@ -187,7 +187,7 @@ def test_quotes_in_a_table(tmp_path):
     assert found[0][1] == "malformed entry" and found[-1] == ("c.png", "text")
 
 
-def test_quotes_and_commas_in_a_table_with_commas(tmp_path):
+def test_captions_with_commas_must_be_quoted_in_a_table_with_commas(tmp_path):
     found = read_table(tmp_path, b'image,caption\na.png,a red car, in the snow\nb.png,"a, b"\nc.png,text,\n')
     assert found == [("line 2", "malformed entry"), ("b.png", "a, b"), ("c.png", "text")]
     found = read_table(tmp_path, b'image,caption\na.png,text\nb.png,"open\nc.png,lost\n')
@@ -202,7 +202,7 @@ def test_a_replacement_character_is_text(tmp_path):
     assert read_table(tmp_path, "filepath\ttitle\na.png\t\ufffd\n".encode()) == [("a.png", "\ufffd")]
 
 
-def test_captions_of_no_image_in_coco(tmp_path):
+def test_captions_of_no_image_in_coco_are_bad_records(tmp_path):
     (tmp_path / "a.png").write_bytes(b"image")
     annotations = [{"image_id": i, "caption": f"of {i}"} for i in (1, 2, 2)]
     content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": annotations}
@@ -226,7 +226,7 @@ def test_tfds_features_are_checked_at_the_start(tmp_path, form):
             open_source(spec.replace("captions/text", wrong))
 
 
-def test_damaged_records_of_tfds(tmp_path):
+def test_damaged_records_of_tfds_are_bad_records(tmp_path):
     _, (spec, _, _) = prepared_by_tfds(tmp_path / "tfrecord", "tfrecord")
     path = next(tmp_path.rglob("*.tfrecord-*"))
     contents = bytearray(path.read_bytes())

@@ -224,7 +224,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("write", FORMATS)
-def test_round_trip(write, tmp_path):
+def test_every_format_comes_back_from_a_prepared_set(write, tmp_path):
     (tmp_path / "in").mkdir()
     name, (spec, images, captions) = write(tmp_path / "in")
     source = open_source(spec, images)
@@ -240,7 +240,7 @@ def test_round_trip(write, tmp_path):
         )
 
 
-def test_a_tfds_slice_and_ids(tmp_path):
+def test_tfds_takes_a_slice_and_an_id_feature(tmp_path):
     _, (spec, _, _) = prepared_by_tfds(tmp_path, "tfrecord")
     part = open_source(spec.replace("split=val", "split=val[1:]") + "&id=image/filename")
     assert [record.captions for record in part] == [tuple(two) for two in CAPTIONS[1:]]
@@ -268,7 +268,7 @@ def test_a_shard_cut_in_the_middle_ends_there(tmp_path):
     assert kinds(open_source(f"webdataset:{tmp_path}")) == ["damaged shard", "00001/000000002"]
 
 
-def test_what_is_bad_in_a_shard(tmp_path):
+def test_bad_samples_of_a_shard_are_named_by_kind(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         add(tar, "../../outside.jpg", picture(0))
         add(tar, "/etc/absolute.jpg", picture(0))
@@ -288,7 +288,7 @@ def test_what_is_bad_in_a_shard(tmp_path):
     assert kinds(open_source(f"webdataset:{tmp_path}")) == [*expected, "empty caption"]
 
 
-def test_what_is_bad_in_jsonl(tmp_path):
+def test_bad_lines_of_jsonl_are_named_by_kind(tmp_path):
     images = write_images(tmp_path)
     lines = [
         json.dumps(turns()[0]).encode(),
@@ -302,7 +302,7 @@ def test_what_is_bad_in_jsonl(tmp_path):
     assert found == ["0", "malformed entry", "invalid text", "malformed entry", "duplicate id"]
 
 
-def test_what_is_bad_in_tables(tmp_path):
+def test_bad_rows_of_a_table_are_named_by_kind(tmp_path):
     images = write_images(tmp_path)
     table = b"filepath\ttitle\n0.png\t\xff\n1.png\n../x.png\tclimbs\nno.png\tgone\n2.png\t \n0.png\tgood\n"
     (tmp_path / "x.tsv").write_bytes(table)
@@ -311,7 +311,7 @@ def test_what_is_bad_in_tables(tmp_path):
     assert kinds(open_source(f"csv:{tmp_path / 'x.tsv'}", images)) == expected
 
 
-def test_what_is_bad_in_class_folders(tmp_path):
+def test_bad_files_of_class_folders_are_named_by_kind(tmp_path):
     for name in (b"0.png", b"caf\xe9/0.png", b"dog/0.png"):
         path = tmp_path / os.fsdecode(name)
         path.parent.mkdir(exist_ok=True)
@@ -323,7 +323,7 @@ def test_what_is_bad_in_class_folders(tmp_path):
     assert good == Pair("dog/0.png", picture(0), ("dog",))
 
 
-def test_what_is_bad_in_parquet(tmp_path):
+def test_bad_rows_of_parquet_are_named_by_kind(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -396,12 +396,12 @@ def test_bad_images_are_counted_and_nothing_is_written_elsewhere(tmp_path):
         ("webdataset:x", "/", ValueError, "has no use for images=/"),
     ],
 )
-def test_wrong_specs(spec, images, error, message):
+def test_wrong_sources_raise_what_is_wrong(spec, images, error, message):
     with pytest.raises(error, match=message):
         open_source(spec, images)
 
 
-def test_a_table_without_its_columns(tmp_path):
+def test_table_without_its_columns_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"has the columns \['a', 'b'\]: name one of images \(filepath"):
         open_source(f"csv:{tmp_path / 'x.csv'}", str(tmp_path))

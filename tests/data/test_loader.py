@@ -137,7 +137,7 @@ class ThreeSteps:
     [(StreamedPairs, 0), (StreamedPairs, 1), (DecodedPairs, 0)],
     ids=["streamed", "worker process", "decoded"],
 )
-def test_captions_that_share_rows(kind, num_workers, long_records):
+def test_captions_that_share_rows_are_the_same_captions(kind, num_workers, long_records):
     """Two hosts with a shard each give the tokens of one caption a row, in as few rows as can be."""
     tokenizer, sampler = Tokenizer(13), ThreeSteps()
     plain = take(kind(long_records, tokenizer, SIZE), sampler, num_steps=6)
@@ -313,6 +313,6 @@ def test_an_unreadable_record_is_named(records, tokenizer):
         DecodedPairs(Damaged(records), tokenizer, SIZE)
 
 
-def test_a_slice_that_is_longer_than_the_data_set(scenes):
+def test_slice_longer_than_the_data_set_is_refused(scenes):
     with pytest.raises(ValueError, match=r"has no split 'train\[:97\]': .*96 examples"):
         Records(scenes, "train[:97]")

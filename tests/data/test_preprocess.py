@@ -39,7 +39,7 @@ def reference(image, size):
     ("width", "height"),
     [(64, 48), (48, 64), (32, 32), (33, 32), (500, 33), (40, 80), (7, 9), (31, 31), (2, 1)],
 )
-def test_equals_torchvision(width, height):
+def test_pixels_equal_torchvisions(width, height):
     image = noise(width, height)
     pixels = preprocess_image(image, 32)
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
@@ -62,7 +62,7 @@ def test_other_modes_become_rgb_last(mode):
     [(4, 0), (5, 0), (6, 1), (7, 2), (8, 2), (9, 2), (10, 3), (11, 4)],
 )
 @pytest.mark.parametrize("axis", ["width", "height"])
-def test_crop_rounding(long, start, axis):
+def test_crop_rounds_as_torchvision(long, start, axis):
     ramp = np.tile(np.arange(long, dtype=np.uint8), (4, 1))
     image = Image.fromarray(ramp if axis == "width" else np.ascontiguousarray(ramp.T))
     pixels = preprocess_image(image, 4)  # the short side is 4 already: nothing is resampled
@@ -122,6 +122,6 @@ def test_an_animation_gives_its_first_frame():
         pytest.param(Image.new("La", (9, 9)), "conversion from La", id="no RGB form"),
     ],
 )
-def test_unreadable_images(image, reason):
+def test_unreadable_images_say_why(image, reason):
     with pytest.raises(UnreadableImageError, match=reason):
         preprocess_image(image, 32)

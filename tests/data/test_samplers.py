@@ -29,7 +29,7 @@ def test_sequential_pads_the_last_batch():
     np.testing.assert_array_equal(epoch_of(sampler), [[0, 1, 2], [3, 4, 5], [6, -1, -1]])
 
 
-def test_sequential_without_remainder():
+def test_sequential_without_remainder_pads_nothing():
     np.testing.assert_array_equal(epoch_of(SequentialSampler(4, 2)), [[0, 1], [2, 3]])
 
 
@@ -261,6 +261,6 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("make", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(make, message):
+def test_too_few_records_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -65,7 +65,7 @@ def test_sharegpt4v_reads_the_first_answer(tmp_path):
         pytest.param("a.png", "malformed entry", id="not a dict"),
     ],
 )
-def test_sharegpt4v_bad_entries(tmp_path, bad_entry, kind):
+def test_bad_entries_of_sharegpt4v_are_named_by_kind(tmp_path, bad_entry, kind):
     bad, good = share_gpt4v(tmp_path, [bad_entry, entry()])
     assert isinstance(bad, BadRecord) and bad.kind == kind
     assert good == Pair("a.png", PNG, ("a red cube",))
@@ -80,7 +80,7 @@ def test_sharegpt4v_paths_stay_inside_the_folder_without_resolving_links(tmp_pat
     assert [record.image for record in source] == [PNG, PNG]
 
 
-def test_image_folder(tmp_path):
+def test_image_folder_reads_a_caption_from_each_line(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.JPG", "a.png", "sub/c.webp"):
         (tmp_path / name).write_bytes(PNG)
@@ -96,7 +96,7 @@ def test_image_folder(tmp_path):
     assert (third.id, third.kind) == ("sub/c.webp", "invalid text")
 
 
-def test_linked_folders_count(tmp_path):
+def test_linked_folders_are_followed_once(tmp_path):
     for name in ("pairs/own", "elsewhere"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.png").write_bytes(PNG)
@@ -112,7 +112,7 @@ def test_linked_folders_count(tmp_path):
 @pytest.mark.parametrize(
     ("text", "kind"), [(None, "missing caption"), ("", "empty caption"), ("\n \n", "empty caption")]
 )
-def test_image_folder_without_captions(tmp_path, text, kind):
+def test_image_without_caption_is_a_bad_record(tmp_path, text, kind):
     (tmp_path / "a.png").write_bytes(PNG)
     if text is not None:
         (tmp_path / "a.txt").write_text(text)
@@ -166,21 +166,21 @@ def test_bad_records_of_several_sources_are_numbered_too(captioned):
         ("a&b", "a&b"),
     ],
 )
-def test_odd_characters_in_paths(tmp_path, name, written):
+def test_paths_may_have_odd_characters(tmp_path, name, written):
     (tmp_path / name).mkdir()
     (tmp_path / name / "a.png").write_bytes(PNG)
     (tmp_path / name / "a.txt").write_text("text")
     assert len(open_source(f"folder:{tmp_path}/{written}")) == 1
 
 
-def test_percent_escapes_in_options(tmp_path):
+def test_percent_escapes_in_options_are_decoded(tmp_path):
     share_gpt4v(tmp_path, [entry()])
     (tmp_path / "images").rename(tmp_path / "a&b+c?d=e")
     spec = f"sharegpt4v:{tmp_path / 'captions.json'}?images={tmp_path}/a%26b+c%3Fd=e"
     assert [record.image for record in open_source(spec)] == [PNG]
 
 
-def test_question_mark_in_a_pattern_of_files(tmp_path):
+def test_question_mark_may_be_a_pattern(tmp_path):
     (tmp_path / "00.tar").write_bytes(b"")
     assert len(open_source(f"webdataset:{tmp_path}/0?.tar")) == 1
 
@@ -195,7 +195,7 @@ def test_question_mark_in_a_pattern_of_files(tmp_path):
         ("folder", False),
     ],
 )
-def test_source_or_prepared_folder(text, expected):
+def test_source_is_told_from_a_prepared_folder(text, expected):
     assert is_source(text) is expected
 
 
@@ -269,7 +269,7 @@ def test_wrong_specs_are_told_in_one_line(spec, images, error, message):
         pytest.param(b'["\xff"]', "not UTF-8 at byte 2", id="not UTF-8"),
     ],
 )
-def test_malformed_json(tmp_path, content, message):
+def test_malformed_json_is_refused_with_its_place(tmp_path, content, message):
     path = tmp_path / "captions.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"captions.json .*{message}"):

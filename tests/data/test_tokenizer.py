@@ -24,7 +24,7 @@ def tokenize():
 
 
 @pytest.mark.parametrize("length", [77, 248])
-def test_equals_the_released_code(golden_dir, length):
+def test_ids_equal_the_released_codes(golden_dir, length):
     rows = json.loads((golden_dir / "tokens.json").read_text())
     assert len(rows) == 103 and SPECIAL_TEXT in [row["text"] for row in rows]
     expected = np.zeros((len(rows), length), np.int32)
@@ -34,7 +34,7 @@ def test_equals_the_released_code(golden_dir, length):
     np.testing.assert_array_equal(Tokenizer(length)([row["text"] for row in rows]), expected)
 
 
-def test_shape_dtype_and_padding(tokenize):
+def test_rows_are_int32_padded_with_zeros(tokenize):
     ids = tokenize("a photo of a cat")
     assert ids.shape == (1, 77) and ids.dtype == np.int32
     assert ids[0, :8].tolist() == [START, 320, 1125, 539, 320, 2368, END, 0]
@@ -86,7 +86,7 @@ def test_a_special_word_after_punctuation_is_punctuation(tokenize):
         pytest.param("a \u0345 b", "a b", id="combining iota is dropped"),
     ],
 )
-def test_cleaning(tokenize, text, plain):
+def test_text_is_cleaned_as_in_clip(tokenize, text, plain):
     assert words(tokenize(text)[0]) == words(tokenize(plain)[0])
 
 
@@ -107,20 +107,20 @@ def test_vocabulary_is_clips():
     assert vocabulary["<|startoftext|>"] == START and vocabulary["<|endoftext|>"] == END
 
 
-def test_pickles(tokenize):
+def test_tokenizer_pickles(tokenize):
     copy = pickle.loads(pickle.dumps(tokenize))
     np.testing.assert_array_equal(copy("a red cube"), tokenize("a red cube"))
     assert len(pickle.dumps(tokenize)) < 500  # not the vocabulary
 
 
 @pytest.mark.parametrize("length", [2, 0, -1])
-def test_context_length_too_short(length):
+def test_context_length_too_short_is_refused(length):
     with pytest.raises(ValueError, match=f"context_length={length} .* 3 or more"):
         Tokenizer(length)
 
 
-def test_texts_that_are_not_strings(tokenize):
-    with pytest.raises(TypeError, match="Caption 1 is a NoneType"):
+def test_texts_that_are_not_strings_are_refused(tokenize):
+    with pytest.raises(TypeError, match="caption 1 is a NoneType"):
         tokenize(["fine", None])
-    with pytest.raises(TypeError, match="Caption 0 is a int"):
+    with pytest.raises(TypeError, match="caption 0 is a int"):
         tokenize([3])

@@ -20,7 +20,7 @@ from clipmoe_jax.evaluation.classes import class_table, make_prompts, templates
         ("cifar100", 100, ("apple", "apple"), ("worm", "worm")),
     ],
 )
-def test_tables(name, size, first, last):
+def test_tables_have_their_classes_in_order(name, size, first, last):
     table = list(class_table(name).items())
     assert len(table) == len(set(class_table(name))) == size
     assert (table[0], table[-1]) == (first, last)
@@ -39,7 +39,7 @@ def test_imagenet_is_open_clips_and_in_order():
     assert [sentence.format("cat") for sentence in sentences] == expected
 
 
-def test_known_ids():
+def test_known_ids_have_their_names():
     """Pairs that everyone knows, from all over the list."""
     table = class_table("imagenet")
     known = {"n02123045": "tabby cat", "n03126707": "construction crane", "n02012849": "crane bird"}
@@ -53,7 +53,7 @@ def test_cifar100_labels_have_underscores():
     assert table["aquarium_fish"] == "aquarium fish" and list(table) == sorted(table)
 
 
-def test_templates():
+def test_templates_are_openais():
     sizes = {"imagenet": 80, "imagenet-v2": 80, "imagenet-o": 80, "cifar10": 18, "cifar100": 18, "none": 1}
     for name, size in sizes.items():
         assert len(set(templates(name))) == size
@@ -70,7 +70,7 @@ def test_make_prompts_by_hand():
     np.testing.assert_array_equal(class_of_prompt, [0, 0, 1, 1])
 
 
-def test_labels_that_a_table_lacks():
+def test_labels_that_a_table_lacks_are_refused():
     assert len(class_table("cifar10", ["frog"])) == 10
     with pytest.raises(
         ValueError, match=r"labels \['0', 'n1'\] are none of imagenet's, such as \['n01440764'"

@@ -174,7 +174,7 @@ def test_retrieval_takes_every_caption(folder, subject):
     assert read_captions(records).texts == texts
 
 
-def test_mmvp_by_attribute(folder, subject):
+def test_mmvp_is_measured_by_attribute(folder, subject):
     numbers = parse_evaluation(f"mmvp:{folder}/mmvp").measure(subject)
     files = [folder / "mmvp" / "MLLM_VLM Images" / k / f"{i}.jpg" for k, i in
              (("Colour", 1), ("Colour", 2), ("Shade", 3), ("Shade", 4))]  # fmt: skip
@@ -222,7 +222,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_line_that_is_none(line, message):
+def test_wrong_line_says_what_is_wrong(line, message):
     with pytest.raises(ValueError, match=message):
         parse_evaluation(line)
 
@@ -249,7 +249,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize(("line", "error", "message"), MISSING.values(), ids=MISSING)
-def test_data_that_is_missing_or_does_not_fit(folder, line, error, message):
+def test_data_that_is_missing_or_does_not_fit_is_refused(folder, line, error, message):
     with pytest.raises(error, match=f"evaluation .*{message}"):
         _ = parse_evaluation(line.format(folder)).data
 
@@ -271,7 +271,7 @@ def test_an_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_pat
     assert len({json.dumps(of_model) for of_model in numbers.values()}) > 1
 
 
-def test_the_command(folder, trained, tmp_path):
+def test_command_shows_a_table_a_line_and_writes_a_file(folder, trained, tmp_path):
     """On this one model: a table for each line, and a file; what is missing is told in one line."""
     save_model(tmp_path / "moe", trained.model.config, trained.params)
     command = [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={tmp_path / 'moe'}"]
@@ -298,7 +298,7 @@ def test_the_command(folder, trained, tmp_path):
     assert missing.stderr.strip().startswith("error: evaluation mmvp:nowhere: nowhere/Questions.csv")
 
 
-def test_models_that_cannot_be_evaluated_so(trained):
+def test_models_without_text_tower_or_experts_are_refused(trained):
     dense = evaluate.Loaded(trained.dense, trained.dense_params[0], "dense CLIP")
     with pytest.raises(ValueError, match="the model is a dense CLIP and has no experts"):
         evaluate.evaluate(dense, [], experts=True)

@@ -27,7 +27,7 @@ def write(folder, rows, images="MLLM_VLM Images"):
 
 
 @pytest.mark.parametrize("images", ["MLLM_VLM Images", "MMVP_VLM_Images"])
-def test_pairs(tmp_path, images):
+def test_rows_that_follow_each_other_are_pairs(tmp_path, images):
     first, second = mmvp_pairs(write(tmp_path, ROWS, images))
     assert first.attribute == "Orientation" and second.attribute == "Camera Perspective"
     assert first.prompts == ('a photo of a dog facing "left"', "a photo of a dog facing right")
@@ -48,14 +48,14 @@ def test_pairs(tmp_path, images):
         ([], "has 0 rows"),
     ],
 )
-def test_rows_that_are_no_pairs(tmp_path, rows, message):
+def test_rows_that_are_no_pairs_are_refused(tmp_path, rows, message):
     (tmp_path / "MLLM_VLM Images").mkdir()
     write(tmp_path, rows)
     with pytest.raises(ValueError, match=message):
         mmvp_pairs(str(tmp_path))
 
 
-def test_a_table_that_is_not_utf8(tmp_path):
+def test_table_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "MLLM_VLM Images").mkdir()
     (tmp_path / "Questions.csv").write_bytes(b"a,b,c\n1,x,caf\xe9\n")
     with pytest.raises(ValueError, match="Questions.csv is not UTF-8 at byte 13"):
@@ -106,7 +106,7 @@ def test_ties_are_wrong(scores):
     assert accuracy_of_scores([scores], ["x"])["x"] == 0
 
 
-def test_features_of_another_shape_or_not_finite():
+def test_features_of_another_shape_or_not_finite_are_refused():
     good = np.ones((3, 2, 4))
     with pytest.raises(ValueError, match=r"text features have shape \(6, 4\), not \(3, 2\) and d"):
         mmvp_accuracy(good, good.reshape(6, 4), "abc")

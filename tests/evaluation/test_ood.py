@@ -41,14 +41,14 @@ def test_metrics_equal_scikit_learns(levels):
     assert 0 < found["fpr95"] < 1
 
 
-def test_a_score_that_tells_nothing():
+def test_score_that_tells_nothing_is_at_chance():
     assert detection_metrics(np.ones(10), np.ones(30)) == {"auroc": 0.5, "fpr95": 1}
 
 
 @pytest.mark.parametrize(
     ("known", "unknown"), [([], [1.0]), ([1.0], []), ([1.0], [np.nan]), ([np.inf], [1.0])]
 )
-def test_scores_that_are_none_or_not_finite(known, unknown):
+def test_scores_that_are_none_or_not_finite_are_refused(known, unknown):
     with pytest.raises(ValueError, match=r"detection: [01] scores of (un)?known images"):
         detection_metrics(np.array(known), np.array(unknown))
 
@@ -88,7 +88,7 @@ def test_cooked_tells_what_none_of_its_members_does():
     assert detection_metrics(max_probability(known), max_probability(unknown)) == {"auroc": 1, "fpr95": 0}
 
 
-def test_cooked_members_that_do_not_fit():
+def test_cooked_members_that_do_not_fit_are_refused():
     good = np.full((2, 4), 0.25)
     with pytest.raises(
         ValueError, match=r"COOkeD: probe probabilities are \(2, 3\), those of the classifier"

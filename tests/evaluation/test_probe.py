@@ -106,7 +106,7 @@ def test_knn_equals_counting_votes(chunk_size):
     assert found["top5"] == pytest.approx(np.mean(first_five))
 
 
-def test_what_cannot_be_fitted():
+def test_too_few_images_or_classes_are_refused():
     features, labels = clusters(40)
     with pytest.raises(ValueError, match="the training images are of one class"):
         fit_linear_probe(features, np.zeros(40, int), 8)

@@ -117,7 +117,7 @@ def test_chunks_change_nothing(chunk_size):
 
 @pytest.mark.parametrize("tower", [0, 1], ids=["images", "texts"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite(tower, value):
+def test_features_that_are_not_finite_are_refused(tower, value):
     pairs = random_pairs()
     pairs[tower][3, 2] = value
     with pytest.raises(ValueError, match="some features are not finite"):

@@ -68,7 +68,7 @@ def test_more_prompts_of_a_class_do_not_make_it_nearer():
     assert classification_metrics(np.array([[0.7, 0.71]], np.float32), classes, [1])["top1"] == 1
 
 
-def test_what_cannot_be_scored():
+def test_scores_or_labels_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"labels \[-1, 2\] are not among the 2 classes"):
         classification_metrics(np.eye(3, 2), np.eye(2), [-1, 0, 2])
     with pytest.raises(ValueError, match="some scores are not finite"):

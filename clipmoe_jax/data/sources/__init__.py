@@ -152,8 +152,8 @@ def _parse_one(text: str) -> _Spec:
     kind, _, rest = text.partition(":")
     # The last question mark before a name and "=": others are of the path, a pattern of files.
     path, query = rest, ""
-    if found := re.fullmatch(r"(.*)\?(\w+=.*)", rest, re.DOTALL):
-        path, query = found.groups()
+    if match := re.fullmatch(r"(.*)\?(\w+=.*)", rest, re.DOTALL):
+        path, query = match.groups()
     if kind not in KINDS or not path:
         examples = ", ".join(known.example for known in KINDS.values())
         raise ValueError(f"source {text} is not KIND:PATH: use one such as {examples}")

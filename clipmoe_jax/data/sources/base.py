@@ -1,4 +1,4 @@
-"""What all kinds of source share: the records that they yield, and the checks on them."""
+"""The records that sources yield, the checks on them, and what else all kinds share."""
 
 import glob
 import hashlib
@@ -135,21 +135,21 @@ def pair_of_file(record_id: str, path: str, captions: Iterable[object]) -> Pair 
 
 def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[object]) -> Pair | BadRecord:
     """Returns a pair, its captions stripped, or what is wrong: first of the captions, then of the image."""
-    captions = tuple(captions)
+    captions, texts = tuple(captions), []
     if not captions or any(caption is None for caption in captions):
         return BadRecord(record_id, "missing caption", "there is no caption")
     for caption in captions:
         if not isinstance(caption, str):
             return BadRecord(record_id, "malformed entry", f"a caption is a {type(caption).__name__}")
-    captions = tuple(caption.strip() for caption in captions)
-    captions = tuple(caption for caption in captions if caption)
-    if not captions:
+        if caption.strip():
+            texts.append(caption.strip())
+    if not texts:
         return BadRecord(record_id, "empty caption", "no caption has any text")
     try:
-        "".join((record_id, *captions)).encode("utf-8")
+        "".join((record_id, *texts)).encode("utf-8")
     except UnicodeEncodeError as error:
         return BadRecord(ascii(record_id), "invalid text", f"not valid Unicode: {error.reason}")
-    return image if isinstance(image, BadRecord) else Pair(record_id, image, captions)
+    return image if isinstance(image, BadRecord) else Pair(record_id, image, tuple(texts))
 
 
 def find_file(path: str, kind: str) -> Path:

@@ -140,7 +140,7 @@ def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> 
     alpha = Image.fromarray(np.uint8(glyph / 16 * 255)).resize((side, side), Resampling.BILINEAR)
     canvas = Image.new("L", (SIZE, SIZE))
     offset = (SIZE - side) // 2 + rng.integers(-1, 2, size=2)
-    canvas.paste(alpha, tuple(int(o) for o in offset))
+    canvas.paste(alpha, (int(offset[0]), int(offset[1])))
     canvas = canvas.rotate(ANGLES[scene["rotation"]] + rng.uniform(-6, 6), Resampling.BILINEAR)
     alpha = np.clip(np.asarray(canvas) / 255 * 1.5, 0, 1)[:, :, None]
     image = image * (1 - alpha) + alpha * colour(INKS[scene["ink"]])
@@ -151,7 +151,7 @@ def draw(scene: dict[str, str], glyph: np.ndarray, rng: np.random.Generator) -> 
     edge = colour(BORDERS[scene["border"]])
     image[:BORDER], image[-BORDER:], image[:, :BORDER], image[:, -BORDER:] = (edge,) * 4
     image += rng.normal(0, 0.06, image.shape)
-    return np.uint8(np.clip(image, 0, 1) * 255)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def describe(scene: dict[str, str], rng: np.random.Generator) -> str:
@@ -174,7 +174,10 @@ def describe(scene: dict[str, str], rng: np.random.Generator) -> str:
 @functools.cache
 def _read_glyphs(split: str) -> dict[str, np.ndarray]:
     """Returns {digit: uint8 (n, 8, 8) of 0 to 16}: its samples of handwriting."""
-    with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as digits:
+    with (
+        resources.files("clipmoe_jax.data.sources").joinpath("digits.npz").open("rb") as file,
+        np.load(file) as digits,
+    ):
         part = slice(None, NUM_TRAINING_DIGITS) if split == "train" else slice(NUM_TRAINING_DIGITS, None)
         images, target = digits["images"][part], digits["target"][part]
     return {name: images[target == i] for i, name in enumerate(DIGITS)}

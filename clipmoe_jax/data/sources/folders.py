@@ -50,8 +50,8 @@ class ImageFolder:
 
 
 class Img2Dataset(ImageFolder):
-    """What img2dataset writes with `output_format=files`: 00000/000000000.jpg, with the caption in the .txt
-    beside it, all of it one, or else under "caption" in the .json."""
+    """A folder that img2dataset wrote with `output_format=files`: 00000/000000000.jpg, its caption the whole
+    .txt beside it, or else "caption" in the .json."""
 
     kind = "img2dataset"
 

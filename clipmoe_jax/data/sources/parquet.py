@@ -83,25 +83,28 @@ class Parquet:
 
 
 def _columns(names: list[str]) -> list[str | None]:
-    """Columns of images, captions and ids; None for one that is not there."""
+    """Returns the columns of images, captions and ids; None for one that is not there."""
     kinds = (IMAGE_COLUMNS, CAPTION_COLUMNS, ID_COLUMNS)
     return [next((name for name in of_kind if name in names), None) for of_kind in kinds]
 
 
 def _rows(opened: Any, group: int) -> Iterator[tuple[Any, Any, Any]]:
-    """(image, captions, id) of each row of a group; a path is text and captions are bytes."""
+    """Yields (image, captions, id) of each row of a group; a path is text and captions are bytes."""
     image, caption, record_id = _columns(opened.schema_arrow.names)
+    assert image is not None and caption is not None  # as checked when the source was opened
     paths = _is_text(opened.schema_arrow.field(image).type)
     columns = [name for name in (image, caption, record_id) if name]
     for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
         # As bytes: pyarrow gives up a whole batch for one caption that is not UTF-8.
         values = {name: _as_bytes(batch[name]).to_pylist() for name in columns}
         images = map(as_text, values[image]) if paths else values[image]
-        yield from zip(images, values[caption], values.get(record_id, [None] * len(batch)), strict=True)
+        yield from zip(
+            images, values[caption], values[record_id] if record_id else [None] * len(batch), strict=True
+        )
 
 
 def _as_bytes(column: Any) -> Any:
-    """The column with bytes in the place of text."""
+    """Returns the column with its text as bytes."""
     from pyarrow import types
 
     if types.is_dictionary(column.type):

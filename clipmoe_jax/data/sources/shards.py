@@ -33,7 +33,7 @@ class WebDataset:
 
     @functools.cached_property
     def _count(self) -> int:
-        """Samples of all shards, from the headers alone."""
+        """The samples of all shards, counted by their headers."""
         return sum(1 for name, shard in self._shards.items() for _ in _samples(name, shard, read=False))
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
@@ -43,14 +43,14 @@ class WebDataset:
 
 
 def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, dict[str, bytes]] | BadRecord]:
-    """(id, {suffix: contents}) of each sample, in order; bad records for what cannot be one."""
-    key, members = None, {}
+    """Yields (id, {suffix: contents}) of each sample, in order; bad records for what cannot be one."""
+    key, members = "", {}
     place = "its start"
     try:
         with tarfile.open(shard, "r:") as tar:
             size = shard.stat().st_size
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps them all otherwise
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: it keeps them all otherwise
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
                     yield BadRecord(f"{name}/{member.name}", "path outside the shard", member.name)
@@ -67,7 +67,8 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, dict[str
                 if member.offset_data + member.size > size:
                     members = {}  # the sample that the cut goes through
                     raise tarfile.ReadError("unexpected end of data")
-                members[f".{suffix.lower()}"] = tar.extractfile(member).read() if read else b""
+                contents = tar.extractfile(member) if read else None
+                members[f".{suffix.lower()}"] = contents.read() if contents else b""
             # tarfile takes a header that is damaged or cut off for the end; the true end is a block of zeros.
             place = f"byte {tar.offset:,}"
             tar.fileobj.seek(tar.offset)
@@ -83,7 +84,7 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, dict[str
 
 
 def _is_whole(members: dict[str, bytes]) -> bool:
-    """Whether nothing that a pair needs is missing: the next member may have been this sample's."""
+    """Returns whether image and caption are there: the next member may have been this sample's."""
     return any(suffix in members for suffix in IMAGE_SUFFIXES) and (".txt" in members or ".json" in members)
 
 

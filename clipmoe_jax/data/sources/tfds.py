@@ -44,13 +44,15 @@ class Tfds:
             ValueError: it has no such split or feature.
         """
         import tensorflow_datasets as tfds  # slow to import
+        from tensorflow_datasets.core import read_only_builder
 
         self._split, self._image, self._id = split, image, id
+        builder: Any  # the methods of TFDS's own type lose their parameters to its decorators
         try:
             if epath.Path(path).exists():
                 builder = tfds.builder_from_directory(path)
             else:
-                builder = tfds.core.read_only_builder.builder_from_files(path, data_dir=data_dir)
+                builder = read_only_builder.builder_from_files(path, data_dir=data_dir)
         except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(
                 f"source tfds:{path}: no prepared data set of that name or folder: "
