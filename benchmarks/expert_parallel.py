@@ -30,8 +30,8 @@ def main() -> None:
     from benchmarks.collectives import sent
     from clipmoe_jax.analysis.cost import interleaved_seconds
     from clipmoe_jax.core import sharding
+    from clipmoe_jax.models.feed_forward import quick_gelu
     from clipmoe_jax.models.moe import MoeMlp
-    from clipmoe_jax.models.transformer import quick_gelu
 
     x = jax.random.normal(jax.random.key(0), (args.devices, args.tokens, args.width))
     split = (args.devices // args.expert, 1, args.expert)

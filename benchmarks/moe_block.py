@@ -20,8 +20,8 @@ from benchmarks import timing
 from clipmoe_jax import config as configs
 from clipmoe_jax.analysis.cost import interleaved_seconds
 from clipmoe_jax.core import sharding
+from clipmoe_jax.models.feed_forward import Mlp, quick_gelu
 from clipmoe_jax.models.moe import MoeMlp
-from clipmoe_jax.models.transformer import Mlp, quick_gelu
 
 DENSE = "dense FFN"
 LAYERS = (DENSE, "ragged", "capacity", "dense")  # the others are dispatches

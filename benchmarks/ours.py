@@ -16,7 +16,7 @@ from benchmarks.timing import Program
 from benchmarks.workload import ATTENTION, RULES, SETTINGS, Workload, setting_choices
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.evaluation.encoder import make_encode
-from clipmoe_jax.models.attention import attention, implementations
+from clipmoe_jax.models.attention import attention, default_implementation
 from clipmoe_jax.models.clip import METHODS, normalize_features
 from clipmoe_jax.train.step import TrainState, init_state, make_train_step
 
@@ -85,16 +85,14 @@ def attend(
 
 
 def attention_section(workload: Workload, group: str) -> Builders:
-    """Each implementation that this platform has."""
+    """The platform's own implementation, and XLA's."""
 
     def build(implementation: str) -> Program:
         function, arguments = attend(workload, group, implementation)
         return _program(lambda: function(*arguments), workload.attention_flops(group), workload.batch)
 
-    return {
-        f"{NAME} {name}": lambda name=name: build(name)
-        for name in implementations(workload.platform, workload.dtype)
-    }
+    names = dict.fromkeys((default_implementation(workload.platform, workload.dtype), "xla"))
+    return {f"{NAME} {name}": lambda name=name: build(name) for name in names}
 
 
 def moe(workload: Workload, group: str) -> Builders:
@@ -151,8 +149,7 @@ def settings(workload: Workload, group: str) -> Builders:
     def build(choice: str) -> Program:
         return steps(dataclasses.replace(workload, settings=choice), SETTINGS[group])[NAME]()
 
-    choices = setting_choices(group, workload.platform, workload.dtype)
-    return {choice: lambda choice=choice: build(choice) for choice in choices}
+    return {choice: lambda choice=choice: build(choice) for choice in setting_choices(group)}
 
 
 def embed(workload: Workload, group: str) -> Builders:

@@ -7,11 +7,11 @@
     python -m benchmarks.run --variant=tiny --batch=4 --text=32 --rounds=1    # to try the command
 
 Sections: peak (always), towers, attention, moe, steps (MCL, routers, everything trains), embed, start (of
-processes), loader, demo; and only where it is asked for settings: steps with every attention, way to run
-experts, and remat. Of settings and embed the fastest are named as flags for
-`clipmoe_jax.main`. Programs of a group take turns; a time is the median of the rounds, a ratio the median of
-the ratios of each round: "2.00 x PyTorch" is twice as fast. FLOPs are those of the model
-(clipmoe_jax/models/flops.py): padding and what is computed again do not count.
+processes), loader, demo; and only where it is asked for settings: steps with every exact dispatch and every
+remat. Of settings and embed the fastest are named as flags for `clipmoe_jax.main`. Programs of a group take
+turns; a time is the median of the rounds, a ratio the median of the ratios of each round: "2.00 x PyTorch" is
+twice as fast. FLOPs are those of the model (clipmoe_jax/models/flops.py): padding and what is computed again
+do not count.
 
 PyTorch's side is transformers' CLIPModel (SDPA attention, not compiled) on the same weights, and as mixture a
 CLIPModel with a masked loop over the experts, as the released code has it; its captions are padded to the

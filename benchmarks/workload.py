@@ -18,9 +18,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.attention import implementations
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
-from clipmoe_jax.models.experts import grouped_mlps
 from clipmoe_jax.models.inputs import END_ID, PAD_ID, START_ID
 from clipmoe_jax.models.transformer import REMAT
 from clipmoe_jax.train.phase import PhaseConfig
@@ -46,17 +44,13 @@ ATTENTION = {
 }
 
 # {group: kind of step}: what the section `settings` times, with the choices of `setting_choices`.
-SETTINGS = {"attention": "mcl", "experts": "router", "remat": "router"}
+SETTINGS = {"experts": "router", "remat": "router"}
 
 
-def setting_choices(group: str, platform: str, dtype: str) -> list[str]:
-    """What a group of SETTINGS compares on a platform, each "FIELD=VALUE …" of a config; its own first."""
+def setting_choices(group: str) -> list[str]:
+    """The settings that a group of SETTINGS compares, each "FIELD=VALUE …" of a config."""
     return {
-        "attention": [f"compute.attention={name}" for name in implementations(platform, dtype)],
-        "experts": [
-            *(f"moe.dispatch=ragged compute.grouped_mlp={name}" for name in grouped_mlps(platform)),
-            "moe.dispatch=dense",
-        ],
+        "experts": ["moe.dispatch=ragged", "moe.dispatch=dense"],
         "remat": [f"compute.remat={name}" for name in REMAT],
     }[group]
 

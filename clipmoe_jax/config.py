@@ -5,16 +5,15 @@ since the config is locked. Times are in steps, rates per step, batch sizes glob
 """
 
 import dataclasses
-import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.models.attention import IMPLEMENTATIONS, implementations
+from clipmoe_jax.models.attention import default_implementation
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
-from clipmoe_jax.models.experts import GROUPED_MLPS, grouped_mlps
+from clipmoe_jax.models.experts import GROUPED_MLPS
 from clipmoe_jax.models.transformer import REMAT, ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
@@ -97,9 +96,6 @@ def default_config() -> ConfigDict:
 
     config.compute = ConfigDict()
     config.compute.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
-    config.compute.attention = ""  # "xla", "chunked", "cudnn", "pallas"; "" by platform (`compute_config`)
-    # What runs experts under "ragged": "blocks", "fixed_blocks", "ragged_dot", "tokamax"; "" by platform.
-    config.compute.grouped_mlp = ""
     config.compute.remat = "none"  # "dots", "full": what the backward pass computes again (`ComputeConfig`)
     config.compute.frozen_dtype = (
         ""  # what frozen matrices are held in while a stage trains; "" is compute.dtype's
@@ -227,37 +223,22 @@ def moe_config(config: ConfigDict) -> MoeConfig:
 def compute_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> ComputeConfig:
     """How models are computed on `platform` ("cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention).
 
-    Empty fields are chosen here. Ragged dispatch is the exact one that computes least, and on CPU the fastest
-    (benchmarks/moe_block.py). Nothing has been measured on an accelerator; `python -m benchmarks.run
-    --only=settings` measures and names what is fastest on a device. Raises ValueError for an attention, a
-    grouped_mlp that the platform has not, or that is not installed.
+    The platform decides how attention and the experts run. Ragged dispatch is the exact one that computes
+    least, and on CPU the fastest (benchmarks/moe_block.py). Nothing has been measured on an accelerator;
+    `python -m benchmarks.run --only=settings` times dispatch and remat on a device and names the fastest.
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    possible = implementations(platform, dtype)
-    attention = _chosen("compute.attention", config.compute.attention, possible, f"{platform} in {dtype}")
-    grouped_mlp = _chosen("compute.grouped_mlp", config.compute.grouped_mlp, grouped_mlps(platform), platform)
-    if grouped_mlp == "tokamax" and not importlib.util.find_spec("tokamax"):
-        raise ValueError("compute.grouped_mlp=tokamax is not installed: pip install tokamax")
     return ComputeConfig(
         dtype=dtype,
         remat=config.compute.remat,
         dispatch=config.moe.dispatch,
-        grouped_mlp=grouped_mlp,
-        attention=attention,
+        grouped_mlp=GROUPED_MLPS[platform],
+        attention=default_implementation(platform, dtype),
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
         compiler_options=CPU_OPTIONS if platform == "cpu" else (),
     )
-
-
-def _chosen(field: str, value: str, possible: Sequence[str], where: str) -> str:
-    """The value of a field, the first possible one if it is empty."""
-    if value and value not in possible:
-        raise ValueError(
-            f"{field}={value} does not run on {where}: choose one of {', '.join(possible)}, or leave it empty"
-        )
-    return value or possible[0]
 
 
 def validate(config: ConfigDict, paths: bool = True) -> None:
@@ -279,8 +260,6 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         )
     _check_choice("moe.dispatch", config.moe.dispatch, ("ragged", "dense", "capacity"))
     _check_choice("compute.remat", config.compute.remat, REMAT)
-    _check_choice("compute.grouped_mlp", config.compute.grouped_mlp, ("", *GROUPED_MLPS))
-    _check_choice("compute.attention", config.compute.attention, ("", *IMPLEMENTATIONS))
     # Not float16: gradients of a mean over a batch would vanish in it.
     _check_choice("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16"))
     _check_choice("compute.frozen_dtype", config.compute.frozen_dtype, ("", "float32", "bfloat16"))

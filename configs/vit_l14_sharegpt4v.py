@@ -13,7 +13,7 @@ released code; 77 text positions are stretched to 248.
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
 routers, 64 GiB a GPU at batch 100 each. Here the backward pass computes all but products with weights again
-(`compute.remat`): 17.4 and 22.5 GiB, compiled for a TPU v5p (benchmarks/l14_steps.py). On one GPU add
+(`compute.remat`): 18.4 and 22.9 GiB, compiled for a TPU v5p (benchmarks/l14_steps.py). On one GPU add
 `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the same global batch in eight
 parts. Time and memory on a GPU have not been measured with this code yet.
 

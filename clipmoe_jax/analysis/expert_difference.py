@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from clipmoe_jax.analysis.routing import INPUTS, moe_layers, placed_inputs, token_mask
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
-from clipmoe_jax.models.transformer import ACTIVATIONS
+from clipmoe_jax.models.feed_forward import ACTIVATIONS, FeedForward, Weights
 
 Array = jax.Array
 
@@ -185,15 +185,9 @@ def pairs_of_experts(num_experts: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def expert_outputs(x: Array, experts: trees.Params, config: ClipConfig) -> Array:
-    """x (B, L, D) -> (E, B, L, D) float32: every expert on every token, one expert at a time."""
-
-    def run(expert: trees.Params) -> Array:
-        fc, proj = expert["c_fc"], expert["c_proj"]
-        h = ACTIVATIONS[config.activation](x @ fc["kernel"] + fc["bias"])
-        return h @ proj["kernel"] + proj["bias"]
-
-    x = x.astype(jnp.float32)
-    return jax.lax.map(run, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), experts))
+    """Runs every expert on every token, one expert at a time. x (B, L, D) -> (E, B, L, D) float32."""
+    feed_forward, x = FeedForward(ACTIVATIONS[config.activation]), x.astype(jnp.float32)
+    return jax.lax.map(functools.partial(feed_forward, x), Weights.of_params(experts))
 
 
 @functools.cache

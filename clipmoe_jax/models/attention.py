@@ -1,9 +1,9 @@
-"""Multi-head self-attention under one contract, by platform.
+"""Multi-head self-attention under one contract, with an implementation for each platform.
 
-Letters: B batch, L length, H heads, W head width, C examples of a chunk.
+Letters: B batch, L length, H heads, W head width.
 
-Scores and softmax are float32. A token sees the tokens of its own segment alone (several captions may share a
-row), and with `causal` only those up to itself.
+Scores and softmax are float32. A token attends to the tokens of its own segment (several captions may share a
+row) and, if `causal`, only to those up to itself.
 """
 
 import functools
@@ -15,14 +15,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipmoe_jax.core.sharding import BATCH_AXES, devices_in_use
-from clipmoe_jax.models.pallas_attention import MASKED, is_possible, pallas_attention
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("xla", "cudnn", "pallas", "chunked")
-
-# Scores of a chunk, all heads: what a core's cache holds (benchmarks/LOG.md).
+# Scores of a chunk, all heads: as many as fit in the cache of a core (benchmarks/LOG.md).
 CHUNK_SCORES = 1 << 20
+
+MASKED = -1e30  # the score of a key that a query must not see; finite, so that no difference is NaN
 
 
 def attention(
@@ -32,20 +31,15 @@ def attention(
     segments: Array | None = None,
     implementation: str = "xla",
 ) -> Array:
-    """Queries, keys and values (B, L, 3, H, W) -> (B, L, H, W) in their dtype; segments (B, L) int32, None is
-    one each.
+    """Returns the output of attention, qkv (B, L, 3, H, W) -> (B, L, H, W) in its dtype.
 
-    implementation: "xla" computes all scores at once; "chunked" a few examples at a time, and again in the
-    backward pass (for CPUs, where scores of a whole batch fall out of the cache); "cudnn" is cuDNN's fused
-    kernel (NVIDIA GPUs from compute capability 8.0, half precision); "pallas" is ours (TPUs), and XLA's where
-    it is not possible: long sequences, or heads that do not fill lanes (`is_possible`).
+    qkv: queries, keys and values. segments (B, L) int32; None is one segment per row. implementation: "xla"
+    computes all scores at once; "chunked" those of a few examples at a time, and again in the backward pass,
+    for CPUs, where the scores of a whole batch fall out of the cache; "cudnn" is cuDNN's fused kernel, for
+    NVIDIA GPUs from compute capability 8.0 in half precision.
     """
     if implementation == "chunked":
-        return _of_each_device(_chunked, causal, qkv, segments)
-    if implementation == "pallas":
-        if is_possible(qkv.shape[1], *qkv.shape[3:]):
-            return _of_each_device(pallas_attention, causal, qkv, segments)
-        implementation = "xla"
+        return _on_each_device(_chunked, causal, qkv, segments)
     query, key, value = (qkv[:, :, i] for i in range(3))
     if implementation == "cudnn":
         return _cudnn(query, key, value, segments, causal)
@@ -55,29 +49,28 @@ def attention(
     )
 
 
-def implementations(platform: str, dtype: str) -> list[str]:
-    """Those that a platform (`sharding.platform`) has for a dtype, its own first: cuDNN's has half precision
-    alone."""
-    of_cuda = "xla" if dtype == "float32" else "cudnn"
-    own = {"cpu": "chunked", "tpu": "pallas", "cuda": of_cuda}.get(platform, "xla")
-    return list(dict.fromkeys([own, "xla", "chunked"]))
+def default_implementation(platform: str, dtype: str) -> str:
+    """Returns the implementation for a platform (`sharding.platform`); cuDNN has none for float32."""
+    if platform == "cpu":
+        return "chunked"
+    return "cudnn" if platform == "cuda" and dtype != "float32" else "xla"
 
 
 def _same_segment(segments: Array) -> Array:
-    """(…, L) -> (…, L, L) bool."""
+    """Returns whether two tokens share a segment, (…, L) -> (…, L, L) bool."""
     return segments[..., :, None] == segments[..., None, :]
 
 
 def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causal: bool) -> Array:
-    """Lengths are made even: JAX's interface refuses odd ones in training, and ViTs have L = patches + 1."""
+    """Pads to an even length: JAX refuses odd ones in training, and ViTs have L = number of patches + 1."""
     length = query.shape[1]
-    odd, lengths = length % 2, None
-    if odd:
+    padding, lengths = length % 2, None
+    if padding:
         query, key, value = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (query, key, value))
         lengths = jnp.full(query.shape[0], length, jnp.int32)
     mask = None
     if segments is not None:
-        mask = _same_segment(jnp.pad(segments, ((0, 0), (0, odd)), constant_values=-1))[:, None]
+        mask = _same_segment(jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1))[:, None]
     y = jax.nn.dot_product_attention(
         query,
         key,
@@ -91,10 +84,10 @@ def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causa
     return y[:, :length]
 
 
-def _of_each_device(
+def _on_each_device(
     attend: Callable[[bool, Array, Array | None], Array], causal: bool, qkv: Array, segments: Array | None
 ) -> Array:
-    """Each device attends to its own examples: XLA would not split a kernel or a loop over them."""
+    """Lets each device attend to its own examples: XLA would not split a loop over them."""
     attend = functools.partial(attend, causal)
     if devices_in_use() == 1:
         return attend(qkv, segments)
@@ -128,7 +121,10 @@ def _attend_fwd(causal, *arguments):
 
 
 def _attend_bwd(causal, arguments, gradient):
-    """The probabilities again, then the softmax's own gradient."""
+    """Computes the probabilities again; of p = softmax(s) the gradient is ds = p (dp - sum(p dp)).
+
+    By hand, since autodiff keeps the scores of the whole batch (benchmarks/LOG.md has what that costs).
+    """
 
     def pull_back(qkv, segments, g):
         query, key, value = _heads_first(qkv)
@@ -150,7 +146,7 @@ _attend_in_chunks.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _parts(causal: bool, length: int) -> list[tuple[slice, slice]]:
-    """(rows, the keys that they may see): with a causal mask its upper right quarter is left out."""
+    """Returns (queries, the keys they may see): of a causal mask the upper right quarter is left out."""
     if not causal:
         return [(slice(0, length), slice(0, length))]
     half = (length + 1) // 2
@@ -158,7 +154,7 @@ def _parts(causal: bool, length: int) -> list[tuple[slice, slice]]:
 
 
 def _scores(causal: bool, query: Array, key: Array, segments: Array, rows: slice, seen: slice) -> Array:
-    """One example: query, key (H, L, W), segments (L,) -> (H, rows, seen) float32, MASKED where hidden."""
+    """Returns one example's scores. query, key (H, L, W), segments (L,) -> (H, rows, seen) float32."""
     scores = jnp.einsum(
         "hlw,hmw->hlm", _scaled(query[:, rows]), key[:, seen], preferred_element_type=jnp.float32
     )
@@ -173,14 +169,13 @@ def _scaled(query: Array) -> Array:
 
 
 def _heads_first(qkv: Array) -> tuple[Array, Array, Array]:
-    """One example's (L, 3, H, W) -> query, key, value (H, L, W): XLA's products on CPU are faster so."""
+    """Splits one example's (L, 3, H, W) into three (H, L, W), with which XLA's products on CPU are faster."""
     query, key, value = (qkv[:, i].swapaxes(0, 1) for i in range(3))
     return query, key, value
 
 
 def _map(function: Callable[..., Array], qkv: Array, *others: Array) -> Array:
-    """`function` of one example's part of qkv and each other array, over all examples, as many at a time as
-    CHUNK_SCORES allows."""
+    """Applies a function of one example's arrays to all, as many at a time as CHUNK_SCORES allows."""
     _, length, _, heads, _ = qkv.shape
     chunk = max(1, CHUNK_SCORES // (heads * length**2))
     return lax.map(lambda example: function(*example), (qkv, *others), batch_size=chunk)

@@ -1,7 +1,6 @@
 """CLIP, dense or mixture-of-experts: two towers into one embedding space.
 
-Letters: B batch, R rows of packed captions, L length, D width, P patch size, G patches along a side, V
-vocabulary.
+Letters: B batch, R rows of packed captions, L length, H and W height and width of images.
 """
 
 import dataclasses
@@ -15,21 +14,16 @@ import numpy as np
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.sharding import devices_in_use
+from clipmoe_jax.models.feed_forward import ACTIVATIONS
 from clipmoe_jax.models.inputs import MEAN, STD, PackedText
-from clipmoe_jax.models.transformer import (
-    ACTIVATIONS,
-    ComputeConfig,
-    MoeConfig,
-    apply_blocks,
-    layer_norm,
-)
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig, apply_blocks, layer_norm
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """mlp_width: of the feed-forward layers; None is four times the width."""
+    """The vision tower. mlp_width: of the feed-forward layers; None is four times the width."""
 
     image_size: int = 224
     patch_size: int = 32
@@ -41,8 +35,11 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """mlp_width: as in the vision tower. eos_token_id: whose first place gives the text feature; None is the
-    highest id of a row, as in OpenAI's CLIP, where that is the end token."""
+    """The text tower. mlp_width: as in the vision tower.
+
+    eos_token_id: the end token, at whose first position the text feature is read out; None is the highest id
+    of a row, as in OpenAI's CLIP, whose end token has the highest id of all.
+    """
 
     vocab_size: int = 49408
     context_length: int = 77
@@ -55,7 +52,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """The architecture: everything that the shapes and the meaning of the parameters depend on.
+    """The architecture: everything on which the shapes and the meaning of the parameters depend.
 
     text: None is a vision tower alone, without `logit_scale`.
     """
@@ -87,12 +84,12 @@ class ClipConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and numbers, for JSON."""
+        """Returns plain dicts and numbers, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ClipConfig":
-        """The inverse of `to_dict`."""
+        """Returns the architecture that `to_dict` made the fields of."""
         fields = dict(fields)
         fields["vision"] = VisionConfig(**fields["vision"])
         if fields["text"] is not None:
@@ -119,7 +116,10 @@ VARIANTS: dict[str, ClipConfig] = {
 
 
 def normalize(images: Array) -> Array:
-    """uint8 pixels (B, H, W, 3) to CLIP's float32 input; float images are taken as already normalised."""
+    """Returns CLIP's float32 input for uint8 pixels (B, H, W, 3), and float images as they are: normalised.
+
+    Raises TypeError for any other dtype.
+    """
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     if images.dtype != jnp.uint8:
@@ -128,35 +128,36 @@ def normalize(images: Array) -> Array:
 
 
 def normalize_features(features: Array) -> Array:
-    """Rows of unit length, in float32. (B, embed) -> (B, embed)."""
+    """Scales rows to unit length, in float32. (B, embed) -> (B, embed)."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
 def text_mask(tokens: Array | PackedText, eos_token_id: int | None = None) -> Array:
-    """True up to and including the end token. tokens (B, L) int32 -> (B, L) bool, or packed -> (R, L)."""
+    """Returns True up to and including the end token. (B, L) int32 -> (B, L) bool, packed -> (R, L)."""
     if isinstance(tokens, PackedText):
         return tokens.segments > 0
     return jnp.arange(tokens.shape[1]) <= end_position(tokens, eos_token_id)[:, None]
 
 
 def end_position(tokens: Array, eos_token_id: int | None = None) -> Array:
-    """Where the first end token stands; None takes the highest id for it. (B, L) int32 -> (B,) int32."""
+    """Returns the position of the first end token, (B, L) int32 -> (B,) int32; None as in `TextConfig`."""
     return jnp.argmax(tokens if eos_token_id is None else tokens == eos_token_id, axis=-1)
 
 
 def positions_in_segments(segments: Array) -> Array:
-    """How far each token is from the first of its segment. (R, L) int32 -> (R, L) int32."""
+    """Returns each token's distance from the first of its segment. (R, L) int32 -> (R, L) int32."""
     column = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     begins = segments != jnp.roll(segments, 1, axis=1)
     return column - jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
 
 
-METHODS = {"image": "encode_image", "text": "encode_text"}  # of Clip, by what they take
+# The methods of Clip by the input that they take.
+METHODS = {"image": "encode_image", "text": "encode_text"}
 
 
 class VisionTower(nn.Module):
-    """Images (B, H, W, 3), uint8 or normalised float, to features (B, embed) float32 and aux."""
+    """Encodes images (B, H, W, 3), uint8 or normalised float: features (B, embed) float32 and aux."""
 
     config: ClipConfig
     compute: ComputeConfig
@@ -171,7 +172,7 @@ class VisionTower(nn.Module):
         normal = nn.initializers.normal(width**-0.5)
         grid = size // patch
 
-        # The patch convolution has stride = kernel, so it is one product over cut-out patches.
+        # The stride of the patch convolution is its kernel's size, so it is one product over patches.
         kernel_init = nn.initializers.normal((3 * patch * patch) ** -0.5)
         kernel = _Kernel((patch, patch, 3, width), kernel_init, name="conv1")()
         patches = normalize(images).astype(dtype).reshape(-1, grid, patch, grid, patch, 3)
@@ -183,9 +184,9 @@ class VisionTower(nn.Module):
         class_token = jnp.broadcast_to(class_embedding.astype(dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([class_token, x], axis=1) + positions.astype(dtype)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_pre")(x)
-        first = jnp.zeros((x.shape[0], 1), jnp.int32)  # the class token
+        class_positions = jnp.zeros((x.shape[0], 1), jnp.int32)
         x, aux = _apply_blocks(
-            x, first, config, vision, self.compute, causal=False, deterministic=deterministic
+            x, class_positions, config, vision, self.compute, causal=False, deterministic=deterministic
         )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x)
         projection = self.param("proj", normal, (width, config.embed_dim))
@@ -193,10 +194,10 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids (B, L) int32, L at most the context length, to features (B, embed) float32 and aux.
+    """Encodes token ids (B, L) int32, L at most the context length: features (B, embed) float32 and aux.
 
-    Of PackedText the features are the same: a caption's tokens see each other alone, and their positions
-    count from its start. Each device of the mesh in use has a unit of it. aux is then that of the R rows.
+    The features of PackedText are the same: a token attends to its own caption alone, and positions count
+    from the caption's start. Each device of the mesh in use has one shard of it; aux is that of the R rows.
     """
 
     config: ClipConfig
@@ -206,9 +207,9 @@ class TextTower(nn.Module):
     def __call__(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
         config, text = self.config, self.config.text
         if isinstance(tokens, PackedText):
-            (tokens, segments, ends), num_units = tokens, devices_in_use()
+            (tokens, segments, ends), num_shards = tokens, devices_in_use()
         else:
-            segments, ends, num_units = None, end_position(tokens, text.eos_token_id), len(tokens)
+            segments, ends, num_shards = None, end_position(tokens, text.eos_token_id), len(tokens)
         length, width = tokens.shape[1], text.width
         if length > text.context_length:
             raise ValueError(f"tokens have length {length}; this model takes at most {text.context_length}")
@@ -217,9 +218,9 @@ class TextTower(nn.Module):
 
         embedding = nn.Embed(text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
-        own = positions[:length] if segments is None else positions[positions_in_segments(segments)]
-        x = (embedding(tokens) + own).astype(dtype)
-        ends = ends.reshape(num_units, -1)
+        added = positions[:length] if segments is None else positions[positions_in_segments(segments)]
+        x = (embedding(tokens) + added).astype(dtype)
+        ends = ends.reshape(num_shards, -1)
         x, aux = _apply_blocks(
             x, ends, config, text, self.compute, segments, causal=True, deterministic=deterministic
         )
@@ -231,8 +232,8 @@ class TextTower(nn.Module):
 class Clip(nn.Module):
     """Both towers and `logit_scale` (a logarithm). Features are not normalised to unit length.
 
-    A method returns `(features, aux)`; aux is empty for a dense tower, else as `apply_blocks` says. Of a
-    vision tower alone only `encode_image` can be called.
+    The methods return `(features, aux)`; aux is empty for a dense tower, else as in `apply_blocks`. A model
+    without a text tower has `encode_image` alone.
     """
 
     config: ClipConfig
@@ -245,17 +246,17 @@ class Clip(nn.Module):
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_image(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
-        """images (B, H, W, 3) uint8 or normalised float -> (B, embed) float32, aux."""
+        """Encodes images (B, H, W, 3), uint8 or normalised float -> (B, embed) float32, aux."""
         return self.visual(images, deterministic)
 
     def encode_text(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
-        """tokens (B, L) int32, or packed -> (B, embed) float32, aux."""
+        """Encodes captions, (B, L) int32 or packed -> (B, embed) float32, aux."""
         return self.text(tokens, deterministic)
 
     def __call__(
         self, images: Array, tokens: Array | PackedText, deterministic: bool = True
     ) -> dict[str, Any]:
-        """Both towers: image_features, text_features (B, embed) float32, image_aux, text_aux."""
+        """Returns image_features and text_features (B, embed) float32, image_aux and text_aux."""
         image_features, image_aux = self.visual(images, deterministic)
         text_features, text_aux = self.text(tokens, deterministic)
         return {
@@ -268,7 +269,7 @@ class Clip(nn.Module):
 
 @functools.lru_cache(maxsize=16)
 def abstract_params(config: ClipConfig) -> dict:
-    """The model's param tree as ShapeDtypeStructs, not to be changed; nothing is allocated."""
+    """Returns the model's param tree as ShapeDtypeStructs, cached: do not change it. Allocates nothing."""
     model, size = Clip(config), config.vision.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     if config.text is None:
@@ -308,7 +309,7 @@ class _Kernel(nn.Module):
 
 def _apply_blocks(
     x: Array,
-    read: Array,
+    pooled_positions: Array,
     config: ClipConfig,
     tower: VisionConfig | TextConfig,
     compute: ComputeConfig,
@@ -319,7 +320,7 @@ def _apply_blocks(
 ) -> tuple[Array, dict[str, Array]]:
     return apply_blocks(
         x,
-        read,
+        pooled_positions,
         segments,
         num_layers=tower.num_layers,
         num_heads=tower.width // tower.head_width,

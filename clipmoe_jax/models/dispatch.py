@@ -1,15 +1,14 @@
 """Three ways to run the experts that a router chose, under one contract.
 
-Letters: N tokens, D width, E experts, K selected experts, R rows sorted by expert (N*K routed slots and
-some spare), C rows of an expert's buffer.
+Letters: N tokens, D width, F expert hidden width, E experts, K selected experts, R rows sorted by expert (N*K
+routed slots and some spare rows), C rows of an expert's buffer.
 
-Contract of a dispatch function `(x, gates, expert_ids, experts, hidden) -> (y, dropped)`:
-  x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where to dense and ragged an id of E means "not an
-  expert of this device" and contributes nothing; experts as `Experts`; hidden as `Hidden`.
-Dense and ragged multiply by the gate between the two layers, where it is fused with the activation: what the
-second layer makes of each slot is then neither kept nor needed for the gate's gradient.
-  y (N, D) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the
-  slots of each token that were thrown away, zero but for `capacity`.
+Contract of a dispatch function `(x, gates, expert_ids, experts, feed_forward) -> (y, dropped)`:
+  x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where an id of E means "not an expert of this
+  device" to dense and ragged and contributes nothing; experts are stacked `Weights`.
+  y (N, D) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the routed
+  slots of each token that were dropped, zero except under `capacity`.
+Dense and ragged multiply the hidden activations by the gate (`FeedForward.contract` says why).
 """
 
 import functools
@@ -21,19 +20,47 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from clipmoe_jax.models.experts import Experts, Hidden, make_grouped_mlp
+from clipmoe_jax.models.experts import make_grouped_mlp
+from clipmoe_jax.models.feed_forward import FeedForward, Weights
 
 Array = jax.Array
+Dispatch = Callable[[Array, Array, Array, Weights, FeedForward], tuple[Array, Array]]
 
-ROUTING = "routing"  # the name of what says where each token goes, a thousandth of its activations
+# The name under which remat finds where each token goes, a thousandth of the size of its activations.
+ROUTING = "routing"
 
 
-def dense(x: Array, gates: Array, expert_ids: Array, experts: Experts, hidden: Hidden) -> tuple[Array, Array]:
+def make_dispatch(
+    name: str, capacity_factor: float, grouped_mlp: str, expert_axis: str | None = None
+) -> Dispatch:
+    """Returns the dispatch function "dense", "ragged" or "capacity".
+
+    expert_axis: inside shard_map, the mesh axis that splits the experts. grouped_mlp: a value of
+    GROUPED_MLPS, which `ragged` runs the experts by.
+    """
+    if name == "capacity":
+        return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
+    if name not in ("dense", "ragged"):
+        raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
+    local = dense
+    if name == "ragged":
+        local = functools.partial(ragged, grouped_mlp=grouped_mlp, all_grouped=expert_axis is None)
+    return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
+
+
+def dense(
+    x: Array, gates: Array, expert_ids: Array, experts: Weights, feed_forward: FeedForward
+) -> tuple[Array, Array]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
     combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0])
-    h = jnp.einsum("nd,edf->nef", x, experts.fc_kernel) + experts.fc_bias
-    h = hidden(h, combine_weights[:, :, None])
-    y = jnp.einsum("nef,efd->nd", h, experts.proj_kernel)
+
+    def apply(x, kernel, bias):
+        if x.ndim == 2:  # to the hidden activations of every expert
+            return jnp.einsum("nd,edf->nef", x, kernel) + bias
+        return jnp.einsum("nef,efd->nd", x, kernel)
+
+    no_bias = experts._replace(proj_bias=None)
+    y = feed_forward(x, no_bias, combine_weights[:, :, None], apply=apply)
     y += _gated_bias(combine_weights, experts)
     return y, jnp.zeros(x.shape[0], jnp.int32)
 
@@ -42,15 +69,15 @@ def ragged(
     x: Array,
     gates: Array,
     expert_ids: Array,
-    experts: Experts,
-    hidden: Hidden,
+    experts: Weights,
+    feed_forward: FeedForward,
     *,
     grouped_mlp: str,
     all_grouped: bool,
 ) -> tuple[Array, Array]:
     """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
-    grouped_mlp: of GROUPED_MLPS. all_grouped: no id is E.
+    grouped_mlp: a value of GROUPED_MLPS. all_grouped: no id is E.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
     run_groups, spare_rows = make_grouped_mlp(
@@ -63,17 +90,17 @@ def ragged(
     group_sizes = jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     order, position, group_sizes = (checkpoint_name(a, ROUTING) for a in (order, position, group_sizes))
 
-    def of_experts(rows):
-        """What is undefined becomes zero, and its gradient. (Of spare rows no slot reads it.)"""
+    def mask_undefined(rows):
+        """Zeroes the rows of no expert here, and their gradient. (No slot takes a value from spare rows.)"""
         if all_grouped:
             return rows
         return jnp.where(jnp.arange(len(rows))[:, None] < group_sizes.sum(), rows, 0)
 
-    of_tokens = position.reshape(num_tokens, num_selected)
-    rows = of_experts(_rows_from_tokens(x, order, of_tokens))
-    row_gates = of_experts(_rows_from_tokens(gates.reshape(-1, 1), order, position[:, None]))
-    y = of_experts(run_groups(rows, row_gates, group_sizes, experts, hidden))
-    y = _tokens_from_rows(y, order, of_tokens)
+    token_rows = position.reshape(num_tokens, num_selected)
+    rows = mask_undefined(_rows_from_tokens(x, order, token_rows))
+    row_gates = mask_undefined(_rows_from_tokens(gates.reshape(-1, 1), order, position[:, None]))
+    y = mask_undefined(run_groups(rows, row_gates, group_sizes, experts, feed_forward))
+    y = _tokens_from_rows(y, order, token_rows)
     y += _gated_bias(_combine_weights(gates, expert_ids, num_experts), experts)
     return y, jnp.zeros(num_tokens, jnp.int32)
 
@@ -82,18 +109,18 @@ def capacity(
     x: Array,
     gates: Array,
     expert_ids: Array,
-    experts: Experts,
-    hidden: Hidden,
+    experts: Weights,
+    feed_forward: FeedForward,
     *,
     capacity_factor: float,
     expert_axis: str | None = None,
 ) -> tuple[Array, Array]:
-    """Gives each expert a buffer of C = ceil(capacity_factor * N * K / E) rows; what overflows is dropped.
+    """Gives each expert a buffer of C = ceil(capacity_factor * N * K / E) rows and drops what overflows.
 
     First choices of all tokens take their places before second choices (GShard, arXiv 2006.16668).
-    A factor of at least E / K can never drop. expert_axis: inside shard_map, the mesh axis that splits the
-    experts. The buffers travel to them and back, and N counts a device's own tokens: what is dropped depends
-    on how many devices there are.
+    A factor of at least E / K never drops. expert_axis: inside shard_map, the mesh axis that splits the
+    experts. The buffers travel to them and back, and N counts a device's own tokens, so what is dropped
+    depends on the number of devices.
     """
     num_tokens, num_selected = expert_ids.shape
     num_devices = 1 if expert_axis is None else lax.axis_size(expert_axis)
@@ -112,11 +139,11 @@ def capacity(
     buffers = buffers.reshape(num_experts, rows, -1)
     if expert_axis is not None:  # (E, C, D) of a device's tokens to (E / n, n * C, D) of its experts
         buffers = lax.all_to_all(buffers, expert_axis, 0, 1, tiled=True)
-    h = jnp.einsum("ecd,edf->ecf", buffers, experts.fc_kernel) + experts.fc_bias[:, None]
-    y = (
-        jnp.einsum("ecf,efd->ecd", hidden(h, jnp.ones((*h.shape[:2], 1))), experts.proj_kernel)
-        + experts.proj_bias[:, None]
-    )
+
+    def apply(x, kernel, bias):
+        return x @ kernel + bias[:, None]  # (E, C, D) and (E, D, F), or back
+
+    y = feed_forward(buffers, experts, jnp.ones((*buffers.shape[:2], 1)), apply=apply)
     if expert_axis is not None:
         y = lax.all_to_all(y, expert_axis, 1, 0, tiled=True)
 
@@ -131,16 +158,16 @@ def gathered(
     x: Array,
     gates: Array,
     expert_ids: Array,
-    experts: Experts,
-    hidden: Hidden,
+    experts: Weights,
+    feed_forward: FeedForward,
     *,
-    local: Callable[..., tuple[Array, Array]],
+    local: Dispatch,
     expert_axis: str,
 ) -> tuple[Array, Array]:
-    """An exact dispatch over a mesh axis that splits the experts, inside shard_map.
+    """Runs an exact dispatch over a mesh axis that splits the experts, inside shard_map.
 
-    Each device gathers the tokens of its group, runs the experts it holds (`local`: dense or ragged) on the
-    slots routed to them, and the partial sums are added and scattered back. An all-to-all that drops nothing
+    Each device gathers the tokens of its group and runs the experts it holds (`local`: dense or ragged) on
+    the slots routed to them; the partial sums are added and scattered back. An all-to-all that drops nothing
     would need buffers of N rows for every expert and so move E / n times as much (docs/scaling.md).
     """
     num_here, num_selected = experts.fc_kernel.shape[0], expert_ids.shape[1]
@@ -152,44 +179,27 @@ def gathered(
         one_hot = jax.nn.one_hot(expert_ids, num_here, dtype=gates.dtype)
         gates = jnp.einsum("nk,nke->ne", gates, one_hot)
         expert_ids = jnp.where(one_hot.any(axis=1), jnp.arange(num_here), num_here)
-    outputs = local(x, gates, expert_ids, experts, hidden)
+    outputs = local(x, gates, expert_ids, experts, feed_forward)
     return jax.tree.map(lambda a: lax.psum_scatter(a, expert_axis, tiled=True), outputs)
 
 
-def make_dispatch(
-    name: str, capacity_factor: float, grouped_mlp: str, expert_axis: str | None = None
-) -> Callable[..., tuple[Array, Array]]:
-    """The dispatch function called `name`; inside shard_map over the axis that splits the experts.
-
-    grouped_mlp: of GROUPED_MLPS, what `ragged` runs the experts by.
-    """
-    if name == "capacity":
-        return functools.partial(capacity, capacity_factor=capacity_factor, expert_axis=expert_axis)
-    if name not in ("dense", "ragged"):
-        raise ValueError(f"dispatch={name!r} is not known: choose 'dense', 'ragged' or 'capacity'")
-    local = dense
-    if name == "ragged":
-        local = functools.partial(ragged, grouped_mlp=grouped_mlp, all_grouped=expert_axis is None)
-    return local if expert_axis is None else functools.partial(gathered, local=local, expert_axis=expert_axis)
-
-
 def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array:
-    """(N, K) -> (N, E) float32: each expert's gate, zero for those not selected and for an id of E."""
+    """Returns each expert's gate, (N, K) -> (N, E) float32: zero where not selected and for an id of E."""
     return jnp.einsum("nk,nke->ne", gates, jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype))
 
 
-def _gated_bias(combine_weights: Array, experts: Experts) -> Array:
-    """combine_weights (N, E) -> (N, D); their gradient is float32 too (`Hidden.gate` says why)."""
+def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
+    """Returns the sum of the experts' proj_bias by gate, (N, E) -> (N, D); the gates' gradient is float32."""
     bias = experts.proj_bias
     return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
 
 
 @jax.custom_vjp
 def _rows_from_tokens(x: Array, order: Array, position: Array) -> Array:
-    """Each sorted row's token. x (N, D), order (R,) slots, position (N, K) rows -> (R, D).
+    """Gathers each sorted row's token. x (N, D), order (R,) slots, position (N, K) rows -> (R, D).
 
-    This and the next function are each other's transposes: gathers both, where autodiff's scatters are
-    serial on CPU, and without an array (N, K, D), which TPUs pad fourfold.
+    This and the next function are each other's transposes. Both gather, where autodiff would scatter, which
+    is serial on CPU; neither makes an array (N, K, D), which TPUs pad fourfold (benchmarks/LOG.md).
     """
     return jnp.take(x, order // position.shape[1], axis=0, mode="clip")
 
@@ -207,7 +217,7 @@ _rows_from_tokens.defvjp(_rows_from_tokens_fwd, _rows_from_tokens_bwd)
 
 @jax.custom_vjp
 def _tokens_from_rows(rows: Array, order: Array, position: Array) -> Array:
-    """The sum of each token's rows, spare rows left out. rows (R, D) -> (N, D)."""
+    """Sums each token's rows, without spare rows. rows (R, D) -> (N, D)."""
     del order
     total = sum(jnp.take(rows, of_slot, axis=0, mode="clip").astype(jnp.float32) for of_slot in position.T)
     return total.astype(rows.dtype)
@@ -218,7 +228,7 @@ def _tokens_from_rows_fwd(rows, order, position):
 
 
 def _tokens_from_rows_bwd(residuals, g):
-    # A spare row gets some token's gradient; what that makes of it, no slot reads.
+    # A spare row gets the gradient of some token, which nothing uses.
     return _rows_from_tokens(g, *residuals), None, None
 
 

@@ -1,4 +1,4 @@
-"""What models take in: token ids, packed captions, and how pixels are normalised and resized.
+"""Inputs of the models: token ids, packed captions, and how pixels are normalised and resized.
 
 Letters: B captions, R rows, L row length.
 """
@@ -22,7 +22,8 @@ class PackedText(NamedTuple):
     """Captions that share rows, as the text tower takes them; arrays of numpy or JAX.
 
     tokens (R, L) int32. segments (R, L) int32: 1, 2, … for the captions of a row, 0 is padding. ends (B,)
-    int32: the place (row * L + column) of each caption's end token among the rows of its unit.
+    int32: the position (row * L + column) of each caption's end token among the rows of its shard, which are
+    those that one device has of a microbatch.
     """
 
     tokens: Any
@@ -31,24 +32,24 @@ class PackedText(NamedTuple):
 
 
 def check_normalisation(fields: Mapping[str, Any], names: tuple[str, str], source: str) -> None:
-    """Raises ValueError if a checkpoint says a mean and deviation of its own, not MEAN and STD."""
+    """Raises ValueError if a checkpoint states another mean or deviation than MEAN and STD."""
     for name, constant in zip(names, (MEAN, STD), strict=True):
         if name in fields and not np.allclose(fields[name], constant, atol=1e-3):
             raise ValueError(
-                f"{source} normalises pixels by {name}={fields[name]}; this program does it by OpenAI's, "
+                f"{source} normalises pixels by {name}={fields[name]}; this program always uses OpenAI's, "
                 f"{constant.tolist()}"
             )
 
 
 def check_resizing(resizing: Mapping[str, tuple[Any, Any]], source: str) -> None:
-    """Raises ValueError if a checkpoint says that it resizes or crops otherwise than `preprocess_image`.
+    """Raises ValueError if a checkpoint states another resizing or cropping than `preprocess_image` does.
 
-    resizing: {field: (value, what it has to be)}.
+    resizing: {field: (value, the value it has to have)}.
     """
-    for name, (value, ours) in resizing.items():
-        if value != ours:
+    for name, (value, expected) in resizing.items():
+        if value != expected:
             raise ValueError(
-                f"{source} has {name}={value!r}; this program resizes the short side, bicubic, and crops the "
-                f"centre, which is {ours!r}: images would be others than the model knows. If it is to learn "
-                "these, write that into the file"
+                f"{source} has {name}={value!r}, but this program resizes the short side, bicubic, and crops "
+                f"the centre ({expected!r}), so the model would see other images than it was trained on. To "
+                f"fine-tune it on such images, set {name} to {expected!r} in the file"
             )

@@ -1,7 +1,7 @@
 """The mixture-of-experts feed-forward layer of CLIP-MoE.
 
-Letters: B batch, L length, N = B*L tokens, D width, F expert hidden width, E experts, K selected experts; U
-units of B / U rows each and P tokens that are read of each unit.
+Letters: B batch, L length, N = B*L tokens, D width, F expert hidden width, E experts, K selected experts, S
+shards of B / S rows each, P pooled positions of each shard.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax.core.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.experts import Experts, Hidden
+from clipmoe_jax.models.dropout import Dropout
+from clipmoe_jax.models.feed_forward import FeedForward, Weights
 
 Array = jax.Array
 
@@ -27,31 +28,33 @@ def route(router_logits: Array, num_selected_experts: int) -> tuple[Array, Array
     arXiv 2409.19291, section 3.1; ties go to the lower id.
     """
     probabilities = jax.nn.softmax(router_logits, axis=-1)
-    # K times the largest of what is left: `lax.top_k` is not partitioned, every device would route the tokens
-    # of all.
-    left, gates, expert_ids = lax.stop_gradient(probabilities), [], []
+    # K times the largest of the remaining ones. XLA does not partition `lax.top_k`, with which every device
+    # would route the tokens of all devices.
+    remaining, gates, expert_ids = lax.stop_gradient(probabilities), [], []
     for _ in range(num_selected_experts):
-        expert_id = jnp.argmax(left, axis=-1)
+        expert_id = jnp.argmax(remaining, axis=-1)
         chosen = jax.nn.one_hot(expert_id, router_logits.shape[-1], dtype=probabilities.dtype)
         gates.append(jnp.sum(probabilities * chosen, axis=-1))
         expert_ids.append(expert_id)
-        left = jnp.where(chosen > 0, -1.0, left)
-    gates = jnp.stack(gates, axis=-1)
-    return gates / gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
+        remaining = jnp.where(chosen > 0, -1.0, remaining)
+    chosen_gates = jnp.stack(gates, axis=-1)
+    return chosen_gates / chosen_gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
 
 
-def pick(x: Array, read: Array | None) -> Array:
-    """Some of each unit's tokens: x (B, L, D), read (U, P) int32 places among its L * B / U -> (U, P, D).
+def gather(x: Array, pooled_positions: Array | None) -> Array:
+    """Returns the tokens at the pooled positions of each shard. x (B, L, D) -> (S, P, D).
 
-    None picks all, (B, L, D). Unit by unit, so that nothing travels where a mesh splits units.
+    pooled_positions (S, P) int32: positions among the L * B / S tokens of the shard; None returns x as it is.
+    Shard by shard, so that no token travels where a mesh splits the batch between shards.
     """
-    if read is None:
+    if pooled_positions is None:
         return x
-    return split_batch(jnp.take_along_axis(x.reshape(len(read), -1, x.shape[-1]), read[..., None], axis=1))
+    shards = x.reshape(len(pooled_positions), -1, x.shape[-1])
+    return split_batch(jnp.take_along_axis(shards, pooled_positions[..., None], axis=1))
 
 
 class StackedLinear(nn.Module):
-    """The parameters of E linear layers: kernel (E, in, out) and bias (E, out)."""
+    """The parameters of E linear layers. A call returns kernel (E, in, out) and bias (E, out)."""
 
     num_experts: int
     in_features: int
@@ -69,10 +72,11 @@ class StackedLinear(nn.Module):
 class MoeMlp(nn.Module):
     """E feed-forward layers of which each token visits K. Nothing is dropped unless `dispatch="capacity"`.
 
-    Call: x (B, L, D) -> y (B, L, D) in `dtype`, aux with
+    A call takes x (B, L, D) and returns y (B, L, D) in `dtype` and aux with
       router_logits (B, L, E) float32,
-      dropped_slots (B,) int32: routed slots thrown away, of L*K.
-    With read (U, P) int32 as in `pick` every token is routed, only those visit their experts: y (U, P, D).
+      dropped_slots (B,) int32: how many of the L*K routed slots were dropped.
+    With pooled_positions as in `gather` every token is routed, but only the pooled ones visit their experts,
+    and y is (S, P, D).
     """
 
     num_experts: int
@@ -87,7 +91,7 @@ class MoeMlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, read: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, pooled_positions: Array | None = None) -> tuple[Array, dict[str, Array]]:
         (batch, length, width), num_experts = x.shape, self.num_experts
         router_logits = nn.Dense(
             num_experts,
@@ -98,11 +102,11 @@ class MoeMlp(nn.Module):
             name="router",
         )(x.astype(jnp.float32))
         router_logits = checkpoint_name(router_logits, dispatch.ROUTING)
-        tokens = pick(x, read)
-        gates, expert_ids = route(pick(router_logits, read), self.num_selected_experts)
+        tokens = gather(x, pooled_positions)
+        gates, expert_ids = route(gather(router_logits, pooled_positions), self.num_selected_experts)
 
         fc_stddev, proj_stddev = (2 * width) ** -0.5, self.hidden_dim**-0.5
-        experts = Experts(
+        experts = Weights(
             *StackedLinear(num_experts, width, self.hidden_dim, fc_stddev, name="c_fc")(),
             *StackedLinear(num_experts, self.hidden_dim, width, proj_stddev, name="c_proj")(),
         )
@@ -121,10 +125,11 @@ class MoeMlp(nn.Module):
             capacity_factor=self.capacity_factor,
             grouped_mlp=self.grouped_mlp,
         )
-        if read is not None:
-            units = jnp.arange(len(read))[:, None]
-            of_units = jnp.zeros((len(read), batch * length // len(read)), jnp.int32)
-            dropped = of_units.at[units, read].add(dropped.reshape(read.shape))
+        if pooled_positions is not None:  # back to where the pooled tokens came from
+            num_shards = len(pooled_positions)
+            shards = jnp.zeros((num_shards, batch * length // num_shards), jnp.int32)
+            rows = jnp.arange(num_shards)[:, None]
+            dropped = shards.at[rows, pooled_positions].add(dropped.reshape(pooled_positions.shape))
         dropped_slots = dropped.reshape(batch, length).sum(axis=1)
         return y.reshape(tokens.shape), {"router_logits": router_logits, "dropped_slots": dropped_slots}
 
@@ -133,7 +138,7 @@ def _run_experts(
     x: Array,
     gates: Array,
     expert_ids: Array,
-    experts: Experts,
+    experts: Weights,
     *,
     dropout_key: Array | None,
     dropout_rate: float,
@@ -142,13 +147,13 @@ def _run_experts(
     capacity_factor: float,
     grouped_mlp: str,
 ) -> tuple[Array, Array]:
-    """Dispatch on one device, or on each device's own tokens and experts under a mesh."""
+    """Dispatches on one device, or on each device its own tokens and experts under a mesh."""
 
     def run(x, gates, expert_ids, experts, key, expert_axis=None):
         words = None if key is None else jax.random.key_data(key)
-        hidden = Hidden(activation, words, dropout_rate)
+        feed_forward = FeedForward(activation, Dropout(dropout_rate, words))
         run_experts = dispatch.make_dispatch(name, capacity_factor, grouped_mlp, expert_axis)
-        return run_experts(x, gates, expert_ids, experts, hidden)
+        return run_experts(x, gates, expert_ids, experts, feed_forward)
 
     if devices_in_use() == 1:
         return run(x, gates, expert_ids, experts, dropout_key)
@@ -164,5 +169,5 @@ def _run_experts(
         on_device,
         in_specs=(tokens, tokens, tokens, stacked, PartitionSpec()),
         out_specs=tokens,
-        check_vma=False,  # loops over blocks begin with sums, and memory, that vary over no axis
+        check_vma=False,  # the loops over blocks start from sums, and memory, that vary over no axis
     )(x, gates, expert_ids, experts, dropout_key)

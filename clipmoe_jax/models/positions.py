@@ -1,6 +1,6 @@
 """Position tables for longer captions (Long-CLIP, arXiv 2403.15378, section 3.1) and larger images.
 
-Letters: D width, G patches along a side.
+Letters: L positions, D width, G patches along a side.
 """
 
 import jax
@@ -13,8 +13,8 @@ FACTOR = 4
 def stretch_positions(positions: np.ndarray) -> np.ndarray:
     """Keeps the first 20 positions and interpolates each later one to four: (77, D) -> (248, D), same dtype.
 
-    Between neighbours the new rows lie at quarters; after the last position its slope continues. Computed in
-    the table's own dtype, as the released code does in float16.
+    New rows lie at quarters between two neighbours; after the last position its slope continues. Computed in
+    the table's own dtype, as the released code does in float16. Raises ValueError for fewer than 22 rows.
     """
     positions = np.asarray(positions)
     if len(positions) <= KEPT_POSITIONS + 1:
@@ -31,18 +31,18 @@ def stretch_positions(positions: np.ndarray) -> np.ndarray:
 
 
 def stretched_length(context_length: int) -> int:
-    """Number of positions after stretching: 77 -> 248."""
+    """Returns the number of positions after stretching: 77 -> 248."""
     return KEPT_POSITIONS + FACTOR * (context_length - KEPT_POSITIONS)
 
 
 def resize_grid(positions: np.ndarray, side: int) -> np.ndarray:
     """Resizes a vision tower's grid of positions: (1 + G*G, D) -> (1 + side*side, D), same dtype.
 
-    The class token's row is kept. Bicubic with antialiasing, in float32, as open_clip does it by torch.
+    The class token's row is kept. Bicubic with antialiasing in float32, as open_clip has torch do it.
     """
     positions = np.asarray(positions)
-    old = round((len(positions) - 1) ** 0.5)
-    grid = positions[1:].astype(np.float32).reshape(old, old, -1)
+    old_side = round((len(positions) - 1) ** 0.5)
+    grid = positions[1:].astype(np.float32).reshape(old_side, old_side, -1)
     shape, precision = (side, side, grid.shape[-1]), jax.lax.Precision.HIGHEST
     resized = np.asarray(jax.image.resize(grid, shape, "cubic", precision=precision))
     return np.concatenate([positions[:1], resized.reshape(side * side, -1).astype(positions.dtype)])

@@ -1,12 +1,11 @@
 """The pre-LayerNorm transformer of both CLIP towers; each block's feed-forward layer is dense or MoE.
 
-Letters: B batch, L length, D width, H heads, F feed-forward hidden width, M MoE blocks, E experts; U units of
-B / U rows each (a row, or what a device has of them) and P tokens that are read of each unit.
+Letters: B batch, L length, D width, H heads, F feed-forward hidden width, M MoE blocks, E experts, S shards
+of B / S rows each (one row, or all rows that a device has of a microbatch), P pooled positions of a shard.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -16,34 +15,25 @@ from jax.ad_checkpoint import checkpoint_name
 from clipmoe_jax.core.sharding import split_batch
 from clipmoe_jax.models.attention import attention
 from clipmoe_jax.models.dispatch import ROUTING
-from clipmoe_jax.models.linear import HIDDEN, Linear, Mlp
-from clipmoe_jax.models.moe import MoeMlp, pick
+from clipmoe_jax.models.feed_forward import ACTIVATIONS, HIDDEN, Mlp
+from clipmoe_jax.models.linear import Linear
+from clipmoe_jax.models.moe import MoeMlp, gather
 
 Array = jax.Array
 
 
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), OpenAI CLIP's activation."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: Array) -> Array:
-    """The exact (erf) GELU, as open_clip's LAION models use."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
-
-
 REMAT = ("none", "dots", "full")
-# What remat="dots" keeps of a block, besides its input: queries, keys and values; what attention makes of
-# them; the stream after attention; the hidden layer before its activation; where routers send tokens.
+# The arrays that remat="dots" keeps of a block besides its input: queries, keys and values; the output of
+# attention; the residual stream after attention; hidden activations; where routers send tokens.
 KEPT = ("qkv", "attended", "attention_added", HIDDEN, ROUTING)
 
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """What a MoE block is. `num_moe_layers`: how many of the last blocks of each tower; None is all."""
+    """The architecture of MoE blocks.
+
+    num_moe_layers: how many of the last blocks of each tower are MoE; None is all.
+    """
 
     num_experts: int = 4
     num_selected_experts: int = 2
@@ -65,13 +55,12 @@ class ComputeConfig:
 
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
     remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights
-    (KEPT), so scores, norms and activations; "full": each block from its input.
+      (KEPT), so scores, norms and activations; "full": each block from its input.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
-    grouped_mlp: what "ragged" runs experts by, "blocks" (CPU), "fixed_blocks" (GPU), "ragged_dot" (TPU) or
-      "tokamax" (models/experts.py).
-    attention: "xla", "chunked", "cudnn" or "pallas" (models/attention.py).
-    mlp_chunk_rows: how many rows of a dense feed-forward layer are pulled back at a time (on one CPU device,
-      models/linear.py); 0 is all.
+    grouped_mlp: how "ragged" runs the experts, by platform (`experts.GROUPED_MLPS`).
+    attention: by platform and dtype (`attention.default_implementation`).
+    mlp_chunk_rows: how many rows of a dense feed-forward layer are computed at a time on one device, for CPUs
+      (models/feed_forward.py); 0 is all.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     compiler_options: of XLA, (name, value), for a training step.
     """
@@ -88,7 +77,7 @@ class ComputeConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one a row."""
+    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one per row."""
 
     num_heads: int
     causal: bool
@@ -108,8 +97,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One residual block. x (B, L, D), segments as in `Attention` -> (x, aux): MoeMlp's aux, else empty.
 
-    read (U, P) int32: which of each unit's L * B / U tokens come out, as (U, P, D), and are all that the
-    feed-forward layer is computed for; None is all of them, as (B, L, D).
+    pooled_positions (S, P) int32 as in `moe.gather`: only these tokens come out, as (S, P, D), and the
+    feed-forward layer is computed for them alone; None is all tokens, as (B, L, D).
     """
 
     num_heads: int
@@ -123,7 +112,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, segments: Array | None = None, read: Array | None = None
+        self, x: Array, segments: Array | None = None, pooled_positions: Array | None = None
     ) -> tuple[Array, dict[str, Array]]:
         dtype = jnp.dtype(self.compute.dtype)
         x = x + Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
@@ -132,7 +121,7 @@ class Block(nn.Module):
         x = checkpoint_name(x, "attention_added")
         ln_2, activation = layer_norm(self.layer_norm_eps, dtype, "ln_2"), ACTIVATIONS[self.activation]
         if self.moe is None:
-            x = pick(x, read)
+            x = gather(x, pooled_positions)
             mlp = Mlp(self.mlp_width, activation, dtype, self.compute.mlp_chunk_rows, name="mlp")
             return x + mlp(ln_2(x)), {}
         y, aux = MoeMlp(
@@ -147,13 +136,13 @@ class Block(nn.Module):
             deterministic=self.deterministic,
             dtype=dtype,
             name="moe",
-        )(ln_2(x), read)
-        return pick(x, read) + y, aux
+        )(ln_2(x), pooled_positions)
+        return gather(x, pooled_positions) + y, aux
 
 
 def apply_blocks(
     x: Array,
-    read: Array,
+    pooled_positions: Array,
     segments: Array | None = None,
     *,
     num_layers: int,
@@ -168,9 +157,9 @@ def apply_blocks(
 ) -> tuple[Array, dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
-    x (B, L, D), read and segments as in `Block` -> (U * P, D) and aux, whose leaves are stacked over the MoE
-    blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
-    The feed-forward layer of the last block is computed for the tokens that are read alone.
+    x (B, L, D), pooled_positions and segments as in `Block` -> (S * P, D) and aux, whose leaves are stacked
+    over the MoE blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a
+    dense tower. The feed-forward layer of the last block is computed for the pooled positions alone.
     """
     block_class = _block_class(compute.remat)
     first_moe = first_moe_layer(num_layers, moe)
@@ -187,7 +176,7 @@ def apply_blocks(
             deterministic=deterministic,
             name=f"resblocks_{i}",
         )
-        x, aux = block(split_batch(x), segments, read if i == num_layers - 1 else None)
+        x, aux = block(split_batch(x), segments, pooled_positions if i == num_layers - 1 else None)
         if aux:
             block_aux.append(aux)
     x = x.reshape(-1, x.shape[-1])
@@ -198,8 +187,11 @@ def apply_blocks(
 
 @functools.cache
 def _block_class(remat: str) -> type[Block]:
-    """Traced once for all blocks that are alike, and for all calls: what is compiled is kept with the class
-    that `nn.jit` returns. (A profile then has the first one's name for all.)"""
+    """Returns Block jitted, with `remat`, one class for all calls.
+
+    JAX keeps the trace with the class that `nn.jit` returns, so blocks that are alike are traced once. (A
+    profile shows all of them under the first one's name.)
+    """
     if remat == "none":
         return nn.jit(Block)
     keep = KEPT if remat == "dots" else ()
@@ -207,7 +199,7 @@ def _block_class(remat: str) -> type[Block]:
 
 
 def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:
-    """Index of the first MoE block of a tower (`num_layers` if there is none)."""
+    """Returns the index of a tower's first MoE block, `num_layers` if there is none."""
     if moe is None:
         return num_layers
     if moe.num_moe_layers is None:
@@ -216,5 +208,5 @@ def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:
 
 
 def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm over D with float32 statistics."""
+    """Returns a LayerNorm over D with float32 statistics."""
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.feed_forward import quick_gelu
 from clipmoe_jax.models.moe import MoeMlp
-from clipmoe_jax.models.transformer import MoeConfig, quick_gelu
+from clipmoe_jax.models.transformer import MoeConfig
 
 DENSE = ClipConfig(
     embed_dim=8,

@@ -23,7 +23,8 @@ from clipmoe_jax.models.clip import (
     abstract_params,
     text_mask,
 )
-from clipmoe_jax.models.transformer import ACTIVATIONS, ComputeConfig, MoeConfig, apply_blocks
+from clipmoe_jax.models.feed_forward import ACTIVATIONS
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig, apply_blocks
 
 DENSE = ClipConfig(
     embed_dim=24,

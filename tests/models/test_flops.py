@@ -64,7 +64,7 @@ def test_forward(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "rules", "run", "slots"),
+    ("config", "rules", "compute", "slots"),
     [
         (DENSE, TRAIN_EVERYTHING, ComputeConfig(), 0),
         (DENSE, TRAIN_FFN, ComputeConfig(), 0),

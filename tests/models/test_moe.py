@@ -13,28 +13,21 @@ from jax.sharding import PartitionSpec
 
 from clipmoe_jax.core import sharding
 from clipmoe_jax.models import dispatch
-from clipmoe_jax.models.experts import (
-    GROUPED_MLPS,
-    WIDE_BLOCK,
-    Experts,
-    Hidden,
-    make_grouped_mlp,
-    random_bits,
-)
-from clipmoe_jax.models.linear import HIDDEN
+from clipmoe_jax.models.dropout import Dropout, random_bits
+from clipmoe_jax.models.experts import WIDE_BLOCK, make_grouped_mlp
+from clipmoe_jax.models.feed_forward import HIDDEN, FeedForward, Weights, quick_gelu
 from clipmoe_jax.models.moe import MoeMlp, route
-from clipmoe_jax.models.transformer import quick_gelu
 
 EXACT = {
     "dense": {"dispatch": "dense"},
     "ragged": {"dispatch": "ragged"},
     "ragged by fixed blocks": {"dispatch": "ragged", "grouped_mlp": "fixed_blocks"},
     "ragged by ragged_dot": {"dispatch": "ragged", "grouped_mlp": "ragged_dot"},
-    "ragged by tokamax": {"dispatch": "ragged", "grouped_mlp": "tokamax"},
     "capacity": {"dispatch": "capacity", "capacity_factor": 2.0},  # 2 = E / K never drops
 }
 N, D, F, E, K = 2 * 13, 8, 12, 4, 2
-AS_IT_IS = Hidden(lambda h: h)
+GROUPED_MLPS = ("blocks", "fixed_blocks", "ragged_dot")
+IDENTITY = FeedForward(lambda h: h)
 WORDS = np.array([2654435769, 42], np.uint32)
 
 
@@ -110,14 +103,14 @@ GROUPS = {
 
 def random_experts():
     shapes = (E, D, F), (E, F), (E, F, D), (E, D)
-    return Experts(*(0.3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)))
+    return Weights(*(0.3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)))
 
 
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("name", GROUPED_MLPS)
 def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
     """Values, and gradients for rows, gates and experts."""
-    used, ends, experts, hidden = sum(sizes), np.cumsum(sizes), random_experts(), Hidden(quick_gelu)
+    used, ends, experts, layer = sum(sizes), np.cumsum(sizes), random_experts(), FeedForward(quick_gelu)
     run, spare_rows = make_grouped_mlp(name, 400, E, all_grouped=False)
     rows = jax.random.normal(jax.random.key(4), (400 + spare_rows, D))
     gates = jax.random.uniform(jax.random.key(5), (len(rows), 1))
@@ -130,7 +123,7 @@ def test_grouped_mlp_equals_a_layer_for_each_group(name, sizes):
         return jnp.concatenate(parts)
 
     def grouped(rows, gates, experts):
-        return run(rows, gates, jnp.array(sizes, jnp.int32), experts, hidden)[:used]
+        return run(rows, gates, jnp.array(sizes, jnp.int32), experts, layer)[:used]
 
     expected, expected_pullback = jax.vjp(by_group, rows, gates, experts)
     y, pullback = jax.vjp(jax.jit(grouped), rows, gates, experts)
@@ -151,11 +144,11 @@ def test_blocks_drop_out_alike_in_both_passes_and_differently_in_each_block(name
     shape = num_rows + spare_rows, width
     stacked = 3, width, width
     identity = jnp.broadcast_to(jnp.eye(width), stacked)
-    ones = Experts(jnp.zeros(stacked), jnp.ones(stacked[:2]), identity, None)
+    ones = Weights(jnp.zeros(stacked), jnp.ones(stacked[:2]), identity, None)
 
     def run(activation, rows, gates, experts):
-        hidden = Hidden(activation, WORDS, rate)
-        return run_groups(rows, gates, jnp.array(sizes), experts, hidden)[:num_rows]
+        layer = FeedForward(activation, Dropout(rate, WORDS))
+        return run_groups(rows, gates, jnp.array(sizes), experts, layer)[:num_rows]
 
     kept = np.asarray(run(lambda h: h, jnp.zeros(shape), jnp.ones((shape[0], 1)), ones)) != 0
     assert abs(kept.mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.size) ** 0.5
@@ -217,25 +210,9 @@ def test_random_bits_of_a_row_do_not_depend_on_the_rows_beside_it():
 
 
 def test_dropout_lets_a_nan_through():
-    h = jnp.array([[1.0, jnp.nan] * 8])
-    y = Hidden(quick_gelu, WORDS, 0.25)(h, jnp.ones((1, 1)))
+    dropout, h = Dropout(0.25, WORDS), jnp.array([[1.0, jnp.nan] * 8])
+    y = dropout.scale(quick_gelu, dropout.drop(h))
     assert jnp.isnan(y).any() and not jnp.isnan(y[:, ::2]).any()
-
-
-def test_hidden_has_the_gradient_of_what_it_computes():
-    """Its own is written by hand, from the marks in h."""
-    key = jax.random.key(0)
-    h, gates = jax.random.normal(key, (300, F)), jax.random.uniform(key, (300, 1))
-    y, pullback = jax.vjp(Hidden(quick_gelu, WORDS, 0.25), h, gates)
-    kept = y != 0
-    assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / kept.size) ** 0.5
-
-    def whole(h, gates):
-        return jnp.where(kept, quick_gelu(h) / 0.75, 0) * gates
-
-    expected, expected_pullback = jax.vjp(whole, h, gates)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(pullback(y), expected_pullback(y), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("grouped_mlp", GROUPED_MLPS)
@@ -259,7 +236,7 @@ def test_frozen_experts_cost_no_gradient(name, kinds_of_block, train, products):
     shape = 400 + spare_rows, D
 
     def loss(rows, experts, sizes):
-        y = run(rows, jnp.ones((len(rows), 1)), sizes, experts, Hidden(quick_gelu))
+        y = run(rows, jnp.ones((len(rows), 1)), sizes, experts, FeedForward(quick_gelu))
         return jnp.sum(jnp.sin(y))
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if train else 0))
@@ -302,8 +279,8 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     # so each expert drops its third token: one first choice and one second choice of token 2.
     x = jnp.ones((3, D))
     gates, expert_ids = jnp.full((3, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (3, 1))
-    experts = Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
-    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, AS_IT_IS, capacity_factor=1.0)
+    experts = Weights(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
+    y, dropped = dispatch.capacity(x, gates, expert_ids, experts, IDENTITY, capacity_factor=1.0)
     np.testing.assert_array_equal(dropped, [0, 0, 2])
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
 
@@ -380,7 +357,6 @@ def nan_where_undefined(monkeypatch):
         return mask(y, used, (jnp.nan, 0))
 
     monkeypatch.setattr(lax, "ragged_dot", kernel)
-    monkeypatch.setattr("tokamax.ragged_dot", kernel)
     monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
 
 
@@ -412,13 +388,13 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
     hand above, eight times. Buffers travel, and nothing is gathered."""
     x = jnp.ones((24, D))
     gates, expert_ids = jnp.full((24, 2), 0.5), jnp.tile(jnp.array([[0, 1]]), (24, 1))
-    experts = Experts(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
+    experts = Weights(jnp.ones((E, D, F)), jnp.zeros((E, F)), jnp.ones((E, F, D)), jnp.zeros((E, D)))
     tokens, stacked = PartitionSpec(sharding.BATCH_AXES), PartitionSpec("expert")
     run = dispatch.make_dispatch("capacity", 1.0, "blocks", "expert")
     with jax.set_mesh(sharding.make_mesh(2, 1, 4)):
         over_devices = jax.jit(
             jax.shard_map(
-                lambda *arrays: run(*arrays, AS_IT_IS),
+                lambda *arrays: run(*arrays, IDENTITY),
                 in_specs=(tokens, tokens, tokens, stacked),
                 out_specs=tokens,
             )
@@ -433,5 +409,5 @@ def test_capacity_over_the_expert_axis_drops_by_device_and_counts():
 def test_unknown_dispatch_says_which_there_are(params, x):
     with pytest.raises(ValueError, match="'dense', 'ragged' or 'capacity'"):
         make_layer(dispatch="scatter").apply({"params": params}, x)
-    with pytest.raises(ValueError, match="choose one of blocks, fixed_blocks, ragged_dot, tokamax"):
+    with pytest.raises(ValueError, match="choose one of blocks, fixed_blocks, ragged_dot"):
         make_layer(grouped_mlp="scatter").apply({"params": params}, x)

@@ -104,7 +104,7 @@ def test_config_arguments():
     ("platform", "dtype", "grouped_mlp", "attention"),
     [
         ("cpu", "float32", "blocks", "chunked"),
-        ("tpu", "bfloat16", "ragged_dot", "pallas"),
+        ("tpu", "bfloat16", "ragged_dot", "xla"),
         ("gpu", "bfloat16", "fixed_blocks", "xla"),
         ("cuda", "bfloat16", "fixed_blocks", "cudnn"),
         ("cuda", "float32", "fixed_blocks", "xla"),  # cuDNN's attention has half precision alone
@@ -117,41 +117,9 @@ def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, atten
     assert (compute.grouped_mlp, compute.attention) == (grouped_mlp, attention)
 
 
-@pytest.mark.parametrize(
-    ("platform", "dtype", "field", "value", "where", "others"),
-    [
-        ("cpu", "float32", "attention", "pallas", "cpu in float32", "chunked, xla"),
-        ("tpu", "bfloat16", "attention", "cudnn", "tpu in bfloat16", "pallas, xla, chunked"),
-        ("cuda", "float32", "attention", "cudnn", "cuda in float32", "xla, chunked"),
-        ("cpu", "float32", "grouped_mlp", "tokamax", "cpu", "blocks, fixed_blocks"),
-        # Each turn of its loops would ask the host.
-        ("cuda", "bfloat16", "grouped_mlp", "blocks", "cuda", "fixed_blocks, tokamax"),
-        # XLA makes of it every kernel for every row.
-        ("cuda", "bfloat16", "grouped_mlp", "ragged_dot", "cuda", "fixed_blocks, tokamax"),
-    ],
-)
-def test_what_the_platform_has_not_is_an_error(platform, dtype, field, value, where, others):
-    config = configs.default_config()
-    config.compute.update({"dtype": dtype, field: value})
-    with pytest.raises(
-        ValueError, match=f"compute.{field}={value} does not run on {where}: choose one of {others}, or leave"
-    ):
-        configs.compute_config(config, platform)
-
-
-def test_tokamax_runs_experts_where_it_is_installed(monkeypatch):
-    config = configs.default_config()
-    config.compute.grouped_mlp = "tokamax"
-    assert configs.compute_config(config, "cuda").grouped_mlp == "tokamax"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="compute.grouped_mlp=tokamax is not installed: pip install tokamax"):
-        configs.compute_config(config, "cuda")
-
-
 BAD_FIELDS = {
     "more selected than experts": ("moe.num_selected_experts", 5, "between 1 and the number of experts, 4"),
     "unknown dispatch": ("moe.dispatch", "scatter", "choose one of ragged, dense, capacity"),
-    "unknown grouped_mlp": ("compute.grouped_mlp", "gmm", "blocks, fixed_blocks, ragged_dot, tokamax"),
     "gradients that vanish": ("compute.dtype", "float16", "float32, bfloat16"),
     "unknown init_from": ("mcl.init_from", "last", "base, previous"),
     "unknown balance": ("router.balance", "none", "paper, released"),
