@@ -20,9 +20,12 @@ from clipmoe_jax.train.phase import PhaseConfig
 # Fields that earlier versions had: {dotted name: what to set now}. Where that is a plain name, artifacts made
 # under the old one are gone on with.
 RENAMED = {
+    "run": "compute",
     "run.dtype": "compute.dtype",
     "run.remat": "compute.remat",
     "run.frozen_dtype": "compute.frozen_dtype",
+    "run.attention": "chosen by platform",
+    "run.grouped_mlp": "chosen by platform",
     "data.digit_scenes": "data.train=digit_scenes:train?pairs=N (and data.test, data.base: configs/demo.py)",
 }
 
@@ -335,7 +338,7 @@ def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = {}
     for name, value in inputs.items():
         new = RENAMED.get(name, name)
-        if "=" not in new:
+        if re.fullmatch(r"[\w.]+", new):
             upgraded[new] = value
         elif value:
             upgraded[name] = value

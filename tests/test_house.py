@@ -58,8 +58,8 @@ NEVERS = [
     Never(
         "planning",
         ("analysis", "dmu", "evaluation", "interop", "reporting", *TOP),
-        "a plan reads the recipe table and traces steps: it runs no stage",
-        ("dmu.recipes",),
+        "a plan reads the recipe table, worked out for a config, and traces steps: it runs no stage",
+        ("dmu.recipes", "dmu.phases"),
     ),
     Never(
         "reporting",

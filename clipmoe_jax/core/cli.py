@@ -74,19 +74,15 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError) as error:
         if "CLIPMOE_DEBUG" in os.environ:
             raise
-        unknown_field = isinstance(error, AttributeError)
         text = _one_line(error)
-        _fail(f"no such config field: {text}{_renaming(text, renamed)}" if unknown_field else text)
+        hint = _renaming(text, renamed)
+        _fail(f"no such config field: {text}{hint}" if hint or isinstance(error, AttributeError) else text)
 
 
 def _renaming(text: str, renamed: Mapping[str, str]) -> str:
     """What fields of an earlier version, if the text of an error names some, are now."""
     words = set(re.findall(r"[\w.]+", text.replace("config.", "")))
-    new = [
-        f"{old} is now {now}"
-        for old, now in renamed.items()
-        if words & {old, old.rpartition(".")[2], old.split(".")[0]}
-    ]
+    new = [f"{old} is now {now}" for old, now in renamed.items() if words & {old, old.rpartition(".")[2]}]
     return f"; {'; '.join(new)}" if new else ""
 
 

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ def abstract_step(
     loss = LossConfig(0.1, 0.01, short_caption_weight=float(phase.short_length > 0))
     model = Clip(phase.architecture, phase.compute)
     # A Linen module has a hash, which its type does not tell.
-    step = cast(Callable[..., jax.stages.Wrapped], make_train_step)(model, loss, phase.hyperparameters)
+    step = make_train_step(model, loss, phase.hyperparameters)
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
