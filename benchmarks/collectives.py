@@ -9,7 +9,7 @@ ITEM_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
 
 def sent(compiled: str) -> dict[str, float]:
     """Returns {operation: bytes that a device sends} of a compiled program's collectives, as plans count."""
-    num_bytes = collections.Counter()
+    num_bytes: dict[str, float] = collections.defaultdict(float)
     computations = _computations(compiled)
     times = _times(computations)
     for name, lines in computations.items():

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -40,8 +39,8 @@ def abstract_step(
     trainable, frozen = held_params(mesh, training)
     loss = LossConfig(0.1, 0.01, short_caption_weight=float(training.short_length > 0))
     model = Clip(training.config, training.compute)
-    # A Linen module has a hash, which its type does not tell.
-    step = cast(Callable[..., jax.stages.Wrapped], make_train_step)(model, loss, training.phase)
+    # Linen modules are hashable, but their type does not say so.
+    step = make_train_step(model, loss, training.phase)  # pyright: ignore[reportArgumentType]
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
@@ -49,7 +48,13 @@ def abstract_step(
     if training.short_length:
         shape = training.phase.batch_size, training.short_length
         batch["short_text"] = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
-    return step, (abstract_state(mesh, training.phase, trainable), frozen, batch, rate, key)
+    return cast(jax.stages.Wrapped, step), (
+        abstract_state(mesh, training.phase, trainable),
+        frozen,
+        batch,
+        rate,
+        key,
+    )
 
 
 def held_params(mesh: Mesh | AbstractMesh, training: Training) -> tuple[dict, dict]:
