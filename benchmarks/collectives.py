@@ -1,4 +1,4 @@
-"""Reads what a compiled program's collectives move from its text."""
+"""Counts the bytes that a compiled program's collectives send, from its text."""
 
 import collections
 import math
@@ -8,8 +8,8 @@ ITEM_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
 
 
 def sent(compiled: str) -> dict[str, float]:
-    """{operation: bytes that a device sends} of a compiled program's collectives, as the plan counts."""
-    found = collections.Counter()
+    """Returns {operation: bytes that a device sends} of a compiled program's collectives, as plans count."""
+    num_bytes: dict[str, float] = collections.defaultdict(float)
     computations = _computations(compiled)
     times = _times(computations)
     for name, lines in computations.items():
@@ -27,24 +27,24 @@ def sent(compiled: str) -> dict[str, float]:
             if operation[2] == "reduce-scatter":  # whose result is one part
                 size *= n
             to_all = 2 if operation[2] == "all-reduce" else 1
-            found[operation[2]] += (times[name] or 1) * size * (n - 1) / n * to_all
-    return found
+            num_bytes[operation[2]] += (times[name] or 1) * size * (n - 1) / n * to_all
+    return num_bytes
 
 
 def _computations(compiled: str) -> dict[str, list[str]]:
-    """{name: lines} of a program's computations; the entry's name is ""."""
-    found, name = {}, None
+    """Returns {name: lines} of a program's computations; the entry's name is ""."""
+    computations, name = {}, None
     for line in compiled.splitlines():
         if begins := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
             name = "" if begins[1] else begins[2]
-            found[name] = []
+            computations[name] = []
         elif name is not None:
-            found[name].append(line)
-    return found
+            computations[name].append(line)
+    return computations
 
 
 def _times(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each runs: the body of a loop as often as the compiler knows, once where it does not."""
+    """Returns how often each runs: a loop's body as often as the compiler knows, once where it does not."""
     times = collections.Counter()
 
     def count(name: str, number: int) -> None:
@@ -59,7 +59,7 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int]:
 
 
 def group_size(text: str) -> int:
-    """Of `{{0,1,2,3},…}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`: devices of a group."""
+    """Returns the devices of a group: of `{{0,1,2,3},…}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`."""
     if listed := re.match(r"\{\{([\d,]+)\}", text):
         return len(listed[1].split(","))
     if counted := re.match(r"\[\d+,(\d+)\]", text):

@@ -1,4 +1,4 @@
-"""How tokens reach experts that lie on other devices: what each way moves, holds and takes, in one run.
+"""Compares ways in which tokens reach experts on other devices: bytes sent, bytes held, time, in one run.
 
     python -m benchmarks.expert_parallel --devices=8 --expert=4
 
@@ -12,6 +12,7 @@ import statistics
 
 
 def main() -> None:
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--expert", type=int, default=4, help="size of the expert axis")

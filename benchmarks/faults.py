@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def start(workdir: pathlib.Path, config: str, num_processes: int, cache: pathlib.Path) -> subprocess.Popen:
-    """launch/local.py, its consoles in WORKDIR.log."""
+    """Starts launch/local.py, its consoles in WORKDIR.log."""
     command = [sys.executable, str(ROOT / "launch" / "local.py"), f"--processes={num_processes}"]
     command += [f"--logs={workdir.parent}", "--", f"--config={config}", f"--workdir={workdir}"]
     env = os.environ | {
@@ -41,12 +41,12 @@ def start(workdir: pathlib.Path, config: str, num_processes: int, cache: pathlib
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started."""
+    """Returns the processes that a process started."""
     return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def where(workdir: pathlib.Path) -> str:
-    """What is being made."""
+    """Returns the artifact that is being made."""
     unfinished = sorted(str(path.relative_to(workdir)) for path in workdir.glob("**/*.unfinished"))
     return unfinished[0].removesuffix(".unfinished") if unfinished else "between stages"
 
@@ -67,6 +67,7 @@ def compare(workdir: pathlib.Path, whole: pathlib.Path) -> int:
 
 
 def main() -> None:
+    """Starts, signals and compares until all signals are sent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--sigterms", type=int, default=5)

@@ -1,4 +1,4 @@
-"""The MoE block against a dense feed-forward layer: time of each dispatch, as ratios within one run.
+"""Times the MoE block with each dispatch against a dense feed-forward layer, as ratios within one run.
 
     python -m benchmarks.moe_block                       # the sizes of the README's table
     python -m benchmarks.moe_block --tokens=25700 --width=1024 --hidden=4096 --dtype=bfloat16
@@ -8,9 +8,8 @@ fine-tuning). Runs are interleaved, so that a change of the machine's speed reac
 the median of the ratios of each round.
 """
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,38 +28,26 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def make_calls(
-    tokens: int,
-    width: int,
-    hidden: int,
-    experts: int,
-    selected: int,
-    dtype: str,
-    layers: Sequence[str] = LAYERS,
+    tokens: int, width: int, hidden: int, experts: int, selected: int, dtype: str
 ) -> tuple[Calls, Calls]:
-    """{layer: call} forward, and forward with the gradient."""
+    """Returns {layer: call} of the forward pass, and of the forward pass with the gradient."""
     dtype = jnp.dtype(dtype)
     x = jax.random.normal(jax.random.key(0), (1, tokens, width), dtype)
     target = jax.random.normal(jax.random.key(1), x.shape, dtype)
 
     def apply_function(layer):
-        """What computes a layer, and its params."""
+        """Returns a layer's function and its params."""
         if layer == DENSE:
             mlp = Mlp(hidden, quick_gelu, dtype)
             return mlp.apply, mlp.init(jax.random.key(2), x)
-        compute = configs.compute_config(configs.default_config(), sharding.platform())
+        grouped_mlp = configs.compute_config(configs.default_config(), sharding.platform()).grouped_mlp
         moe = MoeMlp(
-            experts,
-            selected,
-            hidden,
-            quick_gelu,
-            dispatch=layer,
-            grouped_mlp=compute.grouped_mlp,
-            dtype=dtype,
+            experts, selected, hidden, quick_gelu, dispatch=layer, grouped_mlp=grouped_mlp, dtype=dtype
         )
         return (lambda params, x: moe.apply(params, x)[0]), moe.init(jax.random.key(2), x)
 
     def gradient_function(apply, params):
-        """Gradient for the inputs and, in a MoE, the router."""
+        """Returns the call for the gradient of the inputs and, in a MoE, the router."""
         router = params["params"].get("router", {})
 
         def outputs_and_gradients(params, x, router, target):
@@ -75,7 +62,7 @@ def make_calls(
         return lambda: compiled(params, x, router, target)
 
     forward, backward = {}, {}
-    for name in layers:
+    for name in LAYERS:
         apply, params = apply_function(name)
         compiled = jax.jit(apply)
         forward[name] = lambda compiled=compiled, params=params: compiled(params, x)
@@ -84,6 +71,7 @@ def make_calls(
 
 
 def main() -> None:
+    """Measures and prints the README's table."""
     parser = timing.moe_parser(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
@@ -97,16 +85,13 @@ def main() -> None:
         f"K={args.selected} {args.dtype}"
     )
     print(f"{'':12}{'forward':>12}{'ratio':>8}{'forward+gradient':>20}{'ratio':>8}")
-    results = {}
     timings = [interleaved_seconds(calls, args.rounds) for calls in (forward, backward)]
     for name in forward:
         row = []
         for seconds in timings:
             ratios = [a / b for a, b in zip(seconds[name], seconds[DENSE], strict=True)]
             row += [statistics.median(seconds[name]) * 1e3, statistics.median(ratios)]
-        results[name] = row
         print(f"{name:12}{row[0]:>9.1f} ms{row[1]:>7.2f}x{row[2]:>17.1f} ms{row[3]:>7.2f}x")
-    print(json.dumps({"args": vars(args), "device": device.device_kind, "results": results}))
 
 
 if __name__ == "__main__":

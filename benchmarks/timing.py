@@ -1,19 +1,26 @@
-"""What is timed, and how a failure of it is told; without JAX or PyTorch."""
+"""Programs in processes of their own that take turns, so that a change of the machine's speed reaches all.
+
+Neither side's threads, libraries or memory are in the other's way, and while one runs the other waits. This
+module imports neither JAX nor PyTorch.
+"""
 
 import argparse
+import importlib
 import math
+import multiprocessing
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 LEAST_SECONDS = 0.1  # of a measurement: quick calls are repeated, one behind the other
-OUT_OF_MEMORY = "out of memory"
-SIGNS_OF_IT = ("resource_exhausted", "out of memory", "outofmemory", "can't allocate memory", "memoryerror")
 
 
 def moe_parser(description: str) -> argparse.ArgumentParser:
-    """The sizes of a MoE block: of the README's table unless told."""
+    """Returns a parser of the sizes of a MoE block: those of the README's table by default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tokens", type=int, default=1600)
     parser.add_argument("--width", type=int, default=768)
@@ -25,57 +32,85 @@ def moe_parser(description: str) -> argparse.ArgumentParser:
 
 
 class Program(NamedTuple):
-    """What is timed: `wait(call())`. `call` may return before the work is done, `wait` does not.
+    """`wait(call())` is timed: `call` may return before the work is done, `wait` does not.
 
-    flops: of one call, by models/flops.py. pairs: that one call takes, 0 where that means nothing. against:
-    names of the programs that it is compared with.
+    flops: of one call, by models/flops.py. pairs: that one call takes, 0 for a product of matrices.
     """
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
     flops: float
     pairs: int = 0
-    against: tuple[str, ...] = ()
+
+    def seconds(self, repeats: int = 1) -> float:
+        """Returns the seconds of one call, of several behind one another."""
+        began = time.perf_counter()
+        for _ in range(repeats):
+            result = self.call()
+        self.wait(result)
+        return (time.perf_counter() - began) / repeats
 
 
-def prepare(build: Callable[[], Program]) -> tuple[tuple[Program, int] | None, dict[str, Any]]:
-    """Builds a program and calls it twice, the second time to see how often to call it in a measurement.
+class Side(NamedTuple):
+    """A module with a function make_program, and the environment that it wants."""
 
-    Returns (program, how often), None if it does not run; and what to tell of it, an "error" if it does not.
+    module: str
+    environment: dict[str, str]
+
+
+class Worker:
+    """A process that holds one program, its side's `make_program(kind, sizes)`.
+
+    told: {"sizes": completed by the module, "device": its versions, "flops", "pairs", "first_call_s"}.
     """
-    began = time.perf_counter()
+
+    def __init__(self, side: Side, kind: str, sizes: dict[str, Any]):
+        """Starts the process and waits until the program has run twice. Raises RuntimeError if it fails."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, side, kind, sizes), daemon=True)
+        self._process.start()
+        other_end.close()
+        self.told = self._answer()
+
+    def seconds(self) -> float:
+        """Returns the seconds of a call now. Raises RuntimeError if the process dies of it."""
+        self._connection.send("go")
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            answer = RuntimeError(f"the process ended with code {self._process.exitcode}")
+        if isinstance(answer, RuntimeError):
+            self.close()
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.close()
+        self._process.join(30)
+        self._process.kill()
+
+
+def _serve(connection: Connection, side: Side, kind: str, sizes: dict[str, Any]) -> None:
+    os.environ.update(side.environment)
+    # CLIPModel needs none of torchvision, and does not import beside one that was built for another torch.
+    sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
     try:
-        program = build()
-        program.wait(program.call())
-        told = {"first_call_s": time.perf_counter() - began}
-        seconds = seconds_of(program, 1)
+        began = time.perf_counter()
+        program, told = importlib.import_module(side.module).make_program(kind, sizes)
+        program.seconds()
+        told |= {"first_call_s": time.perf_counter() - began, "flops": program.flops, "pairs": program.pairs}
+        repeats = math.ceil(LEAST_SECONDS / max(program.seconds(), 1e-6))
+        connection.send(told)
+        while connection.recv():
+            connection.send(program.seconds(repeats))
+    except EOFError:
+        return  # the other end is closed
     except Exception as error:
-        return None, failure(error)
-    told |= {"flops": program.flops, "pairs": program.pairs, "against": program.against}
-    return (program, math.ceil(LEAST_SECONDS / max(seconds, 1e-6))), told
-
-
-def measure(prepared: tuple[Program, int]) -> dict[str, Any]:
-    """{"seconds": of one call}, or an "error"."""
-    try:
-        return {"seconds": seconds_of(*prepared)}
-    except Exception as error:
-        return failure(error)
-
-
-def seconds_of(program: Program, repeats: int) -> float:
-    """Seconds of one call, of several behind one another."""
-    began = time.perf_counter()
-    for _ in range(repeats):
-        result = program.call()
-    program.wait(result)
-    return (time.perf_counter() - began) / repeats
-
-
-def failure(error: Exception) -> dict[str, str]:
-    """{"error": a line}; anything but a lack of memory also goes to stderr in full."""
-    text = f"{type(error).__name__}: {error}"
-    if any(sign in text.lower() for sign in SIGNS_OF_IT):
-        return {"error": OUT_OF_MEMORY}
-    traceback.print_exception(error)
-    return {"error": text.splitlines()[0]}
+        traceback.print_exc()
+        connection.send(RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0]))

@@ -1,4 +1,4 @@
-"""The exported MoE layer in PyTorch: time against a masked loop, a dense layer, and its own products.
+"""Times the exported MoE layer in PyTorch against a masked loop, a dense layer, and its own products.
 
     python -m benchmarks.torch_moe                       # the sizes of benchmarks/moe_block.py
     python -m benchmarks.torch_moe --device=cuda --tokens=25700 --width=1024 --hidden=4096 --dtype=bfloat16
@@ -9,7 +9,6 @@ implementation of these sizes must at least take. Runs are interleaved; the rati
 of each round.
 """
 
-import json
 import statistics
 import time
 
@@ -52,7 +51,7 @@ class MaskedLoop(nn.Module):
         return y.view(shape)
 
     def products_alone(self, x: torch.Tensor) -> torch.Tensor:
-        """N * K rows, split evenly over the experts, through both matrices of each."""
+        """Multiplies N * K rows, split evenly over the experts, by both matrices of each."""
         groups = x.repeat(self.num_selected, 1).chunk(len(self.experts))
         both = zip(groups, self.experts, strict=True)
         return sum((rows @ fc1.weight.t() @ fc2.weight.t()).sum() for rows, (fc1, fc2) in both)
@@ -66,6 +65,7 @@ def _expert(*parts: torch.Tensor) -> nn.ModuleList:
 
 
 def main() -> None:
+    """Measures and prints the table of docs/interop.md."""
     parser = timing.moe_parser(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
@@ -97,7 +97,7 @@ def main() -> None:
             layer(x)
 
     def forward_and_gradient(layer):
-        """For inputs and all parameters: the exported module trains whole."""
+        """Takes the gradient of inputs and all parameters: the exported module trains whole."""
         leaf = x.clone().requires_grad_()
         layer(leaf).sum().backward()
         for module in (moe, mlp, loop):
@@ -107,7 +107,7 @@ def main() -> None:
         f"{args.device}, {torch.get_num_threads()} threads: N={args.tokens} D={args.width} F={args.hidden} "
         f"E={args.experts} K={args.selected} {args.dtype}; largest difference in float32 {difference:.1e}"
     )
-    results = {}
+    print(f"{'':42}{'time':>12}{'faster than the masked loop':>30}")
     for run in (forward, forward_and_gradient):
         seconds = {name: [] for name in layers}
         for _ in range(args.rounds + 1):
@@ -120,11 +120,8 @@ def main() -> None:
         for name, taken in seconds.items():
             pairs = list(zip(seconds["masked loop"], taken, strict=True))[1:]  # without the first, a warm-up
             ratio = statistics.median(loop / own for loop, own in pairs)
-            results[f"{run.__name__}: {name}"] = [statistics.median(taken[1:]) * 1e3, ratio]
-    print(f"{'':42}{'time':>12}{'faster than the masked loop':>30}")
-    for name, (milliseconds, ratio) in results.items():
-        print(f"{name:42}{milliseconds:>9.1f} ms{ratio:>29.2f}x")
-    print(json.dumps({"args": vars(args), "results": results}))
+            milliseconds = statistics.median(taken[1:]) * 1e3
+            print(f"{f'{run.__name__}: {name}':42}{milliseconds:>9.1f} ms{ratio:>29.2f}x")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def count_pairs(config: ConfigDict) -> int:
 
 
 def main(argv: list[str]) -> str:
-    """The command: flags in, the plan's text out."""
+    """Returns the plan's text; the command prints it."""
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds tells every file it opens
     given = flags.FLAGS

@@ -151,7 +151,7 @@ def expert_names(num_experts: int) -> list[tuple[int, str]]:
 
 
 def _pairs(name: str, tower: str, values: np.ndarray, first: int, high: float) -> charts.Markup:
-    """values (R, R): expert by expert, from expert `first` on."""
+    """Draws values (R, R), expert by expert, from expert `first` on."""
     names = [f"expert {first + e}" for e in range(len(values))]
     rows = (f"{label}: {_list(row, '{:.2f}')}" for label, row in zip(names, values, strict=True))
     alt = f"Heat map, expert by expert, {tower}, mean over blocks. {'; '.join(rows)}."
@@ -159,7 +159,7 @@ def _pairs(name: str, tower: str, values: np.ndarray, first: int, high: float) -
 
 
 def _shares(name: str, kind: str, rows: list[str], shares: Any) -> charts.Markup:
-    """shares (M, R, E), drawn as their mean over blocks."""
+    """Draws shares (M, R, E) as their mean over blocks."""
     mean = np.mean(shares, axis=0)
     parts = (f"{row} {_list(100 * of_row)}" for row, of_row in zip(rows, mean, strict=True))
     alt = f"Stacked bars of the experts' shares of routed slots by {kind}, in per cent: {'; '.join(parts)}."
@@ -169,7 +169,7 @@ def _shares(name: str, kind: str, rows: list[str], shares: Any) -> charts.Markup
 def _by_block(
     name: str, title: str, values: Mapping[str, tuple[ArrayLike, ArrayLike]], **look: Any
 ) -> charts.Markup:
-    """values: {tower: (blocks (M,), values (M,))}."""
+    """Draws a curve for each tower; values: {tower: (blocks (M,), values (M,))}."""
     shown = {
         TOWERS[tower]: Curve(np.asarray(blocks), np.asarray(numbers), COLOURS[tower])
         for tower, (blocks, numbers) in values.items()

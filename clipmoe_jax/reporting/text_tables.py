@@ -126,7 +126,7 @@ def format_evaluations(seeds: Sequence[Results]) -> str:
 
 
 def short_name(metric: str) -> str:
-    """image_to_text_r1 -> i2t_r1."""
+    """Returns a metric's name with the direction cut short: image_to_text_r1 -> i2t_r1."""
     return metric.replace("image_to_text", "i2t").replace("text_to_image", "t2i")
 
 
@@ -161,7 +161,7 @@ def format_differences(seeds: Sequence[Results]) -> str:
 
 
 def short_count(count: float) -> str:
-    """3,562,000 -> 3.56M."""
+    """Returns a count in thousands, millions or billions: 3,562,000 -> 3.56M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.2f}{unit}"

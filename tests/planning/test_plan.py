@@ -88,7 +88,7 @@ def bytes_on_first_device(tree) -> int:
 @pytest.mark.parametrize(
     ("kind", "sizes"), [("everything", (1, 8, 1)), *((kind, (2, 2, 2)) for kind in KINDS)], ids=str
 )
-def test_bytes_of_params_and_optimizer(kind, sizes):
+def test_planned_bytes_are_those_on_a_device(kind, sizes):
     mesh = sharding.make_mesh(*sizes)
     state, frozen = started(kind, mesh)
     memory = plan_memory(abstract(mesh), phase_of(kind))
@@ -109,17 +109,17 @@ def test_bytes_of_params_and_optimizer(kind, sizes):
     ],
     ids=str,
 )
-def test_what_travels(kind, sizes, name):
+def test_compiled_step_sends_what_is_planned(kind, sizes, name):
     """The compiled step has the collectives of the plan, and otherwise only what is a few numbers for each
     pair: log-sums, shares of experts, metrics."""
     mesh = sharding.make_mesh(*sizes)
     planned = collections.Counter()
     for transfer in plan_transfers(abstract(mesh), phase_of(kind, dispatch=name)):
         planned[transfer.operation] += transfer.num_bytes
-    found = sent(compiled_step(kind, mesh, dispatch=name))
-    assert found.keys() == planned.keys()
+    compiled = sent(compiled_step(kind, mesh, dispatch=name))
+    assert compiled.keys() == planned.keys()
     for operation, num_bytes in planned.items():
-        assert found[operation] == pytest.approx(num_bytes, abs=2000, rel=0.01), operation
+        assert compiled[operation] == pytest.approx(num_bytes, abs=2000, rel=0.01), operation
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_gradients_travel_as_products_make_them(kind, sizes, in_half, in_float32
     """In half precision but for vectors and routers. What is split over fsdp is scattered once, the rest is
     reduced to all: twice 7/8 of it."""
     transfers = plan_transfers(abstract(sharding.make_mesh(*sizes)), phase_of(kind, dtype="bfloat16"))
-    found = {t.operation: t.num_bytes for t in transfers if t.what == "gradients"}
+    gradients = {t.operation: t.num_bytes for t in transfers if t.what == "gradients"}
     if sizes[1] == 1:
-        assert found == {"all-reduce": 7 / 8 * 2 * (2 * in_half + 4 * in_float32)}
+        assert gradients == {"all-reduce": 7 / 8 * 2 * (2 * in_half + 4 * in_float32)}
     else:
-        assert found == {"reduce-scatter": 7 / 8 * 2 * in_half, "all-reduce": 7 / 8 * 2 * 4 * in_float32}
+        assert gradients == {"reduce-scatter": 7 / 8 * 2 * in_half, "all-reduce": 7 / 8 * 2 * 4 * in_float32}
 
 
 def test_accumulated_gradients_travel_once_and_in_float32():
@@ -193,8 +193,8 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
 
     x = jax.device_put(np.eye(64, dtype=np.float32), sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        found = sent(powers.lower(x).compile().as_text())
-    assert found == {"all-gather": 5 * 7 / 8 * 64 * 64 * 4}
+        num_bytes = sent(powers.lower(x).compile().as_text())
+    assert num_bytes == {"all-gather": 5 * 7 / 8 * 64 * 64 * 4}
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -207,9 +207,9 @@ def test_fsdp_gathers_parameters_and_no_activations(remat):
         for transfer in plan_transfers(abstract(mesh), phase_of("feed-forward layers", phase, remat=remat))
         if transfer.operation == "all-gather"
     )
-    found = sent(compiled_step("feed-forward layers", mesh, phase, remat=remat))
-    assert found["all-gather"] == pytest.approx(expected, rel=0.01)
-    assert "all-to-all" not in found
+    num_bytes = sent(compiled_step("feed-forward layers", mesh, phase, remat=remat))
+    assert num_bytes["all-gather"] == pytest.approx(expected, rel=0.01)
+    assert "all-to-all" not in num_bytes
 
 
 def compiled_step(kind, mesh, phase=PHASE, **compute) -> str:
@@ -230,19 +230,19 @@ def compiled_step(kind, mesh, phase=PHASE, **compute) -> str:
 def test_stages_and_steps():
     config = default_config()
     config.baselines = baseline_names()
-    found = {phase.name: phase for phase in phases_of(config, "cuda", 1_246_000)}
+    by_name = {phase.name: phase for phase in phases_of(config, "cuda", 1_246_000)}
     trained = [row.name for row in BASELINES if row.group != "ensemble"]
-    assert list(found) == ["mcl_1", "mcl_2", "mcl_3", "router", *trained]
+    assert list(by_name) == ["mcl_1", "mcl_2", "mcl_3", "router", *trained]
     steps = 1_246_000 // 800
-    assert found["mcl_2"].num_steps == found["router"].num_steps == steps
-    assert found["direct_ft_same_pairs"].num_steps == 4 * steps
-    assert found["base_ft_moe"].architecture.moe.num_experts == 2
-    assert found["long_clip"].short_length == 64 and found["full_ft"].short_length == 0
+    assert by_name["mcl_2"].num_steps == by_name["router"].num_steps == steps
+    assert by_name["direct_ft_same_pairs"].num_steps == 4 * steps
+    assert by_name["base_ft_moe"].architecture.moe.num_experts == 2
+    assert by_name["long_clip"].short_length == 64 and by_name["full_ft"].short_length == 0
     # mcl and direct_ft; router; full_ft; long_clip; base_ft_moe; sparse_upcycling, drop_upcycling; clip_up.
-    assert len({phase.step_key for phase in found.values()}) == 7
+    assert len({phase.step_key for phase in by_name.values()}) == 7
 
 
-def test_the_papers_time():
+def test_papers_time_is_a_plausible_mfu():
     """86 pairs a second on each of 8 A100, half an hour a stage (arXiv 2409.19291, section 4.1), is 14.5 %
     of their peak by our count."""
     dense, _ = architectures_of(default_config())
@@ -251,18 +251,18 @@ def test_the_papers_time():
     assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.145, abs=0.002)
 
 
-def test_what_is_printed():
+def test_printed_plan_marks_steps_that_do_not_fit():
     config = default_config()
     config.base.architecture = WIDE.to_dict()
     config.mcl.batch_size = config.router.batch_size = 32768
-    found = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=100_000_000)
-    lines = format_plan(found).splitlines()
+    whole = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=100_000_000)
+    lines = format_plan(whole).splitlines()
     assert lines[0].startswith(
         "8 × TPU v5e: 197 TFLOP/s in bfloat16, 16 GB each; mesh data 8 × fsdp 1 × expert 1"
     )
-    stages = [stage.name for stage in found.stages]
+    stages = [stage.name for stage in whole.stages]
     assert stages == ["embed_1", "mcl_1", "embed_2", "mcl_2", "embed_3", "mcl_3", "router"]
-    total = sum(stage.seconds for stage in found.stages) * 8 / 3600
+    total = sum(stage.seconds for stage in whole.stages) * 8 / 3600
     assert next(line for line in lines if line.startswith("all ")).endswith(f"{total:.2f}")
     # 4,096 pairs a device are too many for 16 GB when nothing is computed again.
     tight = [line.split()[0] for line in lines if line.endswith("does not fit into 16 GB")]
@@ -286,7 +286,7 @@ def test_remat_and_accumulation_are_not_mfu():
     ],
     ids=["batch", "mesh", "experts"],
 )
-def test_what_could_not_run(change, message):
+def test_run_that_would_be_refused_has_no_plan(change, message):
     config = default_config()
     config.mcl.batch_size = config.router.batch_size = 1024
     config.update_from_flattened_dict(change)

@@ -125,10 +125,10 @@ def write_diagnostics(
         return rng.dirichlet(np.full(num_experts, 4.0), shape).tolist()
 
     def alike(size: int) -> list:
-        found = np.clip(rng.normal(0.5, 0.2, (num_blocks, size, size)), -0.05, 1)
-        found = (found + found.swapaxes(1, 2)) / 2
-        found[:, np.arange(size), np.arange(size)] = 1
-        return found.tolist()
+        matrices = np.clip(rng.normal(0.5, 0.2, (num_blocks, size, size)), -0.05, 1)
+        matrices = (matrices + matrices.swapaxes(1, 2)) / 2
+        matrices[:, np.arange(size), np.arange(size)] = 1
+        return matrices.tolist()
 
     def routing(bins: list[str]) -> dict:
         return {

@@ -269,7 +269,7 @@ def test_experts_of_patches_and_words(page, workdir):
         picture = decode(element["src"].partition(",")[2]).convert("RGBA")
         for place, expert in np.ndenumerate(experts):
             colours.setdefault(int(expert), set()).add(picture.getpixel(place[::-1])[:3])
-    assert all(len(found) == 1 for found in colours.values())  # one colour an expert
+    assert all(len(of_expert) == 1 for of_expert in colours.values())  # one colour an expert
     assert len(set.union(*colours.values())) == len(colours)
     tokens = [element for element in page.all("span") if element.get("class") == "token"]
     assert len(tokens) == 2 * 5
@@ -443,7 +443,7 @@ CONTRAST = """
 const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
 const luminance = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
 const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-const found = [], tags = 'p, td, th, a, h1, h2, h3, h4, caption, figcaption, dt, dd, mark, i, em, svg text';
+const faint = [], tags = 'p, td, th, a, h1, h2, h3, h4, caption, figcaption, dt, dd, mark, i, em, svg text';
 for (const e of document.querySelectorAll(tags)) {
   const style = getComputedStyle(e);
   if (!e.textContent.trim() || !e.getClientRects().length || style.fontSize === '0px') continue;
@@ -452,13 +452,13 @@ for (const e of document.querySelectorAll(tags)) {
     back = numbers(getComputedStyle(under).backgroundColor);
   const ink = numbers(e.ownerSVGElement ? style.fill : style.color);
   const [low, high] = [luminance(ink), luminance(back)].sort((a, b) => a - b);
-  if ((high + .05) / (low + .05) < 4.5) found.push([e.tagName, e.textContent.slice(0, 30), ink, back]);
+  if ((high + .05) / (low + .05) < 4.5) faint.push([e.tagName, e.textContent.slice(0, 30), ink, back]);
 }
-return [found, document.querySelectorAll(tags).length]"""
+return [faint, document.querySelectorAll(tags).length]"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_the_contrast_of_wcag_aa(browser, workdir, text, scheme):
     look(browser, workdir, 1280, scheme)
-    found, looked_at = browser.execute_script(CONTRAST)
-    assert found == [] and looked_at > 300
+    faint, looked_at = browser.execute_script(CONTRAST)
+    assert faint == [] and looked_at > 300
