@@ -1,12 +1,13 @@
 """Writes a model for other programs: one function per format, from architecture and params to a folder.
 
 `clipmoe` is a state dict for the released code, `huggingface` a folder for transformers, `openclip` one for
-open_clip. Every tensor keeps its dtype.
+open_clip. Every tensor keeps its dtype. Params must have the shapes of their architecture.
 """
 
 import json
 import pathlib
 
+import chex
 import numpy as np
 from etils import epath
 from tokenizers import AddedToken, Regex, normalizers, processors
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import RELEASED_CONFIG, RELEASED_FILE
-from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.inputs import END_ID, MEAN, SPECIAL_IDS, STD
 from clipmoe_jax.models.positions import stretched_length
 from clipmoe_jax.models.transformer import first_moe_layer
@@ -45,6 +46,7 @@ def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) 
         if ours != theirs:
             fix = f": ask for context_length={theirs}" if name == "text.context_length" else ""
             raise ValueError(f"the released code supports only {name}={theirs}, this model has {ours}{fix}")
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     beside = {"activation": config.activation}
     if config.moe:
         depth = config.vision.num_layers
@@ -68,6 +70,7 @@ def write_huggingface(
 
     tokenizer: CLIP's byte-pair encoder, written only if the model has CLIP's vocabulary.
     """
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     arrays = huggingface.export_state_dict(params)
     dtypes = {array.dtype.name for array in arrays.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -83,7 +86,9 @@ def write_huggingface(
 
 def write_openclip(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes a folder for open_clip's `local-dir:` schema. Raises ValueError if open_clip cannot build it."""
-    _write_json(folder / openclip.CONFIG_FILE, openclip.export_config(config))
+    fields = openclip.export_config(config)
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
+    _write_json(folder / openclip.CONFIG_FILE, fields)
     arrays = released.export_state_dict(params)
     arrays.pop(released.POSITIONS_RES, None)
     tensor_files.write_safetensors(folder, arrays, openclip.WEIGHTS_STEM, shard_bytes=np.iinfo(np.int64).max)
