@@ -1,6 +1,7 @@
 """`clipmoe_jax.load` and the model that it returns, which encodes images and captions."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class LoadedClip:
         if hasattr(texts, "shape"):
             tokens = texts
         elif text.vocab_size == END_ID + 1 and text.eos_token_id in (None, END_ID):
-            tokens = Tokenizer(text.context_length)(texts)
+            tokens = Tokenizer(text.context_length)(cast("str | Sequence[str]", texts))
         else:
             raise ValueError(
                 f"{self!r} has {text.vocab_size:,} tokens of its own, not CLIP's 49,408: give token ids"
@@ -70,7 +71,9 @@ class LoadedClip:
         return f"<{self.source}, embed_dim {self.config.embed_dim}>"
 
     def _encode(self, method: str, inputs: jax.Array, normalize: bool) -> jax.Array:
-        features = make_encode(self.model, method)(self.params, inputs)
+        # Flax modules are hashable, though their dataclasses do not declare it.
+        encode = make_encode(self.model, method)  # pyright: ignore[reportArgumentType]
+        features = encode(self.params, inputs)
         return normalize_features(features) if normalize else features
 
 
@@ -99,6 +102,6 @@ def load(
         place=lambda _, leaf: jnp.asarray(leaf),
     )
     config = configs.default_config()
-    config.compute.dtype = dtype
+    config.update({"compute": {"dtype": dtype}})
     compute = configs.compute_config(config, sharding.platform())
     return LoadedClip(model.config, model.params, model.source, compute)

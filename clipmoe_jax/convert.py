@@ -9,15 +9,22 @@ README.md written into each folder, and docs/interop.md, say what it holds and h
 from absl import flags, logging
 from etils import epath
 
-from clipmoe_jax.core import artifacts, cli
+from clipmoe_jax.core import artifacts, cli, trees
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import tokenizer
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import Loaded, read_model
+from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.reporting.model_card import model_card
 
+
+def write_huggingface(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
+    """Writes a folder for transformers, with CLIP's tokenizer if the model has CLIP's vocabulary."""
+    export.write_huggingface(folder, config, params, tokenizer.backend())
+
+
 WRITERS = {
-    "huggingface": lambda *model: export.write_huggingface(*model, tokenizer.backend()),
+    "huggingface": write_huggingface,
     "openclip": export.write_openclip,
     "clipmoe": export.write_clipmoe,
 }
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> str:
     del argv
     logging.set_verbosity(logging.WARNING)  # orbax logs every file it opens
     options = flags.FLAGS
-    source = options["from"].value
+    source = str(options["from"].value)  # `from` is a keyword of Python
     model = convert(
         source,
         options.to,

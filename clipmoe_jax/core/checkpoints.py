@@ -1,6 +1,6 @@
-"""Param trees and training state on disk, by orbax: the one module that reads and writes them.
+"""Param trees and training state on disk. The only module that uses orbax.
 
-Training state is kept as separate items `trainable`, `opt_state` and `meta`.
+Training state is stored as separate items `trainable`, `opt_state` and `meta`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from clipmoe_jax.core.paths import absolute
 
 
 def save_params(path: epath.Path, params: trees.Params) -> None:
-    """Writes a param tree, which may be sharded. Replaces what a killed run left there."""
+    """Writes a param tree, which may be sharded. Replaces whatever is at `path`."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(absolute(path), params, force=True)
 
@@ -29,7 +29,7 @@ def load_params(
 ) -> dict:
     """Returns the param tree that `save_params` wrote.
 
-    abstract: the tree as ShapeDtypeStructs. place: from these to their shardings; None loads numpy arrays.
+    abstract: the tree as ShapeDtypeStructs. place: from these to their shardings; None gives numpy arrays.
     """
     if place is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -47,27 +47,31 @@ def load_params(
 
 
 class _CheckpointManager(ocp.CheckpointManager):
-    """Orbax's, but for one question: it asks JAX by the number of the step whether to stop, and JAX knows one
-    counter alone, that of `distributed.preempted`: a SIGTERM between a save and the next step would be lost.
+    """Orbax's, without its own check for preemption.
+
+    Orbax asks JAX about each step by its number. But JAX keeps a single counter of such questions, which
+    `distributed.preempted` advances: with two askers, a SIGTERM between a save and the next step would be
+    lost.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """The training loop knows, and saves then."""
+        """Returns False: the training loop itself saves when SIGTERM comes."""
         del step
         return False
 
 
 class Checkpointer:
-    """Keeps the newest checkpoints of one training phase; saving runs in the background. A context
-    manager."""
+    """Keeps the newest checkpoints of one training phase. A context manager that saves in the background."""
 
     def __init__(self, folder: epath.Path, max_to_keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         self._manager = _CheckpointManager(absolute(folder), options=options)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts to write a state (`trainable`, `opt_state`) after `step` steps, and numbers to go with
-        it."""
+        """Starts to write a state (its `trainable` and `opt_state`) after `step` steps.
+
+        meta: values to store with it, as JSON.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -78,31 +82,32 @@ class Checkpointer:
         )
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """(newest state, shaped and placed as the given one; its meta); None if there is no checkpoint.
+        """Returns (newest state, shaped and placed like the given one; its meta); None without a checkpoint.
 
-        One that cannot be read, truncated say, is deleted with a warning and the one before it taken. Raises
-        ValueError if none can be read: they stay, as it may be the disk or the memory that is at fault.
+        A checkpoint that cannot be read, because it is truncated for example, is deleted with a warning, and
+        the one before it is taken. Raises ValueError if none can be read. None is deleted then, as the disk
+        or the memory may be at fault.
         """
         unreadable = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found, reason = self._restore(step, like), ""
-            except Exception as error:  # of tensorstore, JSON, the file system: what a broken file leads to
-                found, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
-            if distributed.all_are(found is not None):
+                restored, reason = self._restore(step, like), ""
+            except Exception as error:  # a broken file raises errors of tensorstore, JSON, the file system, …
+                restored, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
+            if distributed.all_are(restored is not None):
                 for broken, why in unreadable.items():
                     logging.warning(
                         "the checkpoint of step %d cannot be read and is deleted: %s", broken, why
                     )
                     self._manager.delete(broken)
-                return found
-            unreadable[step] = reason or "another process could not"
-            found = None  # or it lies on the device beside the next
+                return restored
+            unreadable[step] = reason or "another process could not read it"
+            restored = None  # frees device memory for the next
         if unreadable:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable.items())
             raise ValueError(
                 f"no checkpoint in {self._manager.directory} can be read ({reasons}): start the same command "
-                "again if the disk was at fault, or delete that folder to begin with step 0"
+                "again if the disk was at fault, or delete that folder to start from step 0"
             )
         return None
 
@@ -124,7 +129,7 @@ class Checkpointer:
         return state, restored["meta"]
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint that is whole."""
+        """Returns the step of the newest whole checkpoint; None if there is none."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
@@ -132,6 +137,6 @@ class Checkpointer:
         return self
 
     def __exit__(self, *error) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()

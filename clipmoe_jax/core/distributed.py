@@ -4,6 +4,7 @@ Every process runs the same code on its own devices and its own slice of each ba
 what is not sharded. With one process, every function here returns at once.
 """
 
+import functools
 import glob
 import importlib.util
 import itertools
@@ -51,16 +52,18 @@ def initialize(mode: str = "auto") -> None:
     if mode == "off":
         signal.signal(signal.SIGTERM, _note_termination)
         return
-    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": 300}
+    join = functools.partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=300
+    )
     names = ("CLIPMOE_COORDINATOR", "CLIPMOE_NUM_PROCESSES", "CLIPMOE_PROCESS_ID")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     if given:
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"{', '.join(given)} are set and {', '.join(missing)} are not: set all or none")
         coordinator, num_processes, process_id = (given[name] for name in names)
-        jax.distributed.initialize(coordinator, int(num_processes), int(process_id), **options)
+        join(coordinator, int(num_processes), int(process_id))
     elif _environment_shows_several():
-        jax.distributed.initialize(**options)
+        join()
     else:
         signal.signal(signal.SIGTERM, _note_termination)
         return

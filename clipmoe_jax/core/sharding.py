@@ -1,4 +1,4 @@
-"""The device mesh, where each parameter lies on it, and how batches reach it.
+"""The device mesh, the shardings of parameters and batches on it, and moving arrays there and back.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and large parameters; `expert` splits the batch and the
 leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the same code.
@@ -6,6 +6,7 @@ leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the sam
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +20,9 @@ from clipmoe_jax.core import trees
 EXPERT_AXIS = "expert"
 BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)
 
-# First match wins. The fsdp axis takes an axis that every variant's width divides. The token embedding is
-# whole on every device: looked up in parts, its rows would have to travel with the batch.
+# The first match wins. fsdp splits an axis whose size is a multiple of the width in every variant. Every
+# device holds the whole token embedding: if it were split, its rows would have to move to the batch in each
+# step.
 PARAM_RULES = (
     (r".*/moe/c_(fc|proj)/kernel", PartitionSpec(EXPERT_AXIS, "fsdp", None)),
     (r".*/moe/c_(fc|proj)/bias", PartitionSpec(EXPERT_AXIS)),
@@ -31,7 +33,7 @@ PARAM_RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what the other axes leave.
+    """Returns a mesh over all devices; `data=-1` takes what the other axes leave.
 
     Raises ValueError if the sizes do not multiply to the number of devices.
     """
@@ -41,7 +43,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = 
 
 
 def make_abstract_mesh(data: int, fsdp: int, expert: int, *, num_devices: int) -> AbstractMesh:
-    """The mesh of devices that are not here, to plan with."""
+    """Returns a mesh of devices that need not exist, to plan with."""
     sizes = _mesh_sizes(data, fsdp, expert, num_devices)
     return AbstractMesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -53,13 +55,13 @@ def _mesh_sizes(data: int, fsdp: int, expert: int, num_devices: int) -> tuple[in
     if min(sizes) < 1 or data * fsdp * expert != num_devices:
         raise ValueError(
             f"mesh data={data} x fsdp={fsdp} x expert={expert} does not use the {num_devices} devices "
-            "there are exactly: choose sizes whose product is that"
+            f"exactly: choose sizes whose product is {num_devices}"
         )
     return sizes
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, params: trees.Params) -> dict:
-    """A tree of NamedSharding for a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
+    """Returns a tree of NamedShardings for a tree of arrays or ShapeDtypeStructs, by PARAM_RULES.
 
     Raises ValueError naming the first leaf whose axis a mesh axis does not divide.
     """
@@ -68,8 +70,11 @@ def param_shardings(mesh: Mesh | AbstractMesh, params: trees.Params) -> dict:
 
 
 def param_sharding(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where one leaf lies, by PARAM_RULES. Raises ValueError if a mesh axis does not divide an axis of it."""
-    spec = PARAM_RULES[trees.first_match(PARAM_RULES, name)][1]
+    """Returns one leaf's sharding, by PARAM_RULES.
+
+    Raises ValueError if a mesh axis does not divide the leaf's axis that it splits.
+    """
+    spec = next(spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, name))
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
@@ -80,7 +85,7 @@ def param_sharding(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...])
 
 
 def platform() -> str:
-    """One of "cpu", "tpu" and "gpu", or "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
+    """Returns "cpu", "tpu", "gpu", or "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
     backend = jax.default_backend()
     if backend != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
         return backend
@@ -88,43 +93,43 @@ def platform() -> str:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The leading axis of a batch, split over every device."""
+    """Returns the sharding of a batch: its leading axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same value on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def devices_in_use() -> int:
-    """Inside a jitted function: of the mesh in use, 1 if there is none."""
+    """Returns, inside a jitted function, the number of devices of the mesh in use; 1 if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """Says, inside a jitted function, that the leading axis is split over every device of the mesh in use.
+    """Constrains x, inside a jitted function, to be split over all devices along its leading axis.
 
-    Without it XLA may take up the sharding of the parameters that x meets, and move the activations of all
+    Without it XLA may give x the sharding of the parameters that it meets, and so move activations between
     devices where it should gather a parameter.
     """
     return x if devices_in_use() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """This host's slice of a global batch, arrays or trees of them by name, as global arrays."""
+    """Turns this host's slice of a batch, {name: array or tree of arrays}, into global arrays."""
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     return {name: jax.tree.map(put, arrays) for name, arrays in batch.items()}
 
 
 def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
-    """A value that every process has, on every device."""
+    """Puts a value that every process has on every device."""
     return jax.make_array_from_callback(np.shape(value), replicated(mesh), lambda _: value)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """The whole of each array on every device, so that every process can read it."""
+    """Puts the whole of each array on every device, so that every process can read it."""
     return _replicate(mesh)(tree)
 
 
@@ -135,7 +140,7 @@ def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
 
 @dataclasses.dataclass(frozen=True)
 class HostCopy:
-    """This process's part of an array, in its memory: {index: numpy array}."""
+    """This process's part of a sharded array in host memory. parts: {index of a shard: numpy array}."""
 
     shape: tuple[int, ...]
     sharding: jax.sharding.Sharding
@@ -143,17 +148,18 @@ class HostCopy:
 
 
 def to_host(tree: Any) -> Any:
-    """Copies what this process's devices hold; nobody holds the whole of a sharded array."""
+    """Copies the shards of this process's devices to host memory. No process holds a whole sharded array."""
 
     def copy(array: jax.Array) -> HostCopy:
-        parts = {str(shard.index): shard.data for shard in array.addressable_shards}  # one of those alike
+        # Devices that hold the same shard share an entry.
+        parts = {str(shard.index): shard.data for shard in array.addressable_shards}
         return HostCopy(array.shape, array.sharding, jax.device_get(parts))
 
     return jax.tree.map(copy, tree)
 
 
 def to_devices(tree: Any) -> Any:
-    """The inverse of `to_host`; leaves that are on devices stay as they are."""
+    """Inverts `to_host`. Leaves that are on devices stay there."""
 
     def place(leaf: Any) -> jax.Array:
         if not isinstance(leaf, HostCopy):
@@ -164,15 +170,15 @@ def to_devices(tree: Any) -> Any:
 
 
 def put_param(mesh: Mesh, name: str, array: np.ndarray) -> jax.Array:
-    """Places one leaf that every process has read: each device keeps its part."""
-    where = param_sharding(mesh, name, array.shape)
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+    """Places one leaf that every process has read. Each device keeps only its shard."""
+    leaf_sharding = param_sharding(mesh, name, array.shape)
+    return jax.make_array_from_callback(array.shape, leaf_sharding, lambda index: array[index])
 
 
 def init_params(mesh: Mesh, init: Callable[[jax.Array], trees.Params], key: jax.Array) -> dict:
-    """Runs `init(key)` so that each parameter is born where it will live."""
+    """Runs `init(key)` so that each device computes only its own shards."""
     shardings = param_shardings(mesh, jax.eval_shape(init, key))
-    # It runs once, and LLVM takes longer to optimize it than it takes to run.
+    # It runs once, and optimizing it in LLVM takes longer than running it.
     options = {"xla_backend_optimization_level": 1} if platform() == "cpu" else {}
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 

@@ -1,4 +1,4 @@
-"""Names <-> pytrees: name rules, partition into trainable and frozen, merge.
+"""Param trees by name: flatten, name rules, partition into trainable and frozen, merge.
 
 A leaf's name is its path joined by "/": `visual/resblocks_7/moe/c_fc/kernel`. A rule is a pair
 `(regex, value)`; the first rule whose regex matches the whole name gives the leaf its value. Every leaf must
@@ -18,24 +18,24 @@ Rules = Sequence[tuple[str, Any]]
 
 
 def flatten(tree: Params) -> dict[str, Any]:
-    """Nested dicts to {name: leaf}, sorted by name."""
+    """Converts nested dicts to {name: leaf}, sorted by name."""
     return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Inverts `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def first_match(rules: Rules, name: str) -> int | None:
-    """Index of the first rule that matches the whole name."""
+    """Returns the index of the first rule that matches the whole name; None if no rule does."""
     return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, name)), None)
 
 
 def match_rules(rules: Rules, names: Sequence[str]) -> dict[str, Any]:
-    """{name: value} by the first rule that matches the whole name.
+    """Returns {name: value}, by the first rule that matches the whole name.
 
-    Raises KeyError naming the uncovered leaves, or the rules that no leaf uses.
+    Raises KeyError naming the leaves that no rule covers, or the rules that no leaf uses.
     """
     values, used = {}, [[] for _ in rules]
     for name in names:
@@ -55,8 +55,7 @@ def match_rules(rules: Rules, names: Sequence[str]) -> dict[str, Any]:
 def partition(params: Params, trainable_rules: Rules) -> tuple[dict, dict]:
     """Splits params into (trainable, frozen) by rules whose values are True or False.
 
-    A leaf is in exactly one of the two trees, so gradients and optimizer moments of the first tree alone
-    are all there is.
+    A leaf is in exactly one of the two trees, so frozen leaves get neither gradients nor optimizer moments.
     """
     leaves = flatten(params)
     trains = match_rules(trainable_rules, list(leaves))
@@ -67,7 +66,7 @@ def partition(params: Params, trainable_rules: Rules) -> tuple[dict, dict]:
 
 
 def describe(trainable_rules: Rules, params: Params) -> str:
-    """What trains, for the log: numbers of leaves and parameters, and an example of each kind of name."""
+    """Returns a line for the log: numbers of trainable leaves and parameters, and their names."""
     trainable, frozen = partition(params, trainable_rules)
     kinds = {re.sub(r"\d+", "*", name): None for name in flatten(trainable)}
     return (
@@ -77,17 +76,17 @@ def describe(trainable_rules: Rules, params: Params) -> str:
 
 
 def merge(trainable: Params, frozen: Params) -> dict:
-    """The inverse of `partition`."""
+    """Inverts `partition`."""
     return unflatten({**flatten(trainable), **flatten(frozen)})
 
 
 def count_parameters(params: Params) -> int:
-    """Number of scalars."""
+    """Returns the number of scalars in a tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def cast_matrices(params: Params, dtype: str) -> dict:
-    """Leaves of two axes or more in another dtype; scalars, norms and biases are small and stay."""
+    """Casts leaves of two or more axes. Scalars, norms and biases are small and keep their dtype."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= 2 else leaf, params)
 
 

@@ -1,20 +1,22 @@
-"""Writing a model for other programs: one function for each format, from config and params to a folder.
+"""Writes a model for other programs: one function per format, from architecture and params to a folder.
 
 `clipmoe` is a state dict for the released code, `huggingface` a folder for transformers, `openclip` one for
-open_clip. A tensor keeps its dtype.
+open_clip. Every tensor keeps its dtype. Params must have the shapes of their architecture.
 """
 
 import json
 import pathlib
 
+import chex
 import numpy as np
+from etils import epath
 from tokenizers import AddedToken, Regex, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import RELEASED_CONFIG, RELEASED_FILE
-from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.inputs import END_ID, MEAN, SPECIAL_IDS, STD
 from clipmoe_jax.models.positions import stretched_length
 from clipmoe_jax.models.transformer import first_moe_layer
@@ -22,10 +24,10 @@ from clipmoe_jax.models.transformer import first_moe_layer
 RELEASED_LENGTH = stretched_length(77)
 
 
-def write_clipmoe(folder: pathlib.Path, config: ClipConfig, params: trees.Params) -> None:
-    """model.pt, a state dict for the released code's loaders; clipmoe.json, what that file does not say.
+def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
+    """Writes model.pt, a state dict for the released code's loaders, and clipmoe.json, which says the rest.
 
-    Raises ValueError naming the first property that the released code, which fixes it, does not have.
+    Raises ValueError naming the first property whose value the released code does not support.
     """
     text = config.text
     if text is None:
@@ -42,8 +44,9 @@ def write_clipmoe(folder: pathlib.Path, config: ClipConfig, params: trees.Params
     }
     for name, (ours, theirs) in fixed.items():
         if ours != theirs:
-            fix = f": add --context_length={theirs}" if name == "text.context_length" else ""
-            raise ValueError(f"the released code has {name}={theirs} alone, this model {ours}{fix}")
+            fix = f": ask for context_length={theirs}" if name == "text.context_length" else ""
+            raise ValueError(f"the released code supports only {name}={theirs}, this model has {ours}{fix}")
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     beside = {"activation": config.activation}
     if config.moe:
         depth = config.vision.num_layers
@@ -57,16 +60,17 @@ def write_clipmoe(folder: pathlib.Path, config: ClipConfig, params: trees.Params
 
 
 def write_huggingface(
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: ClipConfig,
     params: trees.Params,
     tokenizer: Backend,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
-    """A folder for `from_pretrained`: config, safetensors, processor; for a CLIP-MoE its PyTorch module too.
+    """Writes a folder for `from_pretrained`: config, weights, processor, and a CLIP-MoE's PyTorch module.
 
-    tokenizer: CLIP's byte-pair encoder, which is written for a model that has CLIP's vocabulary.
+    tokenizer: CLIP's byte-pair encoder, written only if the model has CLIP's vocabulary.
     """
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     arrays = huggingface.export_state_dict(params)
     dtypes = {array.dtype.name for array in arrays.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -80,15 +84,17 @@ def write_huggingface(
     tensor_files.write_safetensors(folder, arrays, shard_bytes=shard_bytes)
 
 
-def write_openclip(folder: pathlib.Path, config: ClipConfig, params: trees.Params) -> None:
-    """A folder for open_clip's `local-dir:` schema. Raises ValueError for what open_clip does not build."""
-    _write_json(folder / openclip.CONFIG_FILE, openclip.export_config(config))
+def write_openclip(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
+    """Writes a folder for open_clip's `local-dir:` schema. Raises ValueError if open_clip cannot build it."""
+    fields = openclip.export_config(config)
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
+    _write_json(folder / openclip.CONFIG_FILE, fields)
     arrays = released.export_state_dict(params)
     arrays.pop(released.POSITIONS_RES, None)
     tensor_files.write_safetensors(folder, arrays, openclip.WEIGHTS_STEM, shard_bytes=np.iinfo(np.int64).max)
 
 
-def _write_image_processor(folder: pathlib.Path, image_size: int) -> None:
+def _write_image_processor(folder: epath.Path, image_size: int) -> None:
     fields = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",
@@ -107,8 +113,8 @@ def _write_image_processor(folder: pathlib.Path, image_size: int) -> None:
     _write_json(folder / "preprocessor_config.json", fields)
 
 
-def _write_tokenizer(folder: pathlib.Path, encoder: Backend, context_length: int) -> None:
-    """Our byte-pair encoder with what CLIPTokenizer does around it; it does not repair text as ours does."""
+def _write_tokenizer(folder: epath.Path, encoder: Backend, context_length: int) -> None:
+    """Writes our byte-pair encoder with CLIPTokenizer's steps around it, which do not repair text."""
     start, end = SPECIAL_IDS
     tokenizer = Backend.from_str(encoder.to_str())
     tokenizer.normalizer = normalizers.Sequence(
@@ -130,5 +136,5 @@ def _write_tokenizer(folder: pathlib.Path, encoder: Backend, context_length: int
     _write_json(folder / "tokenizer_config.json", fields)
 
 
-def _write_json(path: pathlib.Path, content: dict) -> None:
+def _write_json(path: epath.Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,9 +1,9 @@
 """Transformers' formats: CLIPModel, CLIPVisionModelWithProjection, and the CLIP-MoE that we write for it.
 
-Against OpenAI's names: q, k and v are three linear layers, not one `in_proj`; both projections are linear
+They differ from OpenAI's: q, k and v are three linear layers, not one `in_proj`; both projections are linear
 layers, so transposed; the vision tower's first norm is spelled `pre_layrnorm`. Old files hold `position_ids`,
-which are counted numbers and no parameters. `eos_token_id` 2 in a config is a mark of old files and means
-"the highest id" of a row. A MoE block's experts are stacked; `modeling_clip_moe.py` computes them.
+which are no parameters but 0, 1, 2, …; in their configs, `eos_token_id` 2 means "the highest id of a row".
+The experts of an MoE block are stacked; `modeling_clip_moe.py` computes them.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from clipmoe_jax.models.transformer import MoeConfig
 
 CLIP, CLIP_MOE, VISION_ALONE = "clip", "clip_moe", "clip_vision_model"  # model_type in a config.json
 MODELING_FILE = "modeling_clip_moe.py"
-MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers")  # those of MoeConfig, in its order
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers")  # MoeConfig's, in its order
 
-# What a config.json means by a field that it leaves out.
+# Values of fields that a config.json leaves out.
 TEXT_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -46,7 +46,7 @@ VISION_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 LEGACY_EOS_ID = 2
-PAD_ID = 1  # what OpenAI's own configs say; padding is after the end token, where nothing looks
+PAD_ID = 1  # as in OpenAI's own configs; padding follows the end token, so nothing attends to it
 
 
 def _norm_rows(foreign: str, ours: str) -> list[Row]:
@@ -97,19 +97,19 @@ TABLE = [
 
 
 def has_these_names(names: Mapping[str, Any]) -> bool:
-    """Whether a state dict is one of these formats."""
+    """Returns whether a state dict has one of these formats."""
     return "vision_model.embeddings.class_embedding" in names
 
 
 def normalise(tensors: Tensors) -> Tensors:
-    """Without what old files hold beside the parameters."""
+    """Returns the tensors without those of old files that are no parameters."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
 
 
 def import_config(config: Mapping[str, Any]) -> ClipConfig:
-    """The architecture that a config.json describes.
+    """Returns the architecture that a config.json describes.
 
-    Raises ValueError for another kind of model, and for what this program's towers do not do.
+    Raises ValueError for another kind of model, and for one that this program's towers cannot compute.
     """
     kind = config.get("model_type")
     if kind not in (CLIP, CLIP_MOE, VISION_ALONE):
@@ -118,7 +118,7 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
             f"CLIPVisionModelWithProjection ({VISION_ALONE!r})"
         )
     if kind == VISION_ALONE:
-        vision, text = VISION_DEFAULTS | config, None
+        vision, text = VISION_DEFAULTS | dict(config), None
     else:
         vision = VISION_DEFAULTS | _tower(config, "vision_config")
         text = TEXT_DEFAULTS | _tower(config, "text_config")
@@ -128,8 +128,9 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
         vision=VisionConfig(
             image_size=vision["image_size"], patch_size=vision["patch_size"], **_tower_fields(vision)
         ),
-        text=text
-        and TextConfig(
+        text=None
+        if text is None
+        else TextConfig(
             vocab_size=text["vocab_size"],
             context_length=text["max_position_embeddings"],
             eos_token_id=_import_eos(text),
@@ -142,7 +143,10 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
 
 
 def export_config(config: ClipConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of an architecture, the inverse of `import_config`; dtype: of the weights beside it."""
+    """Returns the config.json of an architecture. The inverse of `import_config`.
+
+    dtype: of the weights beside it.
+    """
     shared = {
         "hidden_act": config.activation,
         "layer_norm_eps": config.layer_norm_eps,
@@ -187,7 +191,7 @@ def export_config(config: ClipConfig, dtype: str) -> dict[str, Any]:
 
 
 def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
-    """Our params to these names and layouts, views of them where that can be.
+    """Converts params to these names and layouts, as views where possible.
 
     Raises ValueError for names that are no CLIP's.
     """
@@ -198,10 +202,10 @@ def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _tower(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A tower's fields. Old files have `…_config_dict` too, which wins as a whole, as in transformers."""
-    described = config.get(f"{name}_dict")
-    return described if described is not None else config.get(name) or {}
+def _tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a tower's fields. In old files `…_config_dict` replaces them all, as in transformers."""
+    old = config.get(f"{name}_dict")
+    return dict(old if old is not None else config.get(name) or {})
 
 
 def _check_shared(text: Mapping[str, Any], vision: Mapping[str, Any], further: tuple[str, ...]) -> None:
@@ -209,7 +213,7 @@ def _check_shared(text: Mapping[str, Any], vision: Mapping[str, Any], further: t
         if text[field] != vision[field]:
             raise ValueError(
                 f"text_config.{field}={text[field]!r} is not vision_config.{field}={vision[field]!r}: this "
-                "program's towers share it"
+                "program's towers share one value"
             )
 
 
@@ -233,7 +237,7 @@ def _export_tower(tower: VisionConfig | TextConfig) -> dict[str, Any]:
 
 
 def _import_eos(text: Mapping[str, Any]) -> int | None:
-    """The end token's id; None where the highest id of a row is meant, or is the same."""
+    """Returns the end token's id; None if it is the highest id of every row."""
     eos_token_id = text["eos_token_id"]
     if eos_token_id in (LEGACY_EOS_ID, text["vocab_size"] - 1):
         return None
@@ -243,12 +247,12 @@ def _import_eos(text: Mapping[str, Any]) -> int | None:
 
 
 def resizing(preprocessing: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{field: (value, what `preprocess_image` does)} of what preprocessor_config.json says on resizing."""
+    """Returns {field: (value, the value that `preprocess_image` follows)} of a preprocessor_config.json."""
     crop = preprocessing.get("crop_size", preprocessing.get("size"))
     if isinstance(crop, Mapping):
         crop = crop.get("height", crop.get("shortest_edge"))
     ours = {"do_resize": True, "do_center_crop": True, "resample": 3, "size": {"shortest_edge": crop}}
-    found = {name: preprocessing.get(name, value) for name, value in ours.items()}
-    if isinstance(found["size"], int):  # as older files have it
-        found["size"] = {"shortest_edge": found["size"]}
-    return {name: (found[name], value) for name, value in ours.items()}
+    theirs = {name: preprocessing.get(name, value) for name, value in ours.items()}
+    if isinstance(theirs["size"], int):  # as in older files
+        theirs["size"] = {"shortest_edge": theirs["size"]}
+    return {name: (theirs[name], value) for name, value in ours.items()}

@@ -1,4 +1,4 @@
-"""Reading a model from whatever it was saved as, recognised by content."""
+"""Reads a model from any format; the content tells which it is."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretch
 
 TEXT_POSITIONS, VISION_POSITIONS = "text/positional_embedding", "visual/positional_embedding"
 
-# A state dict for the released code as we write it, and beside it what such a file does not say.
+# A state dict for the released code as we write it, and the file beside it with what it does not say.
 RELEASED_FILE, RELEASED_CONFIG = "model.pt", "clipmoe.json"
 
-# Where a folder keeps its weights, the most telling name first.
+# Names of a folder's weights. The first that exists is read.
 HUGGINGFACE_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -33,21 +33,20 @@ OPENCLIP_FILES = (
     "open_clip_pytorch_model.safetensors",
     *HUGGINGFACE_FILES,
 )
-# What a leaf becomes: (our name, array) -> leaf.
-Place = Callable[[str, np.ndarray], Any]
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+Place = Callable[[str, np.ndarray], Any]  # (our name, array) -> the leaf of the param tree
 
 
 class Loaded(NamedTuple):
-    """A model in numpy; source says in words what was found."""
+    """A model: its architecture, its params, and its kind and format in words."""
 
     config: ClipConfig
     params: dict
     source: str
 
 
-class _Found(NamedTuple):
-    """A file's tensors under the names of a table, what architecture they are, and what that is in words."""
+class _Checkpoint(NamedTuple):
+    """An opened checkpoint: its name table, architecture and tensors, and its kind and format in words."""
 
     table: list[nametable.Row]
     config: ClipConfig
@@ -65,14 +64,14 @@ def read_model(
     dtype: str | None = "float32",
     place: Place = lambda _, leaf: leaf,
 ) -> Loaded:
-    """Reads a model, recognised by content (docs/interop.md lists what it takes).
+    """Reads a model from any format in docs/interop.md.
 
-    num_selected_experts: K of an MoE; None is what the file says, or 2 where it does not.
-    activation: "quick_gelu" or "gelu" for a bare state dict, which does not say; None is quick_gelu.
-    context_length: stretches a text tower of 77 positions to 248 when asked for 248; None keeps what there
-    is. image_size: resizes the vision tower's grid of positions; None keeps it.
-    dtype: of the params; None keeps each tensor's own. place: makes of a leaf's name and array what it shall
-    be before the others are read, so that a model never lies in memory twice, nor whole if it is split.
+    num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation:
+    "quick_gelu" or "gelu" for a bare state dict, which does not say it; None means quick_gelu.
+    context_length: 248 stretches a text tower of 77 positions; None keeps them. image_size: resizes the
+    vision tower's grid of positions; None keeps it. dtype: of the params; None keeps each tensor's own.
+    place: turns a leaf's name and array into the leaf to keep, before the next one is read, so that the model
+    is never in memory twice, nor all of it on one device if it is sharded.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     location = epath.Path(path)
@@ -89,19 +88,17 @@ def read_model(
         leaves = {name: place(name, np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
-        is_folder = location.is_dir()
-        found = (_open_folder if is_folder else _open_file)(location, num_selected_experts, activation)
-        expected = trees.flatten(abstract_params(found.config))
+        open_it = _open_folder if location.is_dir() else _open_file
+        table, config, tensors, source = open_it(location, num_selected_experts, activation)
+        expected = trees.flatten(abstract_params(config))
         shapes = {name: leaf.shape for name, leaf in expected.items()}
-        nametable.check_shapes(found.table, shapes, found.tensors, path)
-        leaves = nametable.to_ours(
-            found.table, found.tensors, lambda name, leaf: place(name, np.asarray(leaf, dtype))
-        )
-        config, params, source = found.config, trees.unflatten(leaves), found.source
+        nametable.check_shapes(table, shapes, tensors, path)
+        leaves = nametable.to_ours(table, tensors, lambda name, leaf: place(name, np.asarray(leaf, dtype)))
+        params = trees.unflatten(leaves)
     if activation not in (None, config.activation):
         raise ValueError(
-            f"{path} says that its activation is {config.activation}, not {activation}: set "
-            f"base.architecture.activation={config.activation} in a config, leave it out elsewhere"
+            f"{path} says that its activation is {config.activation}, not {activation}: ask for "
+            f"{config.activation} (base.architecture.activation of a config) or for none"
         )
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
         moe = dataclasses.replace(config.moe, num_selected_experts=num_selected_experts)
@@ -114,22 +111,22 @@ def read_model(
 
 
 def describe(config: ClipConfig) -> str:
-    """What kind of model an architecture is, in words."""
+    """Returns the kind of model that an architecture is, in words."""
     kind = "CLIP" if config.text else "CLIP vision tower"
     if config.moe is None:
         return f"dense {kind}"
     return f"{kind}-MoE ({config.moe.num_experts} experts, {config.moe.num_selected_experts} selected)"
 
 
-def _open_folder(folder: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Found:
+def _open_folder(folder: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Checkpoint:
     weights = _first(folder, HUGGINGFACE_FILES)
     described = _read_described(folder / "config.json")
     if "model_type" in described and not (
         weights is None and _first(folder, OPENCLIP_FILES) and (folder / openclip.CONFIG_FILE).exists()
     ):
-        config = huggingface.import_config(described)  # a wrong kind of model, before its file is missed
+        config = huggingface.import_config(described)  # refuses another kind of model before a missing file
         if weights is None:
-            raise ValueError(f"{folder} has a config.json of transformers and none of {HUGGINGFACE_FILES}")
+            raise ValueError(f"{folder} has transformers' config.json and none of {HUGGINGFACE_FILES}")
         return _huggingface(_open_weights(weights), config, folder)
     if (folder / openclip.CONFIG_FILE).exists():
         weights = _first(folder, OPENCLIP_FILES)
@@ -139,20 +136,20 @@ def _open_folder(folder: epath.Path, num_selected_experts: int | None, activatio
     files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
         return _open_file(files[0], num_selected_experts, activation)
-    several = f": give one of its files {[f.name for f in files][:10]}" if files else ""
+    fix = f": give one of its files {[f.name for f in files][:10]}" if files else ""
     raise ValueError(
-        f"{folder} is not a model{several}: it has neither model.json (a run's; give RUN/base, "
-        f"RUN/moe/params, …), nor config.json of transformers, nor {openclip.CONFIG_FILE}"
+        f"{folder} is not a model{fix}: it has neither model.json (a run's; give RUN/base, "
+        f"RUN/moe/params, …), nor transformers' config.json, nor {openclip.CONFIG_FILE}"
     )
 
 
-def _open_file(path: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Found:
+def _open_file(path: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Checkpoint:
     tensors = _open_weights(path)
     if huggingface.has_these_names(tensors):
         described = _read_described(path.parent / "config.json")
         if "model_type" not in described:
             raise ValueError(
-                f"{path} has transformers' names; the config.json with its sizes is not beside it"
+                f"{path} has transformers' names, but no config.json beside it says its sizes: put it there"
             )
         return _huggingface(tensors, huggingface.import_config(described), path)
     if released.has_these_names(tensors):
@@ -160,19 +157,19 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
             return _openclip(tensors, path.parent)
         tensors, kind = released.normalise(tensors)
         beside = path.parent / RELEASED_CONFIG
-        said = tensor_files.read_json(beside) if beside.exists() else {}
+        said = _read_described(beside)
         config = released.infer_config(
             tensors,
             activation=said.get("activation") or activation or "quick_gelu",
             num_selected_experts=num_selected_experts or said.get("num_selected_experts", 2),
         )
-        assumed = " taken to be quick_gelu, which the file does not say" if kind == released.BARE else ""
-        told = "" if activation or said or not assumed else f" (activation{assumed})"
-        return _Found(released.TABLE, config, tensors, f"{describe(config)} in {kind}{told}")
-    raise ValueError(f"{path} is not a ViT CLIP: {_what_else(tensors)}")
+        is_assumed = kind == released.BARE and not activation and not said
+        note = " (activation taken to be quick_gelu, which the file does not say)" if is_assumed else ""
+        return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}")
+    raise ValueError(f"{path} is not a ViT CLIP: {_other_kind(tensors)}")
 
 
-def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Found:
+def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Checkpoint:
     folder = source if source.is_dir() else source.parent
     preprocessing = _read_described(folder / "preprocessor_config.json")
     described = f"{folder}/preprocessor_config.json"
@@ -184,22 +181,23 @@ def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _F
             f"{source} is a vision tower without its projection: give the whole CLIPModel, or "
             "CLIPVisionModelWithProjection"
         )
-    return _Found(huggingface.TABLE, config, tensors, f"{describe(config)} in transformers' format")
+    return _Checkpoint(huggingface.TABLE, config, tensors, f"{describe(config)} in transformers' format")
 
 
-def _openclip(tensors: Tensors, folder: epath.Path) -> _Found:
+def _openclip(tensors: Tensors, folder: epath.Path) -> _Checkpoint:
     config = openclip.import_config(tensor_files.read_json(folder / openclip.CONFIG_FILE))
     tensors, _ = released.normalise(tensors)
-    return _Found(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
+    return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
 
 
-def _what_else(tensors: Tensors) -> str:
+def _other_kind(tensors: Tensors) -> str:
+    """Returns, in words, the kind of model that a state dict is if it is no ViT CLIP."""
     if "visual.layer1.0.conv1.weight" in tensors:
-        return "its image tower is a ResNet"
+        return "its vision tower is a ResNet"
     if "logit_bias" in tensors:
         return "it has a logit_bias, as SigLIP does"
     if any(name.startswith("visual.trunk.") for name in tensors):
-        return "its image tower is one of timm's"
+        return "its vision tower is one of timm's"
     return f"its first names are {list(tensors)[:3]}"
 
 
@@ -213,7 +211,7 @@ def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:
 
 
 def _read_described(path: epath.Path) -> dict[str, Any]:
-    """A JSON file's contents; empty if there is none."""
+    """Returns the contents of a JSON file that may be absent; then they are empty."""
     return tensor_files.read_json(path) if path.exists() else {}
 
 
@@ -222,11 +220,11 @@ def _with_context_length(
 ) -> tuple[ClipConfig, dict]:
     if config.text is None or config.text.context_length == context_length:
         return config, params
-    have = config.text.context_length
-    if stretched_length(have) != context_length:
+    length = config.text.context_length
+    if stretched_length(length) != context_length:
         raise ValueError(
-            f"{path} has {have} text positions and the config asks for {context_length}: they can be kept "
-            f"({have}) or stretched ({stretched_length(have)})"
+            f"{path} has {length} text positions, not {context_length}: keep them ({length}) or stretch them "
+            f"({stretched_length(length)})"
         )
     leaves = trees.flatten(params)
     leaves[TEXT_POSITIONS] = place(TEXT_POSITIONS, stretch_positions(np.asarray(leaves[TEXT_POSITIONS])))

@@ -1,7 +1,7 @@
 """CLIP-MoE for PyTorch and transformers: two CLIP towers whose feed-forward layers are mixtures of experts.
 
-Method: arXiv 2409.19291. This file stands beside the weights it belongs to and needs torch and transformers
-alone; `clipmoe_jax` writes both. Licence: Apache-2.0.
+Method: arXiv 2409.19291. `clipmoe_jax` writes this file beside the weights that it loads; it needs only torch
+and transformers. Licence: Apache-2.0.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)      # a CLIPMoEModel
     tower = CLIPMoEVisionModel.from_pretrained(folder)                     # its vision tower alone
@@ -9,6 +9,7 @@ alone; `clipmoe_jax` writes both. Licence: Apache-2.0.
 Letters: B batch, L length, D width, H heads, M MoE blocks, E experts, K selected experts, N tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +22,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-LEGACY_EOS_ID = 2  # in old configs: the end token is the highest id of a row
+LEGACY_EOS_ID = 2  # means in old configs that the end token is the highest id of a row
 
-# An activation is f(s x) / s, so that the products before and after it can take the scaling over.
+# {name: (f, s)}: an activation is f(s x) / s, so that the products around it can absorb the scaling.
 ACTIVATIONS = {"quick_gelu": (functional.silu, 1.702), "gelu": (functional.gelu, 1.0)}
 
 
 class _TowerConfig(PretrainedConfig):
-    """What both towers have. num_moe_layers: the last n blocks are MoE; None is all."""
+    """The fields of both towers. num_moe_layers: the last n blocks are MoE; None means all."""
 
     def __init__(
         self,
@@ -67,12 +68,12 @@ class _TowerConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def is_moe(self, layer):
-        """Whether block `layer`, counted from 0, is a mixture of experts."""
+        """Returns whether block `layer`, counted from 0, is a mixture of experts."""
         return self.num_moe_layers is None or layer >= self.num_hidden_layers - self.num_moe_layers
 
 
 class CLIPMoETextConfig(_TowerConfig):
-    """The text tower. Its feature is that of the first `eos_token_id` of a row."""
+    """The text tower. A caption's feature is that of the first `eos_token_id` in its row."""
 
     model_type = "clip_moe_text_model"
     base_config_key = "text_config"
@@ -106,10 +107,11 @@ class CLIPMoEVisionConfig(_TowerConfig):
 
 
 class CLIPMoEConfig(PretrainedConfig):
-    """Both towers, their common space, and how much the balance of the experts counts in the loss."""
+    """Both towers, their joint embedding space, and the weight of the load-balancing loss."""
 
     model_type = "clip_moe"
-    sub_configs = {"text_config": CLIPMoETextConfig, "vision_config": CLIPMoEVisionConfig}
+    # transformers declares it as a property of the class and lets models assign a dict.
+    sub_configs = {"text_config": CLIPMoETextConfig, "vision_config": CLIPMoEVisionConfig}  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def __init__(
         self,
@@ -134,36 +136,36 @@ class CLIPMoEConfig(PretrainedConfig):
 
 @dataclass
 class CLIPMoETowerOutput(ModelOutput):
-    """What a tower gives.
+    """The outputs of a tower.
 
     last_hidden_state (B, L, D); pooler_output (B, D), or (B, projection) from `get_image_features` and
     `get_text_features`; hidden_states: after the embeddings and after each block, (B, L, D); attentions: of
     each block, (B, H, L, L); router_logits: of each MoE block, (B, L, E) float32.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class CLIPMoEOutput(ModelOutput):
-    """What both towers give: CLIP's outputs, and `aux_loss` (), the balance of the experts, 1 at best."""
+    """The outputs of both towers: CLIP's, and `aux_loss` (), the load-balancing loss, which is 1 at best."""
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
     text_model_output: CLIPMoETowerOutput | None = None
     vision_model_output: CLIPMoETowerOutput | None = None
-    aux_loss: torch.FloatTensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 class MLP(nn.Module):
-    """Linear, activation, linear: the feed-forward layer of a block that is not a mixture."""
+    """Linear, activation, linear: the feed-forward layer of a dense block."""
 
     def __init__(self, config):
         super().__init__()
@@ -172,7 +174,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        """(B, L, D) -> (B, L, D), and None for the router logits that it has not."""
+        """(B, L, D) -> (B, L, D), and None in place of the router logits of an MoE."""
         return self.fc2(self.activation(self.scale * self.fc1(x)) / self.scale), None
 
 
@@ -186,7 +188,7 @@ class StackedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E feed-forward layers, of which each token visits K; none is dropped."""
+    """E feed-forward layers, K of which run for each token. No token is dropped."""
 
     def __init__(self, config):
         super().__init__()
@@ -197,14 +199,15 @@ class Experts(nn.Module):
     def forward(self, x, gates, expert_ids):
         """x (N, D), gates (N, K), expert_ids (N, K) int64 -> (N, D).
 
-        Slots are sorted by expert, so that each expert's rows lie together and are multiplied at once, and
-        the sum over a token's K experts is a gather, which has no additions to the same row in turn.
+        Slots are sorted by expert, so that each expert's rows are contiguous and need one product. The sum
+        over a token's K experts is a gather: no two slots add to the same row.
         """
         slots = expert_ids.flatten()
         order = slots.argsort()
         counts = torch.bincount(slots, minlength=len(self.fc1.weight)).tolist()
         groups = x.index_select(0, order // expert_ids.shape[1]).split(counts)
-        # Unbound rather than indexed: the gradient is then stacked once, not added up from E zero tensors.
+        # Unbound rather than indexed, so that the gradient is stacked once, not summed from E tensors of
+        # zeros.
         linears = (p.unbind() for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
         y = torch.cat([self._run(*group) for group in zip(groups, *linears, strict=True)])
         place = torch.empty_like(order)
@@ -218,7 +221,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router and its experts: softmax over all experts, the K largest, divided by their sum."""
+    """A router and its experts: softmax over all E, of which the K largest are divided by their sum."""
 
     def __init__(self, config):
         super().__init__()
@@ -291,6 +294,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The blocks of a tower."""
 
+    _gradient_checkpointing_func: Callable  # set by transformers where gradient_checkpointing is True
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
@@ -309,7 +314,7 @@ class Encoder(nn.Module):
             attentions.append(probabilities)
             if logits is not None:
                 router_logits.append(logits)
-        # LLaVA asks for hidden states by naming the one that it wants.
+        # LLaVA asks for hidden states with the index of the one that it wants, which may be 0.
         wants_hidden_states = output_hidden_states is not None and output_hidden_states is not False
         return CLIPMoETowerOutput(
             last_hidden_state=x,
@@ -373,7 +378,7 @@ class TextEmbeddings(nn.Module):
 
 
 class CLIPMoEPreTrainedModel(PreTrainedModel):
-    """What the three models share: how they are initialised, and what transformers may do with them."""
+    """The three models' common part: initialisation, and what transformers may do with them."""
 
     config_class = CLIPMoEConfig
     base_model_prefix = "clip_moe"
@@ -385,8 +390,8 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
         std = getattr(self.config, "initializer_range", 0.02)
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, StackedLinear)):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -407,7 +412,9 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIPModel's name
+        self.pre_layrnorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps
+        )  # CLIPModel's spelling
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -468,7 +475,7 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
         mask = None
         if attention_mask is not None and not attention_mask.all():
             mask = _causal_mask(x) & attention_mask.bool()[:, None, None, :]
-            mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # no row without any
+            mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # no row is all False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.encoder(x, mask, True, output_hidden_states, output_attentions, output_router_logits)
@@ -478,14 +485,19 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def end_position(self, input_ids):
-        """Where the first end token of each row stands. (B, L) -> (B,) int64."""
+        """Returns the position of the first end token in each row. (B, L) -> (B,) int64."""
         if self.config.eos_token_id == LEGACY_EOS_ID:
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
 
+    def caption_mask(self, input_ids):
+        """Returns which tokens are a caption's, the end token included. (B, L) -> (B, L) bool."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return positions <= self.end_position(input_ids)[:, None]
+
 
 class CLIPMoEModel(CLIPMoEPreTrainedModel):
-    """Both towers into one space, with CLIPModel's interface."""
+    """Both towers and their projections into one embedding space, with CLIPModel's interface."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -498,13 +510,13 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values, **kwargs):
-        """As the vision tower; pooler_output is the image's features (B, projection), not normalised."""
+        """Returns the vision tower's outputs; pooler_output is (B, projection) features, not normalised."""
         outputs = self.vision_model(pixel_values, **kwargs | {"return_dict": True})
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
     def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
-        """As the text tower; pooler_output is the text's features (B, projection), not normalised."""
+        """Returns the text tower's outputs; pooler_output is (B, projection) features, not normalised."""
         outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs | {"return_dict": True})
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
@@ -525,56 +537,55 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
     ):
         """Captions (T, L) and images (B, 3, height, width) -> CLIPMoEOutput.
 
-        return_loss: the symmetric cross-entropy of pairs in order, B = T; with output_router_logits (None:
-        the config's) plus router_aux_loss_coef times aux_loss, the mean of both towers' balance.
+        return_loss: computes the symmetric cross-entropy of B = T pairs in order; with output_router_logits
+        (None takes the config's), router_aux_loss_coef times aux_loss, the mean of both towers', is added.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        outputs = {
+        options = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "output_router_logits": output_router_logits,
         }
-        image = self.get_image_features(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs
+        vision = self.get_image_features(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **options
         )
-        text = self.get_text_features(input_ids, attention_mask, position_ids, **outputs)
-        image_embeds = functional.normalize(image.pooler_output, dim=-1)
+        text = self.get_text_features(input_ids, attention_mask, position_ids, **options)
+        image_embeds = functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = functional.normalize(text.pooler_output, dim=-1)
         logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.t()
 
         loss = aux_loss = None
         if output_router_logits:
-            up_to_end = torch.arange(input_ids.shape[1], device=input_ids.device)
-            mask = up_to_end <= self.text_model.end_position(input_ids)[:, None]
             num_selected = self.config.text_config.num_experts_per_tok
+            mask = self.text_model.caption_mask(input_ids)
             aux_loss = load_balance(text.router_logits, num_selected, mask) / 2
             num_selected = self.config.vision_config.num_experts_per_tok
-            aux_loss = aux_loss + load_balance(image.router_logits, num_selected) / 2
+            aux_loss = aux_loss + load_balance(vision.router_logits, num_selected) / 2
         if return_loss:
             target = torch.arange(len(logits_per_text), device=logits_per_text.device)
             rows, columns = logits_per_text.float(), logits_per_text.float().t()
             loss = functional.cross_entropy(rows, target) / 2 + functional.cross_entropy(columns, target) / 2
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        found = CLIPMoEOutput(
+        outputs = CLIPMoEOutput(
             loss=loss,
             logits_per_image=logits_per_text.t(),
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             text_model_output=text,
-            vision_model_output=image,
+            vision_model_output=vision,
             aux_loss=aux_loss,
         )
-        return found if return_dict is not False else found.to_tuple()
+        return outputs if return_dict is not False else outputs.to_tuple()
 
 
 def load_balance(router_logits, num_selected, mask=None):
-    """E * sum_e f_e P_e, averaged over blocks: 1 when perfectly balanced (arXiv 2409.19291, eq. 6-9).
+    """Returns E * sum_e f_e P_e, averaged over blocks: 1 at perfect balance (arXiv 2409.19291, eq. 6-9).
 
     f_e is the share of routed slots that went to expert e, P_e its mean probability. router_logits: of each
-    MoE block, (B, L, E) float32; mask (B, L) bool leaves tokens out. Returns a scalar.
+    MoE block, (B, L, E) float32. mask (B, L) bool: tokens that count; None counts all.
     """
     logits = torch.stack([block.flatten(0, 1) for block in router_logits])  # (M, N, E)
     if mask is not None:
@@ -586,13 +597,13 @@ def load_balance(router_logits, num_selected, mask=None):
 
 
 def _causal_mask(x):
-    """(L, L) bool: True where a token may look. x (B, L, D)."""
+    """Returns (L, L) bool, True where a token (row) attends to another (column). x (B, L, D)."""
     length = x.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
 
 
 def register():
-    """Makes the three models known to transformers' Auto classes, also inside another model's config."""
+    """Registers the three models with transformers' Auto classes, so that other configs can name them."""
     for config, model in (
         (CLIPMoEConfig, CLIPMoEModel),
         (CLIPMoETextConfig, CLIPMoETextModel),

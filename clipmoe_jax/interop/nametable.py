@@ -1,18 +1,17 @@
 """Name tables: one description of a foreign checkpoint format, used in both directions.
 
-A row says where one foreign tensor lies in our tree and how its axes are laid out:
+A row gives the place of a foreign tensor in our param tree, and the layout of its axes:
 
     Row("transformer.resblocks.{i}.experts.{e}.c_fc.weight", "text/resblocks_{i}/moe/c_fc/kernel[{e}]",
     LINEAR)
 
-`{i}` and other lower-case fields stand for numbers. A name of ours may end in `[{e}]`, the e-th slice of a
-stacked leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last axis. Arrays are numpy
-throughout.
+`{i}` and other lower-case fields stand for numbers. Our name may end in `[{e}]`, the e-th slice of a stacked
+leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last axis. All arrays are numpy's.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Layout(NamedTuple):
-    """A permutation of axes from the foreign layout to ours; None leaves an array as it is."""
+    """Permutations of axes from the foreign layout to ours and back; None leaves an array as it is."""
 
     to_ours: tuple[int, ...] | None
     to_foreign: tuple[int, ...] | None
@@ -36,6 +35,8 @@ CONV = Layout((2, 3, 1, 0), (3, 2, 0, 1))  # (out, in, H, W) <-> (H, W, in, out)
 
 
 class Row(NamedTuple):
+    """A foreign tensor's name, its name in our param tree, and its layout."""
+
     foreign: str
     ours: str
     layout: Layout = SAME
@@ -44,27 +45,26 @@ class Row(NamedTuple):
 def to_ours(
     table: Sequence[Row], tensors: Tensors, finish: Callable[[str, np.ndarray], Any]
 ) -> dict[str, Any]:
-    """Foreign tensors to {our name: finish(our name, array)}.
+    """Converts foreign tensors to {our name: finish(our name, array)}.
 
-    Takes the tensors out of the dict, reads those of one leaf at a time and lets them go when it is
-    finished. Raises ValueError for names that no row knows, which `check_shapes` tells better.
+    Takes the tensors out of the dict. Reads those of one leaf at a time and frees them when it is finished.
+    Raises ValueError for a name that no row has; `check_shapes` names all of them.
     """
     patterns = [(_pattern(row.foreign), row) for row in table]
     parts: dict[str, dict[str, tuple[str, Layout]]] = {}
     for name in tensors:
-        match, row = next(
-            ((match, row) for pattern, row in patterns if (match := pattern.fullmatch(name))), (None, None)
-        )
-        if match is None:
+        matches = ((pattern.fullmatch(name), row) for pattern, row in patterns)
+        fields, row = next(((match.groupdict(), row) for match, row in matches if match), ({}, None))
+        if row is None:
             raise ValueError(f"the format has no name {name}")
-        ours, part = _split(row.ours.format(**match.groupdict()))
+        ours, part = _split(row.ours.format(**fields))
         parts.setdefault(ours, {})[part] = name, row.layout
 
     def size(ours: str) -> int:
         return sum(math.prod(tensors[name].shape) for name, _ in parts[ours].values())
 
     leaves = {}
-    for ours in sorted(parts, key=size, reverse=True):  # the largest while little lies beside them
+    for ours in sorted(parts, key=size, reverse=True):  # large leaves first, while memory is still free
         sources = parts[ours]
         pieces = {
             part: _permuted(tensors.pop(name).read(), layout.to_ours)
@@ -77,11 +77,12 @@ def to_ours(
 def check_shapes(
     table: Sequence[Row], expected: Mapping[str, tuple[int, ...]], tensors: Tensors, source: str
 ) -> None:
-    """Raises ValueError naming, in the file's own words, the tensors in which it differs from our shapes.
+    """Raises ValueError naming the tensors that are missing, unexpected or of another shape.
 
-    expected: {our name: shape} of the architecture. At most ten names of each kind are told.
+    expected: {our name: shape} of the architecture. The message has the file's own names, at most ten of each
+    kind.
     """
-    # Views of a single zero have shapes and no memory.
+    # Views of a single zero have a shape and take no memory.
     stand_ins = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
     wanted = {name: array.shape for name, array in to_foreign(table, stand_ins)[0].items()}
     problems = {
@@ -103,7 +104,7 @@ def check_shapes(
 
 
 def to_foreign(table: Sequence[Row], arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
-    """{our name: array} to foreign arrays, and our names that no row knows."""
+    """Converts {our name: array} to {foreign name: array}. Returns also our names that no row has."""
     patterns = [(_pattern(_split(row.ours)[0]), _split(row.ours)[1], row) for row in table]
     foreign, unknown = {}, []
     for name, array in arrays.items():
@@ -127,17 +128,17 @@ def _pattern(template: str) -> re.Pattern:
 
 
 def _split(ours: str) -> tuple[str, str]:
-    """`name[part]` -> (name, part); part is "" where there is none."""
-    match = re.fullmatch(r"([^\[]+)(?:\[(.+)\])?", ours)
-    return match[1], match[2] or ""
+    """Splits `name[part]` into (name, part); part is "" if there is none."""
+    name, _, part = ours.partition("[")
+    return name, part.removesuffix("]")
 
 
 def _permuted(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    """The array with its axes in the given order."""
     return array if axes is None else array.transpose(axes)
 
 
 def _join(pieces: dict[str, np.ndarray]) -> np.ndarray:
+    """Joins {part: array} of one leaf. The inverse of `_pieces`."""
     if "" in pieces:
         return pieces[""]
     if "q" in pieces:
@@ -145,8 +146,8 @@ def _join(pieces: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([pieces[str(e)] for e in range(len(pieces))])
 
 
-def _pieces(array: np.ndarray, part: str):
-    """The pieces of one of our arrays that a row names, with the field that each one fills."""
+def _pieces(array: np.ndarray, part: str) -> Iterator[tuple[dict[str, int], np.ndarray]]:
+    """Yields the pieces of one of our arrays that a row names, each with the number for the row's field."""
     if part == "":
         yield {}, array
     elif part in ("q", "k", "v"):

@@ -1,4 +1,4 @@
-"""open_clip's `open_clip_config.json`; its state dicts have OpenAI's names (`released.TABLE`)."""
+"""open_clip's `open_clip_config.json`. Its state dicts have OpenAI's names (`released.TABLE`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,7 @@ from clipmoe_jax.models.inputs import MEAN, STD, check_normalisation, check_resi
 
 CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
 
-# Fields of open_clip's tower configs, each with the value that means what this program's towers do.
-# What is read, and what changes no feature of a trained model, is not listed.
+# Fields of open_clip's tower configs with the only value that this program's towers can compute.
 FIXED = {
     "ls_init_value": None,
     "attentional_pool": False,
@@ -31,11 +30,13 @@ FIXED = {
     "proj_bias": False,
     "proj_type": "linear",
 }
+# Fields that `import_config` reads.
 READ = {
     *("layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"),
     *("context_length", "vocab_size", "pool_type", "eos_id"),
 }
-NO_MATTER = {
+# Fields that change no feature of a trained model.
+IGNORED = {
     *("patch_dropout", "output_tokens", "pad_id", "attn_pooler_queries", "attn_pooler_heads"),
     *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "hf_model_pretrained", "hf_proj_type"),
     *("hf_pooler_type", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop"),
@@ -45,9 +46,9 @@ DEFAULT_EPS = 1e-5
 
 
 def import_config(config: Mapping[str, Any]) -> ClipConfig:
-    """The architecture that an open_clip_config.json, or one of open_clip's model configs, describes.
+    """Returns the architecture that an open_clip_config.json, or one of open_clip's model configs, describes.
 
-    Raises ValueError naming the first field for which this program's towers have no equal.
+    Raises ValueError naming the first field that this program's towers cannot follow.
     """
     model = config.get("model_cfg", config)
     if missing := [name for name in ("embed_dim", "vision_cfg", "text_cfg") if name not in model]:
@@ -63,8 +64,8 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
         for field, value in tower.items():
             if field in FIXED and value != FIXED[field]:
                 raise ValueError(f"{name}.{field}={value!r}: this program's towers have {FIXED[field]!r}")
-            if field not in (FIXED.keys() | READ | NO_MATTER):
-                raise ValueError(f"{name}.{field}={value!r} is not known to this program")
+            if field not in (FIXED.keys() | READ | IGNORED):
+                raise ValueError(f"{name}.{field}={value!r} is unknown to this program")
     if vision.get("pool_type", "tok") != "tok":
         raise ValueError(f"vision_cfg.pool_type={vision['pool_type']!r}: this program pools the class token")
     preprocessing = config.get("preprocess_cfg", {})
@@ -74,7 +75,7 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
     if _eps(vision) != _eps(text):
         raise ValueError(
             f"vision_cfg has LayerNorms of eps {_eps(vision)}, text_cfg of {_eps(text)}: this program's "
-            "towers share it"
+            "towers share one value"
         )
     width, text_width = vision.get("width", 768), text.get("width", 512)
     return ClipConfig(
@@ -102,9 +103,9 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
 
 
 def export_config(config: ClipConfig) -> dict[str, Any]:
-    """The open_clip_config.json of a dense model, the inverse of `import_config`.
+    """Returns the open_clip_config.json of a dense model. The inverse of `import_config`.
 
-    Raises ValueError for what open_clip does not build: a CLIP-MoE, a vision tower alone.
+    Raises ValueError for models that open_clip does not build: a CLIP-MoE, a vision tower alone.
     """
     if config.moe or config.text is None:
         kind = "CLIP-MoE" if config.moe else "vision tower alone"
@@ -142,7 +143,7 @@ def export_config(config: ClipConfig) -> dict[str, Any]:
 def _export_tower(tower: VisionConfig | TextConfig, eps: float) -> dict[str, Any]:
     fields: dict[str, Any] = {"width": tower.width, "layers": tower.num_layers}
     if tower.mlp_width is not None:
-        # open_clip rounds width * mlp_ratio down; half a unit more keeps it from falling short.
+        # open_clip rounds width * mlp_ratio down; the half keeps float error from costing a unit.
         fields["mlp_ratio"] = (tower.mlp_width + 0.5) / tower.width
     if eps != DEFAULT_EPS:
         fields["norm_kwargs"] = {"eps": eps}
@@ -152,7 +153,7 @@ def _export_tower(tower: VisionConfig | TextConfig, eps: float) -> dict[str, Any
 def _eps(tower: Mapping[str, Any]) -> float:
     kwargs = tower.get("norm_kwargs") or {}
     if odd := sorted(kwargs.keys() - {"eps"}):
-        raise ValueError(f"norm_kwargs has {odd}: this program's LayerNorms have an eps alone")
+        raise ValueError(f"norm_kwargs has {odd}: this program's LayerNorms have only an eps")
     return kwargs.get("eps", DEFAULT_EPS)
 
 
@@ -162,7 +163,7 @@ def _mlp_width(tower: Mapping[str, Any], width: int) -> int | None:
 
 
 def _side(tower: Mapping[str, Any], field: str, default: int) -> int:
-    """A number of pixels, which open_clip may write as [height, width]."""
+    """Returns a number of pixels, which open_clip may write as [height, width]."""
     value = tower.get(field, default)
     sides = set(value) if isinstance(value, list) else {value}
     if len(sides) != 1:
@@ -171,7 +172,7 @@ def _side(tower: Mapping[str, Any], field: str, default: int) -> int:
 
 
 def _eos_token_id(text: Mapping[str, Any]) -> int | None:
-    """open_clip takes the highest id of a row, or of its pool_type "eos" the first `eos_id`."""
+    """Returns the end token's id; None for open_clip's default, the highest id of a row."""
     pool_type = text.get("pool_type", "argmax")
     if pool_type == "argmax":
         return None

@@ -1,8 +1,8 @@
-"""OpenAI CLIP's state dicts and those that kept its names: open_clip's, Long-CLIP's, the released CLIP-MoE's.
+"""OpenAI CLIP's state dicts, and those with its names: open_clip's, Long-CLIP's, the released CLIP-MoE's.
 
 The text tower has no prefix. Long-CLIP's two position tables become one: rows 0 to 19 come from
-`positional_embedding`, rows from 20 on from `positional_embedding_res`, as its code reads them; both are
-written on export. Such a file says neither its activation nor its head width nor how many experts it selects.
+`positional_embedding` and the others from `positional_embedding_res`, as its code reads them. Export writes
+both. Such a file says neither its activation, nor its head width, nor how many experts it selects.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.positions import KEPT_POSITIONS
 from clipmoe_jax.models.transformer import MoeConfig
 
-# Head widths that open_clip's model configs give to vision towers of these widths (H, g, bigG, e); else 64.
+# {width: head width} of open_clip's vision towers H, g, bigG and e. All others have HEAD_WIDTH.
 VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 HEAD_WIDTH = 64
 
 POSITIONS, POSITIONS_RES = "positional_embedding", "positional_embedding_res"
 VISION_POSITIONS = "visual.positional_embedding"
-# What the architecture is read from.
+# Tensors whose shapes give the architecture.
 SIZE_NAMES = (
     "visual.conv1.weight",
     VISION_POSITIONS,
@@ -34,12 +34,12 @@ SIZE_NAMES = (
     "transformer.resblocks.0.ln_1.weight",
 )
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
-BARE = "OpenAI's names"  # of a state dict that does not say whose it is
-CUSTOM_TEXT = "text."  # open_clip's CustomTextCLIP puts the text tower under it
+BARE = "OpenAI's names"  # the format of a state dict that does not say whose it is
+CUSTOM_TEXT = "text."  # the prefix of the text tower in open_clip's CustomTextCLIP
 
 
 def _tower_rows(foreign: str, ours: str) -> list[Row]:
-    """The rows of one tower's blocks."""
+    """Returns the rows of one tower's blocks."""
     block, our_block = foreign + "transformer.resblocks.{i}.", ours + "/resblocks_{i}/"
     rows = []
     for norm in ("ln_1", "ln_2"):
@@ -84,12 +84,12 @@ TABLE = [
 
 
 def has_these_names(names: Mapping[str, Any]) -> bool:
-    """Whether a state dict is one of these formats."""
+    """Returns whether a state dict has one of these formats."""
     return "visual.conv1.weight" in names and ("visual.proj" in names or "ln_final.weight" in names)
 
 
 def normalise(tensors: Tensors) -> tuple[Tensors, str]:
-    """One form of the names for all who kept them, and whose form it was, in words."""
+    """Returns the tensors under TABLE's names, and their format in words."""
     tensors = {name.removeprefix(CUSTOM_TEXT): tensor for name, tensor in tensors.items()}
     kind = BARE
     if any(name in tensors for name in OPENAI_SCALARS):
@@ -109,9 +109,9 @@ def normalise(tensors: Tensors) -> tuple[Tensors, str]:
 def infer_config(
     tensors: Tensors, *, activation: str = "quick_gelu", num_selected_experts: int = 2
 ) -> ClipConfig:
-    """The architecture that tensors of these names and shapes belong to.
+    """Returns the architecture that tensors of these names and shapes belong to.
 
-    Raises ValueError for lack of those that give the sizes.
+    Raises ValueError if tensors that give the sizes are missing.
     """
     if missing := [name for name in SIZE_NAMES if name not in tensors]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
@@ -145,7 +145,10 @@ def infer_config(
 
 
 def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
-    """Our params to the released code's names and layout, both position tables included."""
+    """Converts params to the released code's names and layout, both position tables included.
+
+    Raises ValueError for names that are no CLIP's.
+    """
     arrays, unknown = to_foreign(
         TABLE, {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
     )

@@ -7,7 +7,6 @@ and read it, so that neither the file nor a state dict stays in memory beside th
 import functools
 import json
 import os
-import pathlib
 import pickle
 import tempfile
 import zipfile
@@ -77,7 +76,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def write_safetensors(
-    folder: pathlib.Path,
+    folder: epath.Path,
     arrays: dict[str, np.ndarray],
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
@@ -103,7 +102,7 @@ def write_safetensors(
         os.chmod(folder / file, 0o666 & ~umask)  # the package makes it readable by its owner alone
 
 
-def write_torch(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_torch(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a PyTorch state dict. Raises ValueError if PyTorch is not installed."""
     torch = _import_torch(path)
     torch.save({name: _to_torch(torch, array) for name, array in arrays.items()}, path)
@@ -159,7 +158,7 @@ def _open_torch(path: epath.Path) -> Tensors:
     }
 
 
-def _import_torch(path: os.PathLike) -> Any:
+def _import_torch(path: epath.Path) -> Any:
     try:
         import torch  # optional
     except ImportError as error:

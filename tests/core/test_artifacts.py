@@ -232,7 +232,7 @@ def test_second_builder_of_a_folder_is_refused_and_touches_nothing(tmp_path):
             with pytest.raises(artifacts.BusyError):
                 with artifacts.new_folder(tmp_path / f"out_{keep_failed}", keep_failed=keep_failed):
                     raise AssertionError("two at once")
-        assert (tmp_path / f"out_{keep_failed}" / "part").exists()
+        assert [path.name for path in (tmp_path / f"out_{keep_failed}").iterdir()] == ["part"]
 
 
 def renamed(inputs):

@@ -55,14 +55,14 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def test_a_model_comes_back_as_numpy(model_folder):
+def test_loaded_model_is_numpy(model_folder):
     config, params = load_model(model_folder)
     assert config == CONFIG
     assert_same(params, random_params())
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
 
-def test_a_model_comes_back_on_a_mesh(model_folder):
+def test_loaded_model_is_placed_on_a_mesh(model_folder):
     mesh = sharding.make_mesh(2, 2, 2)
     _, params = load_model(model_folder, lambda tree: sharding.param_shardings(mesh, tree))
     assert_same(params, random_params())
@@ -76,7 +76,7 @@ def test_a_sharded_model_is_written_whole(tmp_path):
     assert_same(load_model(tmp_path)[1], random_params())
 
 
-def test_saving_again_replaces(tmp_path):
+def test_saving_again_replaces_the_model(tmp_path):
     for seed in (0, 1):
         save_model(tmp_path, CONFIG, random_params(seed=seed))
     assert_same(load_model(tmp_path)[1], random_params(seed=1))
@@ -91,7 +91,7 @@ def test_saving_leaves_the_question_whether_to_stop_to_the_loop(tmp_path, monkey
         assert checkpointer.latest_step() == 3
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a model folder: it has no model.json"):
         load_model(tmp_path)
 
@@ -126,7 +126,7 @@ SIZES = {"the same mesh": (2, 2, 2), "another mesh": (1, 4, 2), "data alone": (8
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_the_newest_state_comes_back(saved, sizes):
+def test_newest_state_is_restored_on_any_mesh(saved, sizes):
     """Parameters, moments and step, placed as the state that asks for them."""
     folder, expected = saved
     like = state_on(sharding.make_mesh(*sizes), seed=9)
@@ -149,7 +149,7 @@ def test_old_checkpoints_are_deleted(saved):
     assert {path.name for path in folder.iterdir()} == {"2", "3"}
 
 
-def test_latest_step(saved):
+def test_latest_step_is_the_newest_whole_checkpoint(saved):
     with Checkpointer(saved[0], max_to_keep=2) as checkpointer:
         assert checkpointer.latest_step() == 3
 
@@ -173,7 +173,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog
         assert checkpointer.restore(saved[1])[1] == {"loss": 7.0}
 
 
-def test_if_none_can_be_read_they_stay(saved, tmp_path):
+def test_checkpoints_stay_if_none_can_be_read(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     cut_files(folder / "2" / "opt_state")
     (folder / "3" / "meta" / "metadata").write_text('{"loss"')
@@ -185,7 +185,7 @@ def test_if_none_can_be_read_they_stay(saved, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"2", "3"}
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_without_a_checkpoint_gives_none(tmp_path):
     with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
         assert checkpointer.restore(state_on(sharding.make_mesh())) is None
         assert checkpointer.latest_step() is None
@@ -217,7 +217,7 @@ def test_check_params_names_what_differs_in_both_directions():
     )
 
 
-def test_check_params_of_a_dense_file_for_a_moe():
+def test_check_params_names_what_a_dense_file_lacks_for_a_moe():
     # In each tower 4 FFN leaves come, 4 expert leaves and a router are missing.
     with pytest.raises(ValueError, match="10 missing: text/resblocks_0/moe.*; 8 unexpected: text/.*mlp"):
         check_params(CONFIG, shapes_of(DENSE), "file")

@@ -37,7 +37,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize(("asked", "sizes"), MESHES.values(), ids=MESHES)
-def test_mesh_sizes(asked, sizes):
+def test_mesh_takes_the_sizes_asked_for_and_data_the_rest(asked, sizes):
     mesh = sharding.make_mesh(**asked)
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert"), sizes, strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
@@ -52,8 +52,8 @@ def test_mesh_sizes(asked, sizes):
         ({"data": -2, "fsdp": -4}, "data=-2 x fsdp=-4"),  # whose product is 8
     ],
 )
-def test_meshes_that_do_not_use_the_devices_exactly(asked, message):
-    with pytest.raises(ValueError, match=f"{message}.*choose sizes whose product is that"):
+def test_mesh_that_does_not_use_all_devices_is_refused(asked, message):
+    with pytest.raises(ValueError, match=f"{message}.*choose sizes whose product is 8"):
         sharding.make_mesh(**asked)
 
 
@@ -80,7 +80,7 @@ MOE_SPECS = {
 
 
 @pytest.mark.parametrize(("config", "specs"), [(DENSE, DENSE_SPECS), (MOE, MOE_SPECS)], ids=["dense", "MoE"])
-def test_where_parameters_lie(config, specs):
+def test_each_parameter_has_the_sharding_of_its_rule(config, specs):
     shardings = sharding.param_shardings(sharding.make_mesh(fsdp=2, expert=2), abstract_params(config))
     found = {name: leaf.spec for name, leaf in trees.flatten(shardings).items()}
     assert {name: found[name] for name in specs} == specs
@@ -109,7 +109,7 @@ def test_an_axis_that_does_not_divide_says_which_sizes_do(sizes, message):
         sharding.param_shardings(sharding.make_mesh(**sizes), params)
 
 
-def test_params_are_born_sharded_and_the_same_on_every_mesh():
+def test_params_are_initialised_sharded_and_the_same_on_every_mesh():
     mesh = sharding.make_mesh(fsdp=2, expert=2)
     params = sharding.init_params(mesh, init_moe, jax.random.key(0))
     kernel = params["visual"]["resblocks_0"]["moe"]["c_fc"]["kernel"]
@@ -141,7 +141,7 @@ def test_put_batch_gives_each_device_its_rows():
         np.testing.assert_array_equal(rows, batch["image"][2 * position : 2 * position + 2])
 
 
-def test_batches_that_devices_and_accumulation_cannot_share():
+def test_batch_that_devices_and_accumulation_cannot_share_is_refused():
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, 48, accumulation_steps=3)
     message = "batch size 40 cannot be split over 8 devices x 3 accumulation steps: .*multiple of 24"

@@ -59,7 +59,7 @@ def test_a_long_list_of_uncovered_leaves_is_cut():
         trees.match_rules([("x", 1)], [str(i) for i in range(10)])
 
 
-def test_frozen_means_absent():
+def test_frozen_leaves_are_absent_from_the_trainable_tree():
     trainable, frozen = trees.partition(PARAMS, MLPS_ONLY)
     assert list(trees.flatten(trainable)) == [f"text/{KERNEL}", f"visual/{KERNEL}"]
     assert list(trees.flatten(frozen)) == ["logit_scale", "visual/ln_pre/scale"]
@@ -74,13 +74,13 @@ def test_merge_is_the_inverse_of_partition():
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_all_or_nothing_may_train(trains):
+def test_partition_may_be_empty_on_either_side(trains):
     parts = trees.partition(PARAMS, [(".*", trains)])
     assert [trees.count_parameters(part) for part in parts] == ([56, 0] if trains else [0, 56])
     assert trees.flatten(trees.merge(*parts)).keys() == trees.flatten(PARAMS).keys()
 
 
-def test_count_parameters():
+def test_count_parameters_counts_scalars():
     # A scalar, a norm of 3, kernels of 3 * 12 = 36 and 2 * 8 = 16.
     assert trees.count_parameters(PARAMS) == 1 + 3 + 36 + 16
     shapes = jax.eval_shape(lambda: jax.tree.map(np.asarray, PARAMS))
@@ -95,7 +95,7 @@ def test_description_counts_and_gives_one_example_of_a_kind():
     )
 
 
-def test_cast_leaves_vectors_and_scalars_alone():
+def test_cast_keeps_the_dtype_of_vectors_and_scalars():
     tree = {"kernel": np.array([[1.5]], np.float32), "scale": np.ones(3, np.float32)}
     cast = trees.cast_matrices(tree, "float16")
     assert {name: leaf.dtype for name, leaf in cast.items()} == {"kernel": np.float16, "scale": np.float32}

@@ -64,7 +64,7 @@ def exported(dense_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["dense", "moe_all", "moe_last1"])
 @pytest.mark.parametrize("to", ["huggingface", "clipmoe"])
-def test_what_we_write_we_read(golden_dir, tmp_path, name, to):
+def test_import_of_export_is_the_identity(golden_dir, tmp_path, name, to):
     """The same architecture, the same arrays, and each in the dtype it had: here float16."""
     source = str(golden_dir / f"{name}.pt")
     selected = None if name == "dense" else 3  # which a .pt does not say and our exports do
@@ -90,7 +90,7 @@ def test_openais_mixed_precision_stays_as_it_is(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_on_request(dense_folder, tmp_path, dtype):
+def test_export_in_half_precision_on_request(dense_folder, tmp_path, dtype):
     convert(dense_folder, "huggingface", str(tmp_path / "out"), dtype=dtype)
     model = CLIPModel.from_pretrained(tmp_path / "out")
     assert {tensor.dtype for tensor in model.state_dict().values()} == {getattr(torch, dtype)}
@@ -99,7 +99,7 @@ def test_half_precision_on_request(dense_folder, tmp_path, dtype):
         np.testing.assert_allclose(leaf, exact[name], rtol=2**-8, atol=1e-7, err_msg=name)
 
 
-def test_shards_past_a_size(dense_folder, tmp_path):
+def test_weights_past_a_size_are_sharded(dense_folder, tmp_path):
     """Their numbered names, their index, and transformers and we read them."""
     model = read_model(dense_folder)
     folder = tmp_path / "out"
@@ -157,7 +157,7 @@ def test_the_exported_tokenizer_gives_our_ids(golden_dir, exported):
         assert any(sign in caption for sign in ("&", "â€", "<|", "ﬁ", "\x00", "“")), caption
 
 
-def test_the_zero_shot_pipeline_of_transformers(exported):
+def test_zero_shot_pipeline_of_transformers_runs(exported):
     classify = pipeline("zero-shot-image-classification", model=str(exported))
     image = Image.fromarray(np.full((40, 60, 3), 200, np.uint8))
     answers = classify(image, candidate_labels=["a cat", "a dog", "a very large house"])
@@ -179,7 +179,7 @@ def test_a_vocabulary_of_its_own_gets_no_tokenizer(golden_dir, tmp_path):
         clipmoe_jax.load(str(tmp_path / "out")).encode_text("a cat")
 
 
-def test_a_clip_moe_folder_is_complete(golden_dir, tmp_path):
+def test_clip_moe_folder_has_config_weights_module_and_card(golden_dir, tmp_path):
     convert(str(golden_dir / "moe_last1.pt"), "huggingface", str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "model.safetensors", "modeling_clip_moe.py", "README.md"}
@@ -224,7 +224,7 @@ REFUSED = {
     "77 positions for the released code": (
         "clipmoe",
         {},
-        "the released code has text.context_length=248 alone, this model 77: add --context_length=248",
+        "supports only text.context_length=248, this model has 77: ask for context_length=248",
     ),
 }
 
@@ -236,19 +236,21 @@ def test_what_a_format_cannot_hold_is_refused(dense_folder, tmp_path, to, option
     assert not list(tmp_path.iterdir())
 
 
-def test_open_clip_has_no_clip_moe(golden_dir, tmp_path):
+def test_clip_moe_for_open_clip_is_refused(golden_dir, tmp_path):
     with pytest.raises(ValueError, match="open_clip builds no CLIP-MoE: convert it to huggingface"):
         convert(str(golden_dir / "moe_all.pt"), "openclip", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_released_code_fixes_its_activation(tmp_path):
+def test_gelu_for_the_released_code_is_refused(tmp_path):
     save_random_model(tmp_path / "gelu", activation="gelu", context_length=248)
-    with pytest.raises(ValueError, match="released code has activation=quick_gelu alone, this model gelu"):
+    with pytest.raises(
+        ValueError, match="released code supports only activation=quick_gelu, this model has gelu"
+    ):
         convert(str(tmp_path / "gelu"), "clipmoe", str(tmp_path / "out"))
 
 
-def test_a_folder_that_is_there_is_not_touched(dense_folder, tmp_path):
+def test_existing_folder_is_refused_and_not_touched(dense_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match=".*out exists already: delete it or choose another"):
@@ -322,7 +324,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("to", ["huggingface", "clipmoe"])
-def test_memory_of_an_import(tmp_path, to):
+def test_import_takes_less_memory_than_two_and_a_half_files(tmp_path, to):
     """Half precision is the hard case: what is loaded is itself twice as large as the file."""
     config = ClipConfig(vision=VisionConfig(num_layers=4), text=TextConfig(context_length=248, num_layers=4))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float16), abstract_params(config))
@@ -346,7 +348,7 @@ def test_a_folder_with_one_file_is_that_file(golden_dir, tmp_path):
         read_model(str(tmp_path))
 
 
-def test_another_image_size_on_request(dense_folder):
+def test_positions_are_resized_on_request(dense_folder):
     found = read_model(dense_folder, image_size=48)
     assert found.params["visual"]["positional_embedding"].shape == (37, 64)
     images = np.zeros((1, 48, 48, 3), np.float32)

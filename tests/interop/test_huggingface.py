@@ -97,7 +97,7 @@ def outputs(pair):
     return theirs, ours
 
 
-def test_what_was_read(pair):
+def test_architecture_and_format_are_read_from_the_folder(pair):
     torch_model, _, loaded = pair
     assert loaded.source == "dense CLIP in transformers' format"
     assert loaded.config == ClipConfig(
@@ -110,12 +110,12 @@ def test_what_was_read(pair):
 
 
 @pytest.mark.parametrize("name", ["image_features", "text_features"])
-def test_features_agree(outputs, name):
+def test_features_equal_transformers(outputs, name):
     theirs, ours = outputs
     np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
 
 
-def test_logits_agree(pair, outputs):
+def test_logits_equal_transformers(pair, outputs):
     (_, _, loaded), (theirs, ours) = pair, outputs
     image, text = (normalize_features(ours[name]) for name in ("image_features", "text_features"))
     logits = jnp.exp(loaded.params["logit_scale"]) * image @ text.T
@@ -124,7 +124,7 @@ def test_logits_agree(pair, outputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_there_and_back_is_the_identity(tmp_path, dtype):
+def test_export_of_import_is_the_identity(tmp_path, dtype):
     model = make_torch_clip().to(dtype)
     model.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), "huggingface", str(tmp_path / "ours"))
@@ -165,7 +165,7 @@ def save_as_sharded_pickles(model, folder):
 
 
 @pytest.mark.parametrize("save", [save_in_shards, save_as_pickle, save_as_sharded_pickles])
-def test_other_files_hold_the_same_model(pair, tmp_path, save):
+def test_other_kinds_of_files_give_the_same_model(pair, tmp_path, save):
     torch_model, _, loaded = pair
     save(torch_model, tmp_path)
     found = read_model(str(tmp_path))
@@ -213,7 +213,7 @@ def test_the_end_token_is_where_transformers_finds_it(tmp_path, text, eos):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_feed_forward_layer_of_another_width(tmp_path):
+def test_feed_forward_layer_of_another_width_is_read(tmp_path):
     model = make_torch_clip(intermediate_size=40)
     model.save_pretrained(tmp_path)
     found = read_model(str(tmp_path))
@@ -234,7 +234,7 @@ def vision_tower(tmp_path):
     return tower.eval(), tmp_path / "tower"
 
 
-def test_a_vision_tower_alone(vision_tower):
+def test_vision_tower_alone_encodes_images_and_no_text(vision_tower):
     tower, folder = vision_tower
     found = read_model(str(folder))
     assert found.source == "dense CLIP vision tower in transformers' format"
@@ -246,7 +246,7 @@ def test_a_vision_tower_alone(vision_tower):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_vision_tower_there_and_back(vision_tower, tmp_path):
+def test_export_of_an_imported_vision_tower_is_the_identity(vision_tower, tmp_path):
     tower, folder = vision_tower
     convert(str(folder), "huggingface", str(tmp_path / "ours"))
     back, found = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -325,7 +325,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
-def test_configs_that_are_refused(tmp_path, config, message):
+def test_config_of_another_model_is_refused(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         read_model(str(tmp_path))
@@ -334,14 +334,14 @@ def test_configs_that_are_refused(tmp_path, config, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json of transformers and none of .*'model.safetensors'"),
+        (None, "transformers' config.json and none of .*'model.safetensors'"),
         (b"\x10" * 100, "cannot be read as safetensors or as a PyTorch state dict"),
         (b"\x10" + bytes(7) + b'{"a": 1', "truncated or not a safetensors file: .*header"),
         (b"\x04" + bytes(7) + b'{"a"', "truncated or not a safetensors file: .*JSON"),
     ],
     ids=["no file", "neither kind", "cut in its header", "a broken header"],
 )
-def test_weights_that_cannot_be_read(tmp_path, content, message):
+def test_weights_that_cannot_be_read_are_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
@@ -360,7 +360,7 @@ def test_sizes_that_the_config_does_not_say_are_named(pair, tmp_path):
         read_model(str(tmp_path))
 
 
-def test_a_truncated_file(pair, tmp_path):
+def test_truncated_file_is_refused(pair, tmp_path):
     _, folder, _ = pair
     content = (folder / "model.safetensors").read_bytes()
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -383,10 +383,10 @@ def test_names_that_do_not_fit_are_named_ten_at_most(tmp_path):
     assert len(missing) == 10 and missing[0].startswith("vision_model.encoder.layers.1.")
 
 
-def test_weights_of_transformers_without_their_config(pair, tmp_path):
+def test_weights_of_transformers_without_their_config_are_refused(pair, tmp_path):
     _, folder, _ = pair
     (tmp_path / "some.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="transformers' names; the config.json with its sizes is not beside"):
+    with pytest.raises(ValueError, match="transformers' names, but no config.json beside it says its sizes"):
         read_model(str(tmp_path))
     assert read_model(str(folder / "model.safetensors")).config == read_model(str(folder)).config
 
@@ -426,7 +426,7 @@ def test_another_resizing_is_refused(pair, tmp_path, fields, refused):
 
 
 @pytest.mark.parametrize("moe", [MoeConfig(3, 2), MoeConfig(4, 1, num_moe_layers=2)], ids=str)
-def test_a_clip_moe_there_and_back(tmp_path, moe):
+def test_export_of_an_imported_clip_moe_is_the_identity(tmp_path, moe):
     """Towers of different depth, so that `num_moe_layers` is clipped in one of them."""
     config = ClipConfig(
         embed_dim=8,
@@ -446,12 +446,12 @@ def test_a_clip_moe_there_and_back(tmp_path, moe):
     assert huggingface.import_config(json.loads(json.dumps(described))) == config
 
 
-def test_names_that_are_no_clips():
+def test_params_of_another_model_are_not_exported():
     with pytest.raises(ValueError, match="transformers' CLIP has no names for .*text/adapter"):
         huggingface.export_state_dict({"text": {"adapter": np.zeros(2)}})
 
 
-def test_vit_b_32_at_its_real_size(tmp_path):
+def test_vit_b_32_at_full_size_equals_transformers(tmp_path):
     """Features of both towers, random weights."""
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig()).eval()

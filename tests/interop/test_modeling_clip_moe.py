@@ -121,7 +121,7 @@ def test_loss_and_balance_equal_ours(pair, outputs):
     assert alone.aux_loss is None and alone.vision_model_output.router_logits is None
 
 
-def test_bfloat16_stays_close(pair, outputs):
+def test_bfloat16_stays_close_to_float32(pair, outputs):
     config, _, folder, _ = pair
     ours, _ = outputs
     model = exported.CLIPMoEModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -176,7 +176,7 @@ def test_values_and_gradients_equal_a_masked_loop(experts, selected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_experts_that_nobody_visits():
+def test_experts_without_tokens_get_zero_gradients():
     moe, x = make_moe(), torch.rand(1, 4, 16)
     with torch.no_grad():
         moe.router.weight.zero_()
@@ -221,7 +221,7 @@ def equal_experts(tmp_path_factory):
     return clip, folder / "exported"
 
 
-def test_the_interface_of_transformers_clip(equal_experts):
+def test_outputs_have_the_interface_of_transformers_clip(equal_experts):
     """With equal experts every output must be CLIPModel's: hidden states, attentions, poolers, logits."""
     clip, folder = equal_experts
     model = exported.CLIPMoEModel.from_pretrained(folder).eval()
@@ -251,7 +251,7 @@ def test_the_interface_of_transformers_clip(equal_experts):
                     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_vision_tower_alone(pair):
+def test_vision_tower_alone_loads_from_the_whole_model(pair):
     """From the whole model's folder: the trap is weights that are silently random."""
     _, _, folder, model = pair
     tower, found = exported.CLIPMoEVisionModel.from_pretrained(folder, output_loading_info=True)
@@ -265,7 +265,7 @@ def test_the_vision_tower_alone(pair):
     assert tower.config.hidden_size == 64 and tower.config.image_size == 32 and tower.config.patch_size == 8
 
 
-def test_the_text_tower_alone(pair):
+def test_text_tower_alone_loads_from_the_whole_model(pair):
     _, _, folder, model = pair
     tower, found = exported.CLIPMoETextModel.from_pretrained(folder, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
@@ -284,7 +284,7 @@ def test_saving_and_loading_is_the_identity(pair, tmp_path, name):
         assert torch.equal(back.state_dict()[key], tensor), key
 
 
-def test_another_image_size_by_interpolation(pair):
+def test_another_image_size_needs_interpolation(pair):
     """As our own resizing of the grid of positions gives it."""
     config, _, folder, model = pair
     images = np.random.default_rng(2).normal(size=(2, 48, 48, 3)).astype(np.float32)
@@ -336,7 +336,7 @@ AutoModel.from_pretrained(out + "/saved", trust_remote_code=True)
 """
 
 
-def test_remote_code_without_jax(pair, tmp_path):
+def test_remote_code_loads_without_jax(pair, tmp_path):
     """In a process of its own that has neither JAX nor this package; what it saves can be loaded again."""
     _, _, folder, model = pair
     torch.save((PIXELS, IDS), tmp_path / "inputs.pt")
@@ -352,7 +352,7 @@ def test_remote_code_without_jax(pair, tmp_path):
     assert (tmp_path / "saved" / "modeling_clip_moe.py").exists()
 
 
-def test_inside_llava(pair, tmp_path):
+def test_vision_tower_runs_inside_llava(pair, tmp_path):
     """The paper's claim, plug and play: a tiny random LLaVA whose vision tower is ours, feature layer -2."""
     _, _, folder, model = pair
     exported.register()
@@ -403,7 +403,7 @@ def test_captions_that_are_too_long_are_named(pair):
         model.get_text_features(torch.zeros(1, 13, dtype=torch.long))
 
 
-def test_a_fresh_model_is_sane(pair):
+def test_fresh_model_is_initialised(pair):
     """Built from a config, not loaded: every parameter is set, norms to one."""
     _, _, folder, _ = pair
     exported.register()

@@ -86,7 +86,7 @@ def assert_same_features(found, model, size=32):
 
 @pytest.mark.parametrize("save", [save_safetensors, save_pickle])
 @pytest.mark.parametrize("change", CASES.values(), ids=CASES)
-def test_features_agree(tmp_path, change, save):
+def test_features_equal_open_clip(tmp_path, change, save):
     model_cfg = changed(change)
     model = make_model(model_cfg)
     write_config(tmp_path, model_cfg)
@@ -96,7 +96,7 @@ def test_features_agree(tmp_path, change, save):
     assert_same_features(found, model)
 
 
-def test_what_was_read(tmp_path):
+def test_architecture_and_format_are_read_from_the_folder(tmp_path):
     model_cfg = changed(CASES["feed-forward layers of other widths"] | CASES["another eps"])
     model_cfg["vision_cfg"]["mlp_ratio"], model_cfg["text_cfg"]["mlp_ratio"] = 4.9231, 4.0
     assert openclip.import_config({"model_cfg": model_cfg}) == ClipConfig(
@@ -108,7 +108,7 @@ def test_what_was_read(tmp_path):
     )
 
 
-def test_a_training_checkpoint(tmp_path):
+def test_training_checkpoint_is_read(tmp_path):
     """Names of a wrapped model beside epoch and optimizer; the folder's config describes it."""
     model = make_model(MODEL)
     write_config(tmp_path, MODEL)
@@ -147,7 +147,7 @@ def test_head_widths_that_bare_state_dicts_are_given(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("change", CASES.values(), ids=CASES)
-def test_there_and_back_is_the_identity(tmp_path, change, dtype):
+def test_export_of_import_is_the_identity(tmp_path, change, dtype):
     model_cfg = changed(change)
     state = make_model(model_cfg).to(dtype).state_dict()
     write_config(tmp_path / "theirs", model_cfg)
@@ -175,7 +175,7 @@ def test_open_clip_loads_our_export(tmp_path, change):
     np.testing.assert_allclose(preprocess(image).permute(1, 2, 0), ours, atol=1e-5)
 
 
-def test_248_positions(tmp_path):
+def test_77_positions_are_stretched_to_248(tmp_path):
     write_config(tmp_path / "theirs", changed({"text_cfg": {"context_length": 77}}))
     save_safetensors(make_model(changed({"text_cfg": {"context_length": 77}})), tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), "openclip", str(tmp_path / "ours"), context_length=248)
@@ -185,7 +185,7 @@ def test_248_positions(tmp_path):
 
 
 @pytest.mark.parametrize("size", [48, 24, 40], ids="{} pixels".format)
-def test_positions_at_another_image_size(tmp_path, size):
+def test_positions_are_resized_as_open_clip_does(tmp_path, size):
     """Larger, smaller and not a simple ratio: what open_clip makes of the grid, and features there."""
     write_config(tmp_path, MODEL)
     save_safetensors(make_model(MODEL), tmp_path)
@@ -196,7 +196,7 @@ def test_positions_at_another_image_size(tmp_path, size):
     assert_same_features(found, theirs, size)
 
 
-def test_224_to_336_with_open_clips_values():
+def test_positions_from_224_to_336_equal_open_clips_values():
     """The case of ViT-L/14@336: a grid of 16 x 16 to 24 x 24, in float16 as OpenAI's files are."""
     positions = np.random.default_rng(0).normal(size=(257, 8)).astype(np.float16)
     state = {"visual.positional_embedding": torch.tensor(positions).float()}
@@ -250,7 +250,7 @@ REFUSED = {
     ),
     "a field of the future": (
         {"vision_cfg": {"twist": 1}},
-        "vision_cfg.twist=1 is not known to this",
+        "vision_cfg.twist=1 is unknown to this",
     ),
     "two values of eps": ({"vision_cfg": EPS}, "vision_cfg has LayerNorms of eps 0.001, text_cfg of 1e-05"),
     "oblong images": ({"vision_cfg": {"image_size": [32, 48]}}, r"image_size=\[32, 48\]: .* takes square"),
@@ -258,12 +258,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_configs_that_are_refused(change, message):
+def test_config_that_towers_cannot_follow_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         openclip.import_config({"model_cfg": changed(change)})
 
 
-def test_a_config_that_is_none():
+def test_config_without_towers_is_refused():
     with pytest.raises(ValueError, match="open_clip_config.json lacks embed_dim, vision_cfg, text_cfg"):
         openclip.import_config({"model_cfg": {}})
 
@@ -285,20 +285,20 @@ def test_another_resizing_is_refused(tmp_path):
 
 
 OTHERS = {
-    "a ResNet": ("visual.layer1.0.conv1.weight", "not a ViT CLIP: its image tower is a ResNet"),
+    "a ResNet": ("visual.layer1.0.conv1.weight", "not a ViT CLIP: its vision tower is a ResNet"),
     "a SigLIP": ("logit_bias", "not a ViT CLIP: it has a logit_bias, as SigLIP does"),
-    "timm": ("visual.trunk.norm.weight", "not a ViT CLIP: its image tower is one of timm's"),
+    "timm": ("visual.trunk.norm.weight", "not a ViT CLIP: its vision tower is one of timm's"),
 }
 
 
 @pytest.mark.parametrize(("name", "message"), OTHERS.values(), ids=OTHERS)
-def test_bare_state_dicts_of_other_models(tmp_path, name, message):
+def test_state_dict_of_another_model_is_refused_by_kind(tmp_path, name, message):
     torch.save({name: torch.zeros(2), "logit_scale": torch.tensor(1.0)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=message):
         read_model(str(tmp_path / "model.pt"))
 
 
-def test_a_folder_without_weights(tmp_path):
+def test_folder_without_weights_is_refused(tmp_path):
     write_config(tmp_path, MODEL)
     with pytest.raises(ValueError, match="has an open_clip_config.json and none of"):
         read_model(str(tmp_path))
