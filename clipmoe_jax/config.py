@@ -1,4 +1,4 @@
-"""Every field of a run's config with its default, and what is checked before any device time is spent.
+"""The fields of a run's config with their defaults, and the checks made before any device time is spent.
 
 A config file starts from `default_config()` and changes fields; a field that does not exist raises at once,
 since the config is locked. Times are in steps, rates per step, batch sizes global (over all hosts).
@@ -17,8 +17,8 @@ from clipmoe_jax.models.experts import GROUPED_MLPS
 from clipmoe_jax.models.transformer import REMAT, ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
-# Fields that earlier versions had: {dotted name: what to set now}. Where that is a plain name, artifacts made
-# under the old one are gone on with.
+# Fields that earlier versions had: {dotted name: what it is now}. Under a plain new name, artifacts that were
+# made with the old one stay usable.
 RENAMED = {
     "run": "compute",
     "run.dtype": "compute.dtype",
@@ -72,7 +72,7 @@ RANGES = {
 
 
 def default_config() -> ConfigDict:
-    """The paper's run on ViT-L/14 with 248 text positions (arXiv 2409.19291 and its released code)."""
+    """Returns the paper's run: ViT-L/14 with 248 text positions (arXiv 2409.19291 and its released code)."""
     config = ConfigDict()
     config.seeds = (0,)  # each seed is a whole run; several go to WORKDIR/seed_N and into one table
     # {name: {dotted field: value}}: a sweep, each variant a run in WORKDIR/NAME (`set_variants`)
@@ -144,9 +144,8 @@ def set_architecture(config: ConfigDict, variant: str, context_length: int = 248
     """Makes a variant ("ViT-B/32", …) the dense base, its 77 text positions stretched to `context_length`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not known: choose one of {', '.join(VARIANTS)}")
-    dense = VARIANTS[variant]
-    text = dataclasses.replace(dense.text, context_length=context_length)
-    config.base.architecture = ConfigDict(dataclasses.replace(dense, text=text).to_dict())
+    config.base.architecture = ConfigDict(VARIANTS[variant].to_dict())
+    config.base.architecture.text.context_length = context_length
 
 
 def set_variants(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]) -> None:
@@ -155,7 +154,7 @@ def set_variants(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]) 
 
 
 def variant_configs(config: ConfigDict) -> dict[str, ConfigDict]:
-    """{name: config} of a sweep's variants, in order; of any other config {"": itself}.
+    """Returns {name: config} of a sweep's variants, in order; of any other config {"": itself}.
 
     Raises ValueError naming variant and field where a field does not exist or its value is of another type.
     """
@@ -191,7 +190,7 @@ def _set_field(config: ConfigDict, field: str, value: Any, where: str) -> None:
 
 
 def run_locally(config: ConfigDict) -> None:
-    """A few small steps of each kind on the full model and 64 pairs: shows on a laptop that a config runs."""
+    """Shrinks a config to a few small steps on 64 pairs, to see on a laptop that the full model runs."""
     config.data.train_split, config.data.test_split = "train[:64]", "test[:64]"
     for section in (config.mcl, config.router):
         section.batch_size, section.num_steps, section.warmup_steps = 8, 4, 1
@@ -205,17 +204,17 @@ def _phase(**fields: Any) -> ConfigDict:
 
 
 def phase_config(section: ConfigDict) -> PhaseConfig:
-    """The fields of `config.mcl`, `config.router` or `config.base.train` that every kind of training has."""
+    """Returns the hyperparameters of a section: `config.mcl`, `config.router` or `config.base.train`."""
     return PhaseConfig(**{f.name: section[f.name] for f in dataclasses.fields(PhaseConfig)})
 
 
 def architecture(config: ConfigDict) -> ClipConfig:
-    """The dense base's architecture."""
+    """Returns the dense base's architecture."""
     return ClipConfig.from_dict(config.base.architecture.to_dict())
 
 
 def moe_config(config: ConfigDict) -> MoeConfig:
-    """The CLIP-MoE's experts: the base's and one for each stage."""
+    """Returns the CLIP-MoE's mixture: the base's expert and one for each stage."""
     return MoeConfig(
         num_experts=config.mcl.num_stages + 1,
         num_selected_experts=config.moe.num_selected_experts,
@@ -224,11 +223,11 @@ def moe_config(config: ConfigDict) -> MoeConfig:
 
 
 def compute_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> ComputeConfig:
-    """How models are computed on `platform` ("cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention).
+    """Returns how models are computed on a platform.
 
-    The platform decides how attention and the experts run. Ragged dispatch is the exact one that computes
-    least, and on CPU the fastest (benchmarks/moe_block.py). Nothing has been measured on an accelerator;
-    `python -m benchmarks.run --only=settings` times dispatch and remat on a device and names the fastest.
+    platform: "cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention. It decides how attention and the
+    experts run. Ragged dispatch is the exact one that computes least, and on CPU the fastest
+    (benchmarks/moe_block.py); on accelerators nothing has been measured.
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
     return ComputeConfig(
@@ -315,7 +314,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
-    """The typed arguments after a config file's colon: `seeds=3,small` -> ConfigDict(seeds=3, small=True).
+    """Returns the typed arguments after a config file's colon: `seeds=3,small` -> {seeds: 3, small: True}.
 
     Each value is converted to its default's type; a bare name is True.
     Raises ValueError naming an argument that the config does not have.
@@ -333,7 +332,7 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
 def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an artifact's inputs ({dotted field: value}) with the names that fields have now.
 
-    A field that is gone stays if it was set, so that the artifact is refused by its name.
+    Raises ValueError naming a field that was set and is gone.
     """
     upgraded = {}
     for name, value in inputs.items():
@@ -341,5 +340,7 @@ def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         if re.fullmatch(r"[\w.]+", new):
             upgraded[new] = value
         elif value:
-            upgraded[name] = value
+            raise ValueError(
+                f"made by an earlier version with {name}={value!r}, now {new}: choose another workdir"
+            )
     return upgraded

@@ -209,7 +209,10 @@ def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:
     """Returns the inputs in a done.json or inputs.json, named as this version names them."""
     content = _read_json(path)
     inputs = content["inputs"] if path.name == DONE else content
-    return _as_json(upgrade(inputs)) if upgrade else inputs
+    try:
+        return _as_json(upgrade(inputs)) if upgrade else inputs
+    except ValueError as error:
+        raise ValueError(f"{path.parent}: {error}") from error
 
 
 def _finish(unfinished: epath.Path, path: epath.Path) -> None:

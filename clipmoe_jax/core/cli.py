@@ -80,7 +80,7 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
 
 
 def _renaming(text: str, renamed: Mapping[str, str]) -> str:
-    """What fields of an earlier version, if the text of an error names some, are now."""
+    """Says what fields of an earlier version are now, where the text of an error names some."""
     words = set(re.findall(r"[\w.]+", text.replace("config.", "")))
     new = [f"{old} is now {now}" for old, now in renamed.items() if words & {old, old.rpartition(".")[2]}]
     return f"; {'; '.join(new)}" if new else ""

@@ -1,4 +1,4 @@
-"""Writes the diagnostics of a CLIP-MoE to files of a folder, for a report to show.
+"""Writes the diagnostics of a CLIP-MoE to files, for a report to show.
 
 Letters: n examples, H, W image height and width, I images, T captions, d embedding, M MoE blocks, L length,
 G patches along a side.
@@ -6,6 +6,7 @@ G patches along a side.
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -19,14 +20,16 @@ from clipmoe_jax.analysis.words import token_texts
 from clipmoe_jax.core import artifacts, distributed, trees
 from clipmoe_jax.models.clip import Clip
 
-Batches = Iterable[Mapping[str, np.ndarray]]
+Batches = Iterable[Mapping[str, Any]]  # of a loader, captions not packed
 
 
 def write_routing(
     folder: epath.Path, model: Clip, params: trees.Params, batches: Batches, mesh: Mesh
 ) -> None:
-    """routing.json: load, entropy, gates, co-activation, load by position and by kind of word, for each tower
-    and MoE layer. Params on the mesh, batches as the loader's."""
+    """Writes routing.json: load, entropy, gates, co-activation, load by position and by kind of word.
+
+    Of each tower and MoE layer. params on the mesh; batches as the loader's.
+    """
     sums = route_by_model(model, params, batches, mesh)
     artifacts.write_json(folder / "routing.json", routing_tables(sums, model.config))
 
@@ -39,16 +42,19 @@ def write_routing_change(
     batches: Batches,
     mesh: Mesh,
 ) -> None:
-    """routing_change.json: {tower: for each MoE layer, share of tokens whose experts are others with
-    `before`, the params of an earlier checkpoint}. Arguments else as of `write_routing`."""
-    found = changed_routing(model, params, before, batches, mesh)
-    artifacts.write_json(folder / "routing_change.json", found)
+    """Writes routing_change.json: {tower: share of tokens whose experts changed since `before`, by MoE
+    layer}.
+
+    before: params of an earlier checkpoint; other arguments as for `write_routing`.
+    """
+    changes = changed_routing(model, params, before, batches, mesh)
+    artifacts.write_json(folder / "routing_change.json", changes)
 
 
 def write_experts(
     folder: epath.Path, model: Clip, params: trees.Params, batches: Batches, mesh: Mesh
 ) -> None:
-    """experts.json: how different the experts' outputs and weights are. Arguments as of `write_routing`."""
+    """Writes experts.json: differences of experts' outputs and weights. Arguments as for `write_routing`."""
     artifacts.write_json(folder / "experts.json", expert_difference(model, params, batches, mesh))
 
 
@@ -59,10 +65,10 @@ def write_heat_maps(
     images: np.ndarray,
     tokens: np.ndarray,
     captions: Sequence[str],
-    records: Sequence[int],
+    records: Sequence[int] | np.ndarray,
     mesh: Mesh,
 ) -> None:
-    """heat_maps.npz and heat_maps.json: some examples, and the top-1 expert of each of their tokens.
+    """Writes heat_maps.npz and heat_maps.json: some examples, and the top-1 expert of each of their tokens.
 
     images (n, H, W, 3) uint8, tokens (n, L) int32 of the n captions, records: the numbers of the images. The
     npz has images, tokens, visual_experts int8 (n, M, G, G) and text_experts int8 (n, M, L), -1 after the end
@@ -88,9 +94,9 @@ def write_cost(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     rounds: int = 15,
 ) -> None:
-    """cost.json: parameters, FLOPs, latency, throughput and memory of each model (`cost.costs`)."""
-    found = costs(models, images, tokens, batch_sizes=batch_sizes, rounds=rounds)
-    artifacts.write_json(folder / "cost.json", found)
+    """Writes cost.json: parameters, FLOPs, latency, throughput and memory of each model (`cost.costs`)."""
+    costs_of_models = costs(models, images, tokens, batch_sizes=batch_sizes, rounds=rounds)
+    artifacts.write_json(folder / "cost.json", costs_of_models)
 
 
 def write_neighbours(
@@ -101,6 +107,6 @@ def write_neighbours(
     image_of_text: np.ndarray,
     count: int = 8,
 ) -> None:
-    """neighbours.json: images that one model finds a caption of and the other does not (`neighbours`)."""
-    found = neighbours(base_features, moe_features, captions, image_of_text, count)
-    artifacts.write_json(folder / "neighbours.json", found)
+    """Writes neighbours.json: images whose caption one model finds and the other does not (`neighbours`)."""
+    examples = neighbours(base_features, moe_features, captions, image_of_text, count)
+    artifacts.write_json(folder / "neighbours.json", examples)

@@ -37,7 +37,7 @@ STAGES_ALONE = ("mcl.init_from", "mcl.small_clusters", "cluster.num_clusters", "
 
 
 class StepCounts(NamedTuple):
-    """How many steps the stages take. steps: of a stage's name, as it was made or as it is planned."""
+    """Steps that stages take. steps: from a stage's name to its steps, as made or as planned."""
 
     config: ConfigDict
     steps: Callable[[str], int]
@@ -59,7 +59,7 @@ def same_pairs(counts: StepCounts) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one model is made.
+    """A row of the table: the making of one model.
 
     Attributes:
         name: of its phase in metrics and, but for baselines, of the stage that trains it.

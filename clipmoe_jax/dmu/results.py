@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed, trees
 from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.dmu import diagnostics, recipes
@@ -98,12 +99,13 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _inputs(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """What a model was made from."""
-    return json.loads((run.workdir / recipe.folder / "done.json").read_text())["inputs"]
+    """The inputs that a model was made from."""
+    done = json.loads((run.workdir / recipe.folder / "done.json").read_text())
+    return configs.upgrade_inputs(done["inputs"])
 
 
 def _test_inputs(run: Run) -> dict[str, Any]:
-    """The test set that numbers depend on."""
+    """The fields and contents of the test set that numbers depend on."""
     inputs = run.fields("data.test", "data.test_split", "data.max_caption_tokens")
     if "test" in run.datasets:
         inputs["contents of data.test"] = run.records("test").fingerprint
@@ -234,7 +236,7 @@ def _diagnose(run: Run, folder: epath.Path) -> dict:
             write(folder, model, params, batches=batches, mesh=run.mesh)
     examples = np.arange(min(len(pairs), EXAMPLES))
     batch = pairs.gather(examples, epoch=0)
-    first_captions = [run.records("test")[i]["captions"][0] for i in examples]
+    first_captions = [run.records("test")[int(i)]["captions"][0] for i in examples]
     diagnostics.write_heat_maps(
         folder, model, params, batch["image"], batch["text"], first_captions, examples, run.mesh
     )

@@ -26,7 +26,7 @@ WITHOUT_EFFECT = ("mcl.accumulation_steps", "router.accumulation_steps")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the stages of one seed's run share. Data is opened once and kept as long as the run.
+    """The things that the stages of one seed's run share. Data is opened once and kept as long as the run.
 
     Attributes:
         datasets: the prepared data sets "train", "test" and "base", those that the config names.
@@ -78,17 +78,17 @@ class Run:
 
         short_captions: whether first sentences come too; None is where the config's loss takes them.
         """
-        if short_captions is None:
-            short_captions = self.config.loss.short_caption_weight > 0
+        by_config = self.config.loss.short_caption_weight > 0
+        with_short = by_config if short_captions is None else short_captions
         kind = loader.DecodedPairs if self.config.data.in_memory else loader.StreamedPairs
         image_size = configs.architecture(self.config).vision.image_size
         # The released code's load balance counts padding, of which there must then be as much as it has.
         released = self.config.router.balance == "released"
         packing_steps = 0 if released else self.config.data.packing_steps
         return self.once(
-            f"pairs {name}, short captions {short_captions}",
+            f"pairs {name}, short captions {with_short}",
             lambda: kind(
-                self.records(name), self.tokenizer(), image_size, packing_steps, short_captions=short_captions
+                self.records(name), self.tokenizer(), image_size, packing_steps, short_captions=with_short
             ),
         )
 

@@ -98,20 +98,20 @@ def _run_seed(
     stages: dict[str, Callable[[Run], Any]] = dict(stages_of(config))
     if results.is_wanted(config):
         stages[EVALUATE_STAGE] = results.evaluate
-    mesh, found = sharding.make_mesh(**config.mesh), None
+    mesh, evaluated = sharding.make_mesh(**config.mesh), None
     with contextlib.closing(Metrics(folder)) as metrics:
         artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
         run = Run(config, seed, folder, mesh, metrics, datasets, siblings)
         for name, make in stages.items():
             if stage in ("", name):
-                found = make(run)
+                evaluated = make(run)
                 if results.is_wanted(config):
                     results.evaluate_stage(run, name)
                 if distributed.preempted():
                     raise distributed.Preempted(f"after stage {name}")
     if not stage or not (folder / "config.json").exists():  # every stage has agreed with this config
         artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
-    return found
+    return evaluated
 
 
 def check_config(config: ConfigDict, stage: str = "") -> None:
