@@ -337,7 +337,7 @@ def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = {}
     for name, value in inputs.items():
         new = RENAMED.get(name, name)
-        if re.fullmatch(r"[\w.]+", new):
+        if name not in RENAMED or re.fullmatch(r"[\w.]+", new):
             upgraded[new] = value
         elif value:
             raise ValueError(

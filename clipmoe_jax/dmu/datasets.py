@@ -49,6 +49,11 @@ class Dataset:
         stamp = sources.source_stamp(self.source).strip(",") if self.source else ""
         if not self.source or (artifacts.is_done(folder) and not stamp):
             return False
+        if folder.exists() and not artifacts.is_done(folder):
+            raise ValueError(
+                f"{folder} is there and is no data set that a run prepared from {self.source}: choose "
+                "another workdir, or name that folder in the config"
+            )
         split = self.split.partition("[")[0] or WHOLE_SPLIT
 
         def build(unfinished: epath.Path) -> dict:

@@ -126,3 +126,12 @@ def test_another_source_for_the_same_folder_is_refused(tmp_path):
     Dataset(folder, "train", f"folder:{tmp_path}/photos").prepare()
     with pytest.raises(ValueError, match="train was made with source="):
         Dataset(folder, "train", f"webdataset:{tmp_path}/photos.tar").prepare()
+
+
+def test_a_folder_that_no_run_prepared_is_left_alone(tmp_path):
+    """As in a workdir of the demo by version 0.1."""
+    write_photos(tmp_path)
+    with pytest.raises(
+        ValueError, match="photos is there and is no data set that a run prepared from folder:"
+    ):
+        Dataset(str(tmp_path / "photos"), "train", f"folder:{tmp_path}/photos").prepare()

@@ -168,3 +168,19 @@ def test_field_that_does_not_exist():
 
 def test_learning_rate_is_float32():
     assert configs.phase_config(get_config("demo").mcl).learning_rates(240).dtype == np.float32
+
+
+def test_inputs_of_an_earlier_version_get_todays_names():
+    inputs = {"seed": 0, "run.dtype": "", "contents of data.train": "ab", "data.digit_scenes": 0}
+    upgraded = {"seed": 0, "compute.dtype": "", "contents of data.train": "ab"}
+    assert configs.upgrade_inputs(inputs) == upgraded
+    with pytest.raises(ValueError, match="with data.digit_scenes=800, now data.train=digit_scenes:train"):
+        configs.upgrade_inputs(inputs | {"data.digit_scenes": 800})
+
+
+def test_renamed_fields_name_fields_of_today():
+    flat = {name.replace("/", ".") for name in trees.flatten(configs.default_config().to_dict())}
+    for old, new in configs.RENAMED.items():
+        assert old not in flat
+        field = new.partition("=")[0]
+        assert field in flat or field in ("compute", "chosen by platform")
