@@ -18,7 +18,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.model_folder import load_model, save_model
-from clipmoe_jax.train.loop import fit
+from clipmoe_jax.train.loop import LoopConfig, fit
 from clipmoe_jax.train.step import LossConfig
 
 
@@ -148,6 +148,9 @@ class Run:
             short_caption_weight=0.0 if name == "base" else config.loss.short_caption_weight,
         )
         loss = dataclasses.replace(loss, **(other_losses or {}))
+        phase = configs.phase_config(section)
+        if num_steps is not None:
+            phase = dataclasses.replace(phase, num_steps=num_steps)
         params, measured = fit(
             name,
             model,
@@ -155,18 +158,19 @@ class Run:
             trainable_rules=rules,
             pairs=self.pairs(data, short_captions=loss.short_caption_weight > 0),
             sampler=sampler,
-            phase=configs.phase_config(section),
+            phase=phase,
             loss=loss,
             seed=self.seed,
             mesh=self.mesh,
             metrics=self.metrics,
-            checkpoint_folder=folder / artifacts.CHECKPOINTS,
-            checkpoint_every=config.checkpoint.every_steps,
-            max_to_keep=config.checkpoint.max_to_keep,
-            log_every=config.log_every,
-            num_workers=config.data.num_workers,
-            frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
-            num_steps=num_steps,
+            loop=LoopConfig(
+                checkpoints=folder / artifacts.CHECKPOINTS,
+                checkpoint_every=config.checkpoint.every_steps,
+                max_to_keep=config.checkpoint.max_to_keep,
+                log_every=config.log_every,
+                num_workers=config.data.num_workers,
+                frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
+            ),
         )
         save_model(folder, model.config, params)
         return measured
