@@ -1,11 +1,11 @@
-"""How different the experts of a CLIP-MoE are: every expert on the same tokens, and their weights.
+"""Differences between the experts of a CLIP-MoE: their outputs on the same tokens, and their weights.
 
 Letters: B batch, L length, N = B*L tokens, D width, E experts, Q = E(E+1)/2 pairs of experts e <= f.
 
 CKA is linear and unbiased: the HSIC estimator of Song et al. (JMLR 13, 2012, eq. 5) in the CKA of Kornblith
-et al. (arXiv 1905.00414). The plain estimate grows by up to D / N for unrelated outputs, so that few tokens,
-or a wide tower, would make experts look alike; this one has no such bias and two towers or two data sets can
-be compared. It may come out a little below 0.
+et al. (arXiv 1905.00414). The plain estimate grows by up to D / N for unrelated outputs, so few tokens or a
+wide tower would make experts look alike. This one has no such bias, so towers and data sets can be compared;
+it may come out a little below 0.
 """
 
 import functools
@@ -47,19 +47,23 @@ class OutputSums(NamedTuple):
 def expert_difference(
     model: Clip, params: trees.Params, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, Any]:
-    """{"visual": tables, "text": tables, "diversity": float}: what the outputs of experts have in common.
+    """Returns {"visual": tables, "text": tables, "diversity": float}, which compares the experts' outputs.
 
-    Tables: layers, and of each layer cka (E, E), js_divergence (E, E) in bits (`output_sums`) and
+    Tables: layers, and for each layer cka (E, E), js_divergence (E, E) in bits (`output_sums`) and
     weight_cosine (E-1, E-1). Each expert computes, in float32, on all tokens that reach its block, routed to
-    it or not; batches as for `routing.route_by_model`. On the host 8 D^2 Q bytes for each MoE layer.
+    it or not; batches as for `routing.route_by_model`. Takes 8 D^2 Q bytes of host memory per MoE layer.
 
-    diversity is how different the experts are as one number: 1 - CKA, averaged over all pairs of two
-    experts, the MoE layers of a tower, and the two towers. 0 is for experts that compute the same (up to
-    rotation and scale), about 1 for unrelated ones.
+    diversity: 1 - CKA averaged over all pairs of two experts, the MoE layers of a tower, and the two towers;
+    0 for experts that compute the same up to rotation and scale, about 1 for unrelated ones.
+
+    Raises ValueError for a model with fewer than two experts.
     """
     layers, sums, shifts = moe_layers(model.config), {}, {}
-    if model.config.moe.num_experts < 2:
-        raise ValueError("expert_difference: num_experts=1 leaves nothing to compare; it takes two or more")
+    num_experts = model.config.moe.num_experts if model.config.moe else 0
+    if num_experts < 2:
+        raise ValueError(
+            f"expert_difference: num_experts={num_experts} leaves nothing to compare; it takes two or more"
+        )
     for tower, arrays in placed_inputs(batches, mesh):
         with jax.set_mesh(mesh):
             mask = token_mask(model.config, tower, arrays)
@@ -68,12 +72,12 @@ def expert_difference(
             key = tower, layer
             experts = expert_leaves(params, tower, layer)
             with jax.set_mesh(mesh):
-                if key not in shifts:  # the mean of the first batch: float32 sums about it lose nothing
+                if key not in shifts:  # about the first batch's mean, so that float32 sums lose nothing
                     shifts[key] = _make_mean(model.config)(x, mask, experts)
-                found = _make_sums(model.config)(x, mask, experts, shifts[key])
-                found = sharding.replicate(mesh, found)
-            found = OutputSums(*(np.asarray(array, np.float64) for array in found))
-            sums[key] = OutputSums(*map(np.add, sums[key], found)) if key in sums else found
+                of_batch = _make_sums(model.config)(x, mask, experts, shifts[key])
+                of_batch = sharding.replicate(mesh, of_batch)
+            of_batch = OutputSums(*(np.asarray(array, np.float64) for array in of_batch))
+            sums[key] = OutputSums(*map(np.add, sums[key], of_batch)) if key in sums else of_batch
     tables = {}
     for tower, numbers in layers.items():
         with jax.set_mesh(mesh):
@@ -89,13 +93,13 @@ def expert_difference(
 
 
 def diversity(*cka_of_towers: np.ndarray) -> float:
-    """1 - CKA averaged over pairs of two experts, layers and towers; each tower's cka is (M, E, E)."""
+    """Returns 1 - CKA averaged over pairs of two experts, layers and towers. Each tower's cka: (M, E, E)."""
     pairs = [cka[:, ~np.eye(cka.shape[-1], dtype=bool)] for cka in cka_of_towers]
     return float(np.mean([np.mean(1 - of_tower) for of_tower in pairs]))
 
 
 def output_sums(y: Array, mask: Array, shift: Array) -> OutputSums:
-    """Sums over the tokens that count; jittable.
+    """Returns sums over the tokens that the mask keeps; jittable.
 
     y (E, B, L, D) float32, mask (B, L) bool, shift (E, D): near the mean of y. The Jensen-Shannon divergence
     of a token is that of two outputs as distributions over the D features, p = softmax(y_e) and
@@ -126,8 +130,10 @@ def output_sums(y: Array, mask: Array, shift: Array) -> OutputSums:
 
 
 def linear_cka(sums: OutputSums, name: str = "the layer") -> np.ndarray:
-    """(E, E) float64 from sums in float64. Unbiased HSIC of K = Y_e Y_e^T and L = Y_f Y_f^T without their
-    diagonals, K' and L': tr(K'L') + sum(K') sum(L') / ((N-1)(N-2)) - 2 sum(K'L') / (N-2), by sums of y.
+    """Returns the CKA of each pair of experts, (E, E) float64, from sums in float64.
+
+    By unbiased HSIC of K = Y_e Y_e^T and L = Y_f Y_f^T without their diagonals, K' and L':
+    tr(K'L') + sum(K') sum(L') / ((N-1)(N-2)) - 2 sum(K'L') / (N-2), computed from the sums of y.
 
     Raises ValueError for fewer than four tokens, or an expert that gives all tokens the same output.
     """
@@ -152,17 +158,19 @@ def linear_cka(sums: OutputSums, name: str = "the layer") -> np.ndarray:
 
 
 def js_divergence(sums: OutputSums) -> np.ndarray:
-    """(E, E): mean over tokens, in bits."""
-    found = np.zeros((len(sums.y), len(sums.y)))
-    first, second = pairs_of_experts(len(found))
-    found[first, second] = found[second, first] = sums.divergence / sums.num_tokens
-    return found
+    """Returns the mean over tokens of each pair's Jensen-Shannon divergence, (E, E), in bits."""
+    divergence = np.zeros((len(sums.y), len(sums.y)))
+    first, second = pairs_of_experts(len(divergence))
+    divergence[first, second] = divergence[second, first] = sums.divergence / sums.num_tokens
+    return divergence
 
 
 @jax.jit
 def weight_cosine(experts: trees.Params) -> Array:
-    """(E-1, E-1): cosines between the differences of experts 1, 2, … from expert 0, all their weights and
-    biases as one vector; 0 for an expert that does not differ. Leaves (E, …)."""
+    """Returns cosines between the differences of experts 1, 2, … from expert 0, (E-1, E-1).
+
+    An expert is the vector of all its weights and biases; leaves are (E, …). 0 where one does not differ.
+    """
     dots = 0
     for leaf in jax.tree.leaves(experts):
         difference = (leaf[1:].astype(jnp.float32) - leaf[:1].astype(jnp.float32)).reshape(len(leaf) - 1, -1)
@@ -173,13 +181,13 @@ def weight_cosine(experts: trees.Params) -> Array:
 
 
 def expert_leaves(params: trees.Params, tower: str, layer: int) -> dict[str, Any]:
-    """c_fc and c_proj of a MoE block, stacked over experts."""
+    """Returns c_fc and c_proj of a MoE block, stacked over experts."""
     moe = params[tower][f"resblocks_{layer}"]["moe"]
     return {"c_fc": moe["c_fc"], "c_proj": moe["c_proj"]}
 
 
 def pairs_of_experts(num_experts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """e and f of the Q pairs e <= f."""
+    """Returns e and f of the Q pairs e <= f."""
     first, second = zip(*itertools.combinations_with_replacement(range(num_experts), 2), strict=True)
     return first, second
 
@@ -192,7 +200,7 @@ def expert_outputs(x: Array, experts: trees.Params, config: ClipConfig) -> Array
 
 @functools.cache
 def _make_capture(model: Clip, tower: str) -> Callable[[trees.Params, Array], list[Array]]:
-    """Jitted (params, inputs) -> what the experts of each MoE block are given, (B, L, D): ln_2's output."""
+    """Returns the jitted (params, inputs) -> input of each MoE block's experts, ln_2's output (B, L, D)."""
 
     def capture(params, inputs):
         _, state = model.apply(
@@ -211,7 +219,7 @@ def _make_capture(model: Clip, tower: str) -> Callable[[trees.Params, Array], li
 
 @functools.cache
 def _make_mean(config: ClipConfig) -> Callable[..., Array]:
-    """Jitted: mean output of each expert, (E, D)."""
+    """Returns the jitted (x, mask, experts) -> mean output of each expert, (E, D)."""
 
     def mean(x, mask, experts):
         y = expert_outputs(x, experts, config)
@@ -222,6 +230,8 @@ def _make_mean(config: ClipConfig) -> Callable[..., Array]:
 
 @functools.cache
 def _make_sums(config: ClipConfig) -> Callable[..., OutputSums]:
+    """Returns the jitted (x, mask, experts, shift) -> `output_sums` of the experts."""
+
     def sums(x, mask, experts, shift):
         with jax.default_matmul_precision("highest"):
             return output_sums(expert_outputs(x, experts, config), mask, shift)

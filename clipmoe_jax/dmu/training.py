@@ -22,7 +22,7 @@ from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
-from clipmoe_jax.train.loop import fit
+from clipmoe_jax.train.loop import LoopConfig, fit
 from clipmoe_jax.train.step import LossConfig
 
 
@@ -229,6 +229,9 @@ def _fit(
     )
     loss = dataclasses.replace(loss, **recipe.losses(config))
     model = run.model(architecture, training_routers=has_routers)
+    phase = configs.phase_config(section)
+    if num_steps is not None:
+        phase = dataclasses.replace(phase, num_steps=num_steps)
     params, measured = fit(
         recipe.name,
         model,
@@ -238,18 +241,19 @@ def _fit(
             "base" if recipe.group == "base" else "train", short_captions=loss.short_caption_weight > 0
         ),
         sampler=sampler,
-        phase=configs.phase_config(section),
+        phase=phase,
         loss=loss,
         seed=run.seed,
         mesh=run.mesh,
         metrics=run.metrics,
-        checkpoint_folder=folder / artifacts.CHECKPOINTS,
-        checkpoint_every=config.checkpoint.every_steps,
-        max_to_keep=config.checkpoint.max_to_keep,
-        log_every=config.log_every,
-        num_workers=config.data.num_workers,
-        frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
-        num_steps=num_steps,
+        loop=LoopConfig(
+            checkpoints=folder / artifacts.CHECKPOINTS,
+            checkpoint_every=config.checkpoint.every_steps,
+            max_to_keep=config.checkpoint.max_to_keep,
+            log_every=config.log_every,
+            num_workers=config.data.num_workers,
+            frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
+        ),
     )
     save_model(folder, architecture, params)
     return measured

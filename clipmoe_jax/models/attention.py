@@ -39,14 +39,14 @@ def attention(
     NVIDIA GPUs from compute capability 8.0 in half precision.
     """
     if implementation == "chunked":
-        return _on_each_device(_chunked, causal, qkv, segments)
+        return _on_each_device(functools.partial(_chunked, causal), qkv, segments)
     query, key, value = (qkv[:, :, i] for i in range(3))
     if implementation == "cudnn":
         return _cudnn(query, key, value, segments, causal)
+    if implementation != "xla":
+        raise ValueError(f"attention={implementation!r} is not known: choose 'xla', 'chunked' or 'cudnn'")
     mask = None if segments is None else _same_segment(segments)[:, None]
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=causal, implementation=implementation
-    )
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="xla")
 
 
 def default_implementation(platform: str, dtype: str) -> str:
@@ -85,10 +85,9 @@ def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causa
 
 
 def _on_each_device(
-    attend: Callable[[bool, Array, Array | None], Array], causal: bool, qkv: Array, segments: Array | None
+    attend: Callable[[Array, Array | None], Array], qkv: Array, segments: Array | None
 ) -> Array:
     """Lets each device attend to its own examples: XLA would not split a loop over them."""
-    attend = functools.partial(attend, causal)
     if devices_in_use() == 1:
         return attend(qkv, segments)
     rows = PartitionSpec(BATCH_AXES)

@@ -5,7 +5,7 @@ Letters: B batch, R rows of packed captions, L length, H and W height and width 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -206,11 +206,13 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
         config, text = self.config, self.config.text
+        assert text is not None, "Clip has a text tower only with a TextConfig"
         if isinstance(tokens, PackedText):
-            (tokens, segments, ends), num_shards = tokens, devices_in_use()
+            (ids, segments, ends), num_shards = tokens, devices_in_use()
         else:
-            segments, ends, num_shards = None, end_position(tokens, text.eos_token_id), len(tokens)
-        length, width = tokens.shape[1], text.width
+            ids, segments, num_shards = tokens, None, len(tokens)
+            ends = end_position(tokens, text.eos_token_id)
+        length, width = ids.shape[1], text.width
         if length > text.context_length:
             raise ValueError(f"tokens have length {length}; this model takes at most {text.context_length}")
         dtype = jnp.dtype(self.compute.dtype)
@@ -219,7 +221,7 @@ class TextTower(nn.Module):
         embedding = nn.Embed(text.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
         added = positions[:length] if segments is None else positions[positions_in_segments(segments)]
-        x = (embedding(tokens) + added).astype(dtype)
+        x = (embedding(ids) + added).astype(dtype)
         ends = ends.reshape(num_shards, -1)
         x, aux = _apply_blocks(
             x, ends, config, text, self.compute, segments, causal=True, deterministic=deterministic
@@ -238,6 +240,10 @@ class Clip(nn.Module):
 
     config: ClipConfig
     compute: ComputeConfig = ComputeConfig()
+
+    if TYPE_CHECKING:  # Flax gives modules the hash of their fields, which type checkers do not see
+
+        def __hash__(self) -> int: ...
 
     def setup(self):
         self.visual = VisionTower(self.config, self.compute)
@@ -300,11 +306,11 @@ def check_params(config: ClipConfig, shapes: dict[str, tuple[int, ...]], source:
 
 class _Kernel(nn.Module):
     shape: tuple[int, ...]
-    init: nn.initializers.Initializer
+    kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", self.init, self.shape)
+        return self.param("kernel", self.kernel_init, self.shape)
 
 
 def _apply_blocks(

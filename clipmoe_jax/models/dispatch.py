@@ -191,6 +191,7 @@ def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array
 def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
     """Returns the sum of the experts' proj_bias by gate, (N, E) -> (N, D); the gates' gradient is float32."""
     bias = experts.proj_bias
+    assert bias is not None
     return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
 
 
@@ -219,8 +220,8 @@ _rows_from_tokens.defvjp(_rows_from_tokens_fwd, _rows_from_tokens_bwd)
 def _tokens_from_rows(rows: Array, order: Array, position: Array) -> Array:
     """Sums each token's rows, without spare rows. rows (R, D) -> (N, D)."""
     del order
-    total = sum(jnp.take(rows, of_slot, axis=0, mode="clip").astype(jnp.float32) for of_slot in position.T)
-    return total.astype(rows.dtype)
+    slots = [jnp.take(rows, of_slot, axis=0, mode="clip").astype(jnp.float32) for of_slot in position.T]
+    return functools.reduce(jnp.add, slots).astype(rows.dtype)
 
 
 def _tokens_from_rows_fwd(rows, order, position):

@@ -29,6 +29,7 @@ class Dropout(NamedTuple):
         """Returns h (rows, …, F) with -inf where it is dropped; `first_row`: the number of its first row."""
         if self.rate == 0:
             return h
+        assert self.words is not None, "dropout takes the words of a random key"
         kept = random_bits(self.words, h.shape, first_row) >= jnp.uint32(self.rate * 2**32)
         # A sum, not a choice, whose gradient would need the mask.
         return h + jnp.where(kept, 0, -jnp.inf).astype(h.dtype)

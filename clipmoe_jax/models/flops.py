@@ -1,10 +1,10 @@
 """FLOPs of a model's matrix products, counted by hand from its architecture.
 
-A product of (m, k) by (k, n) is 2 m k n FLOPs. Norms, activations and softmax are left out: at the sizes of
+A product of (m, k) by (k, n) is 2 m k n FLOPs. Norms, activations and softmax do not count: at the sizes of
 CLIP they are one per cent of XLA's own count (tests/models/test_flops.py). The last feed-forward layer of a
-tower is computed for one token of an image or caption, the one that is read.
+tower is computed for the one token of an image or caption that is pooled.
 
-Letters: L length, D width, F feed-forward hidden width, E experts, K selected experts, P patch size.
+Towers go by their key in the parameters, "visual" and "text".
 """
 
 import re
@@ -19,9 +19,9 @@ from clipmoe_jax.models.transformer import first_moe_layer
 
 
 class Layer(NamedTuple):
-    """A step of the forward pass of one image or caption. name: of its parameters, "" if it has none.
+    """One layer of the forward pass of one image or caption. name: of its parameters, "" if it has none.
 
-    flops: of its products. num_operands: how many of each product's operands are activations, whose gradients
+    flops: of its products. num_operands: how many operands of each product are activations, whose gradients
     cost as much as the product itself.
     """
 
@@ -31,12 +31,13 @@ class Layer(NamedTuple):
 
 
 def layers(config: ClipConfig, tower: str, length: int | None = None, slots: float = 0) -> Iterator[Layer]:
-    """The layers of a tower ("visual" or "text") in order.
+    """Yields the layers of a tower in order.
 
-    length: of the captions, None is the context length. slots: how many experts compute on each token, 0 is K
-    (E for dense dispatch).
+    length: of the captions, None is the context length. slots: how many experts compute on each token; 0 is
+    num_selected_experts, as dispatch="ragged" has it.
     """
     shape = config.vision if tower == "visual" else config.text
+    assert shape is not None, "the architecture has no text tower"
     width, hidden = shape.width, shape.mlp_width or 4 * shape.width
     if isinstance(shape, VisionConfig):
         num_patches, pixels = (shape.image_size // shape.patch_size) ** 2, 3 * shape.patch_size**2
@@ -53,29 +54,31 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
         block = f"{tower}/resblocks_{i}"
         yield Layer(f"{block}/ln_1", 0)
         yield Layer(f"{block}/attn/in_proj", 2 * length * width * 3 * width)
-        yield Layer("", 2 * 2 * length * length * width, 2)  # scores, and values by them
+        yield Layer("", 2 * 2 * length * length * width, 2)  # scores, and their product with the values
         yield Layer(f"{block}/attn/out_proj", 2 * length * width * width)
         yield Layer(f"{block}/ln_2", 0)
         tokens = length if i < shape.num_layers - 1 else 1
-        ffn, tokens = (
-            ("moe", tokens * (slots or moe.num_selected_experts)) if i >= first_moe else ("mlp", tokens)
-        )
-        yield Layer(f"{block}/{ffn}/c_fc", 2 * tokens * width * hidden)
-        if ffn == "moe":  # here, since its gates multiply what c_proj takes (models/dispatch.py)
-            yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
-        yield Layer(f"{block}/{ffn}/c_proj", 2 * tokens * hidden * width)
+        if moe is None or i < first_moe:
+            yield Layer(f"{block}/mlp/c_fc", 2 * tokens * width * hidden)
+            yield Layer(f"{block}/mlp/c_proj", 2 * tokens * hidden * width)
+            continue
+        tokens *= slots or moe.num_selected_experts
+        yield Layer(f"{block}/moe/c_fc", 2 * tokens * width * hidden)
+        # The router comes here since its gates multiply the input of c_proj (models/feed_forward.py).
+        yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
+        yield Layer(f"{block}/moe/c_proj", 2 * tokens * hidden * width)
     last = ("ln_post", "proj") if tower == "visual" else ("ln_final", "text_projection")
     yield Layer(f"{tower}/{last[0]}", 0)
     yield Layer(f"{tower}/{last[1]}", 2 * width * config.embed_dim)
 
 
 def forward(config: ClipConfig, length: int | None = None, slots: float = 0) -> float:
-    """FLOPs of encoding one pair, an image and a caption of `length` tokens."""
+    """Returns the FLOPs of encoding one pair, an image and a caption of `length` tokens."""
     return sum(layer.flops for tower in _towers(config) for layer in layers(config, tower, length, slots))
 
 
 def scores(config: ClipConfig) -> float:
-    """FLOPs of the scores of attention for one pair, half of what attention's products take."""
+    """Returns the FLOPs of attention's scores for one pair, half of those of attention's products."""
     return sum(layer.flops / 2 for t in _towers(config) for layer in layers(config, t) if not layer.name)
 
 
@@ -86,13 +89,12 @@ def forward_backward(
     slots: float = 0,
     towers: Sequence[str] | None = None,
 ) -> float:
-    """FLOPs of encoding one pair and differentiating with respect to the leaves that train.
+    """Returns the FLOPs of encoding one pair and of the gradient for the leaves that train.
 
-    trains: {leaf name: whether}. towers: of "visual" and "text", None is what the model has. A product's
-    gradient for its kernel costs as much as the product, and its gradient for its input as well, which is
-    needed only where something that trains lies before it.
+    trains: {leaf name: whether}. towers: None is all of the model. The gradient for a kernel costs as much as
+    the product; so does that for the input, which is needed only if something before the layer trains.
     """
-    trained = _layers_of(trains)
+    trained = _trained_layers(trains)
     return sum(
         layer.flops * (1 + layer.num_operands * reached + (layer.name in trained))
         for tower in towers or _towers(config)
@@ -101,23 +103,24 @@ def forward_backward(
 
 
 def input_gradients(config: ClipConfig, trains: Mapping[str, bool]) -> set[str]:
-    """Names of the layers before which something trains: through them a gradient is pulled back."""
-    found = (pair for tower in _towers(config) for pair in _reached(config, tower, _layers_of(trains)))
-    return {layer.name for layer, reached in found if reached}
+    """Returns the names of the layers that have a gradient for their input: something before them trains."""
+    trained = _trained_layers(trains)
+    pairs = (pair for tower in _towers(config) for pair in _reached(config, tower, trained))
+    return {layer.name for layer, reached in pairs if reached}
 
 
 def _reached(
     config: ClipConfig, tower: str, trained: set[str], length: int | None = None, slots: float = 0
 ) -> Iterator[tuple[Layer, bool]]:
-    """The layers of a tower, and whether something before each trains."""
+    """Yields the layers of a tower, each with whether something before it trains."""
     reached = False
     for layer in layers(config, tower, length, slots):
         yield layer, reached
         reached |= layer.name in trained
 
 
-def _layers_of(trains: Mapping[str, bool]) -> set[str]:
-    """Layers of which a parameter trains."""
+def _trained_layers(trains: Mapping[str, bool]) -> set[str]:
+    """Returns the names of the layers that have a parameter that trains."""
     names = {name for name, yes in trains.items() if yes}
     return names | {name.rpartition("/")[0] for name in names if "/" in name}
 
@@ -127,11 +130,11 @@ def _towers(config: ClipConfig) -> tuple[str, ...]:
 
 
 def count_active_parameters(params: trees.Params, config: ClipConfig) -> int:
-    """Parameters that one token uses: of E experts, K count."""
+    """Returns the number of parameters that one token uses: of the experts only the selected ones count."""
     total = 0
     for name, leaf in trees.flatten(params).items():
         size = int(np.prod(leaf.shape))
-        if re.search(r"/moe/c_(fc|proj)/", name):
+        if config.moe is not None and re.search(r"/moe/c_(fc|proj)/", name):
             size = size // config.moe.num_experts * config.moe.num_selected_experts
         total += size
     return total

@@ -3,6 +3,8 @@
 Letters: B batch, L length, M MoE blocks, E experts, K selected experts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ Array = jax.Array
 def contrastive_loss(
     image_features: Array, text_features: Array, logit_scale: Array, label_smoothing: float = 0.0
 ) -> dict[str, Array]:
-    """Symmetric cross-entropy over the similarity matrix of the global batch (arXiv 2103.00020, figure 3).
+    """Computes symmetric cross-entropy over the global batch's similarities (arXiv 2103.00020, figure 3).
 
     image_features, text_features (B, embed), any scale; logit_scale () a logarithm. Float32 throughout.
     Returns contrastive_loss and batch_accuracy, the share of images that rank their own caption first.
@@ -32,12 +34,12 @@ def short_caption_loss(
     label_smoothing: float = 0.0,
     num_components: int = 32,
 ) -> Array:
-    """The contrastive loss of short captions with the coarse part of the images (Long-CLIP, arXiv 2403.15378,
-    section 3.3): unit image features projected onto the batch's `num_components` principal components.
+    """Returns the contrastive loss of short captions with the coarse part of the images.
 
-    image_features, short_text_features (B, embed), any scale. Returns a scalar. As in Long-CLIP's code the
-    projected features are not of unit length; unlike there the components are constants for the gradient,
-    whose own gradient is infinite where two of them explain the same variance.
+    From Long-CLIP (arXiv 2403.15378, section 3.3): unit image features are projected onto the batch's
+    `num_components` principal components. image_features, short_text_features (B, embed), any scale. Returns
+    a scalar. As in Long-CLIP's code the projected features are not of unit length. Unlike there the gradient
+    takes the components for constants: their own is infinite where two explain the same variance.
     """
     images = normalize_features(image_features)
     mean = images.mean(axis=0)
@@ -51,24 +53,24 @@ def short_caption_loss(
 
 
 def _symmetric(images: Array, texts: Array, logit_scale: Array, label_smoothing: float) -> dict[str, Array]:
-    """`contrastive_loss` of features as they are."""
+    """Returns `contrastive_loss` without scaling features to unit length."""
     precision, scale = jax.lax.Precision.HIGHEST, jnp.exp(logit_scale)
     logits = scale * jnp.einsum("id,td->it", images, texts, precision=precision)
-    # Of the (B, B) matrix only its two log-sums are needed: what a pair's own logit and the mean over a row
-    # (label smoothing spreads mass over all classes, the right one included) add up to is known without it.
-    own = scale * jnp.mean(jnp.sum(images * texts, axis=-1))
+    # Only the two log-sums need the (B, B) matrix. The sums of matching logits and of row means (label
+    # smoothing spreads mass over all classes, the right one included) follow from the features.
+    matching = scale * jnp.mean(jnp.sum(images * texts, axis=-1))
     mean = scale * jnp.dot(images.mean(axis=0), texts.mean(axis=0), precision=precision)
     log_sums = (jnp.mean(jax.nn.logsumexp(logits, axis=1)) + jnp.mean(jax.nn.logsumexp(logits, axis=0))) / 2
-    loss = log_sums - (1 - label_smoothing) * own - label_smoothing * mean
+    loss = log_sums - (1 - label_smoothing) * matching - label_smoothing * mean
     accuracy = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0]))
     return {"contrastive_loss": loss, "batch_accuracy": accuracy}
 
 
 def load_balance(router_logits: Array, num_selected_experts: int, mask: Array | None = None) -> Array:
-    """E * sum_e f_e P_e, averaged over blocks (arXiv 2409.19291, eq. 6-9): 1 when perfectly balanced.
+    """Returns E * sum_e f_e P_e, averaged over blocks (arXiv 2409.19291, eq. 6-9): 1 at perfect balance.
 
     f_e is the share of routed slots that went to expert e, P_e its mean router probability.
-    router_logits (B, M, L, E) float32; mask (B, L) bool leaves tokens (padding) out. Returns a scalar.
+    router_logits (B, M, L, E) float32; mask (B, L) bool is False for padding. Returns a scalar.
     """
     num_experts = router_logits.shape[-1]
     weights = _token_weights(router_logits, mask)
@@ -79,7 +81,7 @@ def load_balance(router_logits: Array, num_selected_experts: int, mask: Array | 
 
 
 def released_load_balance(router_logits: Array, num_selected_experts: int) -> Array:
-    """The released code's balance: all blocks as one, padding counted, K at perfect balance.
+    """Returns the released code's balance: all blocks as one, padding counted; K at perfect balance.
 
     router_logits (B, M, L, E) float32. Returns a scalar.
     """
@@ -93,7 +95,7 @@ def released_load_balance(router_logits: Array, num_selected_experts: int) -> Ar
 def balance_losses(
     outputs: dict, text_mask: Array, num_selected_experts: int, coefficient: float, kind: str = "paper"
 ) -> dict[str, Array]:
-    """Load balance of both towers from `Clip.__call__`'s outputs; empty for a dense model.
+    """Returns the load balance of both towers for outputs of `Clip.__call__`; empty for a dense model.
 
     kind "paper": coefficient * (image + text) / 2, padding left out. "released": coefficient *
     (image + text / 2), as the released code weighs them. text_mask (B, L) bool.
@@ -116,9 +118,9 @@ def balance_losses(
 
 
 def router_z(router_logits: Array, mask: Array | None = None) -> Array:
-    """The mean over tokens of logsumexp(logits)^2, averaged over blocks (router z-loss, arXiv 2202.08906).
+    """Returns the mean of logsumexp(logits)^2 over tokens and blocks (router z-loss, arXiv 2202.08906).
 
-    router_logits (B, M, L, E) float32; mask (B, L) bool leaves tokens (padding) out. Returns a scalar.
+    router_logits (B, M, L, E) float32; mask (B, L) bool is False for padding. Returns a scalar.
     """
     weights = _token_weights(router_logits, mask)
     squares = jax.nn.logsumexp(router_logits, axis=-1) ** 2
@@ -126,26 +128,29 @@ def router_z(router_logits: Array, mask: Array | None = None) -> Array:
 
 
 def router_z_loss(outputs: dict, text_mask: Array, coefficient: float) -> dict[str, Array]:
-    """`router_z` of both towers from `Clip.__call__`'s outputs of a MoE: coefficient * (image + text) / 2,
-    padding left out. text_mask (B, L) bool."""
+    """Returns the router z-loss of both towers: coefficient * (image + text) / 2, padding left out.
+
+    outputs: those of `Clip.__call__` of a MoE. text_mask (B, L) bool.
+    """
     image = router_z(outputs["image_aux"]["router_logits"])
     text = router_z(outputs["text_aux"]["router_logits"], text_mask)
     return {"router_z_loss": coefficient * (image + text) / 2}
 
 
 def total_loss(losses: dict[str, Array]) -> Array:
-    """The sum of all entries whose key ends in `_loss`."""
-    return sum(value for name, value in losses.items() if name.endswith("_loss"))
+    """Returns the sum of all entries whose key ends in `_loss`."""
+    terms = [value for name, value in losses.items() if name.endswith("_loss")]
+    return functools.reduce(jnp.add, terms)
 
 
 def _slots_per_expert(router_logits: Array, num_selected_experts: int) -> Array:
-    """(B, M, L, E) logits -> (B, M, L, E) float32: 1 where an expert was selected."""
+    """Returns 1 where an expert is selected, 0 elsewhere: (B, M, L, E) logits -> (B, M, L, E) float32."""
     _, expert_ids = route(router_logits, num_selected_experts)
     return jax.nn.one_hot(expert_ids, router_logits.shape[-1]).sum(axis=-2)
 
 
 def _token_weights(router_logits: Array, mask: Array | None) -> Array:
-    """(B, M, L) float32 weights that sum to one over the tokens of each block."""
+    """Returns weights that sum to one over the tokens of each block, (B, M, L) float32."""
     batch, blocks, length, _ = router_logits.shape
     if mask is None:
         mask = jnp.ones((batch, length))

@@ -1,6 +1,7 @@
-"""What every kind of training has: batch, length, optimizer and schedule."""
+"""Hyperparameters that every phase of training has: batch, length, optimizer and schedule."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -8,8 +9,7 @@ import optax
 
 from clipmoe_jax.core import trees
 
-# Whether weight decay applies: to matrices and convolutions, not to norms, biases, embeddings of positions or
-# scalars.
+# Weight decay applies to matrices and convolutions, not to norms, biases, positional embeddings or scalars.
 DECAY_RULES = (
     (r".*/(kernel|embedding|proj|text_projection)", True),
     (r".*", False),
@@ -20,9 +20,9 @@ DECAY_RULES = (
 class PhaseConfig:
     """Hyperparameters of one phase of training.
 
-    batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps:
-    microbatches that a batch is computed in; the gradient is that of the whole batch. learning_rate: the
-    peak, reached after `warmup_steps` and then falling to 0 by a cosine. clip_norm: of the global gradient; 0
+    batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps: in how many
+    microbatches a batch is computed; the gradient is that of the whole batch. learning_rate: the peak,
+    reached after `warmup_steps`, from which it falls to 0 by a cosine. clip_norm: of the global gradient; 0
     is none.
     """
 
@@ -40,7 +40,7 @@ class PhaseConfig:
     accumulation_steps: int = 1
 
     def length(self, steps_per_epoch: int) -> int:
-        """Number of steps. Raises ValueError if the warm-up does not fit."""
+        """Returns the number of steps. Raises ValueError if the warm-up does not fit."""
         num_steps = self.num_steps or self.num_epochs * steps_per_epoch
         if num_steps <= self.warmup_steps:
             raise ValueError(
@@ -50,16 +50,18 @@ class PhaseConfig:
         return num_steps
 
     def learning_rates(self, num_steps: int) -> np.ndarray:
-        """Float32 (num_steps,): linear warm-up from 0, then a cosine to 0."""
+        """Returns the rate of each step, float32 (num_steps,): linear warm-up from 0, then a cosine to 0."""
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, num_steps, 0.0
         )
-        # One program: operation by operation it would be ten to compile.
+        # As one program: operation by operation JAX would compile ten.
         return np.asarray(jax.jit(schedule)(np.arange(num_steps)), np.float32)
 
     def direction(self) -> optax.GradientTransformation:
-        """AdamW without its learning rate, which is an argument of the step: its program is that of every
-        schedule."""
+        """Returns AdamW without its learning rate.
+
+        The rate is an argument of the step, so all schedules share one compiled program.
+        """
         clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
         return optax.chain(
             clip,
@@ -69,6 +71,7 @@ class PhaseConfig:
 
 
 def _decays(params: trees.Params) -> dict:
-    return trees.unflatten(
-        {name: DECAY_RULES[trees.first_match(DECAY_RULES, name)][1] for name in trees.flatten(params)}
-    )
+    def decays(name: str) -> bool:
+        return next(value for pattern, value in DECAY_RULES if re.fullmatch(pattern, name))
+
+    return trees.unflatten({name: decays(name) for name in trees.flatten(params)})

@@ -1,13 +1,13 @@
-"""One step of training, a pure function of state and batch.
+"""One optimizer step, a pure function of state and batch.
 
-Letters: B pairs of the global batch, A accumulation steps, n devices.
+Letters: B pairs of the global batch, L length, A accumulation steps, n devices.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -21,14 +21,17 @@ from clipmoe_jax.train import losses
 from clipmoe_jax.train.phase import PhaseConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound
-INPUTS = ("image", "text", "short_text")  # of a batch, what a step takes
+INPUTS = ("image", "text", "short_text")  # the arrays of a batch that a step takes
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """label_smoothing of the contrastive losses; coefficient and kind of the load balance, and coefficient of
-    the routers' z-loss (MoE alone); short_caption_weight of Long-CLIP's second loss, which asks for
-    short_text in a batch."""
+    """Coefficients of the losses.
+
+    label_smoothing: of the contrastive losses. balance, balance_coefficient, z_loss_coefficient: kind and
+    weight of the load balance and weight of the router z-loss, which only a MoE has. short_caption_weight: of
+    Long-CLIP's second loss, which takes short_text from the batch.
+    """
 
     label_smoothing: float = 0.0
     balance_coefficient: float = 0.0
@@ -38,29 +41,29 @@ class LossConfig:
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a step changes. step () int32: how many steps have been taken."""
+    """The state that a step updates. step () int32: how many steps have been taken."""
 
-    step: jax.Array
+    step: Any
     trainable: Any
     opt_state: Any
 
 
 @functools.cache
 def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callable[..., Any]:
-    """The jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
+    """Returns the jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
     frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
-    int32 or PackedText of n A units, with a short_caption_weight short_text (B, L') int32. learning_rate: ()
-    float32. key: the phase's random key; the step folds in its number. metrics: float32 scalars. The state is
-    donated. Equal arguments give the same function, so its compilation is shared.
+    int32 or PackedText of n A shards, and with a short_caption_weight short_text (B, L') int32.
+    learning_rate: () float32. key: the phase's random key, into which the step folds its number. metrics:
+    float32 scalars. The state is donated. Equal arguments return the same function, compiled once.
     """
-    tx = phase.direction()
-    num_selected = model.config.moe.num_selected_experts if model.config.moe else 0
+    tx, moe = phase.direction(), model.config.moe
+    eos_token_id = model.config.text.eos_token_id if model.config.text else None
 
     def encode(trainable, frozen, batch, key):
         params = trees.merge(trainable, frozen)
         apply = functools.partial(model.apply, {"params": params}, deterministic=False)
-        outputs = apply(batch["image"], batch["text"], rngs={"dropout": key})
+        outputs = cast(dict[str, Any], apply(batch["image"], batch["text"], rngs={"dropout": key}))
         if loss.short_caption_weight:
             key = jax.random.fold_in(key, 1)
             outputs["short_text_features"], _ = apply(
@@ -70,77 +73,77 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
 
     def loss_of(trainable, outputs, frozen, batch):
         params = trees.merge(trainable, frozen)
-        found = losses.contrastive_loss(
+        terms = losses.contrastive_loss(
             outputs["image_features"],
             outputs["text_features"],
             params["logit_scale"],
             loss.label_smoothing,
         )
         if loss.short_caption_weight:
-            found["short_caption_loss"] = loss.short_caption_weight * losses.short_caption_loss(
+            terms["short_caption_loss"] = loss.short_caption_weight * losses.short_caption_loss(
                 outputs["image_features"],
                 outputs["short_text_features"],
                 params["logit_scale"],
                 loss.label_smoothing,
             )
-        if model.config.moe:
-            mask = text_mask(batch["text"], model.config.text.eos_token_id)
-            found |= losses.balance_losses(
-                outputs, mask, num_selected, loss.balance_coefficient, loss.balance
+        if moe is not None:
+            mask = text_mask(batch["text"], eos_token_id)
+            terms |= losses.balance_losses(
+                outputs, mask, moe.num_selected_experts, loss.balance_coefficient, loss.balance
             )
             if loss.z_loss_coefficient:
-                found |= losses.router_z_loss(outputs, mask, loss.z_loss_coefficient)
-            found["dropped_slots"] = sum(
-                outputs[tower]["dropped_slots"].sum() for tower in ("image_aux", "text_aux")
-            )
-        return losses.total_loss(found), found
+                terms |= losses.router_z_loss(outputs, mask, loss.z_loss_coefficient)
+            image_aux, text_aux = outputs["image_aux"], outputs["text_aux"]
+            terms["dropped_slots"] = image_aux["dropped_slots"].sum() + text_aux["dropped_slots"].sum()
+        return losses.total_loss(terms), terms
 
     def gradient(trainable, frozen, batch, key):
-        def whole(trainable):
+        def encode_and_loss(trainable):
             return loss_of(trainable, encode(trainable, frozen, batch, key), frozen, batch)
 
-        return jax.value_and_grad(whole, has_aux=True)(trainable)
+        return jax.value_and_grad(encode_and_loss, has_aux=True)(trainable)
 
     def accumulated_gradient(trainable, frozen, batch, key):
-        """The same gradient in less memory (GradCache, arXiv 2101.06983): encode every microbatch,
-        differentiate the loss with respect to all outputs, then encode again and pull that back one
-        microbatch at a time."""
+        """Computes the same gradient in less memory (GradCache, arXiv 2101.06983).
+
+        Encodes every microbatch, differentiates the loss with respect to all outputs, then encodes again and
+        pulls that gradient back one microbatch at a time.
+        """
         num = phase.accumulation_steps
-        micro = jax.tree.map(lambda a: _deal(a, num), batch)
+        microbatches = jax.tree.map(lambda a: _deal(a, num), batch)
         keys = jax.random.split(key, num)
 
-        def encode_micro(trainable, part):
+        def encode_microbatch(trainable, part):
             return encode(trainable, frozen, part["batch"], part["key"])
 
-        parts = {"batch": micro, "key": keys}
-        stacked = jax.lax.map(functools.partial(encode_micro, trainable), parts)
+        parts = {"batch": microbatches, "key": keys}
+        stacked = jax.lax.map(functools.partial(encode_microbatch, trainable), parts)
         outputs = jax.tree.map(_collect, stacked)
-        found, (direct, cotangents) = jax.value_and_grad(loss_of, (0, 1), has_aux=True, allow_int=True)(
-            trainable, outputs, frozen, batch
-        )
+        differentiate = jax.value_and_grad(loss_of, (0, 1), has_aux=True, allow_int=True)
+        loss_and_terms, (direct, cotangents) = differentiate(trainable, outputs, frozen, batch)
         cotangents = jax.tree.map(lambda a: _deal(a, num), cotangents)
 
         def pull_back(total, part_and_cotangent):
             part, cotangent = part_and_cotangent
-            _, pullback = jax.vjp(lambda t: encode_micro(t, part), trainable)
+            _, pullback = jax.vjp(lambda t: encode_microbatch(t, part), trainable)
             return jax.tree.map(jnp.add, total, pullback(cotangent)[0]), None
 
         total, _ = jax.lax.scan(pull_back, direct, (parts, cotangents))
-        return found, total
+        return loss_and_terms, total
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(model.compute.compiler_options))
     def train_step(state, frozen, batch, learning_rate, key):
         key = jax.random.fold_in(key, state.step)
         compute = gradient if phase.accumulation_steps == 1 else accumulated_gradient
-        (total, found), grads = compute(state.trainable, frozen, batch, key)
+        (total, terms), grads = compute(state.trainable, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast(dict[str, Any], optax.apply_updates(state.trainable, updates))
         if "logit_scale" in trainable:
             trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], MAX_LOGIT_SCALE)
         metrics = {
             "loss": total,
-            **found,
+            **terms,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
         }
@@ -150,20 +153,22 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
 
 
 def _deal(array: jax.Array, num: int) -> jax.Array:
-    """(B, …) -> (A, B / A, …), pairs or rows of text: a device's, which are those of A microbatches one after
-    the other, stay on it."""
+    """Deals pairs, or rows of text, to microbatches: (B, …) -> (A, B / A, …).
+
+    A device has the rows of A microbatches one after the other, and keeps them.
+    """
     n, rest = sharding.devices_in_use(), array.shape[1:]
     return array.reshape(n, num, -1, *rest).swapaxes(0, 1).reshape(num, -1, *rest)
 
 
 def _collect(array: jax.Array) -> jax.Array:
-    """The inverse of `_deal`."""
+    """Undoes `_deal`: (A, B / A, …) -> (B, …)."""
     n, (num, _, *rest) = sharding.devices_in_use(), array.shape
     return array.reshape(num, n, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
 
 
 def abstract_state(mesh: Mesh | AbstractMesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
-    """The state as ShapeDtypeStructs with their shardings: moments lie where their parameters do."""
+    """Returns the state as ShapeDtypeStructs with shardings; moments lie where their parameters do."""
     tx, where = phase.direction(), sharding.param_shardings(mesh, trainable)
     replicated = sharding.replicated(mesh)
     opt_state = jax.eval_shape(tx.init, trainable)
@@ -179,8 +184,7 @@ def abstract_state(mesh: Mesh | AbstractMesh, phase: PhaseConfig, trainable: Map
 
 
 def init_state(mesh: Mesh, phase: PhaseConfig, trainable: Mapping[str, Any]) -> TrainState:
-    """The state before the first step, on the mesh: the trainable leaves, which the caller gives away, and
-    their moments alone."""
+    """Returns the state before the first step, placed on the mesh. The trainable leaves are donated."""
     tx = phase.direction()
 
     def init(trainable):

@@ -24,7 +24,7 @@ from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import step as step_module
-from clipmoe_jax.train.loop import fit
+from clipmoe_jax.train.loop import LoopConfig, fit
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
@@ -321,10 +321,9 @@ def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, fro
             seed=3,
             mesh=mesh,
             metrics=metrics,
-            checkpoint_folder=tmp_path / "checkpoints",
-            checkpoint_every=2,
-            log_every=1,
-            frozen_dtype=frozen_dtype,
+            loop=LoopConfig(
+                tmp_path / "checkpoints", checkpoint_every=2, log_every=1, frozen_dtype=frozen_dtype
+            ),
         )
     except Stopped:
         return None
