@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.core import artifacts, distributed, sharding
+from clipmoe_jax.core import artifacts, cli, distributed, sharding
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, datasets_of, describe
@@ -77,7 +77,12 @@ def _prepare(datasets: Mapping[Any, Mapping[str, Dataset]], stage: str) -> None:
     """Prepares every source of the data sets once; for a later stage alone they must be there."""
     for dataset in dict.fromkeys(d for of_run in datasets.values() for d in of_run.values()):
         if stage in ("", DATA_STAGE):
-            dataset.prepare()
+            if dataset.prepare() and distributed.is_main():
+                report = artifacts.measured(epath.Path(dataset.path))
+                cli.say(
+                    f"{dataset.path}: {report['pairs']:,} pairs prepared from {dataset.source}; "
+                    f"{report['bad']:,} bad records left out"
+                )
         elif dataset.source:
             artifacts.require(epath.Path(dataset.path), DATA_STAGE)
 
