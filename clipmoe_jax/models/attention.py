@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
 
 from clipmoe_jax.core.sharding import BATCH_AXES, devices_in_use
 
@@ -25,12 +26,12 @@ MASKED = -1e30  # the score of a key that a query must not see; finite, so that 
 
 
 def attention(
-    qkv: Array,
+    qkv: Float[Array, "B L 3 H W"],
     *,
     causal: bool,
-    segments: Array | None = None,
+    segments: Int[Array, "B L"] | None = None,
     implementation: str = "xla",
-) -> Array:
+) -> Float[Array, "B L H W"]:
     """Returns the output of attention, qkv (B, L, 3, H, W) -> (B, L, H, W) in its dtype.
 
     qkv: queries, keys and values. segments (B, L) int32; None is one segment per row. implementation: "xla"

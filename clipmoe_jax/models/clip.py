@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.sharding import devices_in_use
@@ -19,6 +20,8 @@ from clipmoe_jax.models.inputs import MEAN, STD, PackedText
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig, apply_blocks, layer_norm
 
 Array = jax.Array
+Images = UInt8[Array | np.ndarray, "B H W 3"] | Float[Array | np.ndarray, "B H W 3"]
+Tokens = Int[Array | np.ndarray, "B L"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ VARIANTS: dict[str, ClipConfig] = {
 }
 
 
-def normalize(images: Array) -> Array:
+def normalize(images: Images) -> Float[Array | np.ndarray, "B H W 3"]:
     """Returns CLIP's float32 input for uint8 pixels (B, H, W, 3), and float images as they are: normalised.
 
     Raises TypeError for any other dtype.
@@ -127,25 +130,25 @@ def normalize(images: Array) -> Array:
     return (images.astype(jnp.float32) / 255 - MEAN) / STD
 
 
-def normalize_features(features: Array) -> Array:
+def normalize_features(features: Float[Array | np.ndarray, "B embed"]) -> Float[Array, "B embed"]:
     """Scales rows to unit length, in float32. (B, embed) -> (B, embed)."""
-    features = features.astype(jnp.float32)
+    features = jnp.asarray(features, jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def text_mask(tokens: Array | PackedText, eos_token_id: int | None = None) -> Array:
+def text_mask(tokens: Tokens | PackedText, eos_token_id: int | None = None) -> Bool[Array, "rows L"]:
     """Returns True up to and including the end token. (B, L) int32 -> (B, L) bool, packed -> (R, L)."""
     if isinstance(tokens, PackedText):
         return tokens.segments > 0
     return jnp.arange(tokens.shape[1]) <= end_position(tokens, eos_token_id)[:, None]
 
 
-def end_position(tokens: Array, eos_token_id: int | None = None) -> Array:
+def end_position(tokens: Tokens, eos_token_id: int | None = None) -> Int[Array, " B"]:
     """Returns the position of the first end token, (B, L) int32 -> (B,) int32; None as in `TextConfig`."""
     return jnp.argmax(tokens if eos_token_id is None else tokens == eos_token_id, axis=-1)
 
 
-def positions_in_segments(segments: Array) -> Array:
+def positions_in_segments(segments: Int[Array | np.ndarray, "R L"]) -> Int[Array, "R L"]:
     """Returns each token's distance from the first of its segment. (R, L) int32 -> (R, L) int32."""
     column = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     begins = segments != jnp.roll(segments, 1, axis=1)
@@ -163,7 +166,9 @@ class VisionTower(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
+    def __call__(
+        self, images: Images, deterministic: bool = True
+    ) -> tuple[Float[Array, "B embed"], dict[str, Array]]:
         config, vision = self.config, self.config.vision
         size, patch, width = vision.image_size, vision.patch_size, vision.width
         if images.shape[1:] != (size, size, 3):
@@ -204,7 +209,9 @@ class TextTower(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
+    def __call__(
+        self, tokens: Tokens | PackedText, deterministic: bool = True
+    ) -> tuple[Float[Array, "captions embed"], dict[str, Array]]:
         config, text = self.config, self.config.text
         assert text is not None, "Clip has a text tower only with a TextConfig"
         if isinstance(tokens, PackedText):
@@ -251,16 +258,20 @@ class Clip(nn.Module):
             self.text = TextTower(self.config, self.compute)
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
-    def encode_image(self, images: Array, deterministic: bool = True) -> tuple[Array, dict]:
+    def encode_image(
+        self, images: Images, deterministic: bool = True
+    ) -> tuple[Float[Array, "B embed"], dict[str, Array]]:
         """Encodes images (B, H, W, 3), uint8 or normalised float -> (B, embed) float32, aux."""
         return self.visual(images, deterministic)
 
-    def encode_text(self, tokens: Array | PackedText, deterministic: bool = True) -> tuple[Array, dict]:
+    def encode_text(
+        self, tokens: Tokens | PackedText, deterministic: bool = True
+    ) -> tuple[Float[Array, "captions embed"], dict[str, Array]]:
         """Encodes captions, (B, L) int32 or packed -> (B, embed) float32, aux."""
         return self.text(tokens, deterministic)
 
     def __call__(
-        self, images: Array, tokens: Array | PackedText, deterministic: bool = True
+        self, images: Images, tokens: Tokens | PackedText, deterministic: bool = True
     ) -> dict[str, Any]:
         """Returns image_features and text_features (B, embed) float32, image_aux and text_aux."""
         image_features, image_aux = self.visual(images, deterministic)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
 from clipmoe_jax.models.experts import make_grouped_mlp
 from clipmoe_jax.models.feed_forward import FeedForward, Weights
@@ -49,8 +50,12 @@ def make_dispatch(
 
 
 def dense(
-    x: Array, gates: Array, expert_ids: Array, experts: Weights, feed_forward: FeedForward
-) -> tuple[Array, Array]:
+    x: Float[Array, "N D"],
+    gates: Float[Array, "N K"],
+    expert_ids: Int[Array, "N K"],
+    experts: Weights,
+    feed_forward: FeedForward,
+) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
     combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0])
 
@@ -66,15 +71,15 @@ def dense(
 
 
 def ragged(
-    x: Array,
-    gates: Array,
-    expert_ids: Array,
+    x: Float[Array, "N D"],
+    gates: Float[Array, "N K"],
+    expert_ids: Int[Array, "N K"],
     experts: Weights,
     feed_forward: FeedForward,
     *,
     grouped_mlp: str,
     all_grouped: bool,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
     """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
     grouped_mlp: a value of GROUPED_MLPS. all_grouped: no id is E.
@@ -106,15 +111,15 @@ def ragged(
 
 
 def capacity(
-    x: Array,
-    gates: Array,
-    expert_ids: Array,
+    x: Float[Array, "N D"],
+    gates: Float[Array, "N K"],
+    expert_ids: Int[Array, "N K"],
     experts: Weights,
     feed_forward: FeedForward,
     *,
     capacity_factor: float,
     expert_axis: str | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
     """Gives each expert a buffer of C = ceil(capacity_factor * N * K / E) rows and drops what overflows.
 
     First choices of all tokens take their places before second choices (GShard, arXiv 2006.16668).
@@ -155,15 +160,15 @@ def capacity(
 
 
 def gathered(
-    x: Array,
-    gates: Array,
-    expert_ids: Array,
+    x: Float[Array, "N D"],
+    gates: Float[Array, "N K"],
+    expert_ids: Int[Array, "N K"],
     experts: Weights,
     feed_forward: FeedForward,
     *,
     local: Dispatch,
     expert_axis: str,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
     """Runs an exact dispatch over a mesh axis that splits the experts, inside shard_map.
 
     Each device gathers the tokens of its group and runs the experts it holds (`local`: dense or ragged) on

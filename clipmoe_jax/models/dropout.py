@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Float, UInt32
 
 Array = jax.Array
 
@@ -23,9 +25,9 @@ class Dropout(NamedTuple):
     """
 
     rate: float = 0.0
-    words: Array | None = None
+    words: Array | np.ndarray | None = None
 
-    def drop(self, h: Array, first_row: Array | int = 0) -> Array:
+    def drop(self, h: Float[Array, "rows *E F"], first_row: Array | int = 0) -> Float[Array, "rows *E F"]:
         """Returns h (rows, …, F) with -inf where it is dropped; `first_row`: the number of its first row."""
         if self.rate == 0:
             return h
@@ -34,7 +36,9 @@ class Dropout(NamedTuple):
         # A sum, not a choice, whose gradient would need the mask.
         return h + jnp.where(kept, 0, -jnp.inf).astype(h.dtype)
 
-    def scale(self, activation: Callable[[Array], Array], h: Array) -> Array:
+    def scale(
+        self, activation: Callable[[Array], Array], h: Float[Array, "rows *E F"]
+    ) -> Float[Array, "rows *E F"]:
         """Returns activation(h) for h as `drop` returns it: 0 where dropped, elsewhere over 1 - rate."""
         if self.rate == 0:
             return activation(h)
@@ -42,7 +46,9 @@ class Dropout(NamedTuple):
         return jnp.where(kept, activation(jnp.where(kept, h, 0)) / (1 - self.rate), 0)
 
 
-def random_bits(words: Array, shape: tuple[int, ...], first_row: Array | int) -> Array:
+def random_bits(
+    words: UInt32[Array | np.ndarray, " W"], shape: tuple[int, ...], first_row: Array | int
+) -> UInt32[Array, "..."]:
     """Returns uint32 (rows, …), the same for a row whichever rows are asked for with it.
 
     MurmurHash3's 32-bit finalizer of each element's number, once for each word: a tenth of the operations of

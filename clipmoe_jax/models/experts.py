@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
 from clipmoe_jax.models.dropout import Dropout
 from clipmoe_jax.models.feed_forward import HIDDEN, FeedForward, Weights
@@ -61,14 +62,14 @@ def make_grouped_mlp(
 
 
 def ragged_dot(
-    rows: Array,
-    gates: Array,
-    group_sizes: Array,
+    rows: Float[Array, "R D"],
+    gates: Float[Array, "R 1"],
+    group_sizes: Int[Array, " E"],
     experts: Weights,
     feed_forward: FeedForward,
     *,
     all_grouped: bool,
-) -> Array:
+) -> Float[Array, "R D"]:
     """Runs the experts by two grouped products. all_grouped: there are no spare rows."""
     expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
 
@@ -95,14 +96,14 @@ ScanBlocks = Callable[[Step, Any, Any, int, Array, Weights], tuple[Any, Any]]
 
 
 def blocks(
-    rows: Array,
-    gates: Array,
-    group_sizes: Array,
+    rows: Float[Array, "R D"],
+    gates: Float[Array, "R 1"],
+    group_sizes: Int[Array, " E"],
     experts: Weights,
     feed_forward: FeedForward,
     *,
     scan_blocks: ScanBlocks,
-) -> Array:
+) -> Float[Array, "R D"]:
     """Runs both layers of an expert on one block of rows after the other.
 
     Only the hidden activations before the activation function outlive a block, and only where a gradient is

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
 from clipmoe_jax.core.sharding import devices_in_use
 from clipmoe_jax.models.dropout import Dropout
@@ -43,10 +44,10 @@ class Weights(NamedTuple):
     proj_bias None: the caller adds it.
     """
 
-    fc_kernel: Array  # (D, F)
-    fc_bias: Array  # (F,)
-    proj_kernel: Array  # (F, D)
-    proj_bias: Array | None  # (D,)
+    fc_kernel: Float[Array, "... D F"]
+    fc_bias: Float[Array, "... F"]
+    proj_kernel: Float[Array, "... F D"]
+    proj_bias: Float[Array, "... D"] | None
 
     @classmethod
     def of_params(cls, params: Mapping[str, Any]) -> "Weights":
@@ -66,15 +67,25 @@ class FeedForward(NamedTuple):
     dropout: Dropout = Dropout()
 
     def __call__(
-        self, x: Array, weights: Weights, gates: Array | None = None, *, apply: ApplyLinear = linear
-    ) -> Array:
+        self,
+        x: Float[Array, "*N D"],
+        weights: Weights,
+        gates: Float[Array, "..."] | None = None,
+        *,
+        apply: ApplyLinear = linear,
+    ) -> Float[Array, "*N D"]:
         """Runs the layer. x (N, D), gates as in `contract` -> (N, D)."""
         h = checkpoint_name(self.expand(x, weights, apply=apply), HIDDEN)
         return self.contract(h, weights, gates, apply=apply)
 
     def expand(
-        self, x: Array, weights: Weights, first_row: Array | int = 0, *, apply: ApplyLinear = linear
-    ) -> Array:
+        self,
+        x: Float[Array, "*N D"],
+        weights: Weights,
+        first_row: Array | int = 0,
+        *,
+        apply: ApplyLinear = linear,
+    ) -> Float[Array, "... F"]:
         """Returns the hidden activations before the activation function, -inf where dropout drops them.
 
         x (N, D), the rows from `first_row` of all those that dropout draws for -> (N, F).
@@ -82,8 +93,13 @@ class FeedForward(NamedTuple):
         return self.dropout.drop(apply(x, weights.fc_kernel, weights.fc_bias), first_row)
 
     def contract(
-        self, h: Array, weights: Weights, gates: Array | None = None, *, apply: ApplyLinear = linear
-    ) -> Array:
+        self,
+        h: Float[Array, "... F"],
+        weights: Weights,
+        gates: Float[Array, "..."] | None = None,
+        *,
+        apply: ApplyLinear = linear,
+    ) -> Float[Array, "... D"]:
         """Returns the output for hidden activations of `expand`. h (N, F) -> (N, D).
 
         gates (N, 1) float32 multiply the activations, which is the same as to multiply the output without
@@ -118,7 +134,7 @@ class Mlp(nn.Module):
     chunk_rows: int = 0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x.shape[-1]
         c_fc = Linear(self.hidden_dim, (2 * width) ** -0.5, self.dtype, name="c_fc")
         c_proj = Linear(width, self.hidden_dim**-0.5, self.dtype, name="c_proj")

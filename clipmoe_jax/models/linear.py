@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 Array = jax.Array
 
@@ -25,11 +26,13 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return kernel, bias
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N {self.features}"]:
         return linear(x.astype(self.dtype), *self.weights(x.shape[-1]))
 
 
-def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+def linear(
+    x: Float[Array, "*N D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"] | None
+) -> Float[Array, "*N F"]:
     """Returns x @ kernel + bias in the dtype of x. x (…, D), kernel (D, F), bias (F,) or None -> (…, F)."""
     y = _product(x, kernel.astype(x.dtype))
     return y if bias is None else y + bias.astype(x.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
 
 from clipmoe_jax.core.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 from clipmoe_jax.models import dispatch
@@ -21,7 +22,9 @@ from clipmoe_jax.models.feed_forward import FeedForward, Weights
 Array = jax.Array
 
 
-def route(router_logits: Array, num_selected_experts: int) -> tuple[Array, Array]:
+def route(
+    router_logits: Float[Array, "*N E"], num_selected_experts: int
+) -> tuple[Float[Array, "*N K"], Int[Array, "*N K"]]:
     """Chooses experts for each token: softmax over all, keep the K largest, divide by their sum.
 
     router_logits (..., E) float32 -> gates (..., K) float32, expert_ids (..., K) int32.
@@ -41,7 +44,7 @@ def route(router_logits: Array, num_selected_experts: int) -> tuple[Array, Array
     return chosen_gates / chosen_gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
 
 
-def gather(x: Array, pooled_positions: Array | None) -> Array:
+def gather(x: Float[Array, "B L D"], pooled_positions: Int[Array, "S P"] | None) -> Float[Array, "... D"]:
     """Returns the tokens at the pooled positions of each shard. x (B, L, D) -> (S, P, D).
 
     pooled_positions (S, P) int32: positions among the L * B / S tokens of the shard; None returns x as it is.
@@ -91,7 +94,9 @@ class MoeMlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, pooled_positions: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, x: Float[Array, "B L D"], pooled_positions: Int[Array, "S P"] | None = None
+    ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
         (batch, length, width), num_experts = x.shape, self.num_experts
         router_logits = nn.Dense(
             num_experts,

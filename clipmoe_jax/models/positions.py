@@ -5,12 +5,13 @@ Letters: L positions, D width, G patches along a side.
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 KEPT_POSITIONS = 20
 FACTOR = 4
 
 
-def stretch_positions(positions: np.ndarray) -> np.ndarray:
+def stretch_positions(positions: Float[np.ndarray, "L D"]) -> Float[np.ndarray, "stretched D"]:
     """Keeps the first 20 positions and interpolates each later one to four: (77, D) -> (248, D), same dtype.
 
     New rows lie at quarters between two neighbours; after the last position its slope continues. Computed in
@@ -35,7 +36,7 @@ def stretched_length(context_length: int) -> int:
     return KEPT_POSITIONS + FACTOR * (context_length - KEPT_POSITIONS)
 
 
-def resize_grid(positions: np.ndarray, side: int) -> np.ndarray:
+def resize_grid(positions: Float[np.ndarray, "positions D"], side: int) -> Float[np.ndarray, "1+{side}**2 D"]:
     """Resizes a vision tower's grid of positions: (1 + G*G, D) -> (1 + side*side, D), same dtype.
 
     The class token's row is kept. Bicubic with antialiasing in float32, as open_clip has torch do it.

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
 from clipmoe_jax.core.sharding import split_batch
 from clipmoe_jax.models.attention import attention
@@ -85,7 +86,9 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, segments: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B L D"], segments: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
         batch, length, width = x.shape
         qkv = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")(x)
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, self.num_heads, width // self.num_heads)
@@ -112,8 +115,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, segments: Array | None = None, pooled_positions: Array | None = None
-    ) -> tuple[Array, dict[str, Array]]:
+        self,
+        x: Float[Array, "B L D"],
+        segments: Int[Array, "B L"] | None = None,
+        pooled_positions: Int[Array, "S P"] | None = None,
+    ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
         dtype = jnp.dtype(self.compute.dtype)
         x = x + Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
             layer_norm(self.layer_norm_eps, dtype, "ln_1")(x), segments
@@ -141,9 +147,9 @@ class Block(nn.Module):
 
 
 def apply_blocks(
-    x: Array,
-    pooled_positions: Array,
-    segments: Array | None = None,
+    x: Float[Array, "B L D"],
+    pooled_positions: Int[Array, "S P"],
+    segments: Int[Array, "B L"] | None = None,
     *,
     num_layers: int,
     num_heads: int,
@@ -154,7 +160,7 @@ def apply_blocks(
     moe: MoeConfig | None,
     compute: ComputeConfig,
     deterministic: bool,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float[Array, "S*P D"], dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
     x (B, L, D), pooled_positions and segments as in `Block` -> (S * P, D) and aux, whose leaves are stacked

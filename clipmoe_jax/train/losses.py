@@ -4,9 +4,11 @@ Letters: B batch, L length, M MoE blocks, E experts, K selected experts.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from clipmoe_jax.models.clip import normalize_features
 from clipmoe_jax.models.moe import route
@@ -15,8 +17,11 @@ Array = jax.Array
 
 
 def contrastive_loss(
-    image_features: Array, text_features: Array, logit_scale: Array, label_smoothing: float = 0.0
-) -> dict[str, Array]:
+    image_features: Float[Array, "B embed"],
+    text_features: Float[Array, "B embed"],
+    logit_scale: Float[Array, ""],
+    label_smoothing: float = 0.0,
+) -> dict[str, Float[Array, ""]]:
     """Computes symmetric cross-entropy over the global batch's similarities (arXiv 2103.00020, figure 3).
 
     image_features, text_features (B, embed), any scale; logit_scale () a logarithm. Float32 throughout.
@@ -28,12 +33,12 @@ def contrastive_loss(
 
 
 def short_caption_loss(
-    image_features: Array,
-    short_text_features: Array,
-    logit_scale: Array,
+    image_features: Float[Array, "B embed"],
+    short_text_features: Float[Array, "B embed"],
+    logit_scale: Float[Array, ""],
     label_smoothing: float = 0.0,
     num_components: int = 32,
-) -> Array:
+) -> Float[Array, ""]:
     """Returns the contrastive loss of short captions with the coarse part of the images.
 
     From Long-CLIP (arXiv 2403.15378, section 3.3): unit image features are projected onto the batch's
@@ -66,7 +71,11 @@ def _symmetric(images: Array, texts: Array, logit_scale: Array, label_smoothing:
     return {"contrastive_loss": loss, "batch_accuracy": accuracy}
 
 
-def load_balance(router_logits: Array, num_selected_experts: int, mask: Array | None = None) -> Array:
+def load_balance(
+    router_logits: Float[Array, "B M L E"],
+    num_selected_experts: int,
+    mask: Bool[Array, "B L"] | None = None,
+) -> Float[Array, ""]:
     """Returns E * sum_e f_e P_e, averaged over blocks (arXiv 2409.19291, eq. 6-9): 1 at perfect balance.
 
     f_e is the share of routed slots that went to expert e, P_e its mean router probability.
@@ -80,7 +89,9 @@ def load_balance(router_logits: Array, num_selected_experts: int, mask: Array | 
     return num_experts * jnp.mean(jnp.sum(fraction * probability, axis=-1))
 
 
-def released_load_balance(router_logits: Array, num_selected_experts: int) -> Array:
+def released_load_balance(
+    router_logits: Float[Array, "B M L E"], num_selected_experts: int
+) -> Float[Array, ""]:
     """Returns the released code's balance: all blocks as one, padding counted; K at perfect balance.
 
     router_logits (B, M, L, E) float32. Returns a scalar.
@@ -93,8 +104,12 @@ def released_load_balance(router_logits: Array, num_selected_experts: int) -> Ar
 
 
 def balance_losses(
-    outputs: dict, text_mask: Array, num_selected_experts: int, coefficient: float, kind: str = "paper"
-) -> dict[str, Array]:
+    outputs: dict[str, Any],
+    text_mask: Bool[Array, "R L"],
+    num_selected_experts: int,
+    coefficient: float,
+    kind: str = "paper",
+) -> dict[str, Float[Array, ""]]:
     """Returns the load balance of both towers for outputs of `Clip.__call__`; empty for a dense model.
 
     kind "paper": coefficient * (image + text) / 2, padding left out. "released": coefficient *
@@ -117,7 +132,9 @@ def balance_losses(
     return {"balance_loss": coefficient * total, "balance_image": image, "balance_text": text}
 
 
-def router_z(router_logits: Array, mask: Array | None = None) -> Array:
+def router_z(
+    router_logits: Float[Array, "B M L E"], mask: Bool[Array, "B L"] | None = None
+) -> Float[Array, ""]:
     """Returns the mean of logsumexp(logits)^2 over tokens and blocks (router z-loss, arXiv 2202.08906).
 
     router_logits (B, M, L, E) float32; mask (B, L) bool is False for padding. Returns a scalar.
@@ -127,7 +144,9 @@ def router_z(router_logits: Array, mask: Array | None = None) -> Array:
     return jnp.mean(jnp.einsum("bml,bml->m", squares, weights))
 
 
-def router_z_loss(outputs: dict, text_mask: Array, coefficient: float) -> dict[str, Array]:
+def router_z_loss(
+    outputs: dict[str, Any], text_mask: Bool[Array, "R L"], coefficient: float
+) -> dict[str, Float[Array, ""]]:
     """Returns the router z-loss of both towers: coefficient * (image + text) / 2, padding left out.
 
     outputs: those of `Clip.__call__` of a MoE. text_mask (B, L) bool.
@@ -137,7 +156,7 @@ def router_z_loss(outputs: dict, text_mask: Array, coefficient: float) -> dict[s
     return {"router_z_loss": coefficient * (image + text) / 2}
 
 
-def total_loss(losses: dict[str, Array]) -> Array:
+def total_loss(losses: dict[str, Array]) -> Float[Array, ""]:
     """Returns the sum of all entries whose key ends in `_loss`."""
     terms = [value for name, value in losses.items() if name.endswith("_loss")]
     return functools.reduce(jnp.add, terms)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Key, PyTree
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import Clip, text_mask
@@ -132,7 +133,13 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callab
         return loss_and_terms, total
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(model.compute.compiler_options))
-    def train_step(state, frozen, batch, learning_rate, key):
+    def train_step(
+        state: TrainState,
+        frozen: PyTree,
+        batch: dict[str, PyTree],
+        learning_rate: Float[Array, ""],
+        key: Key[Array, ""],
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
         compute = gradient if phase.accumulation_steps == 1 else accumulated_gradient
         (total, terms), grads = compute(state.trainable, frozen, batch, key)
