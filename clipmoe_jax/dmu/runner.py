@@ -16,8 +16,8 @@ from clipmoe_jax.dmu.phases import check_mesh, phases_of
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
-DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
-Results = dict[str, dict[str, Any]]  # {title: numbers}
+DATA_STAGE, EVALUATE_STAGE = "data", "evaluate" ENOUGH_PAIRS = 10**12  # for any batch and warm-up: before the
+data is prepared nobody knows how many there are Results = dict[str, dict[str, Any]]  # {title: numbers}
 
 
 def stage_names(config: ConfigDict) -> list[str]:
@@ -47,7 +47,7 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     _prepare(datasets, stage)
     for (name, _), of_run in datasets.items():
         with _naming_variant(name):
-            check_data(variants[name], of_run, stage)
+            check_data(variants[name], of_run)
     if stage == DATA_STAGE:
         return {name: [] for name in variants}
     return {
@@ -127,8 +127,10 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
     configs.validate(config)
     if stage and stage not in (names := stage_names(config)):
         raise ValueError(f"{stage!r} is not a stage of this config: choose one of {', '.join(names)}")
-    configs.compute_config(config, sharding.platform())
-    sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh)
+    for phase in phases_of(config, sharding.platform(), ENOUGH_PAIRS):
+        if stage in ("", phase.stage):
+            check_mesh(mesh, phase)
     if config.base.checkpoint and not epath.Path(config.base.checkpoint).exists():
         raise FileNotFoundError(
             f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
@@ -136,15 +138,12 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
         )
 
 
-def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], stage: str = "") -> None:
+def check_data(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
     """Raises ValueError or FileNotFoundError for what the data rules out: batches, schedules, evaluations."""
     records = {name: dataset.open() for name, dataset in datasets.items()}
     num_pairs = len(records["train"])
     if config.data.packing_steps and not config.data.in_memory:
         _ = records["train"].token_counts  # is not there in data sets of an earlier version
     results.open_evaluations(config, datasets)
-    mesh = sharding.make_mesh(**config.mesh)
     num_base_pairs = len(records["base"]) if "base" in records else 0
-    for phase in phases_of(config, sharding.platform(), num_pairs, num_base_pairs):
-        if stage in ("", phase.stage):
-            check_mesh(mesh, phase)
+    phases_of(config, sharding.platform(), num_pairs, num_base_pairs)

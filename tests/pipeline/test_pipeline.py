@@ -80,7 +80,7 @@ def test_demo_numbers_are_those_of_the_saved_models(demo):
     workdir, _ = demo
     results = json.loads((workdir / "eval" / "results.json").read_text())
     clip = clipmoe_jax.load(str(workdir / "moe" / "params"))
-    test = Records(workdir / "data" / "test")
+    test = Records(workdir / "data" / "test", "test")
     pairs = [test[i] for i in range(len(test))]
     images = [Image.open(io.BytesIO(pair["image"])) for pair in pairs]
     captions = [pair["captions"][0] for pair in pairs]

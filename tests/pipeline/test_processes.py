@@ -301,4 +301,4 @@ def test_local_py_ends_the_others_when_one_fails(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1
-    assert "--stage=nonsense is not a stage of this config" in done.stderr
+    assert "'nonsense' is not a stage of this config" in done.stderr
