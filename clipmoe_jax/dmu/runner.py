@@ -16,8 +16,12 @@ from clipmoe_jax.dmu.phases import check_mesh, phases_of
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
-DATA_STAGE, EVALUATE_STAGE = "data", "evaluate" ENOUGH_PAIRS = 10**12  # for any batch and warm-up: before the
-data is prepared nobody knows how many there are Results = dict[str, dict[str, Any]]  # {title: numbers}
+DATA_STAGE, EVALUATE_STAGE = (
+    "data",
+    "evaluate",
+)  # For any batch and warm-up: how many pairs a source has is known when it is prepared.
+ENOUGH_PAIRS = 10**12
+Results = dict[str, dict[str, Any]]  # {title: numbers}
 
 
 def stage_names(config: ConfigDict) -> list[str]:

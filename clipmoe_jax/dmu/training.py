@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,7 +213,7 @@ def _fit(
     run: Run,
     recipe: Recipe,
     architecture: ClipConfig,
-    params: trees.Params,
+    params: dict[str, Any],
     folder: epath.Path,
     sampler: loader.Sampler,
     num_steps: int | None = None,
