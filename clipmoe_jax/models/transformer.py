@@ -52,7 +52,7 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a model is computed; none of it changes what the parameters are.
+    """Settings of the computation, none of which changes the parameters.
 
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
     remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights

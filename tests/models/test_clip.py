@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.data import preprocess
 from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import transformer
 from clipmoe_jax.models.clip import (
@@ -24,6 +23,7 @@ from clipmoe_jax.models.clip import (
     text_mask,
 )
 from clipmoe_jax.models.feed_forward import ACTIVATIONS
+from clipmoe_jax.models.inputs import MEAN, STD
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig, apply_blocks
 
 DENSE = ClipConfig(
@@ -186,7 +186,7 @@ def test_more_moe_layers_than_blocks_means_every_block():
 
 def test_uint8_images_equal_normalised_floats(config, params, inputs, outputs):
     images, _ = inputs
-    found = encode("image", config, params, (images / np.float32(255) - preprocess.MEAN) / preprocess.STD)
+    found = encode("image", config, params, (images / np.float32(255) - MEAN) / STD)
     np.testing.assert_allclose(found, outputs["image_features"], rtol=1e-5, atol=1e-5)
 
 
@@ -313,7 +313,7 @@ def test_calls_that_are_not_jitted_share_their_blocks(config, params, inputs, mo
 
 
 class Blocks(nn.Module):
-    """MoE blocks of one head, all tokens read."""
+    """MoE blocks of one head, every position pooled."""
 
     num_layers: int
     compute: ComputeConfig

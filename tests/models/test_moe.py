@@ -287,24 +287,24 @@ def test_capacity_drops_second_choices_first_and_counts_them():
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 4)], ids=["one device", "eight"])
-def test_only_tokens_that_are_read_visit_their_experts(params, name, sizes):
-    """Three of each unit of two rows: they come out as of the whole batch, and all tokens are routed."""
+def test_only_pooled_tokens_visit_their_experts(params, name, sizes):
+    """Three of each shard of two rows: they equal those of the whole batch, and all tokens are routed."""
     x = jax.random.normal(jax.random.key(1), (16, 13, D))
-    read = jax.random.randint(jax.random.key(2), (8, 3), 0, 2 * 13)
+    pooled_positions = jax.random.randint(jax.random.key(2), (8, 3), 0, 2 * 13)
     whole, whole_aux = make_layer(**EXACT["dense"]).apply({"params": params}, x)
     layer = make_layer(**EXACT[name])
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
-        batch = sharding.put_batch(mesh, {"x": x, "read": read})
-        y, aux = jax.jit(layer.apply)({"params": params}, batch["x"], batch["read"])
-    expected = np.asarray(whole).reshape(8, 26, D)[np.arange(8)[:, None], read]
+        batch = sharding.put_batch(mesh, {"x": x, "pooled_positions": pooled_positions})
+        y, aux = jax.jit(layer.apply)({"params": params}, batch["x"], batch["pooled_positions"])
+    expected = np.asarray(whole).reshape(8, 26, D)[np.arange(8)[:, None], pooled_positions]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(aux["router_logits"], whole_aux["router_logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_dropped_slots_are_counted_in_their_row():
-    """A unit of two rows of which the last token of the first and two of the second are read, all of one
-    expert: C = ceil(1.0 * 3 * 1 / 4) = 1 row, so both tokens of the second row are dropped."""
+    """In a shard of two rows the last token of the first and two of the second are pooled, all of one expert:
+    C = ceil(1.0 * 3 * 1 / 4) = 1 row, so both tokens of the second row are dropped."""
     x = jnp.ones((2, 5, D))
     layer = MoeMlp(E, 1, F, quick_gelu, dispatch="capacity", capacity_factor=1.0)
     params = layer.init(jax.random.key(0), x)["params"]
