@@ -57,6 +57,18 @@ class PhaseConfig:
         # As one program: operation by operation JAX would compile ten.
         return np.asarray(jax.jit(schedule)(np.arange(num_steps)), np.float32)
 
+    def without_schedule(self) -> "PhaseConfig":
+        """Returns the fields that a step's program depends on; the others have one value for all phases."""
+        return dataclasses.replace(
+            self,
+            batch_size=1,
+            learning_rate=0.0,
+            num_epochs=1,
+            num_steps=0,
+            warmup_steps=0,
+            label_smoothing=0.0,
+        )
+
     def direction(self) -> optax.GradientTransformation:
         """Returns AdamW without its learning rate.
 

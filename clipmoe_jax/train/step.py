@@ -6,7 +6,7 @@ Letters: B pairs of the global batch, L length, A accumulation steps, n devices.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.struct
@@ -49,15 +49,20 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
 
 
-@functools.cache
-def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> Callable[..., Any]:
+def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.stages.Wrapped:
     """Returns the jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
     frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
     int32 or PackedText of n A shards, and with a short_caption_weight short_text (B, L') int32.
     learning_rate: () float32. key: the phase's random key, into which the step folds its number. metrics:
-    float32 scalars. The state is donated. Equal arguments return the same function, compiled once.
+    float32 scalars. The state is donated. Arguments that are equal but for schedule, length and
+    batch size return the same function, which compiles once for each batch size.
     """
+    return _make_train_step(model, loss, phase.without_schedule())
+
+
+@functools.cache
+def _make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.stages.Wrapped:
     tx, moe = phase.direction(), model.config.moe
     eos_token_id = model.config.text.eos_token_id if model.config.text else None
 
