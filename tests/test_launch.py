@@ -10,6 +10,7 @@ import time
 
 import pytest
 import yaml
+from grids import grid, quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -204,7 +205,7 @@ def test_a_slice_that_is_deleted_is_not(tmp_path, slice_of_one):
     assert changes(tmp_path) == ["create", "scp"]
 
 
-@pytest.mark.parametrize("code", [3, 255])
+@pytest.mark.parametrize("code", grid(3, rest=[255]))
 def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path, slice_of_one, code):
     done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=slice_of_one(codes=[code]))
     assert done.returncode == code
@@ -218,7 +219,7 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize("interruption", STOPPED.values(), ids=STOPPED)
+@pytest.mark.parametrize("interruption", quick(STOPPED, "a host boots again"))
 def test_a_run_that_is_stopped_starts_again(tmp_path, slice_of_one, interruption):
     path = slice_of_one(f"/bin/sleep 0.5; {interruption}", seconds=2)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
@@ -270,7 +271,7 @@ def test_without_a_connection_nothing_begins(tmp_path, slice_of_one):
     assert (tmp_path / "calls").read_text() == "queued-resources list\n"
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(3, 0), (0, 3)])
+@pytest.mark.parametrize(("seconds", "code"), grid((0, 3), rest=[(3, 0)]))
 def test_the_same_command_again_follows_the_run(tmp_path, slice_of_one, seconds, code):
     """Also one that has ended since; after that it starts another."""
     command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU_POD, "--keep", "--", "--config=x"]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import synthetic_run
 from etils import epath
+from grids import grid
 from PIL import Image
 
 from clipmoe_jax.report import write_report
@@ -419,9 +420,10 @@ def look(browser, workdir, width: int, scheme: str) -> np.ndarray:
     return np.asarray(decode(shot["data"]).convert("RGB"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_chromium(browser, workdir, text, width, scheme):
+@pytest.mark.parametrize(
+    ("width", "scheme"), grid((390, "dark"), (1280, "light"), rest=[(390, "light"), (1280, "dark")])
+)
+def test_chromium_shows_the_page_whole(browser, workdir, text, width, scheme):
     browser.get_log("browser")
     shot = look(browser, workdir, width, scheme)
     assert browser.get_log("browser") == []
