@@ -367,7 +367,7 @@ def code_of(card):
 
 
 @pytest.mark.parametrize("moe", quick({"dense": None, "moe": MoeConfig(4, 2)}, "moe"))
-def test_the_lines_of_the_card_run_in_transformers(tmp_path, moe):
+def test_code_of_the_card_runs_in_transformers(tmp_path, moe):
     """As they stand, beside the folder, in a process that has no JAX."""
     save_random_model(tmp_path / "ours", moe=moe)
     convert(str(tmp_path / "ours"), "huggingface", str(tmp_path / "exported"))
@@ -381,7 +381,7 @@ def test_the_lines_of_the_card_run_in_transformers(tmp_path, moe):
     assert ("CLIPMoEVisionModel" in code) == (moe is not None)
 
 
-def test_the_lines_of_the_card_run_in_open_clip(dense_folder, tmp_path, monkeypatch, capsys):
+def test_code_of_the_card_runs_in_open_clip(dense_folder, tmp_path, monkeypatch, capsys):
     convert(dense_folder, "openclip", str(tmp_path / "exported"))
     Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

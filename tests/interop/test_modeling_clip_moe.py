@@ -302,7 +302,7 @@ def test_another_image_size_needs_interpolation(pair):
         model.get_image_features(pixels)
 
 
-def test_it_trains_and_checkpointing_changes_no_gradient(pair):
+def test_model_trains_and_checkpointing_changes_no_gradient(pair):
     _, _, folder, _ = pair
     gradients = []
     for checkpointing in (False, True):
