@@ -82,7 +82,7 @@ def test_saving_again_replaces_the_model(tmp_path):
     assert_same(load_model(tmp_path)[1], random_params(seed=1))
 
 
-def test_saving_does_not_stop_a_preempted_run(tmp_path, monkeypatch):
+def test_saving_does_not_ask_orbax_whether_to_stop(tmp_path, monkeypatch):
     """Orbax would put its own count of steps where JAX keeps ours, and a SIGTERM would be lost."""
     monkeypatch.setattr(ocp.utils, "reached_preemption", lambda step: pytest.fail("orbax asked"))
     state = state_on(sharding.make_mesh(2, 2, 2))
