@@ -34,14 +34,21 @@ pytest_plugins = ["trained_moe"]
 
 # These take longest, in this order; workers of `pytest -n` get files in the order of the tests.
 LONGEST = (
-    *(
-        "pipeline/test_processes.py",
-        "train/test_training.py",
-        "pipeline/test_pipeline.py",
-        "planning/test_plan.py",
-    ),
-    *("pipeline/test_resume.py", "pipeline/test_sweep.py", "pipeline/test_baselines.py"),
-    *("models/test_clip.py", "models/test_moe.py", "models/test_golden.py"),
+    "pipeline/test_pipeline.py",
+    "pipeline/test_processes.py",
+    "train/test_training.py",
+    "pipeline/test_users_data.py",
+    "planning/test_plan.py",
+    "interop/test_convert.py",
+    "pipeline/test_sweep.py",
+    "pipeline/test_new_recipe.py",
+    "pipeline/test_resume.py",
+    "reporting/test_report.py",
+    "models/test_moe.py",
+    "test_launch.py",
+    "models/test_clip.py",
+    "interop/test_modeling_clip_moe.py",
+    "interop/test_benchmarks.py",
 )
 
 

@@ -9,25 +9,21 @@ exhaustive = pytest.mark.exhaustive
 
 
 def grid(*quick: Any, rest: Iterable[Any] = ()) -> list[Any]:
-    """Returns argvalues for `parametrize`: those that always run, and the rest marked as exhaustive."""
-    return [*quick, *map(_marked, rest)]
+    """Returns argvalues for `parametrize`: those that always run, and the rest marked as exhaustive.
+
+    A tuple holds a value for each argument, also where there is one argument alone.
+    """
+    return [*map(_param, quick), *(_param(value, exhaustive) for value in rest)]
 
 
 def quick(cases: Mapping[str, Any], *names: str) -> list[Any]:
     """Returns the cases of a dict with their names as ids; all but the named ones are exhaustive."""
     if unknown := set(names) - cases.keys():
         raise KeyError(f"no such cases: {sorted(unknown)}")
-    return [
-        pytest.param(*_values(case), id=name, marks=() if name in names else exhaustive)
-        for name, case in cases.items()
-    ]
+    return [_param(case, *(() if name in names else (exhaustive,)), id=name) for name, case in cases.items()]
 
 
-def _marked(value: Any) -> Any:
-    if hasattr(value, "marks"):  # a pytest.param
-        return pytest.param(*value.values, id=value.id, marks=(*value.marks, exhaustive))
-    return pytest.param(*_values(value), marks=exhaustive)
-
-
-def _values(case: Any) -> tuple[Any, ...]:
-    return case if isinstance(case, tuple) else (case,)
+def _param(case: Any, *marks: pytest.MarkDecorator, id: str | None = None) -> Any:
+    if hasattr(case, "marks"):  # a pytest.param
+        return pytest.param(*case.values, id=case.id, marks=(*case.marks, *marks))
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), id=id, marks=marks)

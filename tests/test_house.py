@@ -113,7 +113,7 @@ PLANTED = [(never, other) for never in NEVERS for other in never.others if other
 
 
 @pytest.mark.parametrize(("never", "other"), PLANTED, ids=lambda p: p if isinstance(p, str) else p.room)
-def test_a_planted_import_breaks_the_rule(never, other):
+def test_planted_import_breaks_the_rule(never, other):
     parent, _, name = f"clipmoe_jax.{other}".rpartition(".")
     for source in (
         f"import clipmoe_jax.{other}",
@@ -132,3 +132,89 @@ def test_one_loop_over_steps():
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "step.py"]
     callers = {path.name for path in files if "make_train_step(" in path.read_text()}
     assert callers == {"loop.py", "abstract.py"}
+
+
+# PyTorch code that exports carry with them: not of this program.
+EXPORTED = "interop/modeling_clip_moe.py"
+COMMANDS = {"main.py", "prepare.py", "convert.py", "evaluate.py", "report.py", "plan.py"}
+FLAG_MODULES = {"absl.flags", "absl.app", "ml_collections.config_flags"}
+
+
+def modules(source: str) -> set[str]:
+    """Every module or name that a file imports, dotted."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def writes_to_the_terminal(source: str) -> set[str]:
+    """Calls of print and tqdm, and uses of sys.stdout and sys.stderr, with their lines."""
+    places = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name == "print" or "tqdm" in name.split("."):
+                places.add(f"line {node.lineno}: {name}")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+            places.add(f"line {node.lineno}: {ast.unparse(node)}")
+    return places
+
+
+def sources() -> dict[str, str]:
+    """{path below the package: content} of every file but the exported one."""
+    paths = sorted(path for path in PACKAGE.rglob("*.py"))
+    named = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in paths}
+    return {name: source for name, source in named.items() if name != EXPORTED}
+
+
+def test_only_commands_and_cli_know_flags():
+    """A function is told by its arguments: it works alike in a notebook, a test and a command."""
+    knowing = {
+        name
+        for name, source in sources().items()
+        if any(is_under(module, flags) for module in modules(source) for flags in FLAG_MODULES)
+    }
+    assert knowing <= COMMANDS | {"core/cli.py"}
+
+
+def test_only_cli_and_metrics_write_to_the_terminal():
+    """One place decides that process 0 alone writes, that a log file gets no bars, that text is flushed.
+
+    Commands return their text.
+    """
+    places = {
+        name: writes
+        for name, source in sources().items()
+        if name not in ("core/cli.py", "core/metrics.py") and (writes := writes_to_the_terminal(source))
+    }
+    assert places == {}
+
+
+def test_digit_scenes_are_a_source_like_any_other():
+    """Only the table of sources knows the demo's data; the config names what its old field has become."""
+    lines = {name: source.count("digit_scenes") for name, source in sources().items()}
+    assert {name for name, count in lines.items() if count} == {
+        "config.py",
+        "data/sources/__init__.py",
+        "data/sources/digit_scenes.py",
+    }
+    [line] = [line for line in sources()["config.py"].splitlines() if "digit_scenes" in line]
+    assert line.strip().startswith('"data.digit_scenes": ')
+
+
+def test_planted_flags_and_prints_are_seen():
+    assert "absl.flags" in modules("def f():\n    from absl import flags")
+    assert "absl.flags" in modules("import absl.flags")
+    for planted in (
+        "print('x')",
+        "tqdm(range(3))",
+        "tqdm.tqdm()",
+        "tqdm.write('x')",
+        "sys.stdout.write('x')",
+    ):
+        assert writes_to_the_terminal(f"def f():\n    {planted}"), planted
+    assert not writes_to_the_terminal('TEXT = "print(1)"\ndef f(bar: tqdm): ...')

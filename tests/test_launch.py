@@ -10,6 +10,7 @@ import time
 
 import pytest
 import yaml
+from grids import grid, quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -30,7 +31,7 @@ def stand_in(folder, name, text):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck(script):
+def test_scripts_pass_shellcheck(script):
     command = [pathlib.Path(sys.executable).parent / "shellcheck", "--external-sources", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
@@ -52,12 +53,12 @@ def test_help_is_the_comment_at_the_top(script):
         ("tpu_pod.sh", ["--name=a", "--zone=b"], "--type is missing"),
     ],
 )
-def test_wrong_arguments(script, arguments, message):
+def test_wrong_arguments_are_refused_with_code_2(script, arguments, message):
     done = run(script, *arguments)
     assert done.returncode == 2 and message in done.stderr
 
 
-def test_dry_runs():
+def test_dry_runs_print_the_commands_with_the_users_arguments():
     config = ["--config=configs/demo.py", "--workdir=two words"]
     node = run("node.sh", "--platform=gpu", "--dry-run", "--", *config, XLA_FLAGS="--xla_mine=1").stdout
     assert re.search(r"XLA_FLAGS=--xla_gpu\S*latency\S*\\ --xla_mine=1", node)  # the user's comes last
@@ -70,7 +71,7 @@ def test_dry_runs():
     assert "queued-resources delete l14" in lines[-1]
 
 
-def test_the_gpu_flags_are_known_to_the_installed_jaxlib():
+def test_installed_jaxlib_knows_the_gpu_flags():
     flags = subprocess.run(
         ["bash", "-c", "source launch/xla_flags.sh && set_xla_flags gpu && echo $XLA_FLAGS"],
         capture_output=True,
@@ -88,7 +89,7 @@ def test_the_gpu_flags_are_known_to_the_installed_jaxlib():
         assert (done.returncode == 0) == fine, given
 
 
-def test_a_preempted_run_starts_again(tmp_path):
+def test_preempted_run_starts_again(tmp_path):
     path = stand_in(
         tmp_path, "run", f'echo "$@" >> {tmp_path}/log; [[ $(wc -l < {tmp_path}/log) == 3 ]] || exit 75'
     )
@@ -98,14 +99,14 @@ def test_a_preempted_run_starts_again(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "starts"), [(75, 2), (1, 1), (134, 1)])
-def test_other_codes_and_too_many_restarts_end_it(tmp_path, code, starts):
+def test_other_codes_and_too_many_restarts_end_node_sh(tmp_path, code, starts):
     stand_in(tmp_path, "run", f"echo started >> {tmp_path}/log; exit {code}")
     done = run("node.sh", "--platform=cpu", "--restarts=1", PYTHON=f"{tmp_path}/run")
     assert done.returncode == code
     assert (tmp_path / "log").read_text() == starts * "started\n"
 
 
-def test_sigterm_to_the_script_saves_and_ends_it(tmp_path):
+def test_sigterm_to_node_sh_reaches_the_run_and_ends_both(tmp_path):
     text = f"trap 'sleep 0.5; exit 75' TERM; echo started >> {tmp_path}/log; while :; do sleep 0.1; done"
     stand_in(tmp_path, "run", text)
     command = ["bash", str(LAUNCH / "node.sh"), "--platform=cpu"]
@@ -190,7 +191,7 @@ def changes(tmp_path):
     return [call for call in calls if call not in ("describe", "list", "ssh")]
 
 
-def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, slice_of_one):
+def test_preempted_slice_is_requested_again(tmp_path, slice_of_one):
     path = slice_of_one("echo SUSPENDED > LOG/slice")
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
     assert done.returncode == 0, done.stderr
@@ -198,14 +199,14 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, slice_of_one):
     assert (tmp_path / "runs").read_text() == 2 * "-m clipmoe_jax.main --config=x\n"
 
 
-def test_a_slice_that_is_deleted_is_not(tmp_path, slice_of_one):
+def test_deleted_slice_is_not_requested_again(tmp_path, slice_of_one):
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=slice_of_one("rm LOG/slice"))
     assert done.returncode == 1 and "l14 was deleted" in done.stderr
     assert changes(tmp_path) == ["create", "scp"]
 
 
-@pytest.mark.parametrize("code", [3, 255])
-def test_an_error_of_the_run_itself_is_not_tried_again(tmp_path, slice_of_one, code):
+@pytest.mark.parametrize("code", grid(3, rest=[255]))
+def test_failed_run_on_a_slice_is_not_restarted(tmp_path, slice_of_one, code):
     done = run("tpu_pod.sh", *TPU_POD, "--keep", "--", "--config=x", PATH=slice_of_one(codes=[code]))
     assert done.returncode == code
     assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x\n"
@@ -218,15 +219,15 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize("interruption", STOPPED.values(), ids=STOPPED)
-def test_a_run_that_is_stopped_starts_again(tmp_path, slice_of_one, interruption):
+@pytest.mark.parametrize("interruption", quick(STOPPED, "a host boots again"))
+def test_run_stopped_by_its_host_starts_again(tmp_path, slice_of_one, interruption):
     path = slice_of_one(f"/bin/sleep 0.5; {interruption}", seconds=2)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
     assert done.returncode == 0, done.stderr
     assert "the run was stopped" in done.stderr and changes(tmp_path) == ["create", "scp", "scp", "delete"]
 
 
-def test_a_run_goes_on_without_a_connection(tmp_path, slice_of_one):
+def test_run_goes_on_while_the_connection_is_lost(tmp_path, slice_of_one):
     path = slice_of_one("echo 4 > LOG/offline", seconds=1)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", "--workdir=two words' end", PATH=path)
     assert done.returncode == 0, done.stderr
@@ -236,7 +237,7 @@ def test_a_run_goes_on_without_a_connection(tmp_path, slice_of_one):
     assert (tmp_path / "runs").read_text() == "-m clipmoe_jax.main --config=x --workdir=two words' end\n"
 
 
-def test_a_host_that_cannot_be_reached_is_left_as_it_is(tmp_path, slice_of_one):
+def test_host_that_cannot_be_reached_is_left_as_it_is(tmp_path, slice_of_one):
     path = slice_of_one()
     (tmp_path / "slice").write_text("ACTIVE")
     (tmp_path / "host").rename(tmp_path / "elsewhere")
@@ -245,7 +246,7 @@ def test_a_host_that_cannot_be_reached_is_left_as_it_is(tmp_path, slice_of_one):
     assert changes(tmp_path) == []
 
 
-def test_a_slice_on_which_nothing_can_be_installed_is_left(tmp_path, slice_of_one):
+def test_slice_on_which_installation_fails_is_kept(tmp_path, slice_of_one):
     path = slice_of_one()
     (tmp_path / "no_python").touch()
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
@@ -253,7 +254,7 @@ def test_a_slice_on_which_nothing_can_be_installed_is_left(tmp_path, slice_of_on
     assert changes(tmp_path) == ["create", "scp"]
 
 
-def test_a_request_that_waits_keeps_its_place(tmp_path, slice_of_one):
+def test_waiting_request_is_kept(tmp_path, slice_of_one):
     path = slice_of_one()
     (tmp_path / "slice").write_text("WAITING_FOR_RESOURCES")
     stand_in(tmp_path, "sleep", f"echo ACTIVE > {tmp_path}/slice")
@@ -262,7 +263,7 @@ def test_a_request_that_waits_keeps_its_place(tmp_path, slice_of_one):
     assert changes(tmp_path) == ["scp", "delete"]
 
 
-def test_without_a_connection_nothing_begins(tmp_path, slice_of_one):
+def test_nothing_is_requested_without_a_connection(tmp_path, slice_of_one):
     path = slice_of_one()
     (tmp_path / "offline").write_text("1")
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
@@ -270,8 +271,8 @@ def test_without_a_connection_nothing_begins(tmp_path, slice_of_one):
     assert (tmp_path / "calls").read_text() == "queued-resources list\n"
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(3, 0), (0, 3)])
-def test_the_same_command_again_follows_the_run(tmp_path, slice_of_one, seconds, code):
+@pytest.mark.parametrize(("seconds", "code"), grid((0, 3), rest=[(3, 0)]))
+def test_same_command_again_follows_the_run(tmp_path, slice_of_one, seconds, code):
     """Also one that has ended since; after that it starts another."""
     command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU_POD, "--keep", "--", "--config=x"]
     environment = os.environ | {"PATH": slice_of_one("/bin/sleep 60", seconds, codes=(code, 5))}
@@ -306,7 +307,7 @@ POD_SPEC = {
 CONTAINER = {"name", "image", "workingDir", "ports", "env", "command", "args", "resources", "volumeMounts"}
 
 
-def test_the_jobset():
+def test_jobset_has_known_fields_and_a_pod_for_each_host():
     manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
     assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and manifest["kind"] == "JobSet"
     (job,) = manifest["spec"]["replicatedJobs"]

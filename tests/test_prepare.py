@@ -29,7 +29,7 @@ def run_command(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_corrected_table_begins_anew(out, tmp_path):
+def test_corrected_table_is_prepared_from_the_start(out, tmp_path):
     for i in range(4):
         Image.new("RGB", (9, 8)).save(tmp_path / f"{i}.png")
     table = tmp_path / "x.csv"
@@ -47,7 +47,7 @@ def test_corrected_table_begins_anew(out, tmp_path):
     assert [Records(str(out))[i]["captions"] for i in range(4)] == 4 * [["right"]]
 
 
-def test_says_what_it_made(pairs, out):
+def test_command_says_what_it_made(pairs, out):
     done = run_command(f"--source=folder:{pairs}", f"--out={out}", "--split=val")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith(f"{out}: 6 pairs with 12 captions")
@@ -68,7 +68,7 @@ def test_several_sources_become_one_data_set(pairs, out):
         (["--source=folder:/", "--out=x", "--num_shard=2"], "Did you mean: num_shards"),
     ],
 )
-def test_errors_are_one_line(arguments, message):
+def test_command_errors_are_one_line(arguments, message):
     done = run_command(*arguments)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

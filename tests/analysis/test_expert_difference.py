@@ -84,14 +84,14 @@ def test_few_tokens_do_not_make_unrelated_outputs_alike():
     np.testing.assert_allclose(difference.diversity(cka[None]), 1, atol=0.06)
 
 
-def test_diversity_by_hand():
+def test_diversity_averages_one_less_cka_over_pairs_and_towers():
     # Two layers: 1 - 0.2 and 1 - 0.4, mean 0.7; the other tower's one layer 1 - 0.9: (0.7 + 0.1) / 2.
     visual = np.array([[[1, 0.2], [0.2, 1]], [[1, 0.4], [0.4, 1]]])
     text = np.array([[[1, 0.9], [0.9, 1]]])
     np.testing.assert_allclose(difference.diversity(visual, text), 0.4)
 
 
-def test_js_divergence_by_hand():
+def test_js_divergence_is_in_bits():
     # All mass on feature 0, on feature 1, and half on each: 1 bit between the first two. From the half:
     # m = (3/4, 1/4), KL((1, 0) | m) = log2(4/3), KL((1/2, 1/2) | m) = (log2(2/3) + log2 2) / 2.
     outputs = np.array([[[100, 0]], [[0, 100]], [[0, 0]]], np.float32)
@@ -100,7 +100,7 @@ def test_js_divergence_by_hand():
     np.testing.assert_allclose(found, [[0, 1, half], [1, 0, half], [half, half, 0]], atol=1e-6)
 
 
-def test_weight_cosine_by_hand():
+def test_weight_cosine_is_of_differences_from_expert_0():
     # Differences from expert 0: (3, 0, 4) and (0, 0, -2), and an expert that does not differ.
     # -8 / (5 * 2) = -0.8
     experts = {
@@ -154,7 +154,7 @@ def found(trained):
 
 
 @pytest.mark.parametrize("tower", ["visual", "text"])
-def test_a_model_against_numpy(trained, found, tower):
+def test_cka_js_divergence_and_weight_cosine_of_a_model_equal_numpys(trained, found, tower):
     assert found[tower]["layers"] == [0, 1]
     for layer in range(2):
         y = naive_outputs(trained, tower, layer)
@@ -189,7 +189,7 @@ def test_equal_experts_have_no_diversity(trained):
     assert not np.any(found["text"]["weight_cosine"])
 
 
-def test_a_mesh_and_recomputed_blocks_give_the_same(trained, found):
+def test_sharded_and_recomputed_blocks_give_the_same(trained, found):
     """Rows over four devices, experts over two, in blocks that are recomputed."""
     mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
     params = jax.device_put(trained.params, sharding.param_shardings(mesh, trained.params))
@@ -200,7 +200,7 @@ def test_a_mesh_and_recomputed_blocks_give_the_same(trained, found):
             np.testing.assert_allclose(on_mesh[tower][name], found[tower][name], rtol=1e-4, atol=1e-5)
 
 
-def test_too_few_tokens_and_outputs_that_do_not_vary():
+def test_too_few_tokens_and_constant_outputs_are_refused():
     outputs = RNG.normal(size=(2, 9, 4)).astype("f4")
     with pytest.raises(ValueError, match="the CKA of text block 3 takes at least 4 tokens, not 3"):
         difference.linear_cka(sums_of(outputs[:, :3]), "text block 3")

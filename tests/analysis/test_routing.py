@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from clipmoe_jax.analysis import routing
-from clipmoe_jax.analysis.words import WORD_CLASSES, classes_of_tokens, token_texts
+from clipmoe_jax.analysis.words import WORD_CLASSES, classes_of_tokens
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.models.clip import Clip, text_mask
 from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.train import losses
@@ -16,7 +15,7 @@ from clipmoe_jax.train import losses
 NUMBER, COLOUR, FUNCTION, PUNCTUATION, OTHER = range(5)
 
 
-def test_sums_by_hand():
+def test_routing_sums_leave_padding_out():
     # Probabilities of three experts; the third token is padding.
     logits = jnp.log(jnp.array([[6, 3, 1], [2, 1, 1], [1, 1, 8]]))[None, None]
     mask, place = jnp.array([[True, True, False]]), jnp.array([[0, 1, 1]])
@@ -90,7 +89,7 @@ def test_tables_equal_a_loop_over_tokens(trained, tower):
             np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_load_is_the_losses_fraction(trained):
+def test_load_equals_the_fraction_of_the_load_balance_loss(trained):
     """f_e is inside `load_balance` = E * sum_e f_e P_e. Scaled logits change P_e and not f_e: as many scales
     as experts leave one f_e alone that gives all the balances."""
     batch = trained.batches[0]
@@ -107,7 +106,7 @@ def test_load_is_the_losses_fraction(trained):
             np.testing.assert_allclose(found, 4 * np.sum(load[layer] * of_expert), rtol=1e-5)
 
 
-def test_a_mesh_counts_the_same(trained):
+def test_sharded_model_gives_the_same_counts(trained):
     """Rows over four devices, experts over two."""
     mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])
     params = jax.device_put(trained.params, sharding.param_shardings(mesh, trained.params))
@@ -126,14 +125,14 @@ def other_routers(params, tower):
     return trees.unflatten({**leaves, name: -leaves[name]})
 
 
-def test_a_router_turned_around_changes_the_experts_of_all_its_tokens(trained):
+def test_negated_router_changes_the_experts_of_all_its_tokens(trained):
     """With K = E / 2 the smallest logits take the places of the largest; the other blocks see nothing."""
     other = other_routers(trained.params, "text")
     arguments = trained.model, trained.params, other, trained.batches, trained.mesh
     assert routing.changed_routing(*arguments) == {"visual": [0, 0], "text": [0, 1]}
 
 
-def test_changed_routing_by_a_loop(trained):
+def test_changed_routing_equals_a_loop_over_tokens(trained):
     """Another router in the first block: what share of the valid tokens has another set of experts."""
     leaves = trees.flatten(trained.params)
     name = "visual/resblocks_0/moe/router/kernel"
@@ -153,7 +152,7 @@ def test_changed_routing_by_a_loop(trained):
     np.testing.assert_allclose(found["visual"], differs)
 
 
-def test_top1_experts_of_patches_and_words(trained):
+def test_top1_experts_are_the_largest_logits_of_patches_and_words(trained):
     """Three examples on eight devices, as the logits say; -1 after the end token."""
     mesh = sharding.make_mesh()
     params = jax.device_put(trained.params, sharding.replicated(mesh))
@@ -172,7 +171,7 @@ def test_top1_experts_of_patches_and_words(trained):
         assert np.all(text[i, :, end + 1 :] == -1)
 
 
-def test_a_dense_model_has_no_routing(trained):
+def test_routing_of_a_dense_model_is_refused(trained):
     model = Clip(trained.dense)
     with pytest.raises(ValueError, match="the model is dense: it has no experts"):
         routing.route_by_model(model, trained.dense_params[0], trained.batches, trained.mesh)
@@ -183,25 +182,3 @@ def test_batches_without_tokens_are_refused(trained):
     for batches in ([], [empty]):
         with pytest.raises(ValueError, match="there is no token to count"):
             routing.route_by_model(trained.model, trained.params, batches, trained.mesh)
-
-
-def test_classes_of_words_by_hand():
-    # "anticlockwise" is three tokens and "turquoise" one; so is each digit, and "'s".
-    caption = "Two 47 anticlockwise turquoise dogs - it's the Grey café"
-    tokens = Tokenizer(24)([caption])
-    words = {
-        **{"two": NUMBER, "4": NUMBER, "7": NUMBER, "antic": OTHER, "lock": OTHER, "wise": OTHER},
-        **{"turquoise": COLOUR, "dogs": OTHER, "-": PUNCTUATION, "it": FUNCTION, "'s": FUNCTION},
-        **{"the": FUNCTION, "grey": COLOUR, "café": OTHER},
-    }
-    assert token_texts(tokens[0])[1:-1] == list(words)
-    padding = [-1] * (24 - 2 - len(words))
-    assert classes_of_tokens(tokens)[0].tolist() == [-1, *words.values(), -1, *padding]
-
-
-def test_a_piece_of_a_word_is_no_word_of_its_own():
-    """ "antic" + "lock" + "wise": "wise" alone ends a word, but "as" in a longer word must not be a function
-    word; and the end token may cut a word off."""
-    tokens = Tokenizer(4)(["anticlockwise", "as wise"])
-    assert token_texts(tokens[0]) == ["<|startoftext|>", "antic", "lock", "<|endoftext|>"]
-    assert classes_of_tokens(tokens).tolist() == [[-1, OTHER, OTHER, -1], [-1, FUNCTION, OTHER, -1]]

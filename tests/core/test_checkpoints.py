@@ -70,7 +70,7 @@ def test_loaded_model_is_placed_on_a_mesh(model_folder):
     assert {shard.data.shape for shard in shards} == {(2, 8, 64)}  # of (4, 16, 64)
 
 
-def test_a_sharded_model_is_written_whole(tmp_path):
+def test_sharded_model_is_written_whole(tmp_path):
     mesh = sharding.make_mesh(2, 2, 2)
     save_model(tmp_path, CONFIG, place(mesh, random_params()))
     assert_same(load_model(tmp_path)[1], random_params())
@@ -82,7 +82,7 @@ def test_saving_again_replaces_the_model(tmp_path):
     assert_same(load_model(tmp_path)[1], random_params(seed=1))
 
 
-def test_saving_leaves_the_question_whether_to_stop_to_the_loop(tmp_path, monkeypatch):
+def test_saving_does_not_ask_orbax_whether_to_stop(tmp_path, monkeypatch):
     """Orbax would put its own count of steps where JAX keeps ours, and a SIGTERM would be lost."""
     monkeypatch.setattr(ocp.utils, "reached_preemption", lambda step: pytest.fail("orbax asked"))
     state = state_on(sharding.make_mesh(2, 2, 2))
@@ -161,7 +161,7 @@ def cut_files(folder):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog):
+def test_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog):
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     cut_files(folder / "3" / "trainable")
     with Checkpointer(folder, max_to_keep=2) as checkpointer:
@@ -191,7 +191,7 @@ def test_restore_without_a_checkpoint_gives_none(tmp_path):
         assert checkpointer.latest_step() is None
 
 
-def test_what_a_killed_save_left_is_not_a_checkpoint(saved, tmp_path):
+def test_rest_of_a_killed_save_is_no_checkpoint(saved, tmp_path):
     _, expected = saved
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
     with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:

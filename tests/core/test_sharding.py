@@ -87,7 +87,7 @@ def test_each_parameter_has_the_sharding_of_its_rule(config, specs):
     assert found.keys() == trees.flatten(abstract_params(config)).keys()
 
 
-def test_every_rule_is_some_leafs_first_match():
+def test_every_rule_is_the_first_match_of_some_leaf():
     names = [*trees.flatten(abstract_params(DENSE)), *trees.flatten(abstract_params(MOE))]
     trees.match_rules(sharding.PARAM_RULES, names)  # raises for a rule that nothing uses
 
@@ -102,7 +102,7 @@ def test_every_rule_is_some_leafs_first_match():
     ],
     ids=["experts", "width"],
 )
-def test_an_axis_that_does_not_divide_says_which_sizes_do(sizes, message):
+def test_axis_that_does_not_divide_is_refused_with_the_sizes_that_do(sizes, message):
     text = dataclasses.replace(MOE.text, width=12, head_width=12)
     params = abstract_params(dataclasses.replace(MOE, text=text))
     with pytest.raises(ValueError, match=message):

@@ -23,12 +23,12 @@ def test_names_are_paths_in_sorted_order():
     assert list(trees.flatten(PARAMS)) == NAMES
 
 
-def test_the_first_rule_that_matches_wins():
+def test_first_rule_that_matches_wins():
     rules = [("visual/.*kernel", "a"), (".*kernel", "b"), (".*", "c")]
     assert trees.match_rules(rules, NAMES) == dict(zip(NAMES, ["c", "b", "c", "a"], strict=True))
 
 
-def test_a_rule_matches_whole_names():
+def test_rule_matches_whole_names():
     with pytest.raises(KeyError, match="no rule covers logit_scale"):
         trees.match_rules([("logit", 1), ("(text|visual)/.*", 2)], NAMES)
 
@@ -47,14 +47,14 @@ def test_leaves_that_no_rule_covers_are_named():
     ],
     ids=["nothing has the name", "nothing is left for it", "two"],
 )
-def test_a_rule_that_no_leaf_uses_is_named(rules):
+def test_rule_that_no_leaf_uses_is_named(rules):
     unused = [pattern for pattern, _ in rules if pattern != ".*"]
     with pytest.raises(KeyError) as error:
         trees.match_rules(rules, NAMES)
     assert f"unused rules {unused}" in str(error.value)
 
 
-def test_a_long_list_of_uncovered_leaves_is_cut():
+def test_long_list_of_uncovered_leaves_is_cut():
     with pytest.raises(KeyError, match="no rule covers 0, 1, 2, 3 and 6 more;"):
         trees.match_rules([("x", 1)], [str(i) for i in range(10)])
 

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from grids import quick
 
 from clipmoe_jax.data import samplers
 from clipmoe_jax.data.clusters import ClusterIndex
@@ -158,7 +159,14 @@ CASES = {
     ]
 }
 label_sets = pytest.mark.parametrize(
-    ("num_clusters", "num_records", "global_batch"), CASES.values(), ids=CASES
+    ("num_clusters", "num_records", "global_batch"),
+    quick(
+        CASES,
+        "1 clusters, 50 records, batches of 8",
+        "9 clusters, 100 records, batches of 100",
+        "81 clusters, 1000 records, batches of 7",
+        "729 clusters, 700 records, batches of 32",
+    ),
 )
 
 

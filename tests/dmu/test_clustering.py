@@ -35,7 +35,7 @@ def test_blobs_are_separated(blobs):
     assert set(labels.tolist()) == {0, 1, 2}
 
 
-def test_more_features_than_centres_are_fitted_on_are_all_labelled(blobs):
+def test_features_beyond_the_fitted_sample_are_labelled_too(blobs):
     features, of = blobs
     labels = kmeans_labels(features, 3, seed=0, max_fit=30, chunk_size=7)
     assert labels.shape == (300,)
@@ -59,7 +59,7 @@ def test_labels_do_not_depend_on_the_parts(blobs):
         np.testing.assert_array_equal(labels, expected)
 
 
-def test_the_nearest_centre_is_scikit_learns(blobs):
+def test_labels_equal_scikit_learns_nearest_centres(blobs):
     from sklearn.metrics import pairwise_distances_argmin
 
     features = np.random.default_rng(1).normal(size=(500, 8)).astype(np.float32)
@@ -68,7 +68,7 @@ def test_the_nearest_centre_is_scikit_learns(blobs):
     )
 
 
-def test_labels_are_a_function_of_the_seed():
+def test_same_seed_gives_the_same_labels_and_another_others():
     """Of noise, where different seeds find different centres."""
     features = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
     labels = [kmeans_labels(features, 9, seed=seed, max_fit=200) for seed in (0, 0, 1)]
@@ -76,13 +76,13 @@ def test_labels_are_a_function_of_the_seed():
     assert not np.array_equal(labels[0], labels[2])
 
 
-def test_fewer_pairs_than_clusters(blobs):
+def test_fewer_pairs_than_clusters_are_refused(blobs):
     features, _ = blobs
     with pytest.raises(ValueError, match="2 pairs cannot make cluster.num_clusters=3 clusters"):
         kmeans_labels(features[:2], 3, seed=0, max_fit=100)
 
 
-def test_labels_of_three_stages_by_hand():
+def test_labels_of_three_stages_combine_as_base_k_digits():
     # Stage 1: text 2, image 1 -> 2 * 3 + 1 = 7. Stage 2: text 0, image 2 -> 7 * 9 + 2 = 65.
     # Stage 3: text 1, image 0 -> 65 * 9 + 3 = 588.
     labels = np.zeros(2, int)
@@ -92,7 +92,7 @@ def test_labels_of_three_stages_by_hand():
         np.testing.assert_array_equal(labels, [label, 0])
 
 
-def test_every_pair_of_labels_has_its_own_number_and_its_parent():
+def test_combined_label_is_unique_and_gives_its_parent():
     """For 2 clusters: 4 labels a stage, 16 after two; the parent of a label is label // 4."""
     image, text, previous = (a.ravel() for a in np.meshgrid([0, 1], [0, 1], np.arange(4)))
     labels = accumulate_labels(previous, image, text, 2)

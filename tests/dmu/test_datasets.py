@@ -29,17 +29,17 @@ def folders(config, seed=0, variant=""):
     return {name: dataset.path for name, dataset in datasets.items()}
 
 
-def test_a_prepared_folder_stays_where_it_is():
+def test_prepared_folder_is_used_where_it_is():
     config = config_of("data/train", test="data/test")
     assert folders(config) == {"train": "data/train", "test": "data/test"}
 
 
-def test_a_source_is_prepared_into_the_workdir():
+def test_source_is_prepared_into_the_workdir():
     config = config_of("folder:photos", test="coco:val.json?images=val", base=SCENES)
     assert folders(config) == {"train": "w/data/train", "test": "w/data/test", "base": "w/data/base"}
 
 
-def test_a_base_from_a_checkpoint_needs_no_data():
+def test_base_from_a_checkpoint_needs_no_data():
     config = config_of("folder:photos", base=SCENES)
     config.base.checkpoint = "clip.pt"
     assert folders(config) == {"train": "w/data/train"}
@@ -55,14 +55,14 @@ def test_seeds_share_files_and_have_generated_pairs_of_their_own():
     assert datasets["train"].source == f"{SCENES}&seed=2" and datasets["base"].source == f"{SCENES}&seed=7"
 
 
-def test_variants_share_what_they_do_not_set_otherwise():
+def test_variants_share_a_data_set_unless_they_name_another():
     config = config_of("folder:photos", test=SCENES)
     set_variants(config, {"a": {}, "b": {"data.train": "folder:others"}})
     assert folders(config, variant="a") == {"train": "w/data/train", "test": "w/data/test"}
     assert folders(config, variant="b") == {"train": "w/b/data/train", "test": "w/data/test"}
 
 
-def test_a_bucket_is_no_place_to_prepare_in():
+def test_source_with_a_workdir_in_a_bucket_is_refused():
     config = config_of(SCENES)
     with pytest.raises(
         ValueError, match=r"data\.train=digit_scenes:.* lies in a bucket: prepare it on a disk"
@@ -108,7 +108,7 @@ def test_raw_files_are_prepared_once_and_opened(tmp_path, monkeypatch, source):
     assert len(records) == 3 and records[1]["captions"] == ["a square of brightness 1"]
 
 
-def test_a_source_that_changed_is_refused_and_one_that_has_gone_is_not_missed(tmp_path):
+def test_changed_source_is_refused_and_a_deleted_one_is_not_needed(tmp_path):
     write_photos(tmp_path)
     captions = tmp_path / "captions.json"
     dataset = Dataset(str(tmp_path / "train"), "train", f"sharegpt4v:{captions}?images={tmp_path}/photos")

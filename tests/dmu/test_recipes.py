@@ -33,7 +33,7 @@ def test_recipes_come_after_those_they_are_made_from():
         (["base_ft_moe"], "made from 'direct_ft': add"),
     ],
 )
-def test_a_baseline_that_cannot_be_made_is_refused(names, message):
+def test_baseline_that_cannot_be_made_is_refused(names, message):
     with pytest.raises(ValueError, match=message):
         recipes.recipes(config_of(*names))
 
@@ -89,16 +89,16 @@ def test_steps_are_a_bound_where_small_clusters_are_dropped():
 
 
 @pytest.mark.parametrize("name", recipes.baseline_names())
-def test_a_baselines_name_stands_in_the_table_alone(name):
+def test_names_of_baselines_stand_in_the_recipe_table_alone(name):
     files = [path.name for path in PACKAGE.rglob("*.py") if f'"{name}"' in path.read_text()]
     assert files == ["recipes.py"]
 
 
 @pytest.mark.parametrize("name", ["base", "mcl_2", "router", "clip_up", "feature_ensemble"])
-def test_a_row_is_found_by_its_phases_name(name):
+def test_recipe_is_found_by_the_name_of_its_phase(name):
     recipe = recipes.find_recipe(name)
     assert recipe is not None and recipe.name == name
 
 
-def test_no_row_is_found_by_another_name():
+def test_unknown_phase_has_no_recipe():
     assert recipes.find_recipe("mcl_x") is None and recipes.find_recipe("upcycle") is None

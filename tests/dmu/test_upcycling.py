@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from grids import quick
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu.upcycling import expert_as_dense, reinitialize_experts, stack_experts
@@ -61,7 +62,7 @@ UPCYCLED = {
 }
 
 
-@pytest.mark.parametrize(("num_moe_layers", "run"), UPCYCLED.values(), ids=UPCYCLED)
+@pytest.mark.parametrize(("num_moe_layers", "run"), quick(UPCYCLED, "ragged", "the last block alone"))
 def test_equal_experts_are_the_dense_model(dense, inputs, dense_features, num_moe_layers, run):
     """Whatever the routers say: the gates of a token add up to one."""
     params = stack_experts([dense] * E, KEY, num_moe_layers=num_moe_layers, router_stddev=1.0)
@@ -90,7 +91,7 @@ def test_expert_e_is_tree_e_in_every_block_of_twelve():
                 np.testing.assert_array_equal(experts[e], leaves[f"visual/resblocks_{i}/mlp/{leaf}"] + e)
 
 
-def test_the_last_two_of_twelve_blocks():
+def test_two_moe_layers_of_twelve_are_the_last_two_blocks():
     vision = dataclasses.replace(DENSE.vision, num_layers=12)
     base = random_params(dataclasses.replace(DENSE, vision=vision))
     names = trees.flatten(stack_experts([base, base], KEY, num_moe_layers=2)).keys()
@@ -101,14 +102,14 @@ def test_the_last_two_of_twelve_blocks():
 
 
 @pytest.mark.parametrize("num_moe_layers", [None, 1, 2, 5])
-def test_the_tree_is_the_moe_models(dense, num_moe_layers):
+def test_stacked_tree_has_the_shapes_of_the_moe_model(dense, num_moe_layers):
     params = stack_experts([dense] * E, KEY, num_moe_layers=num_moe_layers)
     expected = abstract_params(dataclasses.replace(DENSE, moe=MoeConfig(E, K, num_moe_layers)))
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
 
 
-def test_blocks_that_stay_dense_and_all_that_is_shared_are_the_bases(dense):
+def test_dense_blocks_and_shared_leaves_are_those_of_the_base(dense):
     others = [with_other_mlps(dense, e) for e in range(1, E)]
     params = trees.flatten(stack_experts([dense, *others], KEY, num_moe_layers=1))
     for name, leaf in trees.flatten(dense).items():
@@ -130,7 +131,7 @@ def test_routers_are_drawn_by_the_key(dense):
     assert not np.array_equal(routers(KEY), routers(jax.random.key(1)))
 
 
-def test_the_trees_are_left_alone(dense):
+def test_stacking_does_not_change_its_inputs(dense):
     before = jax.tree.map(np.copy, dense)
     stack_experts([dense] * 2, KEY)
     jax.tree.map(np.testing.assert_array_equal, dense, before)
@@ -142,7 +143,7 @@ def changed(params, name, value):
     return trees.unflatten(leaves)
 
 
-def test_a_leaf_outside_the_ffns_that_differs_is_named_with_the_largest_difference(dense):
+def test_shared_leaf_that_differs_is_named_with_its_largest_difference(dense):
     other = np.copy(dense["text"]["ln_final"]["scale"])
     other[3] += 0.25
     other[5] -= 1.5
@@ -152,27 +153,27 @@ def test_a_leaf_outside_the_ffns_that_differs_is_named_with_the_largest_differen
         stack_experts(trees_of_params, KEY)
 
 
-def test_a_logit_scale_that_differs_is_named(dense):
+def test_logit_scale_that_differs_is_named(dense):
     other = changed(dense, "logit_scale", np.float32(dense["logit_scale"] + 2))
     with pytest.raises(ValueError, match=r"logit_scale of tree 1 is not the base's \(largest difference 2\)"):
         stack_experts([dense, other], KEY)
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["the base has it", "the base lacks it"])
-def test_a_leaf_that_one_tree_lacks_is_named(dense, swap):
+def test_leaf_that_one_tree_lacks_is_named(dense, swap):
     pair = [dense, changed(dense, "visual/adapter", np.zeros(2))]
     with pytest.raises(ValueError, match="tree 1 and the base .* first that differs is visual/adapter"):
         stack_experts(pair[::-1] if swap else pair, KEY)
 
 
-def test_a_leaf_of_another_shape_is_named(dense):
+def test_leaf_of_another_shape_is_named(dense):
     name = "visual/resblocks_1/mlp/c_fc/bias"
     with pytest.raises(ValueError, match=rf"{name} is \(9,\) in tree 1, \(64,\) in the base"):
         stack_experts([dense, changed(dense, name, np.zeros(9))], KEY)
 
 
 @pytest.mark.parametrize("num_moe_layers", [None, 1])
-def test_expert_e_as_a_dense_model_is_the_one_it_came_from(dense, num_moe_layers):
+def test_extracted_expert_is_the_dense_model_it_came_from(dense, num_moe_layers):
     """Bit for bit where every block is MoE; blocks that are not are the base's."""
     leaves, rng = trees.flatten(dense), np.random.default_rng(2)
     models = [dense] + [
@@ -197,7 +198,7 @@ def test_expert_e_as_a_dense_model_is_the_one_it_came_from(dense, num_moe_layers
             np.testing.assert_array_equal(found[name], wanted, err_msg=name)
 
 
-def test_an_expert_that_there_is_not(dense):
+def test_expert_out_of_range_is_refused(dense):
     config = dataclasses.replace(DENSE, moe=MoeConfig(E, K))
     stacked = stack_experts([dense] * E, KEY)
     for e in (-1, E):
@@ -207,7 +208,7 @@ def test_an_expert_that_there_is_not(dense):
         expert_as_dense(dense, DENSE, 1)
 
 
-def test_active_parameters_by_hand(dense):
+def test_active_parameters_count_the_selected_experts_alone(dense):
     # An FFN of width 16: 16 * 64 + 64 + 64 * 16 + 16 = 2128, a router 16 * 4 = 64. Two towers of two blocks.
     config = dataclasses.replace(DENSE, moe=MoeConfig(E, K))
     params = stack_experts([dense] * E, KEY)
@@ -249,7 +250,7 @@ BLOCKS = ("visual/resblocks_1", "text/resblocks_1")
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_share_of_each_experts_hidden_units_is_drawn_anew(redrawn, block):
+def test_given_share_of_hidden_units_is_redrawn_in_each_expert(redrawn, block):
     units = units_that_differ(redrawn, block, "c_fc/kernel")
     np.testing.assert_array_equal(units.sum(axis=1), [SHARE * HIDDEN] * E)
     for leaf in ("c_fc/bias", "c_proj/kernel"):  # the same units
@@ -259,7 +260,7 @@ def test_a_share_of_each_experts_hidden_units_is_drawn_anew(redrawn, block):
             assert (units[one] != units[other]).any()
 
 
-def test_every_weight_of_a_drawn_unit_is_drawn_and_nothing_else(redrawn):
+def test_redrawn_unit_has_all_its_weights_redrawn_and_others_none(redrawn):
     before, after = redrawn
     for name in before:
         changed = np.mean(np.asarray(before[name]) != np.asarray(after[name]))
@@ -268,7 +269,7 @@ def test_every_weight_of_a_drawn_unit_is_drawn_and_nothing_else(redrawn):
 
 
 @pytest.mark.parametrize("leaf", ["c_fc/kernel", "c_proj/kernel"])
-def test_drawn_weights_have_the_mean_and_deviation_of_what_was_there(redrawn, leaf):
+def test_redrawn_weights_keep_mean_and_deviation(redrawn, leaf):
     before, after = (np.asarray(leaves[f"{BLOCKS[0]}/moe/{leaf}"]) for leaves in redrawn)
     for e in range(E):
         drawn = before[e] != after[e]  # 16 units of 16 weights: 256 numbers
@@ -279,7 +280,7 @@ def test_drawn_weights_have_the_mean_and_deviation_of_what_was_there(redrawn, le
         assert len(np.unique(new)) == new.size and abs(np.corrcoef(old, new)[0, 1]) < 4 / 16
 
 
-def test_what_is_drawn_depends_on_the_key_alone(redrawn):
+def test_redrawn_units_depend_on_the_key_alone(redrawn):
     copies, after = redrawn
     copies = trees.unflatten(copies)
     again, other = (

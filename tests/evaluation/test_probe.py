@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from grids import grid
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
@@ -20,7 +21,7 @@ def clusters(num_images, num_classes=8, dim=16, noise=0.35, seed=0):
     return features.astype(np.float32), labels
 
 
-@pytest.mark.parametrize("num_classes", [2, 8])
+@pytest.mark.parametrize("num_classes", grid(8, rest=[2]))
 def test_probe_equals_scikit_learns_at_its_strength(num_classes):
     train, test = clusters(240, num_classes), clusters(150, num_classes, seed=1)
     found, probabilities = linear_probe(*train, *test, num_classes)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from etils import epath
+from grids import grid, quick
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel, pipeline
 
@@ -89,7 +90,7 @@ def test_openais_mixed_precision_stays_as_it_is(golden_dir, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", grid("bfloat16", rest=["float16"]))
 def test_export_in_half_precision_on_request(dense_folder, tmp_path, dtype):
     convert(dense_folder, "huggingface", str(tmp_path / "out"), dtype=dtype)
     model = CLIPModel.from_pretrained(tmp_path / "out")
@@ -323,7 +324,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("to", ["huggingface", "clipmoe"])
+@pytest.mark.parametrize("to", grid("clipmoe", rest=["huggingface"]))
 def test_import_takes_less_memory_than_two_and_a_half_files(tmp_path, to):
     """Half precision is the hard case: what is loaded is itself twice as large as the file."""
     config = ClipConfig(vision=VisionConfig(num_layers=4), text=TextConfig(context_length=248, num_layers=4))
@@ -365,8 +366,8 @@ def code_of(card):
     return "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
 
 
-@pytest.mark.parametrize("moe", [None, MoeConfig(4, 2)], ids=["dense", "moe"])
-def test_the_lines_of_the_card_run_in_transformers(tmp_path, moe):
+@pytest.mark.parametrize("moe", quick({"dense": None, "moe": MoeConfig(4, 2)}, "moe"))
+def test_code_of_the_card_runs_in_transformers(tmp_path, moe):
     """As they stand, beside the folder, in a process that has no JAX."""
     save_random_model(tmp_path / "ours", moe=moe)
     convert(str(tmp_path / "ours"), "huggingface", str(tmp_path / "exported"))
@@ -380,7 +381,7 @@ def test_the_lines_of_the_card_run_in_transformers(tmp_path, moe):
     assert ("CLIPMoEVisionModel" in code) == (moe is not None)
 
 
-def test_the_lines_of_the_card_run_in_open_clip(dense_folder, tmp_path, monkeypatch, capsys):
+def test_code_of_the_card_runs_in_open_clip(dense_folder, tmp_path, monkeypatch, capsys):
     convert(dense_folder, "openclip", str(tmp_path / "exported"))
     Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

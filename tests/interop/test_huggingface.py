@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from grids import exhaustive, grid
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from clipmoe_jax.convert import convert
@@ -72,7 +73,7 @@ def make_torch_clip(activation="quick_gelu", **text):
     return model
 
 
-@pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
+@pytest.fixture(scope="module", params=grid("quick_gelu", rest=["gelu"]))
 def pair(request, tmp_path_factory):
     """A torch model, the folder it was saved to, and what we read from there."""
     torch_model = make_torch_clip(request.param)
@@ -123,7 +124,7 @@ def test_logits_equal_transformers(pair, outputs):
     np.testing.assert_allclose(logits, theirs["logits"], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", grid(torch.bfloat16, rest=[torch.float32, torch.float16]), ids=str)
 def test_export_of_import_is_the_identity(tmp_path, dtype):
     model = make_torch_clip().to(dtype)
     model.save_pretrained(tmp_path / "theirs")
@@ -196,7 +197,8 @@ def encode(found, images, tokens):
 
 
 @pytest.mark.parametrize(
-    ("text", "eos"), [({"eos_token_id": 7}, 7), ({"eos_token_id": 2}, None), ({"eos_token_id": END_ID}, None)]
+    ("text", "eos"),
+    grid(({"eos_token_id": 7}, 7), ({"eos_token_id": 2}, None), rest=[({"eos_token_id": END_ID}, None)]),
 )
 def test_the_end_token_is_where_transformers_finds_it(tmp_path, text, eos):
     """Id 7 stands inside each row and again further on; 2, of old files, means the highest id."""
@@ -451,6 +453,7 @@ def test_params_of_another_model_are_not_exported():
         huggingface.export_state_dict({"text": {"adapter": np.zeros(2)}})
 
 
+@exhaustive
 def test_vit_b_32_at_full_size_equals_transformers(tmp_path):
     """Features of both towers, random weights."""
     torch.manual_seed(0)

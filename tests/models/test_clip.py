@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import grid, quick
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
@@ -242,10 +243,10 @@ def test_aux_is_of_the_moe_blocks_alone(config, outputs):
             np.testing.assert_array_equal(aux["dropped_slots"], np.zeros((BATCH, 1)))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", grid("dots", rest=["full"]))
 @pytest.mark.parametrize(
     ("dispatch", "grouped_mlp", "chunk_rows"),
-    [("ragged", "blocks", 3), ("ragged", "fixed_blocks", 0), ("dense", "blocks", 0)],
+    grid(("ragged", "blocks", 3), rest=[("ragged", "fixed_blocks", 0), ("dense", "blocks", 0)]),
 )
 def test_recomputed_blocks_give_the_same_values_and_gradients(
     inputs, dispatch, grouped_mlp, remat, chunk_rows
@@ -277,7 +278,7 @@ def test_recomputed_blocks_give_the_same_values_and_gradients(
     )
 
 
-@pytest.mark.parametrize("rules", [TRAIN_FFN, TRAIN_ROUTERS], ids=["ffn", "routers"])
+@pytest.mark.parametrize("rules", quick({"ffn": (TRAIN_FFN,), "routers": (TRAIN_ROUTERS,)}, "routers"))
 def test_gradients_do_not_depend_on_what_else_trains(inputs, rules):
     """Of three blocks, which are traced once though the first has no gradient to pass on and the last
     computes less."""
@@ -335,7 +336,7 @@ class Blocks(nn.Module):
         )[0]
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", grid("dots", rest=["none"]))
 def test_blocks_that_are_alike_drop_out_differently(remat):
     """They are traced once. Attention adds nothing and experts very little: two blocks add the same, but for
     what is dropped out."""

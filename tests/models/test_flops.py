@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import exhaustive
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
@@ -66,9 +67,9 @@ def test_forward(config):
 @pytest.mark.parametrize(
     ("config", "rules", "compute", "slots"),
     [
-        (DENSE, TRAIN_EVERYTHING, ComputeConfig(), 0),
+        pytest.param(DENSE, TRAIN_EVERYTHING, ComputeConfig(), 0, marks=exhaustive),
         (DENSE, TRAIN_FFN, ComputeConfig(), 0),
-        (MOE, TRAIN_ROUTERS, ComputeConfig(dispatch="dense"), 4),
+        pytest.param(MOE, TRAIN_ROUTERS, ComputeConfig(dispatch="dense"), 4, marks=exhaustive),
         (MOE, TRAIN_MOE, ComputeConfig(dispatch="capacity", capacity_factor=1.5), 3),
     ],
     ids=["everything", "feed-forward layers", "routers", "routers and experts"],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import grid
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.data.packing import pack, place_captions
@@ -70,7 +71,7 @@ def test_positions_count_from_the_start_of_a_segment():
     assert positions_in_segments(segments).tolist() == expected
 
 
-@pytest.mark.parametrize("attention", ["xla", "chunked"])
+@pytest.mark.parametrize("attention", grid("chunked", rest=["xla"]))
 @pytest.mark.parametrize(
     ("config", "dispatch"),
     [(DENSE, "ragged"), (END_TOKEN_7, "ragged"), (MOE, "ragged"), (MOE, "dense")],

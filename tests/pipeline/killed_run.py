@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 from etils import epath
+from tiny_config import get_config
 
 from clipmoe_jax.core import artifacts, cli, distributed
 from clipmoe_jax.data import preparation
@@ -23,32 +24,6 @@ from clipmoe_jax.dmu import runner, stages, training
 from clipmoe_jax.train import loop
 
 _signal = signal.SIGKILL
-
-
-def config():
-    """One stage, a handful of steps of each phase, a checkpoint every other step."""
-    from clipmoe_jax.config import default_config
-    from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
-
-    config = default_config()
-    config.data.train = "digit_scenes:train?pairs=64"
-    config.data.test = "digit_scenes:test?pairs=8"
-    config.data.base = "digit_scenes:train?pairs=64&captions=coarse"
-    config.data.in_memory = True
-    config.data.packing_steps = 2  # each number of rows is a program to compile
-    config.base.architecture = ClipConfig(
-        embed_dim=16,
-        vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
-        text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
-    ).to_dict()
-    for section in (config.base.train, config.mcl, config.router):
-        section.update(batch_size=16, num_steps=7, warmup_steps=1, learning_rate=1e-2)
-    config.mcl.num_stages = 1
-    config.embed.batch_size = 16
-    config.checkpoint.every_steps = 2
-    config.log_every = 1
-    config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
-    return config
 
 
 def kill_at_call(module, name: str, call: int, *, after: bool, match: str = "") -> None:
@@ -109,4 +84,4 @@ if __name__ == "__main__":
     if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
     with cli.announced_preemption():
-        runner.run_variants(config(), epath.Path(workdir))
+        runner.run_variants(get_config(), epath.Path(workdir))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import grid
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
@@ -19,6 +20,7 @@ from clipmoe_jax.train.step import LossConfig, TrainState, make_train_step
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+QUICK_FILES = ("demo", "vit_b32")
 
 
 def get_config(name: str, arg: str = ""):
@@ -45,7 +47,7 @@ def lowered_text(model: Clip, params, rules, phase, loss) -> str:
     return make_train_step(model, loss, phase).lower(state, frozen, batch, rate, key).as_text()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", grid(*QUICK_FILES, rest=sorted({*FILES} - {*QUICK_FILES})))
 def test_config_is_valid_and_its_steps_lower(name):
     config = get_config(name)
     configs.validate(config)
@@ -66,7 +68,7 @@ def test_config_is_valid_and_its_steps_lower(name):
     assert f"{dense.vision.width}x{4 * dense.vision.width}xbf16" in text
 
 
-def test_the_papers_numbers_are_the_defaults():
+def test_defaults_are_the_papers_numbers():
     """Batch 800, AdamW 1e-5 and 0.2, 200 warm-up steps, smoothing 0.1; routers 1e-6 and 1e-2; E 4, K 2."""
     config = get_config("vit_l14_sharegpt4v")
     mcl, router = config.mcl, config.router
@@ -91,7 +93,7 @@ def test_active_parameters_of_the_papers_model():
     assert active / base == pytest.approx(1.605, abs=0.005)
 
 
-def test_config_arguments():
+def test_arguments_of_config_files_reach_their_fields():
     assert get_config("demo", "seeds=3").seeds == (1, 2, 3)
     assert get_config("demo", "small").mcl.num_steps < get_config("demo").mcl.num_steps
     assert get_config("vit_b32", "variant=ViT-B/16").base.architecture.vision.patch_size == 16
@@ -110,7 +112,7 @@ def test_config_arguments():
         ("cuda", "float32", "fixed_blocks", "xla"),  # cuDNN's attention has half precision alone
     ],
 )
-def test_a_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, attention):
+def test_platform_gets_kernels_that_it_has(platform, dtype, grouped_mlp, attention):
     config = configs.default_config()
     config.compute.dtype = dtype
     compute = configs.compute_config(config, platform)
@@ -156,7 +158,7 @@ def test_bad_value_is_named_with_the_fix(field, value, message):
         configs.validate(config)
 
 
-def test_field_that_does_not_exist():
+def test_field_that_does_not_exist_is_refused_by_name():
     config = get_config("demo")
     with pytest.raises(AttributeError, match="learning_rate"):
         config.mcl.learningrate = 1.0

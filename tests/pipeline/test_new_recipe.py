@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 from etils import epath
-from killed_run import config as tiny_config
+from grids import exhaustive
+from tiny_config import get_config as tiny_config
 
 from clipmoe_jax import convert, main
 from clipmoe_jax.core import trees
@@ -41,14 +42,14 @@ def run(tmp_path_factory):
         yield workdir, config, results
 
 
-def test_it_trains_what_its_rules_say(run):
+def test_new_baseline_trains_what_its_rules_say(run):
     workdir, *_ = run
     before, after = (trees.flatten(load_model(workdir / name)[1]) for name in ("base", FOLDER))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and all("/attn/" in name for name in changed)
 
 
-def test_it_is_evaluated_and_has_a_row_in_the_table(run):
+def test_new_baseline_has_a_row_in_the_table(run):
     workdir, _, results = run
     assert list(results) == ["base", TITLE, "stage 1 alone", "CLIP-MoE"]
     assert 0 <= results[TITLE]["image_to_text_r1"] <= 1
@@ -56,14 +57,14 @@ def test_it_is_evaluated_and_has_a_row_in_the_table(run):
     assert any(line.startswith(TITLE) for line in table.splitlines())
 
 
-def test_it_is_in_the_report(run):
+def test_new_baseline_is_in_the_report(run):
     workdir, _, results = run
     main.write_results({"": [results]}, workdir)
     page = (workdir / "report.html").read_text()
     assert page.count(TITLE) >= 2  # the table of results, and its phase of training
 
 
-def test_it_is_planned_as_it_was_run(run):
+def test_new_baseline_is_planned_with_the_steps_it_took(run):
     workdir, config, _ = run
     plan = make_plan(config, "h100", 1, 0.4, 64)
     [stage] = [stage for stage in plan.stages if stage.name == ROW.name]
@@ -72,7 +73,8 @@ def test_it_is_planned_as_it_was_run(run):
     assert ROW.name in format_plan(plan)
 
 
-def test_it_is_not_made_twice_and_resumes(run):
+@exhaustive
+def test_new_baseline_is_not_made_twice_and_resumes(run):
     workdir, config, results = run
     before = (workdir / "metrics.jsonl").read_text()
     assert runner.run_variants(config, workdir)[""] == [results]
@@ -85,14 +87,14 @@ def test_it_is_not_made_twice_and_resumes(run):
         np.testing.assert_array_equal(leaf, trees.flatten(again)[name])
 
 
-def test_it_is_exported(run, tmp_path):
+def test_new_baseline_is_exported_with_its_scores(run, tmp_path):
     workdir, *_ = run
     out = tmp_path / "exported"
     convert.convert(str(workdir / FOLDER), "huggingface", str(out))
     assert TITLE in (out / "README.md").read_text()  # its evaluation beside the others'
 
 
-def test_a_row_names_what_it_is_made_from():
+def test_recipe_made_from_a_baseline_needs_it_in_the_config():
     rows = {row.name: row for row in recipes.BASELINES}
     made_from = dataclasses.replace(ROW, name="twice", experts=lambda config: ("base", "direct_ft"))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,5 @@
-"""The whole pipeline at reduced size: the demo, and a user's own checkpoint and images through the same
-main."""
+"""A whole run by the command: its table, what the table's numbers are of, and what each baseline trains."""
 
-import dataclasses
 import io
 import json
 import os
@@ -9,53 +7,45 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from etils import epath
+from grids import grid
+from ml_collections import ConfigDict
 from PIL import Image
 from test_configs import get_config
+from tiny_config import get_config as tiny_config
 
 import clipmoe_jax
-from clipmoe_jax.data.preparation import prepare
+from clipmoe_jax.core import trees
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import ImageFolder
 from clipmoe_jax.dmu import runner
-from clipmoe_jax.interop import released
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.reporting.text_tables import format_differences, format_evaluations, format_table
+from clipmoe_jax.models.model_folder import load_model
+from clipmoe_jax.reporting.text_tables import format_differences, format_table
 
 ROOT = pathlib.Path(__file__).parents[2]
-TINY = ClipConfig(
-    embed_dim=16,
-    vision=VisionConfig(image_size=32, patch_size=16, width=64, num_layers=2),
-    text=TextConfig(context_length=77, width=64, num_layers=1),
-)
-ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}  # as a laptop has it
-COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "gray": (120, 120, 120)}
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """(workdir, what the command printed)."""
-    workdir = tmp_path_factory.mktemp("runs") / "demo"
-    command = [
-        sys.executable,
-        "-m",
-        "clipmoe_jax.main",
-        "--config=configs/demo.py:small",
-        f"--workdir={workdir}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
-
-
-def test_demo_prints_a_row_for_each_model(demo):
-    rows = [
+ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+AS_A_USER_HAS_IT = ONE_DEVICE | {"XLA_FLAGS": ""}
+TINY, DEMO = "tests/pipeline/tiny_config.py:whole", "configs/demo.py:small"
+ROWS = {
+    TINY: [
+        "base",
+        "direct fine-tuning, one stage's steps",
+        "direct fine-tuning, same total pairs",
+        "full fine-tuning, one stage's steps",
+        "Long-CLIP's recipe",
+        "sparse upcycling",
+        "Drop-Upcycling",
+        "CLIP-UP's recipe",
+        "base + FT MoE",
+        "stage 1 alone",
+        "stage 2 alone",
+        "feature ensemble",
+        "CLIP-MoE",
+    ],
+    DEMO: [
         "base",
         "direct fine-tuning, one stage's steps",
         "direct fine-tuning, same total pairs",
@@ -66,18 +56,45 @@ def test_demo_prints_a_row_for_each_model(demo):
         "stage 3 alone",
         "feature ensemble",
         "CLIP-MoE",
-    ]
-    lines = demo[1].splitlines()
+    ],
+}
+
+
+class Finished(NamedTuple):
+    config_file: str
+    config: ConfigDict
+    workdir: pathlib.Path
+    printed: str
+
+
+@pytest.fixture(scope="module", params=grid(TINY, rest=[DEMO]))
+def finished(request, tmp_path_factory):
+    """A run by the command."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "clipmoe_jax.main", f"--config={request.param}", f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=AS_A_USER_HAS_IT if request.param == DEMO else ONE_DEVICE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    config = get_config("demo", "small") if request.param == DEMO else tiny_config("whole")
+    return Finished(request.param, config, workdir, done.stdout)
+
+
+def test_command_prints_a_row_for_each_model(finished):
+    rows, lines = ROWS[finished.config_file], finished.printed.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if "i2t R@1" in line) + 1 :]
     assert [line.split("  ")[0] for line in table[: len(rows)]] == rows
-    results = json.loads((demo[0] / "eval" / "results.json").read_text())
+    results = json.loads((finished.workdir / "eval" / "results.json").read_text())
     assert list(results) == rows
-    assert "R@k: per cent of queries" in demo[1]
+    assert "R@k: per cent of queries" in finished.printed
 
 
-def test_demo_numbers_are_those_of_the_saved_models(demo):
+def test_numbers_are_those_of_the_saved_models(finished):
     """The printed row of CLIP-MoE, computed again from its params folder through the public API."""
-    workdir, _ = demo
+    workdir = finished.workdir
     results = json.loads((workdir / "eval" / "results.json").read_text())
     clip = clipmoe_jax.load(str(workdir / "moe" / "params"))
     test = Records(workdir / "data" / "test", "test")
@@ -96,29 +113,31 @@ def test_demo_numbers_are_those_of_the_saved_models(demo):
     assert results["CLIP-MoE"]["parameters"] > results["CLIP-MoE"]["active_parameters"]
 
 
-def test_experts_are_the_base_and_the_stages(demo):
+def test_experts_are_the_base_and_the_stages(finished):
+    num_stages = finished.config.mcl.num_stages
     base, *stages = (
-        clipmoe_jax.load(str(demo[0] / name))
-        for name in ("base", "stage_1/params", "stage_2/params", "stage_3/params")
+        clipmoe_jax.load(str(finished.workdir / name))
+        for name in ("base", *(f"stage_{i + 1}/params" for i in range(num_stages)))
     )
-    moe = clipmoe_jax.load(str(demo[0] / "moe" / "params"))
+    assert len(stages) > 1
+    moe = clipmoe_jax.load(str(finished.workdir / "moe" / "params"))
     for e, dense in enumerate([base, *stages]):
-        for block in ("resblocks_0", "resblocks_1"):
+        for block in range(finished.config.base.architecture.text.num_layers):
             np.testing.assert_array_equal(
-                moe.params["text"][block]["moe"]["c_fc"]["kernel"][e],
-                dense.params["text"][block]["mlp"]["c_fc"]["kernel"],
+                moe.params["text"][f"resblocks_{block}"]["moe"]["c_fc"]["kernel"][e],
+                dense.params["text"][f"resblocks_{block}"]["mlp"]["c_fc"]["kernel"],
             )
     np.testing.assert_array_equal(moe.params["visual"]["proj"], base.params["visual"]["proj"])
 
 
-def test_an_expert_alone_is_evaluated_as_its_stage_was(demo):
+def test_expert_alone_scores_as_its_stage_did(finished):
     """By the command on the CLIP-MoE: the same numbers as those of the dense models of the stages."""
-    workdir, _ = demo
+    workdir, config = finished.workdir, finished.config
     line = f"retrieval:{workdir / 'data' / 'test'}"
     out = workdir.parent / "experts.json"
     subprocess.run(
         [sys.executable, "-m", "clipmoe_jax.evaluate", f"--model={workdir / 'moe' / 'params'}", "--experts"]
-        + [f"--data={line}", f"--out={out}", "--batch_size=500"],
+        + [f"--data={line}", f"--out={out}", f"--batch_size={config.embed.batch_size}"],
         check=True,
         env=ONE_DEVICE,
         stdout=subprocess.PIPE,
@@ -131,8 +150,8 @@ def test_an_expert_alone_is_evaluated_as_its_stage_was(demo):
     assert found["model"][line] == {name: results["CLIP-MoE"][name] for name in found["model"][line]}
 
 
-def test_the_eval_folder_has_what_a_report_shows(demo):
-    folder = demo[0] / "eval"
+def test_eval_folder_has_what_a_report_shows(finished):
+    folder, num_layers = finished.workdir / "eval", finished.config.base.architecture.vision.num_layers
     routing, cost, experts = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("routing", "cost", "experts")
     )
@@ -140,32 +159,33 @@ def test_the_eval_folder_has_what_a_report_shows(demo):
         np.testing.assert_allclose(np.sum(routing[tower]["load"], axis=1), 1, rtol=1e-6)
     changed = json.loads((folder / "routing_change.json").read_text())
     for tower in ("visual", "text"):  # training the routers did something, in every block
-        assert len(changed[tower]) == 2 and all(0 < share < 1 for share in changed[tower])
+        assert len(changed[tower]) == num_layers and all(0 < share < 1 for share in changed[tower])
     assert 0 < experts["diversity"] < 1.2
     assert cost["base"]["active_parameters"] < cost["CLIP-MoE"]["active_parameters"]
-    assert np.load(folder / "heat_maps.npz")["visual_experts"].shape == (8, 2, 2, 2)
+    assert np.load(folder / "heat_maps.npz")["visual_experts"].shape == (8, num_layers, 2, 2)
     assert set(json.loads((folder / "neighbours.json").read_text())) == {"clip_moe_right", "base_right"}
 
 
-def test_a_model_is_evaluated_when_its_stage_is_done(demo):
-    lines = demo[1].splitlines()
+def test_each_model_is_evaluated_when_its_stage_is_done(finished):
+    lines = finished.printed.splitlines()
     places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in (
         "base: trains", "base: R@1", "mcl_1: trains", "stage 1 alone: R@1", "mcl_2: trains", "CLIP-MoE: R@1"
     )]  # fmt: skip
     assert places == sorted(places)
 
 
-def test_changed_config_is_refused_by_field(demo):
-    config = get_config("demo", "small")
-    config.router.num_steps = 25
+def test_changed_config_is_refused_by_field(finished):
+    config = finished.config.copy_and_resolve_references()
+    was = config.router.num_steps
+    config.router.num_steps += 1
     with pytest.raises(
-        ValueError, match=r"moe/params was made with router\.num_steps=24, the config says 25"
+        ValueError, match=rf"moe/params was made with router\.num_steps={was}, the config says {was + 1}"
     ):
-        runner.run_variants(config, epath.Path(demo[0]))
+        runner.run_variants(config, epath.Path(finished.workdir))
 
 
-def test_stage_without_its_inputs_says_which_makes_them(tmp_path):
-    config = get_config("demo", "small")
+def test_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path):
+    config = tiny_config()
     with pytest.raises(FileNotFoundError, match="data/train does not exist yet: stage data makes it"):
         runner.run_variants(config, epath.Path(tmp_path), "embed_1")
     runner.run_variants(config, epath.Path(tmp_path), "data")
@@ -175,8 +195,8 @@ def test_stage_without_its_inputs_says_which_makes_them(tmp_path):
         runner.run_variants(config, epath.Path(tmp_path), "embed_4")
 
 
-def test_several_seeds_in_one_table(demo):
-    results = json.loads((demo[0] / "eval" / "results.json").read_text())
+def test_table_of_several_seeds_has_means_and_paired_differences(finished):
+    results = json.loads((finished.workdir / "eval" / "results.json").read_text())
     better = json.loads(json.dumps(results))
     better["CLIP-MoE"]["image_to_text_r1"] = results["CLIP-MoE"]["image_to_text_r1"] + 0.02
     mean = 100 * results["CLIP-MoE"]["image_to_text_r1"] + 1
@@ -192,147 +212,67 @@ def test_several_seeds_in_one_table(demo):
     )
 
 
-@pytest.fixture(scope="module")
-def users_files(tmp_path_factory):
-    """A released-code state dict and a folder of captioned images, several captions each."""
-    folder = tmp_path_factory.mktemp("user")
-    params = Clip(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 77), jnp.int32))[
-        "params"
-    ]
-    state = {name: torch.tensor(a) for name, a in released.export_state_dict(params).items()}
-    torch.save(state, folder / "clip.pt")
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(48):
-        name, colour = list(COLOURS.items())[i % 4]
-        pixels = np.clip(np.array(colour) + rng.normal(0, 20, (40, 50, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{i:03d}.jpg")
-        (folder / "images" / f"{i:03d}.txt").write_text(f"a {name} square, number {i}\nsomething {name}\n")
-    prepare(ImageFolder(folder / "images"), str(folder / "prepared"))
-    return folder
+# Baselines: what they train, from the base, by which losses.
+
+FFN, ATTENTION = "visual/resblocks_0/mlp/c_fc/kernel", "visual/resblocks_0/attn/out_proj/kernel"
+EXPERTS = "visual/resblocks_0/moe/c_fc/kernel"
+has_every_baseline = pytest.mark.parametrize("finished", [TINY], indirect=True)
 
 
-def users_config(folder):
-    config = get_config("vit_b32", "runlocal")
-    config.base.checkpoint = str(folder / "clip.pt")
-    config.base.architecture = dataclasses.replace(
-        TINY, text=dataclasses.replace(TINY.text, context_length=248)
-    ).to_dict()
-    config.data.train = config.data.test = str(folder / "prepared")
-    config.data.train_split = config.data.test_split = "train"
-    config.mcl.num_stages = 2
-    config.moe.num_moe_layers = 1
-    config.moe.dispatch, config.moe.capacity_factor = "capacity", 1.5
-    config.router.balance = "released"
-    config.loss.short_caption_weight, config.data.max_caption_tokens = 0.5, 12
-    config.baselines = ("feature_ensemble",)
-    config.evaluations = (f"retrieval:{folder / 'prepared'}?split=train[:20]",)
-    return config
+@pytest.fixture
+def leaves(finished):
+    """name of a model's folder -> its leaves"""
+    return lambda name: trees.flatten(load_model(finished.workdir / name)[1])
 
 
-def test_a_users_checkpoint_and_images(users_files, tmp_path):
-    """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch, short
-    captions; on eight devices that split the parameters."""
-    config = users_config(users_files)
-    config.mesh.fsdp = 4
-    [results] = runner.run_variants(config, epath.Path(tmp_path))[""]
-    assert list(results) == ["base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE"]
-    clip = clipmoe_jax.load(str(tmp_path / "moe" / "params"))
-    assert clip.config.text.context_length == 248 and clip.config.moe.num_experts == 3
-    assert "mlp" in clip.params["visual"]["resblocks_0"] and "moe" in clip.params["visual"]["resblocks_1"]
-    assert float(clip.params["logit_scale"]) == pytest.approx(np.log(100), rel=1e-6)
-    (line,) = config.evaluations
-    (folder,) = (tmp_path / "evaluated" / "base").glob("retrieval-*")
-    made_from = json.loads((folder / "done.json").read_text())["inputs"]
-    records = Records(config.data.train, "train[:20]")
-    assert made_from["contents"] == {"path": records.fingerprint}  # other data there is noticed
-    for title in ("base", "stage 1 alone", "CLIP-MoE"):
-        # 20 images are easier to tell apart than 48.
-        found = results[title]["evaluations"][line]
-        assert found["image_to_text_r10"] >= results[title]["image_to_text_r10"]
-    assert line in format_evaluations([results])
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert any(line["phase"] == "router" and line["balance_image"] > 1.5 for line in lines)  # about K = 2
-    for line in lines:  # label smoothing and all
-        parts = line["contrastive_loss"] + line["short_caption_loss"] + line.get("balance_loss", 0)
-        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+@has_every_baseline
+@pytest.mark.parametrize(
+    ("name", "changed", "same"),
+    [
+        ("full_ft", [FFN, ATTENTION, "text/token_embedding/embedding"], []),
+        ("long_clip", [FFN, ATTENTION, "text/token_embedding/embedding"], []),
+        ("drop_upcycling", [], [ATTENTION, "logit_scale"]),
+        ("clip_up", [ATTENTION, "text/token_embedding/embedding"], []),
+    ],
+)
+def test_baseline_trains_what_its_recipe_says(leaves, name, changed, same):
+    before, after = leaves("base"), leaves(f"baselines/{name}")
+    assert [leaf for leaf in changed if np.array_equal(before[leaf], after[leaf])] == []
+    assert [leaf for leaf in same if not np.array_equal(before[leaf], after[leaf])] == []
+    if EXPERTS in after:
+        for e, expert in enumerate(after[EXPERTS]):
+            assert not np.array_equal(expert, leaves(f"baselines/{name}_upcycled")[EXPERTS][e])
 
 
-def truncated_checkpoint(config, folder, tmp_path):
-    (tmp_path / "cut.pt").write_bytes((folder / "clip.pt").read_bytes()[:1000])
-    config.base.checkpoint = str(tmp_path / "cut.pt")
+@has_every_baseline
+def test_half_of_the_hidden_units_of_drop_upcycling_were_drawn_anew(leaves):
+    dense = leaves("base")[FFN]
+    for upcycled, share in (("drop_upcycling", 0.5), ("clip_up", 0)):
+        for expert in leaves(f"baselines/{upcycled}_upcycled")[EXPERTS]:
+            assert np.mean((expert != dense).any(axis=0)) == share
 
 
-def other_architecture(config, folder, tmp_path):
-    config.base.architecture.vision.num_layers = 3
+@has_every_baseline
+def test_loss_of_a_baseline_is_the_sum_of_its_recipes_parts(finished):
+    """And no other parts are there."""
+    metrics = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").read_text().splitlines()]
 
+    def lines(name):
+        return [line for line in metrics if line["phase"] == name]
 
-def wrong_checkpoint(config, folder, tmp_path):
-    config.base.checkpoint = "nowhere.pt"
-
-
-def wrong_data(config, folder, tmp_path):
-    config.data.train = "nowhere"
-
-
-def other_head_width(config, folder, tmp_path):
-    config.base.architecture.text.head_width = 32
-
-
-def wrong_evaluation(config, folder, tmp_path):
-    config.evaluations = ("mmvp:nowhere",)
-
-
-def few_pairs(config, folder, tmp_path):
-    config.mcl.batch_size = 64
-
-
-def no_room_for_warm_up(config, folder, tmp_path):
-    config.router.warmup_steps = 4
-
-
-def mesh_of_another_size(config, folder, tmp_path):
-    config.mesh.data = 3
-
-
-def batch_not_divisible(config, folder, tmp_path):
-    config.mcl.batch_size = 12
-
-
-def experts_not_divisible(config, folder, tmp_path):
-    config.mesh.expert = 8
-
-
-def moe_as_base(config, folder, tmp_path):
-    config.base.checkpoint = str(ROOT / "tests" / "golden" / "moe_all.pt")
-
-
-BAD_RUNS = {
-    "wrong checkpoint": (wrong_checkpoint, "base.checkpoint=nowhere.pt does not exist"),
-    "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
-    "wrong evaluation": (wrong_evaluation, "evaluation mmvp:nowhere: nowhere/Questions.csv does not exist"),
-    "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
-    "truncated checkpoint": (
-        truncated_checkpoint,
-        "cut.pt cannot be read as safetensors or as a PyTorch state dict",
-    ),
-    "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
-    "another head width": (other_head_width, "has text/head_width=64 and base.architecture says 32"),
-    "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
-    "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
-    "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
-    "experts not divisible": (experts_not_divisible, r"^router: .* which mesh.expert=8 does not divide"),
-    "an MoE as base": (moe_as_base, "the base must be a dense CLIP"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
-def test_bad_input_is_named_with_the_fix(users_files, tmp_path, spoil, message):
-    config = users_config(users_files)
-    spoil(config, users_files, tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        runner.run_variants(config, epath.Path(tmp_path / "run"))
-    assert not (tmp_path / "run" / "base").exists()  # before any training
+    parts = {
+        "full_ft": ["contrastive_loss"],
+        "long_clip": ["contrastive_loss", "short_caption_loss"],
+        "drop_upcycling": ["contrastive_loss", "balance_loss"],
+        "clip_up": ["contrastive_loss", "balance_loss", "router_z_loss"],
+    }
+    for name, names in parts.items():
+        assert len(lines(name)) == 7  # log_every = 1
+        for line in lines(name):
+            assert {key for key in line if key.endswith("_loss")} == set(names)
+            assert line["loss"] == pytest.approx(sum(line[key] for key in names), rel=1e-5)
+    # Routers of three experts start near 0, where logsumexp is ln 3 for each token: 1e-3 of its square.
+    assert lines("clip_up")[0]["router_z_loss"] == pytest.approx(1e-3 * np.log(3) ** 2, rel=0.2)
 
 
 CLI_ERRORS = {

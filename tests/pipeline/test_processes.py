@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from grids import exhaustive
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.models.model_folder import load_model
@@ -103,59 +104,98 @@ def params_of(workdir, model):
     return leaves
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_two_processes_train_what_one_trains(alone, together, model):
-    expected = params_of(alone, model)
-    for name, leaf in params_of(together, model).items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def test_features_and_labels_too(alone, together):
-    arrays = sorted(path.relative_to(alone) for path in alone.glob("stage_1/*/*.npy"))
-    assert len(arrays) == 2 * 4 + 3
-    for array in arrays:
-        found, expected = np.load(together / array), np.load(alone / array)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=str(array))
-
-
-def test_only_process_0_writes_what_is_not_sharded(together):
-    """A line for each logged step, not two."""
-    lines = (together / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(set(line.split('"time"')[0] for line in lines)) > 0
+@pytest.fixture(scope="module")
+def terminated(tmp_path_factory):
+    """The workdir of two processes of which one was sent SIGTERM while a stage trained; the processes."""
+    workdir = tmp_path_factory.mktemp("terminated")
+    return workdir, run(workdir, "mcl, after a checkpoint", "SIGTERM")
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-    """Killed and stopped in one process at several places, then finished; what each stop said."""
-    workdir, said = tmp_path_factory.mktemp("interrupted"), {}
-    for place, name in (
-        ("mcl, after a checkpoint", "SIGTERM"),
-        ("router, after a checkpoint", "SIGKILL"),
-    ):
-        said[place] = run(workdir, place, name)
+def resumed(terminated, tmp_path_factory):
+    """The workdir of the stopped run, finished by the same command."""
+    workdir = shutil.copytree(terminated[0], tmp_path_factory.mktemp("resumed") / "workdir")
     assert_finished(run(workdir, "nowhere"))
-    return workdir, said
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def killed(terminated, tmp_path_factory):
+    """The workdir of the stopped run, of which one process was killed later, finished; the processes."""
+    workdir = shutil.copytree(terminated[0], tmp_path_factory.mktemp("killed") / "workdir")
+    processes = run(workdir, "router, after a checkpoint", "SIGKILL")
+    assert_finished(run(workdir, "nowhere"))
+    return workdir, processes
+
+
+def assert_same_params(workdir, expected_workdir, model, rtol, atol):
+    expected = params_of(expected_workdir, model)
+    for name, leaf in params_of(workdir, model).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+def assert_same_arrays(workdir, expected_workdir):
+    """Features and labels."""
+    arrays = sorted(path.relative_to(expected_workdir) for path in expected_workdir.glob("stage_1/*/*.npy"))
+    assert len(arrays) == 2 * 4 + 3
+    for array in arrays:
+        found, expected = np.load(workdir / array), np.load(expected_workdir / array)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=str(array))
+
+
+def test_sigterm_to_one_process_saves_and_stops_both(terminated):
+    """Exit code 75: start again."""
+    _, done = terminated
+    assert [process.returncode for process in done] == [75, 75], done[0].stdout[-3000:]
+    assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_stopped_and_gone_on_with_is_the_same_bit_for_bit(interrupted, together, model):
-    expected = params_of(together, model)
-    for name, leaf in params_of(interrupted[0], model).items():
-        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+def test_two_processes_stopped_and_resumed_train_what_one_trains(alone, resumed, model):
+    assert_same_params(resumed, alone, model, rtol=1e-4, atol=1e-5)
 
 
-def test_a_process_that_is_killed_ends_the_other(interrupted):
+def test_two_processes_stopped_and_resumed_give_features_and_labels_of_one(alone, resumed):
+    assert_same_arrays(resumed, alone)
+
+
+@exhaustive
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_train_what_one_trains(alone, together, model):
+    assert_same_params(together, alone, model, rtol=1e-4, atol=1e-5)
+
+
+@exhaustive
+def test_two_processes_give_features_and_labels_of_one(alone, together):
+    assert_same_arrays(together, alone)
+
+
+@exhaustive
+@pytest.mark.parametrize("model", MODELS)
+def test_killed_and_resumed_processes_give_the_same_params_bit_for_bit(killed, together, model):
+    assert_same_params(killed[0], together, model, rtol=0, atol=0)
+
+
+@exhaustive
+def test_process_that_is_killed_ends_the_other(killed):
     """It neither hangs nor goes on alone."""
-    first, last = interrupted[1]["router, after a checkpoint"]
+    first, last = killed[1]
     assert last.returncode == -signal.SIGKILL
     assert first.returncode not in (0, 75)
 
 
-def test_sigterm_to_one_process_saves_and_stops_both(interrupted):
-    """Exit code 75: start again."""
-    done = interrupted[1]["mcl, after a checkpoint"]
-    assert [process.returncode for process in done] == [75, 75], done[0].stdout[-3000:]
-    assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
+def assert_every_step_has_one_line(workdir):
+    steps = [(line["phase"], line["step"]) for line in metrics_of(workdir)]
+    assert sorted(steps) == [(phase, step) for phase in ("base", "mcl_1", "router") for step in range(1, 8)]
+
+
+def test_only_process_0_writes_metrics(resumed):
+    assert_every_step_has_one_line(resumed)
+
+
+@exhaustive
+def test_only_process_0_writes_metrics_of_a_run_that_was_not_stopped(together):
+    assert_every_step_has_one_line(together)
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +208,17 @@ def stopped(tmp_path_factory):
     return workdir
 
 
+def metrics_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses_of(workdir) -> dict[tuple[str, int], float]:
     """{(phase, step): loss}, of a step that was done again the later one."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {(line["phase"], line["step"]): line["loss"] for line in lines}
+    return {(line["phase"], line["step"]): line["loss"] for line in metrics_of(workdir)}
 
 
-def test_a_run_goes_on_with_other_processes_and_devices(tmp_path, alone, stopped):
+@exhaustive
+def test_run_resumes_with_other_processes_and_devices(tmp_path, alone, stopped):
     """Saved on eight devices of one process; finished by four of two."""
     workdir = tmp_path / "workdir"
     shutil.copytree(stopped, workdir)
@@ -205,7 +249,7 @@ time.sleep(60)
 """
 
 
-def test_a_barrier_names_the_host_that_is_late():
+def test_barrier_names_the_host_that_is_late():
     port, started = free_port(), []
     try:
         for i in range(2):
@@ -234,7 +278,7 @@ with cli.announced_preemption():
 """
 
 
-def test_sigterm_reaches_a_single_process_that_joined_as_if_there_were_others():
+def test_sigterm_reaches_a_single_process_that_joined_a_cluster_of_one():
     """As on a TPU slice of one host."""
     done = subprocess.run(
         [sys.executable, "-c", TERMINATED],
@@ -247,7 +291,7 @@ def test_sigterm_reaches_a_single_process_that_joined_as_if_there_were_others():
     assert "alone: stopped by SIGTERM; start the same command again" in done.stdout
 
 
-def test_variables_that_are_not_all_there(monkeypatch):
+def test_half_set_cluster_variables_are_refused_by_name(monkeypatch):
     from clipmoe_jax.core import distributed
 
     monkeypatch.setenv("CLIPMOE_COORDINATOR", "127.0.0.1:1234")
@@ -257,7 +301,7 @@ def test_variables_that_are_not_all_there(monkeypatch):
         distributed.initialize()
 
 
-def test_local_py_starts_what_it_says(tmp_path):
+def test_dry_run_of_local_py_prints_the_command_of_each_process(tmp_path):
     command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), "--processes=2", "--devices=4"]
     done = subprocess.run(
         [*command, "--dry-run", "--", "--config=configs/demo.py:small", "--workdir=two words"],
@@ -270,7 +314,7 @@ def test_local_py_starts_what_it_says(tmp_path):
     assert "JAX_NUM_CPU_DEVICES=4" in lines[0]
 
 
-def test_ctrl_c_to_local_py_stops_the_run_as_sigterm_does(tmp_path):
+def test_ctrl_c_to_local_py_stops_the_run_with_code_75(tmp_path):
     (tmp_path / "clipmoe_jax").mkdir()
     (tmp_path / "clipmoe_jax" / "main.py").write_text(
         "import pathlib, signal, sys, time\n"
@@ -289,7 +333,7 @@ def test_ctrl_c_to_local_py_stops_the_run_as_sigterm_does(tmp_path):
     assert process.returncode == 75
 
 
-def test_local_py_ends_the_others_when_one_fails(tmp_path):
+def test_failure_of_one_process_of_local_py_ends_the_others(tmp_path):
     """A wrong config: its one line is seen, and the code is that of the failure."""
     command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), f"--logs={tmp_path}", "--"]
     done = subprocess.run(

@@ -9,12 +9,12 @@ import sys
 import chex
 import numpy as np
 import pytest
+from grids import grid
+from killed_run import PLACES
 
 from clipmoe_jax.models.model_folder import load_model
 
 SCRIPT = pathlib.Path(__file__).parent / "killed_run.py"
-sys.path.insert(0, str(SCRIPT.parent))
-from killed_run import PLACES  # noqa: E402
 
 
 def run(workdir, place: str) -> subprocess.CompletedProcess:
@@ -25,42 +25,50 @@ def run(workdir, place: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def workdirs(tmp_path_factory):
-    """(one uninterrupted run, one killed at each place in turn and then finished)."""
-    folder = tmp_path_factory.mktemp("resume")
-    whole, killed = folder / "whole", folder / "killed"
-    finished = run(whole, "nowhere")
+def whole(tmp_path_factory):
+    """The workdir of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "workdir"
+    finished = run(workdir, "nowhere")
     assert finished.returncode == 0, finished.stderr
-    for place in PLACES:
-        stopped = run(killed, place)
+    return workdir
+
+
+KILLED = grid(["mcl, after a checkpoint"], rest=[list(PLACES)])
+
+
+@pytest.fixture(scope="module", params=KILLED, ids=["one place", "every place"])
+def killed(request, tmp_path_factory):
+    """The workdir of a run killed at each of these places in turn and then finished."""
+    workdir = tmp_path_factory.mktemp("killed") / "workdir"
+    for place in request.param:
+        stopped = run(workdir, place)
         assert stopped.returncode == -signal.SIGKILL, f"not killed at {place!r}: {stopped.stderr[-2000:]}"
-    finished = run(killed, "nowhere")
+    finished = run(workdir, "nowhere")
     assert finished.returncode == 0, finished.stderr
-    return whole, killed
+    return workdir
 
 
 @pytest.mark.parametrize("model", ["base", "stage_1/params", "moe/upcycled", "moe/params"])
-def test_parameters_equal_an_uninterrupted_run_bit_for_bit(workdirs, model):
-    (expected_config, expected), (config, found) = (load_model(workdir / model) for workdir in workdirs)
+def test_resume_after_kill_gives_the_same_params_bit_for_bit(whole, killed, model):
+    expected_config, expected = load_model(whole / model)
+    config, found = load_model(killed / model)
     assert config == expected_config
     chex.assert_trees_all_equal(found, expected)
 
 
-def test_features_and_labels_are_equal_too(workdirs):
-    whole, killed = workdirs
+def test_resume_after_kill_gives_the_same_features_and_labels(whole, killed):
     arrays = sorted(p.relative_to(whole) for p in whole.glob("stage_1/*/*.npy"))
     assert len(arrays) == 2 * 4 + 3  # four parts of image and of text features, the labels, and them sorted
     for array in arrays:
         np.testing.assert_array_equal(np.load(killed / array), np.load(whole / array), str(array))
 
 
-def test_nothing_unfinished_is_left(workdirs):
-    leftovers = [p for p in workdirs[1].rglob("*") if p.suffix in (".unfinished", ".tmp")]
+def test_resume_leaves_nothing_unfinished(killed):
+    leftovers = [p for p in killed.rglob("*") if p.suffix in (".unfinished", ".tmp")]
     assert leftovers == []
 
 
-def test_what_is_done_is_not_done_again(workdirs):
-    killed = workdirs[1]
+def test_finished_stages_are_not_made_again(killed):
     before = {p: p.stat().st_mtime_ns for p in killed.glob("**/done.json")}
     again = run(killed, "router, after a checkpoint")  # would be killed if it trained
     assert again.returncode == 0, again.stderr

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from killed_run import config as tiny_config
 from test_configs import get_config
+from tiny_config import get_config as tiny_config
 
 from clipmoe_jax import config as configs
 from clipmoe_jax import main
@@ -32,7 +32,7 @@ def phases(workdir) -> set[str]:
     return {json.loads(line)["phase"] for line in (workdir / "metrics.jsonl").read_text().splitlines()}
 
 
-def test_what_does_not_depend_on_the_varied_field_is_trained_once(sweep):
+def test_stages_that_variants_share_are_trained_once(sweep):
     workdir, _ = sweep
     assert phases(workdir / "one") == {"base", "mcl_1", "router"} and phases(workdir / "two") == {"router"}
     for name in ("base", "stage_1/features", "stage_1/clusters", "stage_1/params"):
@@ -44,7 +44,7 @@ def test_what_does_not_depend_on_the_varied_field_is_trained_once(sweep):
         jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def test_what_depends_on_it_is_made_for_each(sweep):
+def test_model_that_the_varied_field_changes_is_made_for_each_variant(sweep):
     workdir, _ = sweep
     for variant, num_selected in (("one", 1), ("two", 2)):
         config, _ = load_model(workdir / variant / "moe" / "params")
@@ -54,7 +54,7 @@ def test_what_depends_on_it_is_made_for_each(sweep):
         assert written["moe"]["num_selected_experts"] == num_selected and not written["variants"]
 
 
-def test_a_row_for_each_variant(sweep):
+def test_table_has_a_row_for_each_variant(sweep):
     _, found = sweep
     rows = {line.split()[0]: line.split()[1:] for line in main.format_variants(found).splitlines()[1:3]}
     assert list(rows) == ["one", "two"]
@@ -65,7 +65,7 @@ def test_a_row_for_each_variant(sweep):
     assert rows["one"][-1] != rows["two"][-1]  # active parameters
 
 
-def test_seeds_of_a_variant_are_one_row_of_mean_and_deviation(sweep):
+def test_row_of_several_seeds_is_their_mean_and_standard_deviation(sweep):
     _, found = sweep
     [results] = found["one"]
     other = json.loads(json.dumps(results))
@@ -75,7 +75,7 @@ def test_seeds_of_a_variant_are_one_row_of_mean_and_deviation(sweep):
     assert f"{100 * results['CLIP-MoE']['image_to_text_r1'] + 1:.1f} ± 1.4" in row
 
 
-def test_a_sweep_that_is_done_does_nothing_more(sweep):
+def test_finished_sweep_trains_nothing_more(sweep):
     workdir, found = sweep
     config = tiny_config()
     configs.set_variants(config, VARIANTS)
@@ -104,7 +104,7 @@ BAD_VARIANTS = {
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD_VARIANTS.values(), ids=BAD_VARIANTS)
-def test_a_bad_variant_is_named_before_anything_is_made(tmp_path, fields, message):
+def test_bad_variant_is_named_before_anything_is_made(tmp_path, fields, message):
     config = tiny_config()
     configs.set_variants(config, {"good": {}, "bad": fields})
     with pytest.raises(ValueError, match=message):
@@ -112,14 +112,14 @@ def test_a_bad_variant_is_named_before_anything_is_made(tmp_path, fields, messag
     assert not (tmp_path / "run").exists()
 
 
-def test_a_variants_name_is_a_folders():
+def test_name_of_a_variant_must_be_a_folder_name():
     config = tiny_config()
     configs.set_variants(config, {"../up": {}})
     with pytest.raises(ValueError, match="'../up' must be the name of a folder"):
         configs.variant_configs(config)
 
 
-def test_whole_numbers_do_for_fractions_and_lists_for_tuples():
+def test_variant_takes_an_int_for_a_float_and_a_tuple():
     config = tiny_config()
     configs.set_variants(config, {"x": {"mcl.weight_decay": 1, "baselines": ("full_ft",)}})
     [variant] = configs.variant_configs(config).values()
@@ -146,6 +146,6 @@ def test_ready_made_sweeps_are_valid(what, fields, arg):
     assert len(config.seeds) == (2 if arg else 1)
 
 
-def test_an_unknown_sweep_says_which_there_are():
+def test_unknown_sweep_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="what='routers': choose one of experts, selected, clusters"):
         get_config("sweep", "what=routers")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import synthetic_run
 from etils import epath
+from grids import grid
 from PIL import Image
 
 from clipmoe_jax.report import write_report
@@ -123,13 +124,13 @@ def test_best_value_of_each_column_is_bold(page, workdir):
     assert rows["stage 1 alone"][5] == ("99.0", True)
 
 
-def test_where_less_is_better_the_least_is_bold(page):
+def test_least_value_is_bold_where_less_is_better(page):
     rows = table_rows(page, "ood: places")
     assert rows["base"] == [("60.0", False), ("60.0", False)]
     assert rows["CLIP-MoE"] == [("68.0", True), ("52.0", True)]  # 0.6 ± 4/50: highest AUROC, lowest FPR
 
 
-def test_attributes_are_a_heat_map_and_no_further_table(page, workdir):
+def test_attributes_are_shown_as_a_heat_map_alone(page, workdir):
     results = json.loads((workdir / "eval" / "results.json").read_text())
     [chart] = [c for c in page.all("svg") if c["aria-label"].startswith("Heat map in per cent. Zero-shot")]
     rows = {
@@ -162,12 +163,12 @@ def test_attributes_are_shown_without_a_test_set_for_recall(workdir, tmp_path):
     assert any("Zero-shot accuracy, the best" in chart["aria-label"] for chart in page.all("svg"))
 
 
-def test_equal_values_are_best_together():
+def test_equal_best_values_are_all_bold():
     cells = tables.score_cells(100 * np.array([[[0.5, 0.1], [0.5, 0.2]]]))
     assert [[cell.best for cell in row] for row in cells] == [[True, False], [True, True]]
 
 
-def test_summary_is_made_of_the_numbers(page, workdir):
+def test_summary_states_the_numbers_of_the_results(page, workdir):
     results = json.loads((workdir / "eval" / "results.json").read_text())
     [lead] = [element["text"] for element in page.all("p") if element.get("class") == "lead"]
     for key in ("image_to_text_r1", "text_to_image_r1"):
@@ -197,14 +198,14 @@ def test_several_seeds_are_means_with_deviations(seeds):
     assert "Of seed_1 alone." in {element["text"] for element in page.all("p")}
 
 
-def test_captions_are_data(page, text):
+def test_captions_are_escaped(page, text):
     assert "<script" not in text and not page.all("script")
     shown = [element for element in page.all("p", "dd") if element["text"].strip() == synthetic_run.SCRIPT]
     assert len(shown) == 3  # the largest cluster of two stages, and the neighbours
     assert any("<script>" in element["text"] for element in page.all("span"))  # a token
 
 
-def test_nothing_is_loaded(page, text):
+def test_page_loads_nothing_from_elsewhere(page, text):
     assert not re.search(r"https?:|//[a-z]+\.", text)
     assert not page.all("script", "iframe", "object", "embed", "audio", "video", "source")
     for element in page.elements:
@@ -214,7 +215,7 @@ def test_nothing_is_loaded(page, text):
     assert "@import" not in text
 
 
-def test_pictures_have_words(page):
+def test_pictures_and_charts_have_alternative_texts(page):
     images = page.all("img")
     # 2 stages x 2 clusters x 6 examples, 2 examples x (image + 2 blocks), 3 neighbours
     assert len(images) == 24 + 6 + 3
@@ -260,7 +261,7 @@ def test_words_that_a_wrong_answer_adds_are_marked(page):
     assert marked[:-2] == "small lime two on dotted navy".split()  # the script's caption has "a" alone
 
 
-def test_experts_of_patches_and_words(page, workdir):
+def test_heat_maps_colour_patches_and_words_by_expert(page, workdir):
     with np.load(workdir / "eval" / "heat_maps.npz") as arrays:
         visual, words = arrays["visual_experts"], arrays["text_experts"]
     maps = [element for element in page.all("img") if element["alt"].startswith("Block")]
@@ -282,7 +283,7 @@ def test_cost_is_compared_with_the_base(page):
     assert rows["CLIP-MoE"][5][0] == "3.50 1.75×" and rows["base"][5][0] == "2.00"
 
 
-def test_later_lines_of_metrics_count(workdir):
+def test_steps_written_twice_count_as_written_last(workdir):
     curves = read_curves(Folder(epath.Path(workdir), epath.Path(workdir)))
     assert list(curves) == ["base", "mcl_1", "mcl_2", "router", "direct_ft"]
     assert curves["mcl_1"]["step"].tolist() == list(range(10, 401, 10))
@@ -317,7 +318,7 @@ NOT_THERE = {
 
 
 @pytest.mark.parametrize("files", NOT_THERE.values(), ids=NOT_THERE)
-def test_what_is_not_there_is_named_with_its_command(workdir, tmp_path, files):
+def test_missing_file_is_named_with_the_command_that_makes_it(workdir, tmp_path, files):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)
     for name in files:
@@ -343,7 +344,7 @@ def test_data_of_a_workdir_of_version_0_1_is_found(workdir, tmp_path):
     assert len(run.records("train")) == synthetic_run.NUM_PAIRS and len(run.records("test")) == 5
 
 
-def test_users_data_that_has_gone_is_prepared_again(workdir, tmp_path):
+def test_deleted_user_data_is_named_with_the_command_that_prepares_it(workdir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)
     dataset = {"path": "nowhere/train", "split": "train", "source": ""}
@@ -354,7 +355,7 @@ def test_users_data_that_has_gone_is_prepared_again(workdir, tmp_path):
     assert gone.value.command == "python -m clipmoe_jax.prepare --source=KIND:PATH --out=nowhere/train"
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_run_with_one_logged_step_has_a_page(tmp_path):
     """One phase's first line and nothing else."""
     values = ("loss", "batch_accuracy", "learning_rate", "pairs_per_second", "input_wait_fraction", "time")
     line = json.dumps({"phase": "base", "step": 10, **dict.fromkeys(values, 0.5)})
@@ -366,7 +367,7 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "no run"])
-def test_workdir_without_a_run(tmp_path, there):
+def test_workdir_without_a_run_is_refused_in_one_line(tmp_path, there):
     workdir = tmp_path / "runs"
     if there:
         (workdir / "seed_1").mkdir(parents=True)
@@ -419,9 +420,10 @@ def look(browser, workdir, width: int, scheme: str) -> np.ndarray:
     return np.asarray(decode(shot["data"]).convert("RGB"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_chromium(browser, workdir, text, width, scheme):
+@pytest.mark.parametrize(
+    ("width", "scheme"), grid((390, "dark"), (1280, "light"), rest=[(390, "light"), (1280, "dark")])
+)
+def test_chromium_shows_the_page_whole(browser, workdir, text, width, scheme):
     browser.get_log("browser")
     shot = look(browser, workdir, width, scheme)
     assert browser.get_log("browser") == []

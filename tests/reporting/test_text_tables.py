@@ -20,7 +20,7 @@ def make_results(gain=0.0, lines=(LINE,)):
     return results
 
 
-def test_attributes_of_experts_and_chance():
+def test_attribute_table_has_rows_of_models_and_of_chance():
     table = text_tables.format_attributes([make_results()], LINE)
     assert table.splitlines() == [
         "Zero-shot accuracy by attribute, per cent",

@@ -1,0 +1,174 @@
+"""A user's own checkpoint and images through the pipeline, and what is refused before any training."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from etils import epath
+from PIL import Image
+from test_configs import get_config
+
+import clipmoe_jax
+from clipmoe_jax.data.preparation import prepare
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.sources import ImageFolder
+from clipmoe_jax.dmu import runner
+from clipmoe_jax.interop import released
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.reporting.text_tables import format_evaluations
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ClipConfig(
+    embed_dim=16,
+    vision=VisionConfig(image_size=32, patch_size=16, width=64, num_layers=2),
+    text=TextConfig(context_length=77, width=64, num_layers=1),
+)
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "gray": (120, 120, 120)}
+
+
+@pytest.fixture(scope="module")
+def users_files(tmp_path_factory):
+    """A released-code state dict and a folder of captioned images, several captions each."""
+    folder = tmp_path_factory.mktemp("user")
+    params = Clip(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 77), jnp.int32))[
+        "params"
+    ]
+    state = {name: torch.tensor(a) for name, a in released.export_state_dict(params).items()}
+    torch.save(state, folder / "clip.pt")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        name, colour = list(COLOURS.items())[i % 4]
+        pixels = np.clip(np.array(colour) + rng.normal(0, 20, (40, 50, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i:03d}.jpg")
+        (folder / "images" / f"{i:03d}.txt").write_text(f"a {name} square, number {i}\nsomething {name}\n")
+    prepare(ImageFolder(folder / "images"), str(folder / "prepared"))
+    return folder
+
+
+def users_config(folder):
+    config = get_config("vit_b32", "runlocal")
+    config.base.checkpoint = str(folder / "clip.pt")
+    config.base.architecture = dataclasses.replace(
+        TINY, text=dataclasses.replace(TINY.text, context_length=248)
+    ).to_dict()
+    config.data.train = config.data.test = str(folder / "prepared")
+    config.data.train_split = config.data.test_split = "train"
+    config.mcl.num_stages = 2
+    config.moe.num_moe_layers = 1
+    config.moe.dispatch, config.moe.capacity_factor = "capacity", 1.5
+    config.router.balance = "released"
+    config.loss.short_caption_weight, config.data.max_caption_tokens = 0.5, 12
+    config.baselines = ("feature_ensemble",)
+    config.evaluations = (f"retrieval:{folder / 'prepared'}?split=train[:20]",)
+    return config
+
+
+def test_run_from_a_users_checkpoint_and_images(users_files, tmp_path):
+    """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch, short
+    captions; on eight devices that split the parameters."""
+    config = users_config(users_files)
+    config.mesh.fsdp = 4
+    [results] = runner.run_variants(config, epath.Path(tmp_path))[""]
+    assert list(results) == ["base", "stage 1 alone", "stage 2 alone", "feature ensemble", "CLIP-MoE"]
+    clip = clipmoe_jax.load(str(tmp_path / "moe" / "params"))
+    assert clip.config.text.context_length == 248 and clip.config.moe.num_experts == 3
+    assert "mlp" in clip.params["visual"]["resblocks_0"] and "moe" in clip.params["visual"]["resblocks_1"]
+    assert float(clip.params["logit_scale"]) == pytest.approx(np.log(100), rel=1e-6)
+    (line,) = config.evaluations
+    (folder,) = (tmp_path / "evaluated" / "base").glob("retrieval-*")
+    made_from = json.loads((folder / "done.json").read_text())["inputs"]
+    records = Records(config.data.train, "train[:20]")
+    assert made_from["contents"] == {"path": records.fingerprint}  # other data there is noticed
+    for title in ("base", "stage 1 alone", "CLIP-MoE"):
+        # 20 images are easier to tell apart than 48.
+        found = results[title]["evaluations"][line]
+        assert found["image_to_text_r10"] >= results[title]["image_to_text_r10"]
+    assert line in format_evaluations([results])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any(line["phase"] == "router" and line["balance_image"] > 1.5 for line in lines)  # about K = 2
+    for line in lines:  # label smoothing and all
+        parts = line["contrastive_loss"] + line["short_caption_loss"] + line.get("balance_loss", 0)
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def truncated_checkpoint(config, folder, tmp_path):
+    (tmp_path / "cut.pt").write_bytes((folder / "clip.pt").read_bytes()[:1000])
+    config.base.checkpoint = str(tmp_path / "cut.pt")
+
+
+def other_architecture(config, folder, tmp_path):
+    config.base.architecture.vision.num_layers = 3
+
+
+def wrong_checkpoint(config, folder, tmp_path):
+    config.base.checkpoint = "nowhere.pt"
+
+
+def wrong_data(config, folder, tmp_path):
+    config.data.train = "nowhere"
+
+
+def other_head_width(config, folder, tmp_path):
+    config.base.architecture.text.head_width = 32
+
+
+def wrong_evaluation(config, folder, tmp_path):
+    config.evaluations = ("mmvp:nowhere",)
+
+
+def few_pairs(config, folder, tmp_path):
+    config.mcl.batch_size = 64
+
+
+def no_room_for_warm_up(config, folder, tmp_path):
+    config.router.warmup_steps = 4
+
+
+def mesh_of_another_size(config, folder, tmp_path):
+    config.mesh.data = 3
+
+
+def batch_not_divisible(config, folder, tmp_path):
+    config.mcl.batch_size = 12
+
+
+def experts_not_divisible(config, folder, tmp_path):
+    config.mesh.expert = 8
+
+
+def moe_as_base(config, folder, tmp_path):
+    config.base.checkpoint = str(ROOT / "tests" / "golden" / "moe_all.pt")
+
+
+BAD_RUNS = {
+    "wrong checkpoint": (wrong_checkpoint, "base.checkpoint=nowhere.pt does not exist"),
+    "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
+    "wrong evaluation": (wrong_evaluation, "evaluation mmvp:nowhere: nowhere/Questions.csv does not exist"),
+    "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
+    "truncated checkpoint": (
+        truncated_checkpoint,
+        "cut.pt cannot be read as safetensors or as a PyTorch state dict",
+    ),
+    "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
+    "another head width": (other_head_width, "has text/head_width=64 and base.architecture says 32"),
+    "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
+    "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
+    "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
+    "experts not divisible": (experts_not_divisible, r"^router: .* which mesh.expert=8 does not divide"),
+    "an MoE as base": (moe_as_base, "the base must be a dense CLIP"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
+def test_bad_input_is_named_with_the_fix(users_files, tmp_path, spoil, message):
+    config = users_config(users_files)
+    spoil(config, users_files, tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        runner.run_variants(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run" / "base").exists()  # before any training

@@ -1,0 +1,39 @@
+"""The smallest run that has every kind of stage: the config of the tests beside it, also for the commands.
+
+python -m clipmoe_jax.main --config=tests/pipeline/tiny_config.py:whole --workdir=WORKDIR
+"""
+
+from clipmoe_jax.config import default_config, parse_arg
+from clipmoe_jax.dmu.recipes import baseline_names
+from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+
+
+def get_config(arg=""):
+    """One stage, a handful of steps of each phase, a checkpoint every other step.
+
+    Arguments: `whole` adds a second stage, every baseline and an evaluation.
+    """
+    arg = parse_arg(arg, whole=False)
+    config = default_config()
+    config.data.train = "digit_scenes:train?pairs=64"
+    config.data.test = "digit_scenes:test?pairs=8"
+    config.data.base = "digit_scenes:train?pairs=64&captions=coarse"
+    config.data.in_memory = True
+    config.data.packing_steps = 2  # each number of rows is a program to compile
+    config.base.architecture = ClipConfig(
+        embed_dim=16,
+        vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
+        text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
+    ).to_dict()
+    for section in (config.base.train, config.mcl, config.router):
+        section.update(batch_size=16, num_steps=7, warmup_steps=1, learning_rate=1e-2)
+    config.mcl.num_stages = 1
+    config.embed.batch_size = 16
+    config.checkpoint.every_steps = 2
+    config.log_every = 1
+    config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
+    if arg.whole:
+        config.mcl.num_stages = 2
+        config.baselines = baseline_names()
+        config.evaluations = ("attributes:data.test",)
+    return config
