@@ -1,4 +1,4 @@
-"""Runs models, losses and a step with their shape annotations checked; test_annotations.py starts it.
+"""Runs models, losses, a step and clustering with their shape annotations checked; test_annotations.py starts it.
 
 The import hook only reaches modules that are imported after it, so this is a process of its own.
 """
@@ -7,13 +7,16 @@ import dataclasses
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["clipmoe_jax.models", "clipmoe_jax.train"], "typeguard.typechecked")
+install_import_hook(
+    ["clipmoe_jax.models", "clipmoe_jax.train", "clipmoe_jax.dmu.clustering"], "typeguard.typechecked"
+)
 
 import jax  # noqa: E402 (after the hook)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from clipmoe_jax.core import sharding, trees  # noqa: E402
+from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre  # noqa: E402
 from clipmoe_jax.models.attention import attention  # noqa: E402
 from clipmoe_jax.models.clip import (  # noqa: E402
     Clip,
@@ -83,9 +86,14 @@ for fields in (
 stretch_positions(np.zeros((77, 4), np.float32))
 resize_grid(np.zeros((5, 4), np.float32), 3)
 normalize_features(jnp.ones((2, 4)))
+features = [np.eye(4, dtype=np.float16)[:3], np.eye(4, dtype=np.float16)]  # parts of a pass
+labels = nearest_centre(features[0], fit_centres(features, 2, seed=0, max_fit=10))
+accumulate_labels(np.zeros(3, np.int32), labels, labels, 2)
 
 refuses(route, jnp.zeros((3, 4), jnp.int32), 2)
 refuses(normalize_features, jnp.ones((2, 3, 4)))
 refuses(lambda qkv: attention(qkv, causal=True), jnp.ones((2, 5, 3, 8)))
+refuses(nearest_centre, features[0], np.ones((2, 5), np.float32))
+refuses(accumulate_labels, np.zeros(4, np.int32), labels, labels, 2)
 refuses(losses.contrastive_loss, jnp.ones((3, 4)), jnp.ones((2, 4)), jnp.float32(0))
 print("annotations hold")
