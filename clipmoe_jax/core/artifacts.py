@@ -47,12 +47,15 @@ def make(
     inputs: Inputs,
     build: Callable[[epath.Path], dict[str, Any]],
     upgrade: Upgrade | None = None,
+    *,
+    wait_seconds: int = distributed.BARRIER_SECONDS,
 ) -> bool:
     """Makes an artifact unless it exists. Returns whether anything was built.
 
     path: the artifact's folder. inputs: {name: value} of everything it depends on. build: fills the
     unfinished folder, continuing with what it finds there, and returns measurements for done.json. upgrade:
-    renames the inputs that an earlier version recorded, before they are compared.
+    renames the inputs that an earlier version recorded, before they are compared. wait_seconds: how long
+    processes wait for each other at the end of `build`.
     Raises ValueError naming the first input that differs if the folder, whole or unfinished, was made from
     others, and BusyError if another process is making it.
     """
@@ -77,7 +80,7 @@ def make(
                 write_json(unfinished / INPUTS, inputs)
         distributed.barrier(f"{path} begins")
         measurements = build(unfinished)
-        distributed.barrier(f"{path} is made")
+        distributed.barrier(f"{path} is made", wait_seconds)
         if distributed.is_main():
             done = {
                 "inputs": inputs,

@@ -19,6 +19,7 @@ from clipmoe_jax.data.records import Records
 
 NAMES = ("train", "test", "base")
 WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
+PREPARATION_SECONDS = 7 * 24 * 3600  # that other processes wait: a hundred million images take hours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Dataset:
         """
         folder = epath.Path(self.path)
         stamp = sources.source_stamp(self.source).strip(",") if self.source else ""
-        if not self.source or (artifacts.is_done(folder) and not stamp):
+        if not self.source or distributed.agree(artifacts.is_done(folder) and not stamp):
             return False
-        if folder.exists() and not artifacts.is_done(folder):
+        if distributed.is_main() and folder.exists() and not artifacts.is_done(folder):
             raise ValueError(
                 f"{folder} is there and is no data set that a run prepared from {self.source}: choose "
                 "another workdir, or name that folder in the config"
@@ -62,7 +63,7 @@ class Dataset:
             return preparation.write_pairs(sources.open_source(self.source), unfinished, split=split)
 
         inputs = {"source": self.source, "split": split} | ({"source files": stamp} if stamp else {})
-        return artifacts.make(folder, inputs, build)
+        return artifacts.make(folder, inputs, build, wait_seconds=PREPARATION_SECONDS)
 
 
 def datasets_of(
