@@ -1,4 +1,4 @@
-"""Runs models, losses, a step and clustering with their shape annotations checked; test_annotations.py starts it.
+"""Runs models, losses, a step and clustering with their annotations checked; test_annotations.py starts it.
 
 The import hook only reaches modules that are imported after it, so this is a process of its own.
 """
