@@ -66,6 +66,7 @@ RANGES = {
     "data.num_workers": (0, 1000),
     "data.max_caption_tokens": (0, _MANY),
     "data.packing_steps": (0, 1000),
+    "data.max_bad_fraction": (0.0, 1.0),
     "loss.short_caption_weight": (0.0, 1e3),
     "log_every": (1, _MANY),
 }
@@ -85,6 +86,7 @@ def default_config() -> ConfigDict:
     config.data.train_split = "train"  # or a slice: "train[:1000]"
     config.data.test = ""  # for retrieval and to diagnose the CLIP-MoE on
     config.data.test_split = "test"
+    config.data.max_bad_fraction = 1e-3  # of a source's records: the run stops if more are bad
     config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
@@ -164,6 +166,8 @@ def variant_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     for name, fields in config.variants.items():
         if not re.fullmatch(r"\w[\w.=+-]*", name):
             raise ValueError(f"variants: {name!r} must be the name of a folder: letters, digits and _.=+-")
+        if name == "data":
+            raise ValueError("variants: 'data' is the folder of the data sets: choose another name")
         variant = ConfigDict(config.to_dict() | {"variants": {}}).lock()
         for field, value in fields.items():
             _set_field(variant, field, value, f"variants.{name}")

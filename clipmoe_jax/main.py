@@ -23,10 +23,10 @@ from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import cli, distributed
-from clipmoe_jax.dmu.recipes import CLIP_MOE
+from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.dmu.runner import run_variants
 from clipmoe_jax.report import write_report
-from clipmoe_jax.reporting.text_tables import Results, format_results, format_table
+from clipmoe_jax.reporting.text_tables import format_results, format_table
 
 
 def main(argv: list[str]) -> str | None:

@@ -40,6 +40,8 @@ def count_pairs(config: ConfigDict) -> int:
     if not train:
         raise ValueError("how many pairs? Set --pairs, or config.data.train to a data set or a source")
     if sources.is_source(train):
+        if "[" in config.data.train_split:
+            raise ValueError(f"how many pairs has data.train_split={config.data.train_split}? Set --pairs")
         return len(sources.open_source(train))
     return len(Records(train, config.data.train_split))
 

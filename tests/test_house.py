@@ -94,7 +94,8 @@ def forbidden(never: Never, source: str) -> set[str]:
     return {
         name
         for name in imports(source)
-        if any(is_under(name, other) for other in never.others)
+        if name.startswith("relative import")
+        or any(is_under(name, other) for other in never.others)
         and not any(is_under(name, allowed) for allowed in never.allowed)
     }
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -90,6 +90,7 @@ def write_pairs(
     max_bad_fraction: float = 1e-3,
     num_shards: int | None = None,
     pixels: int | None = None,
+    after_shard: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fills a folder on a local disk with the source's pairs, in their order, leaving bad records out.
 
@@ -105,6 +106,7 @@ def write_pairs(
         num_shards: files to write; None makes them of ENTRIES_PER_SHARD entries each.
         pixels: writes images preprocessed at this size, pixels·pixels·3 bytes each, and captions
             tokenised, which reads many times as fast; None writes image files as they came.
+        after_shard: called when a file is whole; it may raise to stop.
 
     Returns:
         The report: {"pairs", "captions", "image_bytes", "sha256" of the records, "pixels", "bad",
@@ -136,6 +138,7 @@ def write_pairs(
             path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
             shard = itertools.islice(entries, per_shard)
             parts.append(_make_shard(shard, path, encoder, bad, progress))
+            after_shard()
     report: dict[str, Any] = {
         name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")
     }

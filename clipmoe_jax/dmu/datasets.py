@@ -6,9 +6,11 @@ several seeds. A source that a variant sets otherwise than the config lies in WO
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -40,30 +42,69 @@ class Dataset:
         """Returns its records. Raises FileNotFoundError if the folder is not there."""
         return Records(self.path, self.split)
 
-    def prepare(self) -> bool:
-        """Prepares it from its source unless it is there; process 0 does, the others wait.
+    def is_prepared(self) -> bool:
+        """Returns whether the folder is there, whole."""
+        return not self.source or artifacts.is_done(epath.Path(self.path))
 
-        Returns whether anything was prepared. Raises ValueError naming what differs if the folder was made
-        from something else, and what `write_pairs` and the source raise.
-        """
+    def check(self) -> None:
+        """Raises ValueError or FileNotFoundError if the folder can neither be used nor prepared."""
         folder = epath.Path(self.path)
-        stamp = sources.source_stamp(self.source).strip(",") if self.source else ""
-        if not self.source or distributed.agree(artifacts.is_done(folder) and not stamp):
-            return False
-        if distributed.is_main() and folder.exists() and not artifacts.is_done(folder):
+        if not self.source:
+            self.open()
+        elif self.is_prepared():
+            self._check_recorded()
+        elif folder.exists():
             raise ValueError(
                 f"{folder} is there and is no data set that a run prepared from {self.source}: choose "
                 "another workdir, or name that folder in the config"
             )
+        else:
+            sources.open_source(self.source)
+
+    def prepare(self, max_bad_fraction: float) -> bool:
+        """Prepares it from its source unless it is there; process 0 does, the others wait.
+
+        Returns whether anything was prepared. Raises what `write_pairs` and the source raise, and Preempted
+        if SIGTERM comes to a run of one process; a shard that is whole stays.
+        """
+        if distributed.agree(self.is_prepared()):
+            return False
         split = self.split.partition("[")[0] or WHOLE_SPLIT
 
         def build(unfinished: epath.Path) -> dict:
             if not distributed.is_main():
                 return {}
-            return preparation.write_pairs(sources.open_source(self.source), unfinished, split=split)
+            source = sources.open_source(self.source)
+            return preparation.write_pairs(
+                source,
+                unfinished,
+                split=split,
+                max_bad_fraction=max_bad_fraction,
+                after_shard=_stop_if_preempted,
+            )
 
-        inputs = {"source": self.source, "split": split} | ({"source files": stamp} if stamp else {})
-        return artifacts.make(folder, inputs, build, wait_seconds=PREPARATION_SECONDS)
+        inputs = {"source": self.source, "split": split, "source files": sources.source_stamp(self.source)}
+        return artifacts.make(epath.Path(self.path), inputs, build, wait_seconds=PREPARATION_SECONDS)
+
+    def _check_recorded(self) -> None:
+        """Raises ValueError if the folder was prepared from something else. A file may have gone since."""
+        recorded = json.loads((epath.Path(self.path) / "done.json").read_text())["inputs"]
+        advice = "choose another workdir, or delete that folder and what was made from it"
+        if recorded["source"] != self.source:
+            was = recorded["source"]
+            raise ValueError(f"{self.path} was prepared from {was}, the config says {self.source}: {advice}")
+        before = recorded["source files"].split(",")
+        now = sources.source_stamp(self.source).split(",")
+        if any(old != new for old, new in zip(before, now, strict=True) if new):
+            raise ValueError(
+                f"a file of {self.source} has changed since {self.path} was prepared from it: {advice}"
+            )
+
+
+def _stop_if_preempted() -> None:
+    """Ends the run if SIGTERM came. Of several processes the others wait: there the scheduler ends them."""
+    if jax.process_count() == 1 and distributed.preempted():
+        raise distributed.Preempted("data")
 
 
 def datasets_of(
@@ -89,7 +130,10 @@ def datasets_of(
                 f"python -m clipmoe_jax.prepare, copy the folder, and set data.{name} to it"
             )
         folder = (workdir if given == sweep.data[name] else workdir / variant) / "data"
-        source = sources.with_seed(given, seed)
+        try:
+            source = sources.with_seed(given, seed)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
         if source != given and len(config.seeds) > 1:
             folder /= f"seed_{seed}"
         datasets[name] = Dataset(str(folder / name), split, source)

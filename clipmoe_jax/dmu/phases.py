@@ -13,6 +13,7 @@ from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.step import LossConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class PlannedPhase:
     """A phase before it runs.
 
     Attributes:
-        name: of the recipe; stage: that trains it.
+        name: the recipe's; stage: the stage that trains it.
         architecture, compute: of the model that it trains.
         rules: what trains.
         hyperparameters: of its section of the config.
@@ -28,7 +29,9 @@ class PlannedPhase:
             pairs
             out and the config counts epochs: then it is a bound.
         short_length: of the short captions that it sees beside the long ones, 0 for none.
-        frozen_dtype: that frozen matrices are held in.
+        frozen_dtype: the type that frozen matrices are held in.
+        is_bound: whether num_steps is only the most that it may take.
+        number: of an MCL stage, 0 for other phases.
     """
 
     name: str
@@ -41,6 +44,7 @@ class PlannedPhase:
     frozen_dtype: str = "float32"
     stage: str = ""
     is_bound: bool = False
+    number: int = 0
 
     @property
     def step_key(self) -> tuple:
@@ -74,7 +78,7 @@ def phases_of(
 ) -> list[PlannedPhase]:
     """Returns the phases of a config in order, for so many training pairs on a platform.
 
-    num_base_pairs: that a base is trained on from scratch; 0 is as many.
+    num_base_pairs: how many pairs a base is trained on from scratch; 0 is as many as num_pairs.
     Raises ValueError naming the section whose batch is larger than the data, or whose warm-up does not fit.
     """
     steps: dict[str, int] = {}
@@ -92,8 +96,7 @@ def phases_of(
             steps[recipe.name] = recipe.num_steps(recipes.StepCounts(config, steps.__getitem__))
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
         architecture = architecture_of(config, recipe)
-        weight = 0.0 if recipe.group == "base" else config.loss.short_caption_weight
-        weight = recipe.losses(config).get("short_caption_weight", weight)
+        weight = loss_config(config, recipe).short_caption_weight
         context_length = config.base.architecture.text.context_length
         phase = PlannedPhase(
             recipe.name,
@@ -103,12 +106,31 @@ def phases_of(
             hyperparameters,
             steps[recipe.name],
             short_length=min(SHORT_LENGTH, context_length) if weight else 0,
-            frozen_dtype=config.compute.frozen_dtype or compute.dtype,
+            frozen_dtype=frozen_dtype(config, compute),
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
+            number=recipe.number,
         )
         phases.append(phase)
     return phases
+
+
+def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:
+    """Returns the losses that a recipe trains by: the config's, those of routers in an MoE, and its own."""
+    section, router, has_routers = recipe.hyperparameters(config), config.router, recipe.is_moe(config)
+    losses = LossConfig(
+        label_smoothing=section.label_smoothing,
+        balance_coefficient=router.balance_coefficient if has_routers else 0.0,
+        balance=router.balance,
+        z_loss_coefficient=router.z_loss_coefficient if has_routers else 0.0,
+        short_caption_weight=0.0 if recipe.group == "base" else config.loss.short_caption_weight,
+    )
+    return dataclasses.replace(losses, **recipe.losses(config))
+
+
+def frozen_dtype(config: ConfigDict, compute: ComputeConfig) -> str:
+    """Returns the type that frozen matrices are held in."""
+    return config.compute.frozen_dtype or compute.dtype
 
 
 def steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> int:

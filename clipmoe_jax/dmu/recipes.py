@@ -21,6 +21,8 @@ TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
 TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
 TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
+Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/results.json holds them
+
 BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
 Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
@@ -76,6 +78,7 @@ class Recipe:
         losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
         reinitialize: whether half of each expert's hidden units are drawn anew (arXiv 2502.19261).
         ignores: config fields that change nothing in it, though its inputs name their group.
+        number: of an MCL stage, from 1; 0 for all others.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Recipe:
     losses: Callable[[ConfigDict], Mapping[str, float]] = lambda config: {}
     reinitialize: bool = False
     ignores: tuple[str, ...] = ()
+    number: int = 0
 
     @property
     def stage(self) -> str:
@@ -100,8 +104,8 @@ class Recipe:
         """Its model folder in the workdir."""
         if self.group == "baseline":
             return f"baselines/{self.name}"
-        if stage := re.fullmatch(r"mcl_(\d+)", self.name):
-            return f"stage_{stage[1]}/params"
+        if self.number:
+            return f"stage_{self.number}/params"
         return {BASE_NAME: "base", ROUTER_NAME: "moe/params"}.get(self.name, f"{self.name}/params")
 
     @property
@@ -137,38 +141,38 @@ def base_and_stages(config: ConfigDict) -> tuple[str, ...]:
     return (BASE_NAME, *(f"mcl_{stage}" for stage in range(1, config.mcl.num_stages + 1)))
 
 
-def _base(config: ConfigDict) -> list[Recipe]:
+def from_nothing(config: ConfigDict) -> tuple[str, ...]:
+    """Returns no model: the base is imported or initialised."""
     del config
-    nothing: tuple[str, ...] = ()
-    return [Recipe(BASE_NAME, "base", "base", lambda config: nothing, TRAIN_EVERYTHING, "base.train")]
+    return ()
 
 
-def _mcl(config: ConfigDict) -> list[Recipe]:
-    """Multistage contrastive learning: the paper's stages (arXiv 2409.19291, section 3.1)."""
-    rows = []
-    for stage in range(1, config.mcl.num_stages + 1):
-        before = f"mcl_{stage - 1}" if config.mcl.init_from == "previous" and stage > 1 else BASE_NAME
-        rows.append(
-            Recipe(
-                f"mcl_{stage}",
-                f"stage {stage} alone",
-                "stage",
-                lambda config, before=before: (before,),
-                TRAIN_FFN,
-                sampler="clusters",
-                # The first stage starts from the base either way.
-                ignores=(*STAGE_COUNT, *(("mcl.init_from",) if stage == 1 else ())),
-            )
-        )
-    return rows
+def mcl_recipe(number: int, start: str) -> Recipe:
+    """Returns the row of an MCL stage (arXiv 2409.19291, section 3.1). start: the model that it trains."""
+    return Recipe(
+        f"mcl_{number}",
+        f"stage {number} alone",
+        "stage",
+        lambda config: (start,),
+        TRAIN_FFN,
+        sampler="clusters",
+        # The first stage starts from the base either way.
+        ignores=(*STAGE_COUNT, *(("mcl.init_from",) if number == 1 else ())),
+        number=number,
+    )
 
 
-def _router(config: ConfigDict) -> list[Recipe]:
-    del config
-    return [Recipe(ROUTER_NAME, CLIP_MOE, "moe", base_and_stages, TRAIN_ROUTERS, "router")]
+def _mcl_recipes(config: ConfigDict) -> list[Recipe]:
+    chained = config.mcl.init_from == "previous"
+    numbers = range(1, config.mcl.num_stages + 1)
+    return [mcl_recipe(n, f"mcl_{n - 1}" if chained and n > 1 else BASE_NAME) for n in numbers]
 
 
-STAGES: Sequence[Callable[[ConfigDict], list[Recipe]]] = (_base, _mcl, _router)  # in the order they run
+BASE = Recipe(BASE_NAME, "base", "base", from_nothing, TRAIN_EVERYTHING, "base.train")
+ROUTERS = Recipe(ROUTER_NAME, CLIP_MOE, "moe", base_and_stages, TRAIN_ROUTERS, "router")
+
+# In the order they run; a function gives the rows that depend on the config.
+STAGES: Sequence[Recipe | Callable[[ConfigDict], list[Recipe]]] = (BASE, _mcl_recipes, ROUTERS)
 
 ORDINARY = (*STAGE_COUNT, *STAGES_ALONE)  # ignored by a dense model that trains on ordinary batches
 
@@ -254,20 +258,15 @@ def baseline_names() -> tuple[str, ...]:
     return tuple(row.name for row in BASELINES)
 
 
-def check_baselines(names: Sequence[str]) -> None:
+def check_baselines(config: ConfigDict) -> None:
     """Raises ValueError naming a baseline that there is not, or that lacks the one it is made from."""
     known = {row.name: row for row in BASELINES}
-    for name in names:
+    for name in config.baselines:
         if name not in known:
             raise ValueError(f"baselines={name!r}: choose one of {', '.join(known)}")
-        if known[name].group != "baseline":
-            continue
-        for source in known[name].experts(_ONE_STAGE):
-            if source in known and source not in names:
-                raise ValueError(f"baselines: {name!r} is made from {source!r}: add it")
-
-
-_ONE_STAGE = ConfigDict({"mcl": {"num_stages": 1}})
+        for needed in known[name].experts(config):
+            if needed in known and needed not in config.baselines:
+                raise ValueError(f"baselines: {name!r} is made from {needed!r}: add it")
 
 
 def recipes(config: ConfigDict) -> dict[str, Recipe]:
@@ -275,8 +274,8 @@ def recipes(config: ConfigDict) -> dict[str, Recipe]:
 
     Raises ValueError as `check_baselines` does.
     """
-    check_baselines(config.baselines)
-    stages = [row for rows in STAGES for row in rows(config)]
+    check_baselines(config)
+    stages = [row for rows in STAGES for row in ([rows] if isinstance(rows, Recipe) else rows(config))]
     wanted = [row for row in BASELINES if row.name in config.baselines]
     return {row.name: row for row in [*stages, *_in_order(wanted, config)]}
 
@@ -309,7 +308,7 @@ def table_rows(config: ConfigDict) -> list[Recipe]:
 
 def find_recipe(name: str) -> Recipe | None:
     """Returns the row of a phase's name, whatever config made it; None for one that there is not."""
-    if stage := re.fullmatch(r"mcl_(\d+)", name):
-        return _mcl(ConfigDict({"mcl": {"num_stages": int(stage[1]), "init_from": "base"}}))[-1]
-    fixed = [row for rows in STAGES if rows is not _mcl for row in rows(_ONE_STAGE)]
-    return next((row for row in [*fixed, *BASELINES] if row.name == name), None)
+    if match := re.fullmatch(r"mcl_(\d+)", name):
+        return mcl_recipe(int(match[1]), BASE_NAME)
+    rows = [row for row in (*STAGES, *BASELINES) if isinstance(row, Recipe)]
+    return next((row for row in rows if row.name == name), None)

@@ -7,6 +7,7 @@ eval/                   results.json of all models, and diagnostics of the CLIP-
 In an evaluation line of a config the path `data.test` stands for the run's own test set.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -45,20 +46,29 @@ def is_wanted(config: ConfigDict) -> bool:
     return bool(config.data.test or config.evaluations)
 
 
+def check_lines(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
+    """Raises ValueError or FileNotFoundError for evaluations that cannot be, before data is prepared."""
+    for line in config.evaluations:
+        evaluation = parse_evaluation(line)
+        if evaluation.path != OWN_TEST_SET:
+            with contextlib.suppress(NotApplicableError):
+                _ = evaluation.data
+        elif "test" not in datasets:
+            raise ValueError(f"evaluation {line}: data.test is empty: set it, or name a data set")
+
+
 def open_evaluations(
     config: ConfigDict, datasets: Mapping[str, Dataset], say: Callable[[str], None] = lambda text: None
 ) -> list[Evaluation]:
     """Returns a config's evaluations, each with its data opened once.
 
-    One that does not apply to its data set is left out, and `say` told. Raises FileNotFoundError or
-    ValueError for data that is not there.
+    One that does not apply to its data set is left out, and `say` told. Raises as `check_lines` does, for the
+    test set too.
     """
     evaluations = []
     for line in config.evaluations:
         evaluation = parse_evaluation(line)
         if evaluation.path == OWN_TEST_SET:
-            if "test" not in datasets:
-                raise ValueError(f"evaluation {line}: data.test is empty: set it, or name a data set")
             test = datasets["test"]
             options = {"split": test.split, **evaluation.options}
             evaluation = dataclasses.replace(evaluation, path=test.path, options=options)

@@ -48,6 +48,8 @@ class Run:
 
         prefixes: of the fields' names; data.train and data.base among them bring a hash of the records.
         """
+        if "base." in prefixes and not self.config.base.checkpoint:
+            prefixes = (*prefixes, "data.base")  # the pairs that the base is trained on
         flat = trees.flatten(self.config.to_dict())
         values = {name.replace("/", "."): value for name, value in flat.items()}
         left_out = (*without, *WITHOUT_EFFECT)

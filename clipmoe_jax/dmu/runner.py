@@ -13,6 +13,7 @@ from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, phases_of
+from clipmoe_jax.dmu.recipes import Results
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
@@ -21,7 +22,6 @@ DATA_STAGE, EVALUATE_STAGE = (
     "evaluate",
 )  # For any batch and warm-up: how many pairs a source has is known when it is prepared.
 ENOUGH_PAIRS = 10**12
-Results = dict[str, dict[str, Any]]  # {title: numbers}
 
 
 def stage_names(config: ConfigDict) -> list[str]:
@@ -40,30 +40,26 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     """
     configs.validate(config)
     variants = configs.variant_configs(config)
+    datasets = {}
     for name, variant in variants.items():
         with _naming_variant(name):
             check_config(variant, stage)
-    datasets = {
-        (name, seed): datasets_of(variant, config, workdir, name, seed)
-        for name, variant in variants.items()
-        for seed in variant.seeds
-    }
-    _prepare(datasets, stage)
+            for seed in variant.seeds:
+                datasets[name, seed] = datasets_of(variant, config, workdir, name, seed)
+                check_sources(variant, datasets[name, seed])
+    for (name, _), of_run in datasets.items():
+        for dataset in of_run.values():
+            _prepare(dataset, variants[name], stage)
     for (name, _), of_run in datasets.items():
         with _naming_variant(name):
             check_data(variants[name], of_run)
-    if stage == DATA_STAGE:
-        return {name: [] for name in variants}
-    return {
-        name: [
-            seed_results
-            for seed in variant.seeds
-            if (
-                seed_results := _run_seed(variant, seed, workdir, name, variants, datasets[name, seed], stage)
-            )
-        ]
-        for name, variant in variants.items()
-    }
+    results_of = {name: [] for name in variants}
+    if stage != DATA_STAGE:
+        for (name, seed), of_run in datasets.items():
+            evaluated = _run_seed(variants[name], seed, workdir, name, list(variants), of_run, stage)
+            if evaluated is not None:
+                results_of[name].append(evaluated)
+    return results_of
 
 
 @contextlib.contextmanager
@@ -77,18 +73,17 @@ def _naming_variant(name: str):
         raise ValueError(f"variants.{name}: {error}") from error
 
 
-def _prepare(datasets: Mapping[Any, Mapping[str, Dataset]], stage: str) -> None:
-    """Prepares every source of the data sets once; for a later stage alone they must be there."""
-    for dataset in dict.fromkeys(d for of_run in datasets.values() for d in of_run.values()):
-        if stage in ("", DATA_STAGE):
-            if dataset.prepare() and distributed.is_main():
-                report = artifacts.measured(epath.Path(dataset.path))
-                cli.say(
-                    f"{dataset.path}: {report['pairs']:,} pairs prepared from {dataset.source}; "
-                    f"{report['bad']:,} bad records left out"
-                )
-        elif dataset.source:
+def _prepare(dataset: Dataset, config: ConfigDict, stage: str) -> None:
+    """Prepares a source unless it is prepared; for a later stage alone it must be."""
+    if stage not in ("", DATA_STAGE):
+        if dataset.source:
             artifacts.require(epath.Path(dataset.path), DATA_STAGE)
+        return
+    if distributed.is_main() and not dataset.is_prepared():
+        cli.say(f"{dataset.path}: prepares {dataset.source}")
+    if dataset.prepare(config.data.max_bad_fraction) and distributed.is_main():
+        report = artifacts.measured(epath.Path(dataset.path))
+        cli.say(f"{dataset.path}: {report['pairs']:,} pairs; {report['bad']:,} bad records left out")
 
 
 def _run_seed(
@@ -96,7 +91,7 @@ def _run_seed(
     seed: int,
     workdir: epath.Path,
     variant: str,
-    variants: Sequence[str] | Mapping[str, ConfigDict],
+    variants: Sequence[str],
     datasets: Mapping[str, Dataset],
     stage: str,
 ) -> Results | None:
@@ -109,7 +104,8 @@ def _run_seed(
         stages[EVALUATE_STAGE] = results.evaluate
     mesh, evaluated = sharding.make_mesh(**config.mesh), None
     with contextlib.closing(Metrics(folder)) as metrics:
-        artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
+        if not (folder / "datasets.json").exists():  # for a report meanwhile
+            artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
         run = Run(config, seed, folder, mesh, metrics, datasets, siblings)
         for name, make in stages.items():
             if stage in ("", name):
@@ -120,6 +116,7 @@ def _run_seed(
                     raise distributed.Preempted(f"after stage {name}")
     if not stage or not (folder / "config.json").exists():  # every stage has agreed with this config
         artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
+        artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
     return evaluated
 
 
@@ -140,6 +137,21 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
             f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
             "transformers' CLIPModel or a model folder of a run"
         )
+
+
+def check_sources(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
+    """Raises ValueError or FileNotFoundError for sources, data sets and evaluations that are not there.
+
+    It prepares nothing, so that a wrong path is told before hours of preparation. Process 0 looks: the others
+    may not see its files.
+    """
+    if distributed.is_main():
+        for name, dataset in datasets.items():
+            try:
+                dataset.check()
+            except ValueError as error:
+                raise ValueError(f"data.{name}: {error}") from error
+    results.check_lines(config, datasets)
 
 
 def check_data(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:

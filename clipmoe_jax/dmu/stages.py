@@ -40,9 +40,9 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
         if recipe.group in ("baseline", "ensemble"):
             continue
         if recipe.sampler == "clusters":
-            stage = int(recipe.name.removeprefix("mcl_"))
-            stages[f"embed_{stage}"] = lambda run, stage=stage: embed(run, stage)
-            stages[f"cluster_{stage}"] = lambda run, stage=stage: cluster(run, stage)
+            number = recipe.number
+            stages[f"embed_{number}"] = lambda run, number=number: embed(run, number)
+            stages[f"cluster_{number}"] = lambda run, number=number: cluster(run, number)
         if recipe.is_moe(config):
             stages["upcycle"] = lambda run, recipe=recipe: upcycle(run, recipe)
         stages[recipe.name] = lambda run, recipe=recipe: make_model(run, recipe)

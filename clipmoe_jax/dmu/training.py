@@ -16,6 +16,7 @@ from clipmoe_jax.core import artifacts, sharding, trees
 from clipmoe_jax.data import loader, samplers
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
@@ -24,7 +25,6 @@ from clipmoe_jax.models.clip import ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.train.loop import LoopConfig, fit
-from clipmoe_jax.train.step import LossConfig
 
 
 def model_path(run: Run, name: str) -> epath.Path:
@@ -36,8 +36,7 @@ def model_path(run: Run, name: str) -> epath.Path:
 def inputs_of(run: Run, recipe: Recipe) -> dict:
     """Returns what a recipe's model depends on: fields of the config, and the contents of the data."""
     if recipe.group == "base":
-        from_scratch = () if run.config.base.checkpoint else ("data.base",)
-        return run.fields(*recipes.BASE_FIELDS, *from_scratch)
+        return run.fields(*recipes.BASE_FIELDS)
     fields = recipes.MOE_FIELDS if recipe.is_moe(run.config) else recipes.STAGE_FIELDS
     return run.fields(*fields, without=recipe.ignores)
 
@@ -135,11 +134,8 @@ def upcycle(run: Run, recipe: Recipe) -> None:
     def build(folder: epath.Path) -> dict:
         loaded = {path: run.load(path) for path in dict.fromkeys(paths)}
         dense, experts = loaded[paths[0]][0], [loaded[path][1] for path in paths]
-        moe = dataclasses.replace(
-            configs.moe_config(run.config),
-            num_experts=len(paths),
-            num_selected_experts=min(len(paths), run.config.moe.num_selected_experts),
-        )
+        moe = architecture_of(run.config, recipe).moe
+        assert moe is not None  # it is stacked from several models
         key = jax.random.fold_in(jax.random.key(run.seed), len(paths))
         place = functools.partial(sharding.param_shardings, run.mesh)
         params = stack_experts(
@@ -170,8 +166,8 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
         inputs |= {"num_steps": num_steps}
     clusters = None
     if recipe.sampler == "clusters":
-        stage = recipe.name.removeprefix("mcl_")
-        clusters = artifacts.require(run.workdir / f"stage_{stage}" / "clusters", f"cluster_{stage}")
+        folder = run.workdir / f"stage_{recipe.number}" / "clusters"
+        clusters = artifacts.require(folder, f"cluster_{recipe.number}")
 
     def build(folder: epath.Path) -> dict:
         section = recipe.hyperparameters(run.config)
@@ -220,16 +216,8 @@ def _fit(
 ) -> dict:
     """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
     config, section = run.config, recipe.hyperparameters(run.config)
-    has_routers = architecture.moe is not None
-    loss = LossConfig(
-        label_smoothing=section.label_smoothing,
-        balance_coefficient=config.router.balance_coefficient if has_routers else 0.0,
-        balance=config.router.balance,
-        z_loss_coefficient=config.router.z_loss_coefficient if has_routers else 0.0,
-        short_caption_weight=0.0 if recipe.group == "base" else config.loss.short_caption_weight,
-    )
-    loss = dataclasses.replace(loss, **recipe.losses(config))
-    model = run.model(architecture, training_routers=has_routers)
+    loss = loss_config(config, recipe)
+    model = run.model(architecture, training_routers=recipe.is_moe(config))
     phase = configs.phase_config(section)
     if num_steps is not None:
         phase = dataclasses.replace(phase, num_steps=num_steps)
@@ -253,7 +241,7 @@ def _fit(
             max_to_keep=config.checkpoint.max_to_keep,
             log_every=config.log_every,
             num_workers=config.data.num_workers,
-            frozen_dtype=config.compute.frozen_dtype or model.compute.dtype,
+            frozen_dtype=frozen_dtype(config, model.compute),
         ),
     )
     save_model(folder, architecture, params)

@@ -23,11 +23,16 @@ class Subject:
         """num_workers: processes that decode data sets, as of `loader.batches`."""
         self.encoder = encoder
         self._tokenizer, self._image_size, self._num_workers = tokenizer, image_size, num_workers
+        self._image_features: dict[tuple[str, str], np.ndarray] = {}  # several evaluations share a data set
 
     def images(self, records: Records) -> np.ndarray:
-        """Returns (N, d) float32 unit features of a data set's images, in order."""
-        pairs = StreamedPairs(records, self._tokenizer, self._image_size)
-        return self.encoder.pairs(pairs, inputs=["image"], num_workers=self._num_workers)["image"]
+        """Returns (N, d) float32 unit features of a data set's images, in order. Encodes each once."""
+        key = records.path, records.split
+        if key not in self._image_features:
+            pairs = StreamedPairs(records, self._tokenizer, self._image_size)
+            features = self.encoder.pairs(pairs, inputs=["image"], num_workers=self._num_workers)
+            self._image_features[key] = features["image"]
+        return self._image_features[key]
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (T, d) float32 unit features."""

@@ -101,10 +101,9 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
             steps[phase.name] = phase, step
             limits += warmup_limit(phase, num_pairs)
             limits.append(memory_limit(phase, step.memory, device.memory, num_devices))
-        if phase.name.startswith("mcl_"):
-            number = int(phase.name.removeprefix("mcl_"))
-            limits.append(cluster_limit(config, phase, number, num_pairs))
-            stages.append(Stage(f"embed_{number}", num_pairs, embedding, seconds(num_pairs, embedding)))
+        if phase.number:
+            limits.append(cluster_limit(config, phase, phase.number, num_pairs))
+            stages.append(Stage(f"embed_{phase.number}", num_pairs, embedding, seconds(num_pairs, embedding)))
         pairs, of_pair = phase.num_steps * phase.hyperparameters.batch_size, planned[phase.step_key].flops
         stages.append(Stage(phase.name, pairs, of_pair, seconds(pairs, of_pair)))
     return Plan(device, mesh, mfu, num_pairs, models, steps, stages, limits, bounds)

@@ -78,7 +78,11 @@ class Folder:
     def _dataset(self, name: str) -> tuple[epath.Path, str, bool]:
         """Path and split of a data set, and whether the run prepared it."""
         if self.has("datasets.json"):
-            dataset = json.loads((self.path / "datasets.json").read_text())[name]
+            datasets = json.loads((self.path / "datasets.json").read_text())
+            if name not in datasets:
+                command = f"{MAIN} --workdir={self.workdir} --config.data.{name}=FOLDER"
+                raise NotThereError(f"data.{name}", command)
+            dataset = datasets[name]
             made_by_run = bool(dataset["source"])
             path = self.path / dataset["path"] if made_by_run else epath.Path(dataset["path"])
             return path, dataset["split"], made_by_run

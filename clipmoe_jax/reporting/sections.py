@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.dmu.recipes import CLIP_MOE
+from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.reporting import charts, pictures, tables
 from clipmoe_jax.reporting.read import DIAGNOSTICS, MAIN, Folder, NotThereError, read_labels
-from clipmoe_jax.reporting.text_tables import MEAN, Results, attribute_lines, dense_experts, has_retrieval
+from clipmoe_jax.reporting.text_tables import MEAN, attribute_lines, dense_experts, has_retrieval
 
 Context = dict[str, Any]
 EXAMPLES_OF_CLUSTER = 6

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipmoe_jax.dmu.recipes import CLIP_MOE
+from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANKS
 from clipmoe_jax.reporting.text_tables import (
-    Results,
     differences,
     further_lines,
     has_retrieval,

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_jax.dmu.recipes import CLIP_MOE
+from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 
-Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/results.json holds them
 COLUMNS = {
     "i2t R@1": "image_to_text_r1",
     "i2t R@5": "image_to_text_r5",
@@ -92,7 +91,6 @@ def format_attributes(seeds: Sequence[Results], line: str) -> str:
         )
         lines.append("  ".join([f"{label:{width}}", *cells]))
     chance = seeds[0][CLIP_MOE]["chance"][line]
-    chance = {MEAN: float(np.mean(list(chance.values()))), **chance}
     cells = (f"{100 * chance[column]:>{n}.1f}" for column, n in widths.items())
     lines.append("  ".join([f"{'chance':{width}}", *cells]))
     data = f" of {line.partition(':')[2]}" if len(attribute_lines(seeds)) > 1 else ""

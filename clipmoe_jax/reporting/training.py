@@ -91,8 +91,9 @@ def _title(phase: str) -> str:
 def _colour(phase: str) -> str:
     """Returns a phase's colour: a stage has that of the expert that it becomes."""
     group = _group(phase)
-    if group == "stage":
-        return expert_colour(int(phase.rpartition("_")[2]))
+    recipe = find_recipe(phase)
+    if recipe is not None and recipe.number:
+        return expert_colour(recipe.number)
     names = [row.name for row in BASELINES]
     place = names.index(phase) if phase in names else len(names)
     return {"base": MUTED, "moe": INK}.get(group) or BASELINE_COLOURS[place % len(BASELINE_COLOURS)]

@@ -10,8 +10,10 @@ from etils import epath
 from PIL import Image
 
 from clipmoe_jax.config import default_config, set_variants, variant_configs
+from clipmoe_jax.core import distributed
 from clipmoe_jax.data import preparation
 from clipmoe_jax.dmu.datasets import Dataset, datasets_of
+from clipmoe_jax.dmu.runner import run_variants
 
 SCENES = "digit_scenes:train?pairs=8"
 
@@ -101,31 +103,34 @@ RAW = {
 def test_raw_files_are_prepared_once_and_opened(tmp_path, monkeypatch, source):
     write_photos(tmp_path)
     dataset = Dataset(str(tmp_path / "run" / "data" / "train"), "train[:3]", source.format(tmp_path))
-    assert dataset.prepare()
+    assert dataset.prepare(1e-3)
     monkeypatch.setattr(preparation, "write_pairs", lambda *args, **kwargs: pytest.fail("prepared again"))
-    assert not dataset.prepare()
+    assert not dataset.prepare(1e-3)
     records = dataset.open()
     assert len(records) == 3 and records[1]["captions"] == ["a square of brightness 1"]
 
 
-def test_changed_source_is_refused_and_a_deleted_one_is_not_needed(tmp_path):
+def test_a_source_that_changed_is_refused_and_one_that_has_gone_is_not_missed(tmp_path):
     write_photos(tmp_path)
-    captions = tmp_path / "captions.json"
-    dataset = Dataset(str(tmp_path / "train"), "train", f"sharegpt4v:{captions}?images={tmp_path}/photos")
-    dataset.prepare()
-    captions.rename(tmp_path / "moved.json")
-    assert not dataset.prepare()
-    captions.write_text((tmp_path / "moved.json").read_text().replace("square", "circle"))
-    with pytest.raises(ValueError, match="train was made with source files="):
-        dataset.prepare()
+    captions, images = tmp_path / "captions.json", tmp_path / "photos"
+    # Of two files, one that has gone does not hide that the other has changed.
+    source = f"sharegpt4v:{captions}?images={images},webdataset:{tmp_path}/photos.tar"
+    dataset = Dataset(str(tmp_path / "train"), "train", source)
+    dataset.prepare(1e-3)
+    (tmp_path / "photos.tar").unlink()
+    dataset.check()
+    assert not dataset.prepare(1e-3)
+    captions.write_text(captions.read_text().replace("square", "circle"))
+    with pytest.raises(ValueError, match="a file of sharegpt4v:.* has changed since .*train was prepared"):
+        dataset.check()
 
 
 def test_another_source_for_the_same_folder_is_refused(tmp_path):
     write_photos(tmp_path)
     folder = str(tmp_path / "train")
-    Dataset(folder, "train", f"folder:{tmp_path}/photos").prepare()
-    with pytest.raises(ValueError, match="train was made with source="):
-        Dataset(folder, "train", f"webdataset:{tmp_path}/photos.tar").prepare()
+    Dataset(folder, "train", f"folder:{tmp_path}/photos").prepare(1e-3)
+    with pytest.raises(ValueError, match="train was prepared from folder:.*, the config says webdataset:"):
+        Dataset(folder, "train", f"webdataset:{tmp_path}/photos.tar").check()
 
 
 def test_a_folder_that_no_run_prepared_is_left_alone(tmp_path):
@@ -134,4 +139,36 @@ def test_a_folder_that_no_run_prepared_is_left_alone(tmp_path):
     with pytest.raises(
         ValueError, match="photos is there and is no data set that a run prepared from folder:"
     ):
-        Dataset(str(tmp_path / "photos"), "train", f"folder:{tmp_path}/photos").prepare()
+        Dataset(str(tmp_path / "photos"), "train", f"folder:{tmp_path}/photos").check()
+
+
+def test_a_source_that_is_not_there_is_told_before_anything_is_prepared(tmp_path):
+    write_photos(tmp_path)
+    config = config_of(f"folder:{tmp_path}/photos", test=f"folder:{tmp_path}/nowhere", base=SCENES)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        run_variants(config, epath.Path(tmp_path / "run"))
+    config.data.test = f"sharegpt4v:{tmp_path}/captions.json"
+    with pytest.raises(ValueError, match="data.test: source sharegpt4v:.* needs the folder"):
+        run_variants(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preparation_stops_between_files_and_goes_on(tmp_path, monkeypatch):
+    write_photos(tmp_path)
+    monkeypatch.setattr(preparation, "ENTRIES_PER_SHARD", 2)
+    dataset = Dataset(str(tmp_path / "train"), "train", f"folder:{tmp_path}/photos")
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "preempted", lambda: True)
+        with pytest.raises(distributed.Preempted):
+            dataset.prepare(1e-3)
+    assert len(list((tmp_path / "train.unfinished").rglob("*.done.json"))) == 1
+    assert dataset.prepare(1e-3) and len(dataset.open()) == 4
+
+
+def test_more_bad_records_than_the_config_allows_stop_the_run(tmp_path):
+    write_photos(tmp_path)
+    (tmp_path / "photos" / "0.png").write_bytes(b"")
+    dataset = Dataset(str(tmp_path / "train"), "train", f"folder:{tmp_path}/photos")
+    with pytest.raises(ValueError, match="max_bad_fraction"):
+        dataset.prepare(1e-3)
+    assert dataset.prepare(0.5) and len(dataset.open()) == 3

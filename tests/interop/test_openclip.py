@@ -281,7 +281,7 @@ def test_another_resizing_is_refused(tmp_path):
     write_config(tmp_path, MODEL, resize_mode="squash")
     save_safetensors(make_model(MODEL), tmp_path)
     with pytest.raises(
-        ValueError, match=r"config.json has resize_mode='squash'; this program resizes the short"
+        ValueError, match=r"config.json has resize_mode='squash', but this program resizes the short"
     ):
         read_model(str(tmp_path))
 

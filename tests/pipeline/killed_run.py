@@ -43,14 +43,14 @@ def kill_at_call(module, name: str, call: int, *, after: bool, match: str = "") 
 
 
 def kill_at_step(phase: str, step: int) -> None:
-    original = loop._Reporter.step
+    original = loop._Reporter.report
 
     def killing(self, done, numbers):
         original(self, done, numbers)
         if self._name == phase and done == step:
             os.kill(os.getpid(), _signal)
 
-    loop._Reporter.step = killing
+    loop._Reporter.report = killing
 
 
 PLACES = {

@@ -1,4 +1,4 @@
-"""A further baseline is one row of the recipe table: all that a run does with models follows from it."""
+"""A further baseline or stage is one row of the recipe table: all that a run does with models follows from it."""
 
 import dataclasses
 import json
@@ -27,15 +27,24 @@ ROW = recipes.Recipe(
     num_steps=recipes.one_stage,
     ignores=recipes.ORDINARY,
 )
+STAGE = recipes.Recipe(
+    "consolidation",
+    "consolidated",
+    "stage",
+    lambda config: ("mcl_1",),
+    recipes.TRAIN_FFN,
+    ignores=recipes.STAGE_COUNT,
+)
 TITLE, FOLDER = ROW.title, "baselines/attention_ft"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(workdir, config, results) of a run with the further row."""
+    """(workdir, config, results) of a run with the further rows."""
     workdir, config = epath.Path(tmp_path_factory.mktemp("row")), tiny_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "BASELINES", (*recipes.BASELINES, ROW))
+        patch.setattr(recipes, "STAGES", (*recipes.STAGES, STAGE))
         patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # of the CLIP-MoE alone
         config.baselines = (ROW.name,)
         [results] = runner.run_variants(config, workdir)[""]
@@ -51,26 +60,35 @@ def test_new_baseline_trains_what_its_rules_say(run):
 
 def test_new_baseline_has_a_row_in_the_table(run):
     workdir, _, results = run
-    assert list(results) == ["base", TITLE, "stage 1 alone", "CLIP-MoE"]
-    assert 0 <= results[TITLE]["image_to_text_r1"] <= 1
+    assert list(results) == ["base", TITLE, "stage 1 alone", STAGE.title, "CLIP-MoE"]
     table = main.write_results({"": [results]}, workdir)
-    assert any(line.startswith(TITLE) for line in table.splitlines())
+    for title in (TITLE, STAGE.title):
+        assert 0 <= results[title]["image_to_text_r1"] <= 1
+        assert any(line.startswith(title) for line in table.splitlines())
 
 
 def test_new_baseline_is_in_the_report(run):
     workdir, _, results = run
     main.write_results({"": [results]}, workdir)
     page = (workdir / "report.html").read_text()
-    assert page.count(TITLE) >= 2  # the table of results, and its phase of training
+    for title in (TITLE, STAGE.title):
+        assert page.count(title) >= 2  # the table of results, and its phase of training
 
 
 def test_new_baseline_is_planned_with_the_steps_it_took(run):
     workdir, config, _ = run
     plan = make_plan(config, "h100", 1, 0.4, 64)
-    [stage] = [stage for stage in plan.stages if stage.name == ROW.name]
-    steps = json.loads((workdir / FOLDER / "done.json").read_text())["measured"]["num_steps"]
-    assert stage.num_pairs == steps * config.mcl.batch_size
-    assert ROW.name in format_plan(plan)
+    for row in (ROW, STAGE):
+        [stage] = [stage for stage in plan.stages if stage.name == row.name]
+        steps = json.loads((workdir / row.folder / "done.json").read_text())["measured"]["num_steps"]
+        assert stage.num_pairs == steps * config.mcl.batch_size
+        assert row.name in format_plan(plan)
+
+
+def test_new_stage_goes_by_its_name(run):
+    _, config, _ = run
+    names = runner.stage_names(config)
+    assert names[names.index("router") + 1 :] == ["consolidation", "baselines", "evaluate"]
 
 
 @exhaustive
@@ -100,5 +118,11 @@ def test_recipe_made_from_a_baseline_needs_it_in_the_config():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "BASELINES", (*rows.values(), made_from))
         with pytest.raises(ValueError, match="'twice' is made from 'direct_ft': add it"):
-            recipes.check_baselines(["twice"])
-        recipes.check_baselines(["twice", "direct_ft"])
+            recipes.check_baselines(config_of("twice"))
+        recipes.check_baselines(config_of("twice", "direct_ft"))
+
+
+def config_of(*baselines: str):
+    config = tiny_config()
+    config.baselines = baselines
+    return config

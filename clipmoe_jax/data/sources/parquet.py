@@ -21,11 +21,9 @@ class Parquet:
     """
 
     def __init__(self, path: str, images: str | None = None):
-        """Raises FileNotFoundError for a wrong path, ValueError for missing columns or without pyarrow."""
-        try:
-            import pyarrow.parquet  # optional, and slow to import
-        except ImportError as error:
-            raise ValueError("Parquet files need pyarrow: pip install pyarrow") from error
+        """Raises FileNotFoundError for a wrong path and ValueError for missing columns."""
+        import pyarrow.parquet  # here because it is slow to import
+
         self._images = None if images is None else Images(images)
         self._files = find_files(path, "parquet", ".parquet")
         self._len = 0

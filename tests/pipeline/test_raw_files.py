@@ -1,0 +1,68 @@
+"""A run on a user's own files in one command's worth of work: raw sources, and a base trained from scratch."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from etils import epath
+from PIL import Image
+from tiny_config import get_config as tiny_config
+
+from clipmoe_jax import config as configs
+from clipmoe_jax.data.sources import open_source
+from clipmoe_jax.dmu import results as dmu_results
+from clipmoe_jax.dmu import runner
+
+
+def write_files(folder) -> None:
+    """48 PNGs with captions: in a folder, in ShareGPT4V's JSON, in a tar shard."""
+    (folder / "images").mkdir()
+    entries = []
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for pair in open_source("digit_scenes:train?pairs=48&seed=5"):
+            out = io.BytesIO()
+            Image.open(io.BytesIO(pair.image)).save(out, "PNG")
+            (folder / "images" / f"{pair.id}.png").write_bytes(out.getvalue())
+            (folder / "images" / f"{pair.id}.txt").write_text(pair.captions[0])
+            turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": pair.captions[0]}]
+            entries.append({"id": pair.id, "image": f"{pair.id}.png", "conversations": turns})
+            for suffix, contents in (("png", out.getvalue()), ("txt", pair.captions[0].encode())):
+                member = tarfile.TarInfo(f"{pair.id}.{suffix}")
+                member.size = len(contents)
+                tar.addfile(member, io.BytesIO(contents))
+    (folder / "captions.json").write_text(json.dumps(entries))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """(workdir, {variant: results of each seed}): the variants train bases on other pairs."""
+    files = tmp_path_factory.mktemp("files")
+    write_files(files)
+    workdir, config = epath.Path(tmp_path_factory.mktemp("runs")) / "run", tiny_config()
+    config.data.train = f"sharegpt4v:{files}/captions.json?images={files}/images"
+    config.data.test = f"folder:{files}/images"
+    config.data.base = f"webdataset:{files}/shard.tar"
+    configs.set_variants(config, {"shard": {}, "scenes": {"data.base": "digit_scenes:train?pairs=64"}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})
+        return workdir, runner.run_variants(config, workdir)
+
+
+def test_run_on_raw_files_prepares_trains_and_evaluates(sweep):
+    workdir, results = sweep
+    for variant in ("shard", "scenes"):
+        [numbers] = results[variant]
+        assert list(numbers) == ["base", "stage 1 alone", "CLIP-MoE"]
+    prepared = {path.parent.relative_to(workdir).as_posix() for path in workdir.rglob("report.json")}
+    assert prepared == {"data/train", "data/test", "data/base", "scenes/data/base"}
+    report = json.loads((workdir / "data" / "train" / "report.json").read_text())
+    assert report["pairs"] == 48 and report["bad"] == 0
+
+
+def test_what_comes_from_another_base_is_not_shared(sweep):
+    """The base's data is an input of all that is made from it."""
+    workdir, _ = sweep
+    for name in ("base", "stage_1/features", "stage_1/params", "moe/params"):
+        done = json.loads((workdir / "scenes" / name / "done.json").read_text())
+        assert "copied_from" not in done and "contents of data.base" in done["inputs"], name
