@@ -1,4 +1,4 @@
-"""A further baseline or stage is one row of the recipe table: all that a run does with models follows from it."""
+"""A further baseline or stage is one row of the recipe table: a run makes, plans and shows it."""
 
 import dataclasses
 import json

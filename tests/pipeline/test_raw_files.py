@@ -1,7 +1,8 @@
-"""A run on a user's own files in one command's worth of work: raw sources, and a base trained from scratch."""
+"""A run on a user's own files: sources that it prepares, and a base trained from scratch."""
 
 import io
 import json
+import pathlib
 import tarfile
 
 import pytest
@@ -54,7 +55,8 @@ def test_run_on_raw_files_prepares_trains_and_evaluates(sweep):
     for variant in ("shard", "scenes"):
         [numbers] = results[variant]
         assert list(numbers) == ["base", "stage 1 alone", "CLIP-MoE"]
-    prepared = {path.parent.relative_to(workdir).as_posix() for path in workdir.rglob("report.json")}
+    folder = pathlib.Path(workdir)
+    prepared = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("report.json")}
     assert prepared == {"data/train", "data/test", "data/base", "scenes/data/base"}
     report = json.loads((workdir / "data" / "train" / "report.json").read_text())
     assert report["pairs"] == 48 and report["bad"] == 0
