@@ -345,4 +345,4 @@ def test_failure_of_one_process_of_local_py_ends_the_others(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1
-    assert "--stage=nonsense is not a stage of this config" in done.stderr
+    assert "error: 'nonsense' is not a stage of this config" in done.stderr
