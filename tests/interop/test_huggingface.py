@@ -423,7 +423,7 @@ def test_another_resizing_is_refused(pair, tmp_path, fields, refused):
     if not refused:
         assert read_model(str(tmp_path)).config == read_model(str(folder)).config
         return
-    with pytest.raises(ValueError, match=f"preprocessor_config.json has {refused}; this program resizes"):
+    with pytest.raises(ValueError, match=f"preprocessor_config.json has {refused}, but this program resizes"):
         read_model(str(tmp_path))
 
 

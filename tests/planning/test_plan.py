@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from grids import grid
+from grids import exhaustive, grid
 
 from benchmarks.collectives import sent
 from clipmoe_jax.config import default_config
@@ -339,6 +339,7 @@ def test_main_names_the_command():
     assert len(done.stderr.splitlines()) == 1 and "python -m clipmoe_jax.plan --config=" in done.stderr
 
 
+@exhaustive
 def test_short_captions_cost_a_second_pass_of_the_text_tower():
     """64 of 248 positions; the step lowers."""
     config = default_config()
