@@ -71,7 +71,9 @@ def reference(params, x):
     return y
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", grid("dense", "ragged", "capacity", rest=["ragged by fixed blocks", "ragged by ragged_dot"])
+)
 def test_values_equal_a_loop_over_tokens(params, x, name):
     y, aux = make_layer(**EXACT[name]).apply({"params": params}, x)
     np.testing.assert_allclose(y, reference(params, x), rtol=2e-4, atol=2e-4)

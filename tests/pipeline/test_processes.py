@@ -191,10 +191,10 @@ def test_process_that_is_killed_ends_the_other(killed):
 
 
 def test_only_process_0_writes_metrics(terminated):
-    """A line for each logged step, not two."""
+    """A line for each logged step, not two; the processes agree on a step to stop at after the signal."""
     steps = [(line["phase"], line["step"]) for line in metrics_of(terminated[0])]
-    last = {"base": 7, "mcl_1": 5}
-    assert sorted(steps) == [(phase, step + 1) for phase in last for step in range(last[phase])]
+    assert len(steps) == len(set(steps))
+    assert {("base", step) for step in range(1, 8)} | {("mcl_1", step) for step in range(1, 5)} <= {*steps}
 
 
 def assert_every_step_has_one_line(workdir):
