@@ -219,3 +219,16 @@ def test_planted_flags_and_prints_are_seen():
     ):
         assert writes_to_the_terminal(f"def f():\n    {planted}"), planted
     assert not writes_to_the_terminal('TEXT = "print(1)"\ndef f(bar: tqdm): ...')
+
+
+def test_docstrings_begin_with_no_question_word():
+    """They begin with a verb: what is returned or done, not a clause about it."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    places = [
+        f"{name}:{node.body[0].lineno}"
+        for name, source in sources().items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, kinds)
+        and (ast.get_docstring(node) or "-").split()[0].rstrip(",:") in ("What", "How", "Where")
+    ]
+    assert places == []

@@ -15,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
+from grids import exhaustive
 from PIL import Image
 
 from clipmoe_jax.data.loader import StreamedPairs
@@ -262,7 +263,8 @@ preparation.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, 
 """
 
 
-def test_killed_at_random_moments_and_gone_on_with_is_the_same_byte_for_byte(out, tmp_path):
+@exhaustive
+def test_resume_after_kills_at_random_moments_gives_the_same_bytes(out, tmp_path):
     """In the middle of a file ten times, further each time, and before the last lines."""
     root = tmp_path / "many"
     source = make_folder(root, 120)

@@ -165,7 +165,6 @@ label_sets = pytest.mark.parametrize(
         "1 clusters, 50 records, batches of 8",
         "9 clusters, 100 records, batches of 100",
         "81 clusters, 1000 records, batches of 7",
-        "729 clusters, 700 records, batches of 32",
     ),
 )
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from grids import exhaustive
 from PIL import Image
 
 from clipmoe_jax import evaluate
@@ -254,7 +255,8 @@ def test_data_that_is_missing_or_does_not_fit_is_refused(folder, line, error, me
         _ = parse_evaluation(line.format(folder)).data
 
 
-def test_an_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_path):
+@exhaustive
+def test_expert_alone_is_the_dense_model_that_it_was(folder, trained, tmp_path):
     """Exactly: the same parameters, the same program."""
     evaluations = [
         parse_evaluation(f"retrieval:{folder}/captioned_set"),

@@ -93,6 +93,7 @@ def test_device_that_pytorch_has_not_is_named():
         peers.make_program("mcl", dataclasses.asdict(TINY) | {"platform": "tpu"})
 
 
+@exhaustive
 def test_process_that_fails_tells_why():
     sizes = dataclasses.asdict(TINY) | {"platform": "tpu"}
     with pytest.raises(RuntimeError, match="ValueError: PyTorch has no device of the kind 'tpu'"):

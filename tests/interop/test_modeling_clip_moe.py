@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from grids import quick
+from grids import exhaustive, quick
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -340,6 +340,7 @@ AutoModel.from_pretrained(out + "/saved", trust_remote_code=True)
 """
 
 
+@exhaustive
 def test_remote_code_loads_without_jax(pair, tmp_path):
     """In a process of its own that has neither JAX nor this package; what it saves can be loaded again."""
     _, _, folder, model = pair

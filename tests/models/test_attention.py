@@ -6,6 +6,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from grids import grid
 
 from clipmoe_jax.core import sharding
 from clipmoe_jax.models import attention as module
@@ -42,8 +43,8 @@ def test_equals_softmax_written_out(implementation, causal, segments):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * H * L * L], ids=["one by one", "three and a rest"])
-@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("chunk", grid(3 * H * L * L, rest=[1]), ids=["three and a rest", "one by one"])
+@pytest.mark.parametrize("causal", grid(True, rest=[False]), ids=["causal", "all"])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "segments"])
 def test_chunked_values_and_gradients_equal_autodiff(monkeypatch, chunk, causal, segments):
     monkeypatch.setattr(module, "CHUNK_SCORES", chunk)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import grid
 
 from clipmoe_jax.models.dropout import Dropout
 from clipmoe_jax.models.feed_forward import FeedForward, Mlp, Weights, gelu, quick_gelu
@@ -33,8 +34,8 @@ def test_the_first_values_of_parameters_do_not_depend_on_chunks():
     chex.assert_trees_all_equal(whole, chunked)
 
 
-@pytest.mark.parametrize("activation", [quick_gelu, gelu])
-@pytest.mark.parametrize("chunk_rows", [0, 1, 5, 13, 25, 26, 100])
+@pytest.mark.parametrize("activation", grid(quick_gelu, rest=[gelu]))
+@pytest.mark.parametrize("chunk_rows", grid(0, 5, rest=[1, 13, 25, 26, 100]))
 def test_values_and_gradients_equal_autodiff(params, chunk_rows, activation):
     """All rows at once; chunks that divide the 26 rows, that leave some over, that are more than all."""
 

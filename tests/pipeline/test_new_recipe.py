@@ -51,6 +51,7 @@ def run(tmp_path_factory):
         yield workdir, config, results
 
 
+@exhaustive
 def test_new_baseline_trains_what_its_rules_say(run):
     workdir, *_ = run
     before, after = (trees.flatten(load_model(workdir / name)[1]) for name in ("base", FOLDER))
@@ -58,6 +59,7 @@ def test_new_baseline_trains_what_its_rules_say(run):
     assert changed and all("/attn/" in name for name in changed)
 
 
+@exhaustive
 def test_new_baseline_has_a_row_in_the_table(run):
     workdir, _, results = run
     assert list(results) == ["base", TITLE, "stage 1 alone", STAGE.title, "CLIP-MoE"]
@@ -67,6 +69,7 @@ def test_new_baseline_has_a_row_in_the_table(run):
         assert any(line.startswith(title) for line in table.splitlines())
 
 
+@exhaustive
 def test_new_baseline_is_in_the_report(run):
     workdir, _, results = run
     main.write_results({"": [results]}, workdir)
@@ -75,6 +78,7 @@ def test_new_baseline_is_in_the_report(run):
         assert page.count(title) >= 2  # the table of results, and its phase of training
 
 
+@exhaustive
 def test_new_baseline_is_planned_with_the_steps_it_took(run):
     workdir, config, _ = run
     plan = make_plan(config, "h100", 1, 0.4, 64)
@@ -105,6 +109,7 @@ def test_new_baseline_is_not_made_twice_and_resumes(run):
         np.testing.assert_array_equal(leaf, trees.flatten(again)[name])
 
 
+@exhaustive
 def test_new_baseline_is_exported_with_its_scores(run, tmp_path):
     workdir, *_ = run
     out = tmp_path / "exported"

@@ -67,7 +67,9 @@ class Finished(NamedTuple):
     printed: str
 
 
-@pytest.fixture(scope="module", params=grid(TINY, rest=[DEMO]))
+@pytest.fixture(
+    scope="module", params=grid(pytest.param(TINY, id="tiny"), rest=[pytest.param(DEMO, id="demo")])
+)
 def finished(request, tmp_path_factory):
     """A run by the command."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
@@ -216,7 +218,7 @@ def test_table_of_several_seeds_has_means_and_paired_differences(finished):
 
 FFN, ATTENTION = "visual/resblocks_0/mlp/c_fc/kernel", "visual/resblocks_0/attn/out_proj/kernel"
 EXPERTS = "visual/resblocks_0/moe/c_fc/kernel"
-has_every_baseline = pytest.mark.parametrize("finished", [TINY], indirect=True)
+has_every_baseline = pytest.mark.parametrize("finished", [TINY], ids=["tiny"], indirect=True)
 
 
 @pytest.fixture

@@ -150,11 +150,17 @@ def test_sigterm_to_one_process_saves_and_stops_both(terminated):
     assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
 
 
+def test_two_processes_train_the_base_that_one_trains(alone, terminated):
+    assert_same_params(terminated[0], alone, "base", rtol=1e-4, atol=1e-5)
+
+
+@exhaustive
 @pytest.mark.parametrize("model", MODELS)
 def test_two_processes_stopped_and_resumed_train_what_one_trains(alone, resumed, model):
     assert_same_params(resumed, alone, model, rtol=1e-4, atol=1e-5)
 
 
+@exhaustive
 def test_two_processes_stopped_and_resumed_give_features_and_labels_of_one(alone, resumed):
     assert_same_arrays(resumed, alone)
 
@@ -184,12 +190,20 @@ def test_process_that_is_killed_ends_the_other(killed):
     assert first.returncode not in (0, 75)
 
 
+def test_only_process_0_writes_metrics(terminated):
+    """A line for each logged step, not two; the processes agree on a step to stop at after the signal."""
+    steps = [(line["phase"], line["step"]) for line in metrics_of(terminated[0])]
+    assert len(steps) == len(set(steps))
+    assert {("base", step) for step in range(1, 8)} | {("mcl_1", step) for step in range(1, 5)} <= {*steps}
+
+
 def assert_every_step_has_one_line(workdir):
     steps = [(line["phase"], line["step"]) for line in metrics_of(workdir)]
     assert sorted(steps) == [(phase, step) for phase in ("base", "mcl_1", "router") for step in range(1, 8)]
 
 
-def test_only_process_0_writes_metrics(resumed):
+@exhaustive
+def test_only_process_0_writes_metrics_of_a_run_that_was_resumed(resumed):
     assert_every_step_has_one_line(resumed)
 
 
@@ -345,4 +359,4 @@ def test_failure_of_one_process_of_local_py_ends_the_others(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1
-    assert "'nonsense' is not a stage of this config" in done.stderr
+    assert "error: 'nonsense' is not a stage of this config" in done.stderr
