@@ -5,11 +5,10 @@
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
 A config with `variants` is a sweep: each variant is a run in WORKDIR/VARIANT, and one table compares them
-(configs/sweep.py). A stage that is done is not done again; a run that was killed goes on. `--stage` runs one
-stage
+(configs/sweep.py). A finished stage is not run again, and a killed run resumes. `--stage` runs one stage
 alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
 
-`python -m clipmoe_jax.plan` says beforehand what a run would take, on devices that need not be here.
+`python -m clipmoe_jax.plan` estimates beforehand what a run takes on any number of devices.
 """
 
 import time

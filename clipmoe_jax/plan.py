@@ -1,4 +1,4 @@
-"""Prints what a run would take on devices that need not be here, and runs nothing (docs/scaling.md).
+"""Prints what a run would take on any number of devices, and runs nothing (docs/scaling.md).
 
     python -m clipmoe_jax.plan --config=configs/vit_l14_sharegpt4v.py --accelerator=h100 --devices=8 \\
         --pairs=1246000 --mfu=0.4

@@ -82,7 +82,7 @@ class StreamedPairs:
 
     @property
     def context_length(self) -> int:
-        """L."""
+        """Returns L, the tokens of a row."""
         return self.tokenizer.context_length
 
     def caption_lengths(self, indices: np.ndarray) -> np.ndarray:

@@ -90,7 +90,8 @@ class Records:
 
     @functools.cached_property
     def token_counts(self) -> np.ndarray:
-        """uint16 (N,): tokens of each record's longest caption. Raises FileNotFoundError if the data set was
+        """Returns uint16 (N,): tokens of each record's longest caption. Raises FileNotFoundError if the data
+        set was
         prepared without them."""
         path = epath.Path(self.path) / f"token_counts-{self.split.partition('[')[0]}.npy"
         if not path.exists():

@@ -15,8 +15,7 @@ def fit_centres(
 ) -> Float32[np.ndarray, "C D"]:
     """Returns k-means centres (C, D) float32 of features in parts, each (R, D), possibly on disk.
 
-    They are fitted to at most `max_fit` features drawn by the seed, which alone are in memory at once. One
-    thread
+    They are fitted to at most `max_fit` features drawn by the seed; only these are in memory. One thread
     computes: scikit-learn adds partial sums in the order in which threads finish. Raises ValueError for fewer
     pairs than clusters.
     """

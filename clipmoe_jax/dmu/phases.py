@@ -21,16 +21,16 @@ class PlannedPhase:
     """A phase before it runs.
 
     Attributes:
-        name: the recipe's; stage: the stage that trains it.
-        architecture, compute: of the model that it trains.
-        rules: what trains.
-        hyperparameters: of its section of the config.
-        num_steps: as many as the config says for so many pairs. Fewer where mcl.small_clusters=drop leaves
-            pairs
-            out and the config counts epochs: then it is a bound.
-        short_length: of the short captions that it sees beside the long ones, 0 for none.
+        name: the recipe's.
+        stage: the stage that trains it.
+        architecture: the model's.
+        compute: how the model is computed.
+        rules: which parameters train.
+        hyperparameters: those of its section of the config.
+        num_steps: the steps that the config asks for with so many pairs.
+        short_length: tokens of the short captions that it sees beside the long ones, 0 for none.
         frozen_dtype: the type that frozen matrices are held in.
-        is_bound: whether num_steps is only the most that it may take.
+        is_bound: whether it may take fewer steps: mcl.small_clusters=drop leaves pairs out of an epoch.
         number: of an MCL stage, 0 for other phases.
     """
 

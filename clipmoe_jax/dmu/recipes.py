@@ -32,8 +32,8 @@ FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
 UPCYCLED_FIELDS = (*STAGE_FIELDS, "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev")
 MOE_FIELDS = (*STAGE_FIELDS, "moe.", "router.")
-# Fields among these that make no difference: to a stage, how many follow it; to what trains on ordinary
-# batches from the base, how stages start and cluster.
+# Some of these fields change nothing: a stage does not depend on how many stages follow it, and a model that
+# trains on ordinary batches from the base does not depend on how stages start and cluster.
 STAGE_COUNT = ("mcl.num_stages",)
 STAGES_ALONE = ("mcl.init_from", "mcl.small_clusters", "cluster.num_clusters", "cluster.max_fit_pairs")
 
@@ -96,12 +96,12 @@ class Recipe:
 
     @property
     def stage(self) -> str:
-        """The stage that makes it: all baselines are one."""
+        """Returns the name of the stage that makes it; all baselines are one."""
         return "baselines" if self.group == "baseline" else self.name
 
     @property
     def folder(self) -> str:
-        """Its model folder in the workdir."""
+        """Returns its model folder in the workdir."""
         if self.group == "baseline":
             return f"baselines/{self.name}"
         if self.number:
@@ -110,7 +110,7 @@ class Recipe:
 
     @property
     def upcycled_folder(self) -> str:
-        """The model folder of an MoE before its routers train."""
+        """Returns the model folder of an MoE before it is trained."""
         return "moe/upcycled" if self.name == ROUTER_NAME else f"{self.folder}_upcycled"
 
     def is_moe(self, config: ConfigDict) -> bool:

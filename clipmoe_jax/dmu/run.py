@@ -123,7 +123,7 @@ class Run:
         return Tokenizer(min(most, context_length), parse_special_tokens=False)
 
     def model(self, architecture: ClipConfig, *, training_routers: bool = False) -> Clip:
-        """Returns a module that computes as this platform does best."""
+        """Returns a module that computes in this platform's way (`configs.compute_config`)."""
         compute = configs.compute_config(self.config, sharding.platform(), training_routers=training_routers)
         return Clip(architecture, compute)
 

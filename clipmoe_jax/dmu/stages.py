@@ -52,7 +52,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
 
 
 def embed(run: Run, stage: int) -> None:
-    """stage_s/features: image-*.npy and text-*.npy, (rows, embed) float16 unit vectors in record order."""
+    """Writes stage_s/features: image-*.npy, text-*.npy, (rows, embed) float16 unit vectors in record order."""
     before = _model_before(run, stage)
     source = artifacts.require(run.workdir / before.folder, before.stage)
 
@@ -82,7 +82,7 @@ def _model_before(run: Run, stage: int) -> Recipe:
 
 
 def cluster(run: Run, stage: int) -> None:
-    """stage_s/clusters: pseudo_labels.npy (N,) int32 (int64 if there are that many), and a ClusterIndex.
+    """Writes stage_s/clusters: pseudo_labels.npy (N,) int32 (int64 for more labels), and a ClusterIndex.
 
     Neither features nor labels of all pairs are in memory at once.
     """

@@ -40,7 +40,7 @@ class Evaluation:
 
     @functools.cached_property
     def data(self) -> Data:
-        """The data that the line names, opened once.
+        """Returns the data that the line names, opened once.
 
         Raises:
             FileNotFoundError: a file or data set is not there.
@@ -60,12 +60,12 @@ class Evaluation:
 
     @property
     def chance(self) -> Numbers:
-        """{metric: value that guessing reaches}, of the metrics for which it is known."""
+        """Returns {metric: value that guessing reaches}, of the metrics for which it is known."""
         return self.data.chance
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
-        """{"path" or option: fingerprint} of the prepared data sets that the line names."""
+        """Returns {"path" or option: fingerprint} of the prepared data sets that the line names."""
         options = [name for name in ("train", "unknown") if name in self.options]
         fingerprints = {name: self._data_sets.records(name).fingerprint for name in options}
         if self.kind != "mmvp":

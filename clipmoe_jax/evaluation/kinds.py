@@ -32,7 +32,7 @@ class Data(Protocol):
 
     @property
     def chance(self) -> Numbers:
-        """The value of each metric that guessing reaches, where that is known."""
+        """Returns the value of each metric that guessing reaches, where that is known."""
         ...
 
     def measure(self, subject: Subject) -> Numbers:

@@ -1,4 +1,4 @@
-"""A training step over devices that need not be here: its arguments as shapes with their shardings."""
+"""A training step over an abstract mesh: its arguments as shapes with their shardings."""
 
 import dataclasses
 import functools

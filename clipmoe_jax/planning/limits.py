@@ -24,7 +24,7 @@ class Limit(NamedTuple):
 
     @property
     def exceeded(self) -> bool:
-        """Whether the config's batch is larger."""
+        """Returns whether the config's batch is larger."""
         return self.batch_size > self.largest
 
 

@@ -54,7 +54,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All of it; reporting/plan_tables.py makes it readable."""
+    """The plan of a run; reporting/plan_tables.py formats it."""
 
     accelerator: Accelerator
     mesh: AbstractMesh
