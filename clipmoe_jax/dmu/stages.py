@@ -52,7 +52,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
 
 
 def embed(run: Run, stage: int) -> None:
-    """Writes stage_s/features: image-*.npy, text-*.npy, (rows, embed) float16 unit vectors in record order."""
+    """Writes stage_s/features: image-*.npy, text-*.npy, (rows, embed) float16 unit vectors, in order."""
     before = _model_before(run, stage)
     source = artifacts.require(run.workdir / before.folder, before.stage)
 
