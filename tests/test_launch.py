@@ -10,7 +10,7 @@ import time
 
 import pytest
 import yaml
-from grids import grid, quick
+from grids import exhaustive, grid, quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -227,6 +227,7 @@ def test_run_stopped_by_its_host_starts_again(tmp_path, slice_of_one, interrupti
     assert "the run was stopped" in done.stderr and changes(tmp_path) == ["create", "scp", "scp", "delete"]
 
 
+@exhaustive
 def test_run_goes_on_while_the_connection_is_lost(tmp_path, slice_of_one):
     path = slice_of_one("echo 4 > LOG/offline", seconds=1)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", "--workdir=two words' end", PATH=path)
@@ -271,6 +272,7 @@ def test_nothing_is_requested_without_a_connection(tmp_path, slice_of_one):
     assert (tmp_path / "calls").read_text() == "queued-resources list\n"
 
 
+@exhaustive
 @pytest.mark.parametrize(("seconds", "code"), grid((0, 3), rest=[(3, 0)]))
 def test_same_command_again_follows_the_run(tmp_path, slice_of_one, seconds, code):
     """Also one that has ended since; after that it starts another."""

@@ -91,6 +91,7 @@ def format_attributes(seeds: Sequence[Results], line: str) -> str:
         )
         lines.append("  ".join([f"{label:{width}}", *cells]))
     chance = seeds[0][CLIP_MOE]["chance"][line]
+    chance = {MEAN: float(np.mean(list(chance.values()))), **chance}
     cells = (f"{100 * chance[column]:>{n}.1f}" for column, n in widths.items())
     lines.append("  ".join([f"{'chance':{width}}", *cells]))
     data = f" of {line.partition(':')[2]}" if len(attribute_lines(seeds)) > 1 else ""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from etils import epath
-from grids import grid, quick
+from grids import exhaustive, grid, quick
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel, pipeline
 
@@ -324,6 +324,7 @@ print(peak() - before)
 """
 
 
+@exhaustive
 @pytest.mark.parametrize("to", grid("clipmoe", rest=["huggingface"]))
 def test_import_takes_less_memory_than_two_and_a_half_files(tmp_path, to):
     """Half precision is the hard case: what is loaded is itself twice as large as the file."""

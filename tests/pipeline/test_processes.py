@@ -143,6 +143,7 @@ def assert_same_arrays(workdir, expected_workdir):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=str(array))
 
 
+@exhaustive
 def test_sigterm_to_one_process_saves_and_stops_both(terminated):
     """Exit code 75: start again."""
     _, done = terminated

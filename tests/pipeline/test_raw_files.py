@@ -5,15 +5,18 @@ import json
 import pathlib
 import tarfile
 
+import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 from tiny_config import get_config as tiny_config
 
 from clipmoe_jax import config as configs
+from clipmoe_jax.core import trees
 from clipmoe_jax.data.sources import open_source
 from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.dmu import runner
+from clipmoe_jax.models.model_folder import load_model
 
 
 def write_files(folder) -> None:
@@ -60,6 +63,21 @@ def test_run_on_raw_files_prepares_trains_and_evaluates(sweep):
     assert prepared == {"data/train", "data/test", "data/base", "scenes/data/base"}
     report = json.loads((workdir / "data" / "train" / "report.json").read_text())
     assert report["pairs"] == 48 and report["bad"] == 0
+
+
+def test_run_starts_from_the_base_of_another_run(sweep, tmp_path):
+    """As from any checkpoint: the base is imported, nothing of it trains again."""
+    workdir, _ = sweep
+    config = tiny_config()
+    config.base.checkpoint, config.base.logit_scale = str(workdir / "shard" / "base"), 0.0
+    config.data.train, config.data.base, config.data.test = str(workdir / "data" / "train"), "", ""
+    assert runner.run_variants(config, epath.Path(tmp_path)) == {"": []}
+    folders = tmp_path / "base", workdir / "shard/base"
+    imported, own = (trees.flatten(load_model(folder)[1]) for folder in folders)
+    for name, leaf in own.items():
+        np.testing.assert_array_equal(imported[name], leaf)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["phase"] for line in lines} == {"mcl_1", "router"}
 
 
 def test_what_comes_from_another_base_is_not_shared(sweep):

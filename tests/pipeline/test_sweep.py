@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from grids import exhaustive
 from test_configs import get_config
 from tiny_config import get_config as tiny_config
 
@@ -32,6 +33,7 @@ def phases(workdir) -> set[str]:
     return {json.loads(line)["phase"] for line in (workdir / "metrics.jsonl").read_text().splitlines()}
 
 
+@exhaustive
 def test_stages_that_variants_share_are_trained_once(sweep):
     workdir, _ = sweep
     assert phases(workdir / "one") == {"base", "mcl_1", "router"} and phases(workdir / "two") == {"router"}
@@ -44,6 +46,7 @@ def test_stages_that_variants_share_are_trained_once(sweep):
         jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@exhaustive
 def test_model_that_the_varied_field_changes_is_made_for_each_variant(sweep):
     workdir, _ = sweep
     for variant, num_selected in (("one", 1), ("two", 2)):
@@ -54,6 +57,7 @@ def test_model_that_the_varied_field_changes_is_made_for_each_variant(sweep):
         assert written["moe"]["num_selected_experts"] == num_selected and not written["variants"]
 
 
+@exhaustive
 def test_table_has_a_row_for_each_variant(sweep):
     _, found = sweep
     rows = {line.split()[0]: line.split()[1:] for line in main.format_variants(found).splitlines()[1:3]}
@@ -65,6 +69,7 @@ def test_table_has_a_row_for_each_variant(sweep):
     assert rows["one"][-1] != rows["two"][-1]  # active parameters
 
 
+@exhaustive
 def test_row_of_several_seeds_is_their_mean_and_standard_deviation(sweep):
     _, found = sweep
     [results] = found["one"]
@@ -75,6 +80,7 @@ def test_row_of_several_seeds_is_their_mean_and_standard_deviation(sweep):
     assert f"{100 * results['CLIP-MoE']['image_to_text_r1'] + 1:.1f} ± 1.4" in row
 
 
+@exhaustive
 def test_finished_sweep_trains_nothing_more(sweep):
     workdir, found = sweep
     config = tiny_config()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from etils import epath
+from grids import exhaustive
 from PIL import Image
 from test_configs import get_config
 
@@ -69,6 +70,7 @@ def users_config(folder):
     return config
 
 
+@exhaustive
 def test_run_from_a_users_checkpoint_and_images(users_files, tmp_path):
     """77 positions are stretched, only the last blocks become MoE, released balance, capacity dispatch, short
     captions; on eight devices that split the parameters."""

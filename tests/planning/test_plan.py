@@ -208,6 +208,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
     assert num_bytes == {"all-gather": 5 * 7 / 8 * 64 * 64 * 4}
 
 
+@exhaustive
 @pytest.mark.parametrize("remat", grid("full", rest=["none", "dots"]))
 def test_fsdp_gathers_parameters_and_no_activations(remat):
     """Once; with remat once more for the backward pass. The last feed-forward layer sees one token of a pair:

@@ -153,6 +153,7 @@ def test_eight_experts_on_eight_devices(batches):
     chex.assert_trees_all_close(params, expected_params, rtol=1e-4, atol=1e-5)
 
 
+@exhaustive
 def test_expert_weights_are_never_gathered(batches):
     """Tokens go to the experts and come back: each device computes with the one expert that it holds."""
     mesh = sharding.make_mesh(2, 1, 4)
@@ -349,6 +350,7 @@ def test_resumed_equals_uninterrupted(pairs, tmp_path, stop_after):
     assert measured["num_steps"] == 7
 
 
+@exhaustive
 def test_frozen_leaves_held_in_bfloat16_come_back_as_they_were(pairs, tmp_path):
     """Training sees them rounded, and the saved model does not."""
     expected, measured = fit_routers(pairs, tmp_path / "float32")
