@@ -82,15 +82,14 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
     )
-    flags.DEFINE_bool("plan", False, "Has become python -m clipmoe_jax.plan.")
     flags.mark_flags_as_required(["config", "workdir"])
-    flags.register_validator(  # the last one, whose line is shown
-        "plan",
-        lambda given: not given,
-        "plans are made by python -m clipmoe_jax.plan --config=… --accelerator=… --devices=… --pairs=…",
-    )
 
+
+_FLAGS_OF_PLAN = dict.fromkeys(
+    ("plan", "plan_accelerator", "plan_devices", "plan_pairs", "plan_mfu", "plan_scaling"),
+    "python -m clipmoe_jax.plan --config=… --accelerator=… --devices=… --pairs=…",
+)
 
 if __name__ == "__main__":
     _define_flags()
-    cli.run(main, renamed=configs.RENAMED)
+    cli.run(main, renamed=configs.RENAMED | _FLAGS_OF_PLAN)

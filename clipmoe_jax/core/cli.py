@@ -22,8 +22,8 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     Errors made for people become one line on stderr and exit code 1: bad flags, unknown config fields, files
     that cannot be opened, and every ValueError or KeyError raised by this package. An error from inside a
     library keeps its stack trace, and so does every error if the environment variable CLIPMOE_DEBUG is set.
-    renamed: {config field of an earlier version: what it is now}, to say so where one is set. A run that
-    SIGTERM stopped says so and exits with `distributed.EXIT_PREEMPTED`.
+    renamed: {config field or flag of an earlier version: what it is now}, to say so where one is set. A run
+    that SIGTERM stopped says so and exits with `distributed.EXIT_PREEMPTED`.
     """
 
     def main_with_clear_errors(argv: list[str]) -> None:
@@ -76,11 +76,13 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
             raise
         text = _one_line(error)
         hint = _renaming(text, renamed)
-        _fail(f"no such config field: {text}{hint}" if hint or isinstance(error, AttributeError) else text)
+        is_flag = isinstance(error, flags.UnrecognizedFlagError)
+        is_field = not is_flag and (hint or isinstance(error, AttributeError))
+        _fail(f"no such config field: {text}{hint}" if is_field else text + hint)
 
 
 def _renaming(text: str, renamed: Mapping[str, str]) -> str:
-    """Says what fields of an earlier version are now, where the text of an error names some."""
+    """Says what fields and flags of an earlier version are now, where the text of an error names some."""
     words = set(re.findall(r"[\w.]+", text.replace("config.", "")))
     new = [f"{old} is now {now}" for old, now in renamed.items() if words & {old, old.rpartition(".")[2]}]
     return f"; {'; '.join(new)}" if new else ""

@@ -334,8 +334,8 @@ def test_command_ends_with_one_line(flags, message):
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {message}")
 
 
-def test_main_names_the_command():
-    done = run_command("main", "--config=configs/vit_b32.py", "--plan")
+def test_main_names_the_command_for_the_flags_it_had():
+    done = run_command("main", "--config=configs/vit_b32.py", "--plan_accelerator=v5p", "--plan")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and "python -m clipmoe_jax.plan --config=" in done.stderr
 
