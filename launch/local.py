@@ -19,11 +19,10 @@ import sys
 import time
 
 EXIT_PREEMPTED = 75  # clipmoe_jax.core.distributed.EXIT_PREEMPTED, without importing JAX
-GRACE_SECONDS = 90
 
 
 def commands(arguments: argparse.Namespace, port: int) -> list[tuple[dict[str, str], list[str]]]:
-    """For each process what it adds to the environment, and its command."""
+    """Returns for each process what it adds to the environment, and its command."""
     command = [sys.executable, "-m", "clipmoe_jax.main", *arguments.main]
     return [
         (
@@ -60,7 +59,7 @@ def run_once(arguments: argparse.Namespace) -> int:
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
-    """The code of the first process that failed, after the others have ended; 75 and 0 are no failures."""
+    """Returns the code of the first process that failed, when all have ended; 75 and 0 are no failures."""
     failed = None
     while any(process.poll() is None for process in processes):
         codes = [process.returncode for process in processes]
@@ -77,7 +76,7 @@ def wait(processes: list[subprocess.Popen]) -> int:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """SIGTERM, and SIGKILL to who waits for somebody dead."""
+    """Sends SIGTERM, and SIGKILL to those that still wait for a dead process after five seconds."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + 5
@@ -88,7 +87,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Returns a port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -37,16 +37,6 @@ def max_probability(probabilities: np.ndarray) -> np.ndarray:
     return probabilities.max(axis=1)
 
 
-def negative_entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Returns minus the entropy in nats: (N, C) -> (N,)."""
-    return -scipy.special.entr(probabilities).sum(axis=1)
-
-
-def negative_energy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Returns T·log Σ exp(logit / T), minus the energy of arXiv 2010.03759, eq. 4: (N, C) -> (N,)."""
-    return temperature * scipy.special.logsumexp(logits / temperature, axis=1)
-
-
 def zero_shot_probabilities(
     image_features: np.ndarray, classes: np.ndarray, logit_scale: float = CLIP_LOGIT_SCALE
 ) -> np.ndarray:
@@ -62,8 +52,8 @@ def cooked_probabilities(classifier: np.ndarray, probe: np.ndarray, zero_shot: n
     https://github.com/glhr/COOkeD): a classifier trained on the known classes alone, a linear probe of CLIP's
     image features, and zero-shot CLIP at scale 100.
 
-    Each (N, C) -> (N, C). Its authors score it by `max_probability` (their demo.py) and by `negative_entropy`
-    (what their eval.py prints). Raises ValueError for shapes that differ and rows that do not sum to 1.
+    Each (N, C) -> (N, C). Its authors score it by `max_probability` in their demo.py, by minus the entropy in
+    their eval.py. Raises ValueError for shapes that differ and rows that do not sum to 1.
     """
     members = {"classifier": classifier, "probe": probe, "zero-shot": zero_shot}
     for name, probabilities in members.items():

@@ -35,11 +35,6 @@ class Tensor(NamedTuple):
 Tensors = dict[str, Tensor]
 
 
-def from_arrays(arrays: Mapping[str, np.ndarray]) -> Tensors:
-    """Returns arrays in memory as if they came from a file."""
-    return {name: Tensor(array.shape, lambda array=array: array) for name, array in arrays.items()}
-
-
 def open_tensors(path: epath.Path) -> Tensors:
     """Opens a safetensors or PyTorch file; its first bytes tell which it is.
 

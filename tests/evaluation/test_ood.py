@@ -8,8 +8,6 @@ from clipmoe_jax.evaluation.ood import (
     cooked_probabilities,
     detection_metrics,
     max_probability,
-    negative_energy,
-    negative_entropy,
     zero_shot_probabilities,
 )
 
@@ -53,16 +51,8 @@ def test_scores_that_are_none_or_not_finite_are_refused(known, unknown):
         detection_metrics(np.array(known), np.array(unknown))
 
 
-def test_scores_by_hand():
-    probabilities = np.array([[0.5, 0.25, 0.25], [1, 0, 0]])
-    np.testing.assert_allclose(max_probability(probabilities), [0.5, 1])
-    # 1/2 log 2 + 2 x 1/4 log 4 = 3/2 log 2
-    np.testing.assert_allclose(negative_entropy(probabilities), [-1.5 * np.log(2), 0])
-    logits = np.log([[1.0, 2, 5], [4, 4, 8]])
-    np.testing.assert_allclose(negative_energy(logits), np.log([8, 16]))
-    # T = 1/2 squares: 1 + 4 + 25 = 30 and 16 + 16 + 64 = 96, to the power 1/2.
-    np.testing.assert_allclose(negative_energy(logits, 0.5), np.log([30, 96]) / 2)
-    np.testing.assert_allclose(negative_energy(np.array([[1000.0, 1000]])), 1000 + np.log(2))
+def test_highest_probability_by_hand():
+    np.testing.assert_allclose(max_probability(np.array([[0.5, 0.25, 0.25], [1, 0, 0]])), [0.5, 1])
 
 
 def test_zero_shot_probabilities_by_hand():

@@ -18,7 +18,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.interop import released
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.interop.nametable import to_ours
-from clipmoe_jax.interop.tensor_files import from_arrays
+from clipmoe_jax.interop.tensor_files import Tensor
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.inputs import MEAN, STD
 from clipmoe_jax.models.model_folder import save_model
@@ -47,7 +47,8 @@ def write(path, arrays):
 
 def to_params(state):
     """A state dict of numpy arrays to our params."""
-    tensors, _ = released.normalise(from_arrays(state))
+    in_memory = {name: Tensor(array.shape, lambda array=array: array) for name, array in state.items()}
+    tensors, _ = released.normalise(in_memory)
     return trees.unflatten(to_ours(released.TABLE, tensors, lambda _, leaf: np.asarray(leaf)))
 
 
