@@ -10,7 +10,7 @@ from.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags, logging
 from etils import epath
@@ -21,11 +21,11 @@ from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import expert_as_dense
 from clipmoe_jax.evaluation.encoder import Encoder
-from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, NotApplicableError, parse_evaluation
+from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
-from clipmoe_jax.reporting.text_tables import short_name
+from clipmoe_jax.reporting.text_tables import format_models
 
 
 def evaluate(
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> str:
     given = flags.FLAGS
     distributed.keep_compiled_programs()
     lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data]
-    evaluations, skipped = _open(lines)  # an error in them is raised before the model is read
+    evaluations, skipped = open_applicable(lines)  # an error in them is raised before the model is read
     if given.out:
         epath.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     model = read(
@@ -95,33 +95,8 @@ def main(argv: list[str]) -> str:
     numbers = evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size)
     if given.out:
         artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **numbers})
-    tables = [_table(evaluation.line, numbers) for evaluation in evaluations]
+    tables = [format_models(evaluation.line, numbers) for evaluation in evaluations]
     return "\n\n".join([f"{given.model}: {model.source}", *skipped, *tables])
-
-
-def _open(lines: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
-    """Returns evaluations with their data opened, and a text for each one that does not apply to its data."""
-    evaluations, skipped = [], []
-    for line in lines:
-        evaluation = parse_evaluation(line)
-        try:
-            _ = evaluation.data
-        except NotApplicableError as error:
-            skipped.append(f"skipped: {error}")
-        else:
-            evaluations.append(evaluation)
-    return evaluations, skipped
-
-
-def _table(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Returns the table of one evaluation: a row for each model, a column for each metric."""
-    width = max(map(len, numbers))
-    widths = {metric: max(6, len(short_name(metric))) for metric in numbers["model"][line]}
-    rows = [line, "  ".join([" " * width, *(f"{short_name(m):>{n}}" for m, n in widths.items())])]
-    for name, of_line in numbers.items():
-        cells = (f"{of_line[line][metric]:>{n}.3f}" for metric, n in widths.items())
-        rows.append("  ".join([f"{name:{width}}", *cells]))
-    return "\n".join(rows)
 
 
 def _define_flags() -> None:

@@ -12,8 +12,6 @@ alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, e
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from absl import flags, logging
@@ -22,10 +20,8 @@ from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import cli, distributed
-from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.dmu.runner import run_variants
-from clipmoe_jax.report import write_report
-from clipmoe_jax.reporting.text_tables import format_results, format_table
+from clipmoe_jax.reporting.output import write_results
 
 
 def main(argv: list[str]) -> str | None:
@@ -47,32 +43,6 @@ def main(argv: list[str]) -> str | None:
         f"\n{shown}\n\n{workdir / place}: all of it on one page. {seconds:.0f} s on {jax.device_count()} "
         f"device(s){processes}."
     )
-
-
-def write_results(variants: Mapping[str, Sequence[Results]], workdir: epath.Path) -> str:
-    """Writes table.txt and report.html of each variant, and of several variants.txt.
-
-    variants: {name: results of each seed}; "" is a config without variants. Returns the table to show.
-    """
-    table = ""
-    for name, results in variants.items():
-        folder = workdir / name
-        table = format_results(results)
-        ((folder if len(results) > 1 else folder / "eval") / "table.txt").write_text(table + "\n")
-        write_report(folder)
-    if list(variants) != [""]:
-        table = format_variants(variants)
-        (workdir / "variants.txt").write_text(table + "\n")
-    return table
-
-
-def format_variants(variants: Mapping[str, Sequence[Results]]) -> str:
-    """Returns a row for the CLIP-MoE of each variant: mean and standard deviation over its seeds."""
-    seeds: list[dict[str, Any]] = [
-        {name: results[CLIP_MOE] for name, results in zip(variants, of_seed, strict=True)}
-        for of_seed in zip(*variants.values(), strict=True)
-    ]
-    return format_table(seeds)
 
 
 def _define_flags() -> None:

@@ -10,21 +10,7 @@ from absl import flags, logging
 from etils import epath
 
 from clipmoe_jax.core import cli
-from clipmoe_jax.core.paths import written_whole
-from clipmoe_jax.reporting.page import render
-
-
-def write_report(workdir: epath.Path) -> epath.Path:
-    """Writes report.html into a run's workdir and returns its path.
-
-    A workdir with several seeds (seed_N) gets one page for all. Raises FileNotFoundError if it holds no run.
-    """
-    workdir = epath.Path(workdir)
-    page = render(workdir)
-    path = workdir / "report.html"
-    with written_whole(path) as file:
-        file.write_text(page)
-    return path
+from clipmoe_jax.reporting.output import write_report
 
 
 def main(argv: list[str]) -> str:

@@ -19,14 +19,14 @@ Letters: N known images, M unknown images, C classes.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.evaluation.data_sets import DataSets
 from clipmoe_jax.evaluation.kinds import KINDS, Data, NotApplicableError, Numbers
 from clipmoe_jax.evaluation.subject import Subject
 
-__all__ = ["KINDS", "Evaluation", "NotApplicableError", "parse_evaluation"]
+__all__ = ["KINDS", "Evaluation", "NotApplicableError", "open_applicable", "parse_evaluation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +99,20 @@ def parse_evaluation(line: str) -> Evaluation:
     if missing := set(known.required) - options.keys():
         raise ValueError(f"evaluation {line!r}: {', '.join(sorted(missing))}= must be given")
     return Evaluation(line, kind, path, options)
+
+
+def open_applicable(lines: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+    """Opens the data of evaluations.
+
+    Returns them without those that do not apply to their data, and a text for each of these.
+    """
+    evaluations, skipped = [], []
+    for line in lines:
+        evaluation = parse_evaluation(line)
+        try:
+            _ = evaluation.data
+        except NotApplicableError as error:
+            skipped.append(f"skipped: {error}")
+        else:
+            evaluations.append(evaluation)
+    return evaluations, skipped

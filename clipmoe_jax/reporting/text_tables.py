@@ -1,6 +1,6 @@
 """Tables of results for a terminal: of one run, or of several seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,15 @@ def format_results(seeds: Sequence[Results]) -> str:
     if len(seeds) > 1 and has_retrieval(seeds):
         tables.append(format_differences(seeds))
     return "\n\n".join(filter(None, tables))
+
+
+def format_variants(variants: Mapping[str, Sequence[Results]]) -> str:
+    """Returns a row for the CLIP-MoE of each variant: mean and standard deviation over its seeds."""
+    seeds: list[dict[str, Any]] = [
+        {name: results[CLIP_MOE] for name, results in zip(variants, of_seed, strict=True)}
+        for of_seed in zip(*variants.values(), strict=True)
+    ]
+    return format_table(seeds)
 
 
 def has_retrieval(seeds: Sequence[Results]) -> bool:
@@ -165,3 +174,17 @@ def short_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f}{unit}"
     return str(count)
+
+
+def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Returns the table of one evaluation line: a row for each model, a column for each metric.
+
+    numbers: {model: {line: {metric: value}}}, with a model named "model".
+    """
+    width = max(map(len, numbers))
+    widths = {metric: max(6, len(short_name(metric))) for metric in numbers["model"][line]}
+    rows = [line, "  ".join([" " * width, *(f"{short_name(m):>{n}}" for m, n in widths.items())])]
+    for name, of_line in numbers.items():
+        cells = (f"{of_line[line][metric]:>{n}.3f}" for metric, n in widths.items())
+        rows.append("  ".join([f"{name:{width}}", *cells]))
+    return "\n".join(rows)

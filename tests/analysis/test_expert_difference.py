@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import exhaustive
 from scipy.spatial.distance import jensenshannon
 
 from clipmoe_jax.analysis import expert_difference as difference
@@ -189,6 +190,7 @@ def test_equal_experts_have_no_diversity(trained):
     assert not np.any(found["text"]["weight_cosine"])
 
 
+@exhaustive
 def test_sharded_and_recomputed_blocks_give_the_same(trained, found):
     """Rows over four devices, experts over two, in blocks that are recomputed."""
     mesh = sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])

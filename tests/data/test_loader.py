@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from grids import exhaustive
 from PIL import Image
 
 from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs, batches
@@ -277,6 +278,7 @@ if __name__ == "__main__":
 """
 
 
+@exhaustive
 def test_a_script_with_workers_ends_without_complaint(records, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(

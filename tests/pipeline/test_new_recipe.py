@@ -9,12 +9,13 @@ from etils import epath
 from grids import exhaustive
 from tiny_config import get_config as tiny_config
 
-from clipmoe_jax import convert, main
+from clipmoe_jax import convert
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import recipes, runner
 from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.planning.plan import make_plan
+from clipmoe_jax.reporting.output import write_results
 from clipmoe_jax.reporting.plan_tables import format_plan
 
 ATTENTION_ALONE = [(r".*/attn/.*", True), (r".*", False)]
@@ -63,7 +64,7 @@ def test_new_baseline_trains_what_its_rules_say(run):
 def test_new_baseline_has_a_row_in_the_table(run):
     workdir, _, results = run
     assert list(results) == ["base", TITLE, "stage 1 alone", STAGE.title, "CLIP-MoE"]
-    table = main.write_results({"": [results]}, workdir)
+    table = write_results({"": [results]}, workdir)
     for title in (TITLE, STAGE.title):
         assert 0 <= results[title]["image_to_text_r1"] <= 1
         assert any(line.startswith(title) for line in table.splitlines())
@@ -72,7 +73,7 @@ def test_new_baseline_has_a_row_in_the_table(run):
 @exhaustive
 def test_new_baseline_is_in_the_report(run):
     workdir, _, results = run
-    main.write_results({"": [results]}, workdir)
+    write_results({"": [results]}, workdir)
     page = (workdir / "report.html").read_text()
     for title in (TITLE, STAGE.title):
         assert page.count(title) >= 2  # the table of results, and its phase of training

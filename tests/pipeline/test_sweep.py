@@ -11,10 +11,10 @@ from test_configs import get_config
 from tiny_config import get_config as tiny_config
 
 from clipmoe_jax import config as configs
-from clipmoe_jax import main
 from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.dmu import runner
 from clipmoe_jax.models.model_folder import load_model
+from clipmoe_jax.reporting.text_tables import format_variants
 
 VARIANTS = {"one": {"moe.num_selected_experts": 1}, "two": {"moe.num_selected_experts": 2}}
 
@@ -60,7 +60,7 @@ def test_model_that_the_varied_field_changes_is_made_for_each_variant(sweep):
 @exhaustive
 def test_table_has_a_row_for_each_variant(sweep):
     _, found = sweep
-    rows = {line.split()[0]: line.split()[1:] for line in main.format_variants(found).splitlines()[1:3]}
+    rows = {line.split()[0]: line.split()[1:] for line in format_variants(found).splitlines()[1:3]}
     assert list(rows) == ["one", "two"]
     for variant, cells in rows.items():
         [results] = found[variant]
@@ -75,7 +75,7 @@ def test_row_of_several_seeds_is_their_mean_and_standard_deviation(sweep):
     [results] = found["one"]
     other = json.loads(json.dumps(results))
     other["CLIP-MoE"]["image_to_text_r1"] = results["CLIP-MoE"]["image_to_text_r1"] + 0.02
-    row = main.format_variants({"one": [results, other], "two": [results, results]}).splitlines()[1]
+    row = format_variants({"one": [results, other], "two": [results, results]}).splitlines()[1]
     # Two values 2 points apart: their mean is 1 from each, their standard deviation sqrt(2).
     assert f"{100 * results['CLIP-MoE']['image_to_text_r1'] + 1:.1f} ± 1.4" in row
 

@@ -17,8 +17,8 @@ from etils import epath
 from grids import grid
 from PIL import Image
 
-from clipmoe_jax.report import write_report
 from clipmoe_jax.reporting import tables
+from clipmoe_jax.reporting.output import write_report
 from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves
 
 VOID = {"meta", "img", "link", "br"}

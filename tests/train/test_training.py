@@ -231,8 +231,8 @@ def a_caption_a_row(short_captions):
 ROUTER_LOSS = dataclasses.replace(LOSS, z_loss_coefficient=0.01)
 # What trains, the mesh, microbatches.
 PACKED = grid(
-    ("feed-forward layers", (8, 1, 1), 2),
-    rest=[("feed-forward layers", (1, 1, 1), 1), ("routers", (2, 2, 2), 2)],
+    ("feed-forward layers", (1, 1, 1), 1),
+    rest=[("feed-forward layers", (8, 1, 1), 2), ("routers", (2, 2, 2), 2)],
 )
 
 
