@@ -21,7 +21,7 @@ from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import expert_as_dense
 from clipmoe_jax.evaluation.encoder import Encoder
-from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable
+from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable, parse_evaluation
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> str:
     given = flags.FLAGS
     distributed.keep_compiled_programs()
     lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data]
-    evaluations, skipped = open_applicable(lines)  # an error in them is raised before the model is read
+    # An error in them is raised before the model is read.
+    evaluations, reasons = open_applicable([parse_evaluation(line) for line in lines])
     if given.out:
         epath.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     model = read(
@@ -96,7 +97,9 @@ def main(argv: list[str]) -> str:
     if given.out:
         artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **numbers})
     tables = [format_models(evaluation.line, numbers) for evaluation in evaluations]
-    return "\n\n".join([f"{given.model}: {model.source}", *skipped, *tables])
+    return "\n\n".join(
+        [f"{given.model}: {model.source}", *(f"skipped: {reason}" for reason in reasons), *tables]
+    )
 
 
 def _define_flags() -> None:

@@ -29,7 +29,12 @@ from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import save_array
 from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
-from clipmoe_jax.evaluation.evaluations import Evaluation, NotApplicableError, parse_evaluation
+from clipmoe_jax.evaluation.evaluations import (
+    Evaluation,
+    NotApplicableError,
+    open_applicable,
+    parse_evaluation,
+)
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
@@ -72,13 +77,11 @@ def open_evaluations(
             test = datasets["test"]
             options = {"split": test.split, **evaluation.options}
             evaluation = dataclasses.replace(evaluation, path=test.path, options=options)
-        try:
-            _ = evaluation.data
-        except NotApplicableError as error:
-            say(f"{error}; left out")
-            continue
         evaluations.append(evaluation)
-    return evaluations
+    applicable, reasons = open_applicable(evaluations)
+    for reason in reasons:
+        say(f"{reason}; left out")
+    return applicable
 
 
 def evaluate_stage(run: Run, stage: str) -> None:

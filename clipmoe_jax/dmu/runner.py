@@ -17,10 +17,8 @@ from clipmoe_jax.dmu.recipes import Results
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
-DATA_STAGE, EVALUATE_STAGE = (
-    "data",
-    "evaluate",
-)  # For any batch and warm-up: how many pairs a source has is known when it is prepared.
+DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
+# For any batch and warm-up: how many pairs a source has is known when it is prepared.
 ENOUGH_PAIRS = 10**12
 
 

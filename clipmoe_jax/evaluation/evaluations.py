@@ -101,18 +101,17 @@ def parse_evaluation(line: str) -> Evaluation:
     return Evaluation(line, kind, path, options)
 
 
-def open_applicable(lines: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+def open_applicable(evaluations: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]]:
     """Opens the data of evaluations.
 
-    Returns them without those that do not apply to their data, and a text for each of these.
+    Returns those that apply to their data, and for each of the others the reason.
     """
-    evaluations, skipped = [], []
-    for line in lines:
-        evaluation = parse_evaluation(line)
+    applicable, reasons = [], []
+    for evaluation in evaluations:
         try:
             _ = evaluation.data
         except NotApplicableError as error:
-            skipped.append(f"skipped: {error}")
+            reasons.append(str(error))
         else:
-            evaluations.append(evaluation)
-    return evaluations, skipped
+            applicable.append(evaluation)
+    return applicable, reasons
