@@ -50,24 +50,14 @@ def has_retrieval(seeds: Sequence[Results]) -> bool:
 def format_table(seeds: Sequence[Results]) -> str:
     """Returns one row a model: recall if there is any (mean ± standard deviation over seeds), parameters,
     active parameters."""
-    titles = list(seeds[0])
-    width = max(len(title) for title in titles)
-    cell = 7 if len(seeds) == 1 else 11
     columns = COLUMNS if has_retrieval(seeds) else {}
-    lines = [
-        "  ".join(
-            [f"{'':{width}}"] + [f"{c:>{cell}}" for c in columns] + [f"{'params':>8}", f"{'active':>8}"]
-        )
-    ]
-    for title in titles:
-        cells = [
-            f"{_mean_and_spread([results[title][key] for results in seeds], 100, 1):>{cell}}"
-            for key in columns.values()
-        ]
-        for key in ("parameters", "active_parameters"):
-            cells.append(f"{short_count(seeds[0][title][key]):>8}")
-        lines.append("  ".join([f"{title:{width}}", *cells]))
-    return "\n".join([*lines, "", HOW_TO_READ])
+    widths = dict.fromkeys(columns, 7 if len(seeds) == 1 else 11) | {"params": 8, "active": 8}
+    rows = {}
+    for title, numbers in seeds[0].items():
+        recall = [_mean_and_spread([r[title][key] for r in seeds], 100, 1) for key in columns.values()]
+        sizes = [short_count(numbers[key]) for key in ("parameters", "active_parameters")]
+        rows[title] = [*recall, *sizes]
+    return "\n".join([*_lines(widths, rows), "", HOW_TO_READ])
 
 
 def attribute_lines(seeds: Sequence[Results]) -> list[str]:
@@ -90,21 +80,16 @@ def format_attributes(seeds: Sequence[Results], line: str) -> str:
     labels = {title: f"expert {e} ({of})" for title, (e, of) in dense_experts(seeds[0]).items()}
     labels[CLIP_MOE] = CLIP_MOE
     columns = list(seeds[0][CLIP_MOE]["evaluations"][line])
-    width, cell = max(map(len, labels.values())), 6 if len(seeds) == 1 else 11
-    widths = {column: max(cell, len(column)) for column in columns}
-    lines = ["  ".join([" " * width, *(f"{column:>{n}}" for column, n in widths.items())])]
+    widths = {column: max(6 if len(seeds) == 1 else 11, len(column)) for column in columns}
+    rows = {}
     for title, label in labels.items():
-        cells = (
-            f"{_mean_and_spread([r[title]['evaluations'][line][column] for r in seeds], 100, 1):>{n}}"
-            for column, n in widths.items()
-        )
-        lines.append("  ".join([f"{label:{width}}", *cells]))
+        of_seeds = [results[title]["evaluations"][line] for results in seeds]
+        rows[label] = [_mean_and_spread([n[column] for n in of_seeds], 100, 1) for column in columns]
     chance = seeds[0][CLIP_MOE]["chance"][line]
     chance = {MEAN: float(np.mean(list(chance.values()))), **chance}
-    cells = (f"{100 * chance[column]:>{n}.1f}" for column, n in widths.items())
-    lines.append("  ".join([f"{'chance':{width}}", *cells]))
+    rows["chance"] = [f"{100 * chance[column]:.1f}" for column in columns]
     data = f" of {line.partition(':')[2]}" if len(attribute_lines(seeds)) > 1 else ""
-    return "\n".join([f"Zero-shot accuracy by attribute{data}, per cent", *lines])
+    return "\n".join([f"Zero-shot accuracy by attribute{data}, per cent", *_lines(widths, rows)])
 
 
 def dense_experts(results: Results) -> dict[str, tuple[int, str]]:
@@ -119,17 +104,16 @@ def dense_experts(results: Results) -> dict[str, tuple[int, str]]:
 def format_evaluations(seeds: Sequence[Results]) -> str:
     """Returns a table for each further evaluation: models by metrics, mean ± standard deviation."""
     evaluated = [title for title, numbers in seeds[0].items() if "evaluations" in numbers]
-    width, tables = max(map(len, evaluated), default=0), []
+    tables = []
     for line in further_lines(seeds[0][CLIP_MOE]):
         metrics = list(seeds[0][CLIP_MOE]["evaluations"][line])
-        widths = {m: max(len(short_name(m)), 15 if len(seeds) > 1 else 6) for m in metrics}
-        names = (f"{short_name(m):>{n}}" for m, n in widths.items())
-        lines = [line, "  ".join([" " * width, *names])]
+        names = map(short_name, metrics)
+        widths = {name: max(len(name), 15 if len(seeds) > 1 else 6) for name in names}
+        rows = {}
         for title in evaluated:
             of_seeds = [results[title]["evaluations"][line] for results in seeds]
-            cells = (f"{_mean_and_spread([n[m] for n in of_seeds], 1, 3):>{widths[m]}}" for m in metrics)
-            lines.append("  ".join([f"{title:{width}}", *cells]))
-        tables.append("\n".join(lines))
+            rows[title] = [_mean_and_spread([n[m] for n in of_seeds], 1, 3) for m in metrics]
+        tables.append("\n".join([line, *_lines(widths, rows)]))
     return "\n\n".join(tables)
 
 
@@ -181,10 +165,18 @@ def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, flo
 
     numbers: {model: {line: {metric: value}}}, with a model named "model".
     """
-    width = max(map(len, numbers))
-    widths = {metric: max(6, len(short_name(metric))) for metric in numbers["model"][line]}
-    rows = [line, "  ".join([" " * width, *(f"{short_name(m):>{n}}" for m, n in widths.items())])]
-    for name, of_line in numbers.items():
-        cells = (f"{of_line[line][metric]:>{n}.3f}" for metric, n in widths.items())
-        rows.append("  ".join([f"{name:{width}}", *cells]))
-    return "\n".join(rows)
+    metrics = list(numbers["model"][line])
+    widths = {name: max(6, len(name)) for name in map(short_name, metrics)}
+    rows = {name: [f"{of_line[line][m]:.3f}" for m in metrics] for name, of_line in numbers.items()}
+    return "\n".join([line, *_lines(widths, rows)])
+
+
+def _lines(widths: Mapping[str, int], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the lines of a table. widths: {column: characters}; rows: {title: a cell for each column}."""
+    width = max(map(len, rows))
+    return [
+        "  ".join(
+            [f"{title:{width}}", *(f"{cell:>{n}}" for cell, n in zip(cells, widths.values(), strict=True))]
+        )
+        for title, cells in {"": list(widths), **rows}.items()
+    ]
