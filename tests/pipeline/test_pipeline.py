@@ -28,9 +28,19 @@ from clipmoe_jax.reporting.text_tables import format_differences, format_table
 ROOT = pathlib.Path(__file__).parents[2]
 ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 AS_A_USER_HAS_IT = ONE_DEVICE | {"XLA_FLAGS": ""}
-TINY, DEMO = "tests/pipeline/tiny_config.py:whole", "configs/demo.py:small"
+TINY, EVERY = "tests/pipeline/tiny_config.py:whole", "tests/pipeline/tiny_config.py:baselines"
+DEMO = "configs/demo.py:small"
 ROWS = {
     TINY: [
+        "base",
+        "Long-CLIP's recipe",
+        "CLIP-UP's recipe",
+        "stage 1 alone",
+        "stage 2 alone",
+        "feature ensemble",
+        "CLIP-MoE",
+    ],
+    EVERY: [
         "base",
         "direct fine-tuning, one stage's steps",
         "direct fine-tuning, same total pairs",
@@ -67,9 +77,13 @@ class Finished(NamedTuple):
     printed: str
 
 
-@pytest.fixture(
-    scope="module", params=grid(pytest.param(TINY, id="tiny"), rest=[pytest.param(DEMO, id="demo")])
+RUNS = grid(
+    pytest.param(TINY, id="tiny"),
+    rest=[pytest.param(EVERY, id="every baseline"), pytest.param(DEMO, id="demo")],
 )
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def finished(request, tmp_path_factory):
     """A run by the command."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
@@ -81,7 +95,8 @@ def finished(request, tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    config = get_config("demo", "small") if request.param == DEMO else tiny_config("whole")
+    argument = request.param.partition(":")[2]
+    config = get_config("demo", argument) if request.param == DEMO else tiny_config(argument)
     return Finished(request.param, config, workdir, done.stdout)
 
 
@@ -218,7 +233,7 @@ def test_table_of_several_seeds_has_means_and_paired_differences(finished):
 
 FFN, ATTENTION = "visual/resblocks_0/mlp/c_fc/kernel", "visual/resblocks_0/attn/out_proj/kernel"
 EXPERTS = "visual/resblocks_0/moe/c_fc/kernel"
-has_every_baseline = pytest.mark.parametrize("finished", [TINY], ids=["tiny"], indirect=True)
+has_baselines = pytest.mark.parametrize("finished", RUNS[:2], indirect=True)
 
 
 @pytest.fixture
@@ -227,34 +242,42 @@ def leaves(finished):
     return lambda name: trees.flatten(load_model(finished.workdir / name)[1])
 
 
-@has_every_baseline
-@pytest.mark.parametrize(
-    ("name", "changed", "same"),
-    [
-        ("full_ft", [FFN, ATTENTION, "text/token_embedding/embedding"], []),
-        ("long_clip", [FFN, ATTENTION, "text/token_embedding/embedding"], []),
-        ("drop_upcycling", [], [ATTENTION, "logit_scale"]),
-        ("clip_up", [ATTENTION, "text/token_embedding/embedding"], []),
-    ],
-)
-def test_baseline_trains_what_its_recipe_says(leaves, name, changed, same):
-    before, after = leaves("base"), leaves(f"baselines/{name}")
-    assert [leaf for leaf in changed if np.array_equal(before[leaf], after[leaf])] == []
-    assert [leaf for leaf in same if not np.array_equal(before[leaf], after[leaf])] == []
-    if EXPERTS in after:
-        for e, expert in enumerate(after[EXPERTS]):
-            assert not np.array_equal(expert, leaves(f"baselines/{name}_upcycled")[EXPERTS][e])
+TRAINED = {  # name: leaves that change, leaves that stay
+    "full_ft": ([FFN, ATTENTION, "text/token_embedding/embedding"], []),
+    "long_clip": ([FFN, ATTENTION, "text/token_embedding/embedding"], []),
+    "drop_upcycling": ([], [ATTENTION, "logit_scale"]),
+    "clip_up": ([ATTENTION, "text/token_embedding/embedding"], []),
+}
+PARTS = {  # name: the parts of its loss
+    "full_ft": {"contrastive_loss"},
+    "long_clip": {"contrastive_loss", "short_caption_loss"},
+    "drop_upcycling": {"contrastive_loss", "balance_loss"},
+    "clip_up": {"contrastive_loss", "balance_loss", "router_z_loss"},
+}
+DRAWN_ANEW = {"drop_upcycling": 0.5, "clip_up": 0}  # name: share of each expert's hidden activations
 
 
-@has_every_baseline
-def test_half_of_the_hidden_units_of_drop_upcycling_were_drawn_anew(leaves):
+@has_baselines
+def test_baseline_trains_what_its_recipe_says(finished, leaves):
+    before = leaves("base")
+    for name in TRAINED.keys() & finished.config.baselines:
+        (changed, same), after = TRAINED[name], leaves(f"baselines/{name}")
+        assert [leaf for leaf in changed if np.array_equal(before[leaf], after[leaf])] == []
+        assert [leaf for leaf in same if not np.array_equal(before[leaf], after[leaf])] == []
+        if EXPERTS in after:
+            for e, expert in enumerate(after[EXPERTS]):
+                assert not np.array_equal(expert, leaves(f"baselines/{name}_upcycled")[EXPERTS][e])
+
+
+@has_baselines
+def test_half_of_the_hidden_units_of_drop_upcycling_were_drawn_anew(finished, leaves):
     dense = leaves("base")[FFN]
-    for upcycled, share in (("drop_upcycling", 0.5), ("clip_up", 0)):
-        for expert in leaves(f"baselines/{upcycled}_upcycled")[EXPERTS]:
-            assert np.mean((expert != dense).any(axis=0)) == share
+    for name in DRAWN_ANEW.keys() & finished.config.baselines:
+        for expert in leaves(f"baselines/{name}_upcycled")[EXPERTS]:
+            assert np.mean((expert != dense).any(axis=0)) == DRAWN_ANEW[name]
 
 
-@has_every_baseline
+@has_baselines
 def test_loss_of_a_baseline_is_the_sum_of_its_recipes_parts(finished):
     """And no other parts are there."""
     metrics = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").read_text().splitlines()]
@@ -262,17 +285,11 @@ def test_loss_of_a_baseline_is_the_sum_of_its_recipes_parts(finished):
     def lines(name):
         return [line for line in metrics if line["phase"] == name]
 
-    parts = {
-        "full_ft": ["contrastive_loss"],
-        "long_clip": ["contrastive_loss", "short_caption_loss"],
-        "drop_upcycling": ["contrastive_loss", "balance_loss"],
-        "clip_up": ["contrastive_loss", "balance_loss", "router_z_loss"],
-    }
-    for name, names in parts.items():
+    for name in PARTS.keys() & finished.config.baselines:
         assert len(lines(name)) == 7  # log_every = 1
         for line in lines(name):
-            assert {key for key in line if key.endswith("_loss")} == set(names)
-            assert line["loss"] == pytest.approx(sum(line[key] for key in names), rel=1e-5)
+            assert {key for key in line if key.endswith("_loss")} == PARTS[name]
+            assert line["loss"] == pytest.approx(sum(line[key] for key in PARTS[name]), rel=1e-5)
     # Routers of three experts start near 0, where logsumexp is ln 3 for each token: 1e-3 of its square.
     assert lines("clip_up")[0]["router_z_loss"] == pytest.approx(1e-3 * np.log(3) ** 2, rel=0.2)
 

@@ -78,14 +78,6 @@ def assert_finished(done):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The workdir of one process with one device."""
-    workdir = tmp_path_factory.mktemp("alone")
-    assert_finished(run(workdir, "nowhere", num_processes=1, num_devices=1))
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """The workdir of two processes with four devices each, never stopped; they also write diagnostics."""
     workdir = tmp_path_factory.mktemp("together")
@@ -95,7 +87,7 @@ def together(tmp_path_factory):
 
 def params_of(workdir, model):
     """Without the biases of attention keys: softmax does not see them, so that their gradients are rounding
-    alone, of which Adam makes steps."""
+    uninterrupted, of which Adam makes steps."""
     leaves = trees.flatten(load_model(workdir / model)[1])
     for name, leaf in leaves.items():
         if name.endswith("attn/in_proj/bias"):
@@ -151,30 +143,30 @@ def test_sigterm_to_one_process_saves_and_stops_both(terminated):
     assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
 
 
-def test_two_processes_train_the_base_that_one_trains(alone, terminated):
-    assert_same_params(terminated[0], alone, "base", rtol=1e-4, atol=1e-5)
+def test_two_processes_train_the_base_that_one_trains(uninterrupted, terminated):
+    assert_same_params(terminated[0], uninterrupted, "base", rtol=1e-4, atol=1e-5)
 
 
 @exhaustive
 @pytest.mark.parametrize("model", MODELS)
-def test_two_processes_stopped_and_resumed_train_what_one_trains(alone, resumed, model):
-    assert_same_params(resumed, alone, model, rtol=1e-4, atol=1e-5)
+def test_two_processes_stopped_and_resumed_train_what_one_trains(uninterrupted, resumed, model):
+    assert_same_params(resumed, uninterrupted, model, rtol=1e-4, atol=1e-5)
 
 
 @exhaustive
-def test_two_processes_stopped_and_resumed_give_features_and_labels_of_one(alone, resumed):
-    assert_same_arrays(resumed, alone)
+def test_two_processes_stopped_and_resumed_give_features_and_labels_of_one(uninterrupted, resumed):
+    assert_same_arrays(resumed, uninterrupted)
 
 
 @exhaustive
 @pytest.mark.parametrize("model", MODELS)
-def test_two_processes_train_what_one_trains(alone, together, model):
-    assert_same_params(together, alone, model, rtol=1e-4, atol=1e-5)
+def test_two_processes_train_what_one_trains(uninterrupted, together, model):
+    assert_same_params(together, uninterrupted, model, rtol=1e-4, atol=1e-5)
 
 
 @exhaustive
-def test_two_processes_give_features_and_labels_of_one(alone, together):
-    assert_same_arrays(together, alone)
+def test_two_processes_give_features_and_labels_of_one(uninterrupted, together):
+    assert_same_arrays(together, uninterrupted)
 
 
 @exhaustive
@@ -233,19 +225,19 @@ def losses_of(workdir) -> dict[tuple[str, int], float]:
 
 
 @exhaustive
-def test_run_resumes_with_other_processes_and_devices(tmp_path, alone, stopped):
+def test_run_resumes_with_other_processes_and_devices(tmp_path, uninterrupted, stopped):
     """Saved on eight devices of one process; finished by four of two."""
     workdir = tmp_path / "workdir"
     shutil.copytree(stopped, workdir)
     before = losses_of(workdir)
     assert max(step for phase, step in before if phase == "mcl_1") == 5
     assert_finished(run(workdir, "nowhere", num_processes=2, num_devices=2))
-    expected, found = losses_of(alone), losses_of(workdir)
+    expected, found = losses_of(uninterrupted), losses_of(workdir)
     after = expected.keys() - before.keys()
     assert {("mcl_1", 6), ("mcl_1", 7), ("router", 7)} <= after and found.keys() == expected.keys()
     for step in after:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
-    expected = params_of(alone, "moe/params")
+    expected = params_of(uninterrupted, "moe/params")
     for name, leaf in params_of(workdir, "moe/params").items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 

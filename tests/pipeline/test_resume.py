@@ -24,15 +24,6 @@ def run(workdir, place: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The workdir of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("whole") / "workdir"
-    finished = run(workdir, "nowhere")
-    assert finished.returncode == 0, finished.stderr
-    return workdir
-
-
 KILLED = grid(["mcl, after a checkpoint"], rest=[list(PLACES)])
 
 
@@ -49,18 +40,19 @@ def killed(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model", ["base", "stage_1/params", "moe/upcycled", "moe/params"])
-def test_resume_after_kill_gives_the_same_params_bit_for_bit(whole, killed, model):
-    expected_config, expected = load_model(whole / model)
+def test_resume_after_kill_gives_the_same_params_bit_for_bit(uninterrupted, killed, model):
+    expected_config, expected = load_model(uninterrupted / model)
     config, found = load_model(killed / model)
     assert config == expected_config
     chex.assert_trees_all_equal(found, expected)
 
 
-def test_resume_after_kill_gives_the_same_features_and_labels(whole, killed):
-    arrays = sorted(p.relative_to(whole) for p in whole.glob("stage_1/*/*.npy"))
+def test_resume_after_kill_gives_the_same_features_and_labels(uninterrupted, killed):
+    arrays = sorted(p.relative_to(uninterrupted) for p in uninterrupted.glob("stage_1/*/*.npy"))
     assert len(arrays) == 2 * 4 + 3  # four parts of image and of text features, the labels, and them sorted
     for array in arrays:
-        np.testing.assert_array_equal(np.load(killed / array), np.load(whole / array), str(array))
+        found, expected = np.load(killed / array), np.load(uninterrupted / array)
+        np.testing.assert_array_equal(found, expected, str(array))
 
 
 def test_resume_leaves_nothing_unfinished(killed):

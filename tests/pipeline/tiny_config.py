@@ -11,9 +11,10 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 def get_config(arg=""):
     """One stage, a handful of steps of each phase, a checkpoint every other step.
 
-    Arguments: `whole` adds a second stage, every baseline and an evaluation.
+    Arguments: `whole` adds a second stage, a dense and an upcycled baseline, and an evaluation; `baselines`
+    is `whole` with every baseline.
     """
-    arg = parse_arg(arg, whole=False)
+    arg = parse_arg(arg, whole=False, baselines=False)
     config = default_config()
     config.data.train = "digit_scenes:train?pairs=64"
     config.data.test = "digit_scenes:test?pairs=8"
@@ -32,8 +33,8 @@ def get_config(arg=""):
     config.checkpoint.every_steps = 2
     config.log_every = 1
     config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
-    if arg.whole:
+    if arg.whole or arg.baselines:
         config.mcl.num_stages = 2
-        config.baselines = baseline_names()
+        config.baselines = baseline_names() if arg.baselines else ("long_clip", "clip_up", "feature_ensemble")
         config.evaluations = ("attributes:data.test",)
     return config
