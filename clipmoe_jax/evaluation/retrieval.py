@@ -14,7 +14,22 @@ from clipmoe_jax.evaluation.captions import read_captions
 from clipmoe_jax.evaluation.subject import Subject
 
 RANKS = (1, 5, 10)
+RANDOM_TIES = "_random_ties"  # ends the names of recalls with equal scores in random order
 NO_QUERY = -1  # rows that fill up the last chunk
+
+
+class _Places(NamedTuple):
+    """The place of each query's best right answer among all, int32 (B,) each.
+
+    Attributes:
+        above: wrong answers that score higher.
+        tied: wrong answers that score the same.
+        own: right answers that score the same, the best itself among them.
+    """
+
+    above: np.ndarray
+    tied: np.ndarray
+    own: np.ndarray
 
 
 class RetrievalFeatures(NamedTuple):
@@ -49,11 +64,13 @@ def retrieval_recall(
 
     `image_to_text_r1`, `text_to_image_r5`, …: share of queries whose correct answer is among the first k;
     `image_to_text_mean_rank`, `…_median_rank`: of the answers, 1 if it comes first.
+    `image_to_text_r1_random_ties`, …: the share to expect if equal scores stood in random order. Tools that
+    sort, such as clip-benchmark, report some number near it; where captions occur twice it is higher.
 
     image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int,
-    the image that each caption belongs to. An image's rank is that of its best caption. Ties count against: a
-    wrong answer that scores as high as the right one stands before it. Runs on the default device; memory is
-    the features and a few arrays of chunk_size x max(I, T).
+    the image that each caption belongs to. An image's rank is that of its best caption. Elsewhere ties count
+    against: a wrong answer that scores as high as the right one stands before it. Runs on the default device;
+    memory is the features and a few arrays of chunk_size x max(I, T).
     Raises ValueError for features that are not finite, an image without caption, and captions of an image
     that is not there.
     """
@@ -67,42 +84,58 @@ def retrieval_recall(
 
     image_ids = np.arange(num_images)
     recall = {}
-    for name, position in (
-        ("image_to_text", _positions(image_features, image_ids, text_features, image_of_text, chunk_size)),
-        ("text_to_image", _positions(text_features, image_of_text, image_features, image_ids, chunk_size)),
+    for name, places in (
+        ("image_to_text", _places(image_features, image_ids, text_features, image_of_text, chunk_size)),
+        ("text_to_image", _places(text_features, image_of_text, image_features, image_ids, chunk_size)),
     ):
+        position = places.above + places.tied
         recall |= {f"{name}_r{k}": float(np.mean(position < k)) for k in ranks}
+        recall |= {f"{name}_r{k}{RANDOM_TIES}": float(np.mean(_chance_of_hit(places, k))) for k in ranks}
         recall[f"{name}_mean_rank"] = float(np.mean(position + 1))
         recall[f"{name}_median_rank"] = float(np.median(position + 1))
     return recall
 
 
-def _positions(
+def _chance_of_hit(places: _Places, k: int) -> np.ndarray:
+    """Returns the probability (B,) that a right answer is among the first k if ties are in random order.
+
+    Of `tied` wrong and `own` right answers of one score, the first k - above are drawn without replacement.
+    """
+    drawn, missed = k - places.above, np.where(places.above < k, 1.0, 0.0)
+    for j in range(k):
+        left = np.maximum(places.tied + places.own - j, 1)
+        missed *= np.where(j < drawn, np.maximum(places.tied - j, 0) / left, 1)
+    return np.where(places.above < k, 1 - missed, 0)
+
+
+def _places(
     queries: np.ndarray,
     image_of_query: np.ndarray,
     answers: np.ndarray,
     image_of_answer: np.ndarray,
     chunk_size: int,
-) -> np.ndarray:
-    """Counts the wrong answers before each query's best right one, a chunk of queries at a time."""
+) -> _Places:
+    """Finds each query's best right answer among all, a chunk of queries at a time."""
     chunk_size = min(chunk_size, len(queries))
     on_device = jnp.asarray(answers), jnp.asarray(image_of_answer)
-    positions = []
+    chunks = []
     for start in range(0, len(queries), chunk_size):
         chunk, images = queries[start : start + chunk_size], image_of_query[start : start + chunk_size]
         missing = chunk_size - len(chunk)
         chunk = np.pad(chunk, ((0, missing), (0, 0)))
         images = np.pad(images, (0, missing), constant_values=NO_QUERY)
-        positions.append(_positions_of_chunk(chunk, images, *on_device))
-    return np.concatenate(positions)[: len(queries)]
+        chunks.append(_places_of_chunk(chunk, images, *on_device))
+    return _Places(*(np.concatenate(counts)[: len(queries)] for counts in zip(*chunks, strict=True)))
 
 
 @jax.jit
-def _positions_of_chunk(
+def _places_of_chunk(
     queries: jax.Array, image_of_query: jax.Array, answers: jax.Array, image_of_answer: jax.Array
-) -> jax.Array:
-    """queries (B, d), image_of_query (B,), answers (A, d), image_of_answer (A,) -> (B,) int32."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """queries (B, d), image_of_query (B,), answers (A, d), image_of_answer (A,) -> fields of `_Places`."""
     scores = jnp.einsum("bd,ad->ba", queries, answers, precision=jax.lax.Precision.HIGHEST)
     own = image_of_query[:, None] == image_of_answer[None, :]
     best = jnp.max(scores, axis=1, where=own, initial=-jnp.inf, keepdims=True)
-    return jnp.sum((scores >= best) & ~own, axis=1)
+    tied = scores == best
+    above = (scores > best) & ~own
+    return jnp.sum(above, axis=1), jnp.sum(tied & ~own, axis=1), jnp.sum(tied & own, axis=1)

@@ -14,8 +14,10 @@ from clipmoe_jax.reporting.text_tables import (
     differences,
     further_lines,
     has_retrieval,
+    recall_with_ties,
     short_count,
     short_name,
+    shown_metrics,
 )
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
@@ -50,7 +52,8 @@ def recall_table(seeds: Sequence[Results]) -> Table:
             for title, numbers in seeds[0].items()
         }
         return Table("Models. There was no test set for recall.", {"parameters": ["all", "active"]}, rows)
-    keys = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RANKS]
+    keys, ties = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RANKS], recall_with_ties(seeds)
+    keys += ties.values()
     scores = 100 * np.array([[[r[title][key] for key in keys] for title in seeds[0]] for r in seeds])
     rows = {
         title: cells
@@ -58,6 +61,7 @@ def recall_table(seeds: Sequence[Results]) -> Table:
         for title, cells in zip(seeds[0], score_cells(scores), strict=True)
     }
     groups = {heading: [f"R@{k}" for k in RANKS] for heading in DIRECTIONS.values()}
+    groups |= {"ties in random order": [name.removesuffix(" ties") for name in ties]} if ties else {}
     spread = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
     caption = f"Recall in per cent{spread}. Bold: the best of a column."
     return Table(caption, groups | {"parameters": ["all", "active"]}, rows)
@@ -69,7 +73,8 @@ def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
     tables = []
     for line in lines:
         titles = [title for title, numbers in seeds[0].items() if line in numbers.get("evaluations", {})]
-        metrics = list(seeds[0][titles[0]]["evaluations"][line])
+        numbers = [r[title]["evaluations"][line] for r in seeds for title in titles]
+        metrics = shown_metrics(list(numbers[0]), numbers)
         scores = [[[r[title]["evaluations"][line][m] for m in metrics] for title in titles] for r in seeds]
         scales = np.array([1 if m.endswith(NO_SHARES) else 100 for m in metrics])
         cells = score_cells(scales * np.array(scores), [m.endswith(LOWER_IS_BETTER) for m in metrics])

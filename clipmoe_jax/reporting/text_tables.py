@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
+from clipmoe_jax.evaluation.retrieval import RANDOM_TIES
 
 COLUMNS = {
     "i2t R@1": "image_to_text_r1",
@@ -18,6 +19,7 @@ HOW_TO_READ = (
     "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
     "caption. Active: what one token uses."
 )
+TIES = "Equal scores count as misses; in the columns of ties they stand in random order."
 ATTRIBUTES = "attributes"  # the kind of evaluation that has a table of its own
 MEAN = "mean"  # over the attributes
 
@@ -47,17 +49,38 @@ def has_retrieval(seeds: Sequence[Results]) -> bool:
     )
 
 
+def recall_with_ties(seeds: Sequence[Results]) -> dict[str, str]:
+    """Returns {column: key} of recall@1 with equal scores in random order; empty if that changes nothing."""
+    models = [numbers for results in seeds for numbers in results.values()]
+    keys = shown_metrics([f"{key}{RANDOM_TIES}" for key in RECALL_AT_1], models)
+    return {f"{short_name(key)[:3]} R@1 ties": key for key in keys}
+
+
+def shown_metrics(metrics: Sequence[str], models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the metrics without recalls for ties that are the plain recall's in every model's numbers."""
+    return [
+        metric
+        for metric in metrics
+        if not metric.endswith(RANDOM_TIES)
+        or any(
+            abs(n.get(metric, 0) - n[metric.removesuffix(RANDOM_TIES)]) > 5e-4 for n in models if metric in n
+        )
+    ]
+
+
 def format_table(seeds: Sequence[Results]) -> str:
     """Returns one row a model: recall if there is any (mean ± standard deviation over seeds), parameters,
     active parameters."""
-    columns = COLUMNS if has_retrieval(seeds) else {}
-    widths = dict.fromkeys(columns, 7 if len(seeds) == 1 else 11) | {"params": 8, "active": 8}
+    ties = recall_with_ties(seeds)
+    columns = {**COLUMNS, **ties} if has_retrieval(seeds) else {}
+    widths = {name: max(7 if len(seeds) == 1 else 11, len(name)) for name in columns}
+    widths |= {"params": 8, "active": 8}
     rows = {}
     for title, numbers in seeds[0].items():
         recall = [_mean_and_spread([r[title][key] for r in seeds], 100, 1) for key in columns.values()]
         sizes = [short_count(numbers[key]) for key in ("parameters", "active_parameters")]
         rows[title] = [*recall, *sizes]
-    return "\n".join([*_lines(widths, rows), "", HOW_TO_READ])
+    return "\n".join([*_lines(widths, rows), "", " ".join([HOW_TO_READ, TIES] if ties else [HOW_TO_READ])])
 
 
 def attribute_lines(seeds: Sequence[Results]) -> list[str]:
@@ -106,7 +129,8 @@ def format_evaluations(seeds: Sequence[Results]) -> str:
     evaluated = [title for title, numbers in seeds[0].items() if "evaluations" in numbers]
     tables = []
     for line in further_lines(seeds[0][CLIP_MOE]):
-        metrics = list(seeds[0][CLIP_MOE]["evaluations"][line])
+        numbers = [r[title]["evaluations"][line] for r in seeds for title in evaluated]
+        metrics = shown_metrics(list(numbers[0]), numbers)
         names = map(short_name, metrics)
         widths = {name: max(len(name), 15 if len(seeds) > 1 else 6) for name in names}
         rows = {}
@@ -165,7 +189,7 @@ def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, flo
 
     numbers: {model: {line: {metric: value}}}, with a model named "model".
     """
-    metrics = list(numbers["model"][line])
+    metrics = shown_metrics(list(numbers["model"][line]), [of_line[line] for of_line in numbers.values()])
     widths = {name: max(6, len(name)) for name in map(short_name, metrics)}
     rows = {name: [f"{of_line[line][m]:.3f}" for m in metrics] for name, of_line in numbers.items()}
     return "\n".join([line, *_lines(widths, rows)])

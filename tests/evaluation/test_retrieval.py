@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from clipmoe_jax.evaluation.retrieval import retrieval_recall
+from clipmoe_jax.evaluation.retrieval import RANDOM_TIES, retrieval_recall
 
 # Image features along the axes make the scores what is written here. Two images, a row each; captions 0 and 1
 # are of image 0, caption 2 is of image 1.
@@ -20,7 +21,10 @@ def test_several_captions_by_hand():
     # Image 1 finds its caption 2 (0.6) second, after caption 1.
     # Caption 0 finds image 0 (0.1) second, 1 finds image 0 (0.8) first, 2 finds image 1 (0.6) second.
     found = recall_of_scores(SCORES, OF, ranks=(1, 2))
-    assert found == pytest.approx(
+    without_ties = {name: value for name, value in found.items() if not name.endswith(RANDOM_TIES)}
+    for name in without_ties:
+        assert found.get(f"{name}{RANDOM_TIES}", found[name]) == found[name]
+    assert without_ties == pytest.approx(
         {
             "image_to_text_r1": 0,
             "image_to_text_r2": 1,
@@ -54,6 +58,32 @@ def test_ties_between_an_images_own_captions_do_not():
     found = recall_of_scores(np.ones((2, 4), np.float32), np.array([0, 0, 1, 1]), ranks=(1, 2, 3))
     assert [found[f"image_to_text_r{k}"] for k in (1, 2, 3)] == [0, 0, 1]
     assert [found[f"text_to_image_r{k}"] for k in (1, 2, 3)] == [0, 1, 1]
+
+
+def test_ties_in_random_order_by_hand():
+    # Image 0: one wrong caption scores higher, its two tie with two wrong ones. Image 1: its one caption ties
+    # with a wrong one. Of the first three by score, image 0 misses both its own with 2/4 · 1/3.
+    scores = np.array([[0.5, 0.5, 0.9, 0.5, 0.5], [0.1, 0.1, 0.7, 0.7, 0.2]], np.float32)
+    found = recall_of_scores(scores, np.array([0, 0, 1, 1, 1]), ranks=(1, 2, 3))
+    by_hand = {1: (0 + 1) / 2, 2: (1 / 2 + 1) / 2, 3: (5 / 6 + 1) / 2}
+    for k, expected in by_hand.items():
+        assert found[f"image_to_text_r{k}{RANDOM_TIES}"] == pytest.approx(expected)
+    assert found["image_to_text_r3"] == 1 / 2  # strictly, image 0's own stand fourth and fifth
+
+
+def test_ties_in_random_order_are_what_a_sorting_tool_reports_on_average():
+    """Half of the captions occur twice; torch.topk, as in clip-benchmark, over many orders of the answers."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(40, 8)).astype(np.float32)
+    texts = images + rng.normal(0, 1, images.shape).astype(np.float32)
+    texts[20:30] = texts[10:20]
+    found = retrieval_recall(images, texts, np.arange(40))
+    scores, orders = torch.from_numpy(images @ texts.T), [rng.permutation(40) for _ in range(400)]
+    for k in (1, 5):
+        tops = [torch.tensor(order)[torch.topk(scores[:, order], k)[1]] for order in orders]
+        hits = [(top == torch.arange(40)[:, None]).any(dim=1).float().mean() for top in tops]
+        assert found[f"image_to_text_r{k}{RANDOM_TIES}"] == pytest.approx(np.mean(hits), abs=0.01)
+    assert found["image_to_text_r1"] < found[f"image_to_text_r1{RANDOM_TIES}"] - 0.05
 
 
 def random_pairs(num_images=40, num_texts=100, dim=16):

@@ -52,3 +52,22 @@ def test_attributes_have_no_table_among_further_evaluations():
 def test_run_without_attributes_has_no_such_table():
     assert text_tables.attribute_lines([make_results(lines=())]) == []
     assert "attribute" not in text_tables.format_results([make_results(lines=())])
+
+
+def make_recall(ties):
+    """Two models with recall, `ties` points more at 1 from images to captions with ties in random order."""
+    numbers = {"parameters": 1000, "active_parameters": 1000}
+    for direction in ("image_to_text", "text_to_image"):
+        numbers |= {f"{direction}_r{k}": 0.25 for k in (1, 5)}
+        numbers |= {f"{direction}_r{k}_random_ties": 0.25 for k in (1, 5)}
+    numbers["image_to_text_r1_random_ties"] += ties / 100
+    return {"base": dict(numbers), "CLIP-MoE": dict(numbers)}
+
+
+def test_recall_with_ties_in_random_order_stands_beside_where_it_differs():
+    heading, base, *_ = text_tables.format_table([make_recall(3)]).splitlines()
+    assert "i2t R@1 ties" in heading and "t2i R@1 ties" not in heading
+    assert base.split()[-3] == "28.0"
+    assert "ties" not in text_tables.format_table([make_recall(0)])
+    older = {title: {k: v for k, v in n.items() if "ties" not in k} for title, n in make_recall(0).items()}
+    assert "ties" not in text_tables.format_table([older])  # results of an earlier version
