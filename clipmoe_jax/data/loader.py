@@ -12,6 +12,8 @@ the length of each record's longest caption, which leaves room for whichever has
 
 With `short_captions` there is also "short_text", int32 (B, L'): the first sentence of each caption, for
 `losses.short_caption_loss`.
+
+Captions of a record take turns (`CaptionTurns`): training sees each as often as the others.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ import numpy as np
 from clipmoe_jax.core import cli, metrics
 from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import Places, pack, place_captions
+from clipmoe_jax.data.permutation import make_key
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer, first_sentence
@@ -55,6 +58,27 @@ class Sampler(Protocol):
     def origin(self, step: int) -> str:
         """Describes where a step's records come from."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionTurns:
+    """The turns of a record's n captions: in an epoch it shows number (hash(seed, record) + epoch) mod n.
+
+    Over n epochs a record shows each of its n captions once, and within an epoch records differ in whose turn
+    it is, so that a single epoch sees captions of every number.
+
+    Attributes:
+        seed: of the hash.
+        first_epoch: how many epochs of the same records came before step 0, in earlier phases.
+    """
+
+    seed: int
+    first_epoch: int = 0
+
+    def __call__(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """Returns uint64 (B,): each record's turn, whose remainder by n is the caption's number."""
+        hashes = make_key(self.seed, indices) >> np.uint64(1)  # so that epochs never overflow
+        return hashes + np.uint64(self.first_epoch + epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +113,12 @@ class StreamedPairs:
         """Returns int64 (B,): tokens of each record's longest caption, L at most; 0 where the index is -1."""
         return _caption_lengths(self.records.token_counts, indices, self.context_length)
 
-    def gather(self, indices: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
-        """Decodes some pairs, each with the caption whose turn it is this epoch.
+    def gather(self, indices: np.ndarray, turns: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Decodes some pairs, each with the caption whose turn it is.
 
         Args:
             indices: int (B,), records; -1 gives zeros.
-            epoch: chooses among a record's captions, in turn.
+            turns: uint64 (B,), of `CaptionTurns`; None gives each record's first caption.
 
         Returns:
             "image" uint8 (B, H, W, 3), "text" int32 (B, L) and with short_captions "short_text".
@@ -106,13 +130,14 @@ class StreamedPairs:
         text = np.zeros((len(indices), self.tokenizer.context_length), np.int32)
         shorten = _short_tokenizer(self.tokenizer)
         short_text = np.zeros((len(indices), shorten.context_length), np.int32)
+        turns = np.zeros(len(indices), np.uint64) if turns is None else turns
 
         def fill(row: int) -> None:
             if indices[row] < 0:
                 image[row] = 0
                 return
             record = self.records[indices[row]]
-            turn = epoch % len(record["captions"])
+            turn = int(turns[row]) % len(record["captions"])
             image[row] = _decode(record, indices[row], self.image_size)
             if "tokens" in record:
                 self.tokenizer.fill(text[row], record["tokens"][turn])
@@ -182,9 +207,11 @@ class DecodedPairs:
         """Returns the same as `StreamedPairs.caption_lengths`."""
         return _caption_lengths(self._longest, indices, self.context_length)
 
-    def gather(self, indices: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
+    def gather(self, indices: np.ndarray, turns: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Returns the same as `StreamedPairs.gather`; raises nothing."""
-        captions = self._first_caption[indices] + epoch % self._num_captions[indices]
+        captions = self._first_caption[indices]
+        if turns is not None:
+            captions = captions + (turns % self._num_captions[indices].astype(np.uint64)).astype(np.int64)
         batch = {"image": self._image[indices], "text": self._text[captions]}
         if self._short_text is not None:
             batch["short_text"] = self._short_text[captions]
@@ -200,6 +227,7 @@ def batches(
     *,
     start_step: int,
     num_steps: int,
+    caption_turns: CaptionTurns | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
@@ -218,6 +246,7 @@ def batches(
         sampler: which records a step uses.
         start_step: the first step, counted over epochs.
         num_steps: how many batches to give.
+        caption_turns: which caption of a record has its turn; None is always the first.
         process_index: p.
         process_count: P.
         num_workers: processes that decode streamed pairs ahead; with 0, threads of this process
@@ -248,11 +277,13 @@ def batches(
     steps = range(start_step, start_step + num_steps)
     num_text_shards = num_text_shards if pairs.packing_steps else 0
     if isinstance(pairs, DecodedPairs):
-        yield map(_LocalBatch(pairs, sampler, process_index, process_count, num_text_shards), steps)
+        yield map(
+            _LocalBatch(pairs, sampler, caption_turns, process_index, process_count, num_text_shards), steps
+        )
         return
     num_threads = max(1, pairs.num_threads // max(1, num_workers))
     pairs = dataclasses.replace(pairs, num_threads=num_threads)
-    local_batch = _LocalBatch(pairs, sampler, process_index, process_count, num_text_shards)
+    local_batch = _LocalBatch(pairs, sampler, caption_turns, process_index, process_count, num_text_shards)
     iterator = _read_ahead(local_batch, steps, num_workers)
     try:
         yield map(_own, iterator) if num_workers else iterator
@@ -266,6 +297,7 @@ class _LocalBatch:
 
     pairs: StreamedPairs | DecodedPairs
     sampler: Sampler
+    caption_turns: CaptionTurns | None
     process_index: int
     process_count: int
     num_text_shards: int
@@ -273,7 +305,10 @@ class _LocalBatch:
     def __call__(self, step: int) -> Batch:
         all_indices = np.asarray(self.sampler.indices(step), np.int64)
         indices = self._part(all_indices)
-        arrays = self.pairs.gather(indices, epoch=step // self.sampler.num_steps)
+        turns = None
+        if self.caption_turns is not None:
+            turns = self.caption_turns(indices, epoch=step // self.sampler.num_steps)
+        arrays = self.pairs.gather(indices, turns)
         batch: Batch = {**arrays, "index": indices, "valid": indices >= 0}
         if self.num_text_shards:
             lengths = self.pairs.caption_lengths(all_indices)

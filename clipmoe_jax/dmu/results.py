@@ -248,7 +248,7 @@ def _diagnose(run: Run, folder: epath.Path) -> dict:
         with encoder.open(pairs, stop=num_pairs, num_workers=run.config.data.num_workers) as batches:
             write(folder, model, params, batches=batches, mesh=run.mesh)
     examples = np.arange(min(len(pairs), EXAMPLES))
-    batch = pairs.gather(examples, epoch=0)
+    batch = pairs.gather(examples)
     first_captions = [run.records("test")[int(i)]["captions"][0] for i in examples]
     diagnostics.write_heat_maps(
         folder, model, params, batch["image"], batch["text"], first_captions, examples, run.mesh

@@ -26,6 +26,8 @@ from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.train.loop import LoopConfig, fit
 
+EPOCHS = "epochs_of_train"  # in a model's done.json: epochs of the training pairs up to its last step
+
 
 def model_path(run: Run, name: str) -> epath.Path:
     """Returns the folder of the model that a recipe makes. Raises FileNotFoundError if it is not made yet."""
@@ -217,6 +219,7 @@ def _fit(
     """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
     config, section = run.config, recipe.hyperparameters(run.config)
     loss = loss_config(config, recipe)
+    first_epoch = _epochs_before(run, recipe)
     model = run.model(architecture, training_routers=recipe.is_moe(config))
     phase = configs.phase_config(section)
     if num_steps is not None:
@@ -230,6 +233,7 @@ def _fit(
             "base" if recipe.group == "base" else "train", short_captions=loss.short_caption_weight > 0
         ),
         sampler=sampler,
+        caption_turns=loader.CaptionTurns(run.seed, first_epoch),
         phase=phase,
         loss=loss,
         seed=run.seed,
@@ -245,4 +249,19 @@ def _fit(
         ),
     )
     save_model(folder, architecture, params)
+    if recipe.group != "base":
+        measured[EPOCHS] = first_epoch + math.ceil(measured["num_steps"] / sampler.num_steps)
     return measured
+
+
+def _epochs_before(run: Run, recipe: Recipe) -> int:
+    """Returns how many epochs of the training pairs the run has seen when a recipe's phase begins.
+
+    Stages follow each other whatever they start from; a baseline follows the models that it is made from.
+    """
+    if recipe.group == "baseline":
+        earlier = recipe.experts(run.config)
+    else:
+        names = [row.name for row in recipes.recipes(run.config).values() if row.group in ("stage", "moe")]
+        earlier = names[: names.index(recipe.name)] if recipe.name in names else ()
+    return max((artifacts.measured(model_path(run, name)).get(EPOCHS, 0) for name in earlier), default=0)

@@ -22,8 +22,8 @@ class PhaseConfig:
 
     batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps: in how many
     microbatches a batch is computed; the gradient is that of the whole batch. learning_rate: the peak,
-    reached after `warmup_steps`, from which it falls to 0 by a cosine. clip_norm: of the global gradient; 0
-    is none.
+    reached at the last of `warmup_steps`, from which it falls to 0 by a cosine. clip_norm: of the global
+    gradient; 0 is none.
     """
 
     batch_size: int
@@ -50,12 +50,17 @@ class PhaseConfig:
         return num_steps
 
     def learning_rates(self, num_steps: int) -> np.ndarray:
-        """Returns the rate of each step, float32 (num_steps,): linear warm-up from 0, then a cosine to 0."""
+        """Returns the rate of each step, float32 (num_steps,): a linear warm-up, then a cosine to 0.
+
+        The first of W warm-up steps has 1/W of the peak, not 0: no batch is wasted.
+        """
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, num_steps, 0.0
         )
+        counts = np.arange(num_steps)
+        counts[: self.warmup_steps] += 1
         # As one program: operation by operation JAX would compile ten.
-        return np.asarray(jax.jit(schedule)(np.arange(num_steps)), np.float32)
+        return np.asarray(jax.jit(schedule)(counts), np.float32)
 
     def without_schedule(self) -> "PhaseConfig":
         """Returns the fields that a step's program depends on; the others have one value for all phases."""

@@ -12,7 +12,7 @@ import pytest
 from grids import exhaustive
 from PIL import Image
 
-from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs, batches
+from clipmoe_jax.data.loader import CaptionTurns, DecodedPairs, StreamedPairs, batches
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
@@ -36,6 +36,9 @@ class Shuffled:
         order = np.random.default_rng(epoch).permutation(NUM_PAIRS)
         order = np.pad(order, (0, 2), constant_values=-1)
         return order[step * self.global_batch :][: self.global_batch]
+
+
+TURNS = CaptionTurns(5)
 
 
 @dataclasses.dataclass
@@ -80,9 +83,9 @@ def decoded(records, tokenizer):
     return DecodedPairs(records, tokenizer, SIZE)
 
 
-def take(pairs, sampler=None, *, start_step=0, num_steps=13, **options):
-    sampler = sampler or Shuffled()
-    with batches(pairs, sampler, start_step=start_step, num_steps=num_steps, **options) as iterator:
+def take(pairs, sampler=None, *, num_steps=13, caption_turns=TURNS, **options):
+    options = {"start_step": 0, "num_steps": num_steps, "caption_turns": caption_turns, **options}
+    with batches(pairs, sampler or Shuffled(), **options) as iterator:
         return list(iterator)
 
 
@@ -96,7 +99,7 @@ def assert_same(batches_a, batches_b):
 
 
 def test_a_batch_by_hand(streamed, tokenizer):
-    first, *_, last_of_epoch = take(streamed, num_steps=6)
+    first, *_, last_of_epoch = take(streamed, num_steps=6, caption_turns=None)
     assert {name: (array.shape, array.dtype.name) for name, array in first.items()} == {
         "image": ((4, SIZE, SIZE, 3), "uint8"),
         "text": ((4, LENGTH), "int32"),
@@ -180,8 +183,9 @@ def test_captions_that_share_rows_are_the_same_captions(kind, num_workers, long_
 def test_pairs_are_packed_only_where_both_sides_ask(long_records):
     pairs = {steps: DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=steps) for steps in (0, 8)}
     for steps, num_text_shards in ((0, 2), (8, 0)):
-        (batch,) = take(pairs[steps], InOrder(6, 2), num_steps=1, num_text_shards=num_text_shards)
-        np.testing.assert_array_equal(batch["text"], pairs[0].gather(np.arange(6), 0)["text"])
+        options = {"num_text_shards": num_text_shards, "caption_turns": None}
+        (batch,) = take(pairs[steps], InOrder(6, 2), num_steps=1, **options)
+        np.testing.assert_array_equal(batch["text"], pairs[0].gather(np.arange(6))["text"])
 
 
 @pytest.mark.parametrize(("num_text_shards", "process_count"), [(4, 1), (3, 2)])
@@ -200,22 +204,43 @@ def test_short_captions_are_first_sentences_of_the_same_captions(tmp_path, pixel
     prepare(pairs, str(tmp_path / "out"), pixels=pixels)
     for kind in (StreamedPairs, DecodedPairs) if pixels is None else (StreamedPairs,):
         found = kind(Records(str(tmp_path / "out")), tokenizer, SIZE, short_captions=True)
-        for epoch, first in ((0, "red 0."), (1, "blue 0?")):
-            (batch,) = take(found, InOrder(4, 1), start_step=epoch, num_steps=1)
+        for turn, first in ((0, "red 0."), (1, "blue 0?")):
+            batch = found.gather(np.arange(4), np.full(4, turn, np.uint64))
             np.testing.assert_array_equal(
                 batch["short_text"], tokenizer([first, "green", "black 2.5 m", "white"])
             )
 
 
 @pytest.mark.parametrize("kind", ["streamed", "decoded"])
-def test_captions_take_turns_by_epoch(kind, request, tokenizer):
-    pairs = request.getfixturevalue(kind)
-    sampler = Shuffled()
-    for epoch in range(4):
-        for batch in take(pairs, start_step=epoch * sampler.num_steps, num_steps=5):
-            for i, text in zip(batch["index"], batch["text"], strict=True):
-                color = COLORS[epoch % (1 + i % 3)]
-                np.testing.assert_array_equal(text, tokenizer(f"{color} {i}")[0])
+def test_each_caption_of_a_record_has_its_turn_once_before_any_has_it_again(kind, request, tokenizer):
+    """Over two phases: three epochs and another three, which begin where those end."""
+    pairs, sampler = request.getfixturevalue(kind), Shuffled()
+    shown = {i: [] for i in range(NUM_PAIRS)}
+    for first_epoch in (0, 3):
+        turns = CaptionTurns(5, first_epoch)
+        for batch in take(pairs, num_steps=3 * sampler.num_steps, caption_turns=turns):
+            for i, text in zip(batch["index"][batch["valid"]], batch["text"], strict=False):
+                texts = [tokenizer(caption)[0].tolist() for caption in make_pair(int(i)).captions]
+                shown[int(i)].append(texts.index(text.tolist()))
+    for i, numbers in shown.items():
+        n = len(make_pair(i).captions)
+        assert len(numbers) == 6
+        assert numbers[n:] == numbers[:-n] and sorted(numbers[:n]) == list(range(n))
+
+
+def test_one_epoch_shows_captions_of_every_number():
+    """As the paper's phases have it, in which a caption of number 0 alone would be shown."""
+    turns = TURNS(np.arange(3000), 0) % np.uint64(5)
+    assert np.abs(np.bincount(turns.astype(np.int64), minlength=5) - 600).max() < 100
+    assert (CaptionTurns(6)(np.arange(3000), 0) % np.uint64(5) != turns).mean() > 0.7
+
+
+@pytest.mark.parametrize("kind", ["streamed", "decoded"])
+def test_without_turns_every_record_shows_its_first_caption(kind, request, tokenizer):
+    """For embedding and evaluation, in any epoch."""
+    for batch in take(request.getfixturevalue(kind), num_steps=10, caption_turns=None):
+        for i, text in zip(batch["index"][batch["valid"]], batch["text"], strict=False):
+            np.testing.assert_array_equal(text, tokenizer(f"red {i}")[0])
 
 
 def test_in_memory_equals_streamed(streamed, decoded):

@@ -96,15 +96,15 @@ def test_pixels_are_those_of_the_files(source, out, tmp_path):
         assert [list(words) for words in found[i]["tokens"]] == word_ids(expected[i]["captions"])
     for length in (5, 12):  # cut, and with room to spare
         of_pixels, of_files = (StreamedPairs(r, Tokenizer(length), 24) for r in (found, expected))
-        for epoch in (0, 1):
-            for name, array in of_files.gather(np.arange(6), epoch).items():
-                np.testing.assert_array_equal(of_pixels.gather(np.arange(6), epoch)[name], array)
+        for turns in (None, np.ones(6, np.uint64)):
+            for name, array in of_files.gather(np.arange(6), turns).items():
+                np.testing.assert_array_equal(of_pixels.gather(np.arange(6), turns)[name], array)
 
 
 def test_pixels_of_another_size_than_the_models_are_refused(source, out):
     prepare(source, str(out), pixels=24)
     with pytest.raises(ValueError, match="holds pixels of size 24 and the model takes 32: .* pixels=32"):
-        StreamedPairs(Records(str(out)), Tokenizer(8), 32).gather(np.arange(2), 0)
+        StreamedPairs(Records(str(out)), Tokenizer(8), 32).gather(np.arange(2))
 
 
 def test_tfds_reads_it_by_name_and_without_tensorflow(source, out):

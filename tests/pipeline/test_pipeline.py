@@ -270,6 +270,17 @@ def test_baseline_trains_what_its_recipe_says(finished, leaves):
 
 
 @has_baselines
+def test_epochs_are_counted_from_phase_to_phase(finished):
+    """So that captions of a record go on taking turns: 64 pairs are 4 batches, 7 steps two epochs."""
+
+    def epochs(name):
+        return json.loads((finished.workdir / name / "done.json").read_text())["measured"]["epochs_of_train"]
+
+    assert [epochs(f"{name}/params") for name in ("stage_1", "stage_2", "moe")] == [2, 4, 6]
+    assert [epochs(f"baselines/{name}") for name in ("long_clip", "clip_up")] == [2, 2]
+
+
+@has_baselines
 def test_half_of_the_hidden_units_of_drop_upcycling_were_drawn_anew(finished, leaves):
     dense = leaves("base")[FFN]
     for name in DRAWN_ANEW.keys() & finished.config.baselines:

@@ -67,7 +67,7 @@ def pairs(scenes):
 @pytest.fixture(scope="module")
 def batches(pairs):
     sampler = ShuffledSampler(len(pairs), 16, seed=0)
-    return [pairs.gather(sampler.indices(step), 0) for step in range(3)]
+    return [pairs.gather(sampler.indices(step)) for step in range(3)]
 
 
 def run_steps(config, rules, mesh, batches, phase=PHASE, run=ComputeConfig(), loss=LOSS):  # noqa: B008 (frozen)
@@ -213,7 +213,7 @@ def test_accumulation_on_several_devices_splits_every_microbatch(batches, on_one
 @pytest.fixture(scope="module")
 def short_captions(pairs):
     """32 pairs whose captions end after 3 to 12 tokens: the batch, and the lengths."""
-    batch = pairs.gather(np.arange(32), 0)
+    batch = pairs.gather(np.arange(32))
     lengths = np.random.default_rng(0).integers(3, 13, 32)
     for row, length in zip(batch["text"], lengths, strict=True):
         row[length - 1], row[length:] = END_ID, 0
@@ -290,10 +290,11 @@ def test_logit_scale_never_passes_ln_100(batches):
 
 
 def test_learning_rates_by_hand():
-    # Warm-up 0, 1/2 of the peak; then from the peak over the other 4 steps (1 + cos(pi k / 4)) / 2.
+    # Half and all of the peak, so that no batch is wasted on a rate of 0; then from the peak over the other
+    # 4 steps (1 + cos(pi k / 4)) / 2.
     phase = PhaseConfig(batch_size=1, learning_rate=2.0, weight_decay=0.0, warmup_steps=2)
     cosine = [1 + math.cos(math.pi * k / 4) for k in range(4)]
-    np.testing.assert_allclose(phase.learning_rates(6), [0.0, 1.0, *cosine], rtol=1e-5)
+    np.testing.assert_allclose(phase.learning_rates(6), [1.0, 2.0, *cosine], rtol=1e-5)
 
 
 def test_warm_up_longer_than_the_phase_is_refused():
@@ -325,6 +326,7 @@ def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, fro
             trainable_rules=TRAIN_ROUTERS,
             pairs=pairs,
             sampler=Sampler(len(pairs), phase.batch_size, seed=3),
+            caption_turns=loader.CaptionTurns(3),
             phase=phase,
             loss=LOSS,
             seed=3,
