@@ -5,7 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+from grids import exhaustive
 
+
+@exhaustive
 def test_models_losses_and_a_step_keep_to_their_shapes():
     script = pathlib.Path(__file__).with_name("checked_annotations.py")
     root = script.parents[2]

@@ -1,12 +1,14 @@
 """Runs a tiny pipeline and sends this process a signal at one place: a helper of the tests beside it.
 
-python killed_run.py WORKDIR PLACE [SIGNAL]      SIGNAL: default SIGKILL
+python killed_run.py WORKDIR PLACE [SIGNAL] [FIELD=VALUE ...]      SIGNAL: default SIGKILL
 
-PLACE: a key of PLACES, or "nowhere", or "nowhere, with diagnostics", which take long to compile.
+PLACE: a key of PLACES, or "nowhere", or "nowhere, with diagnostics", which take long to compile. FIELD: of
+the tiny config, not a flag or a tuple.
 
 Of several processes the last is the one.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -75,8 +77,14 @@ PLACES = {
 
 
 if __name__ == "__main__":
-    workdir, place, *name = sys.argv[1:]
-    _signal = signal.Signals[name[0]] if name else signal.SIGKILL
+    workdir, place, *rest = sys.argv[1:]
+    config = get_config()
+    for field, value in (part.split("=", 1) for part in rest if "=" in part):
+        *sections, name = field.split(".")
+        section = functools.reduce(getattr, sections, config)
+        section[name] = type(section[name])(value)
+    names = [part for part in rest if "=" not in part]
+    _signal = signal.Signals[names[0]] if names else signal.SIGKILL
     distributed.initialize()
     stages.PART_ROWS = 16  # four parts of features
     if place != "nowhere, with diagnostics":
@@ -84,4 +92,4 @@ if __name__ == "__main__":
     if place in PLACES and jax.process_index() == jax.process_count() - 1:
         PLACES[place]()
     with cli.announced_preemption():
-        runner.run_variants(get_config(), epath.Path(workdir))
+        runner.run_variants(config, epath.Path(workdir))

@@ -20,7 +20,7 @@ from clipmoe_jax.train.step import LossConfig, TrainState, make_train_step
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
-QUICK_FILES = ("vit_b32",)
+QUICK_FILES = ("demo",)
 
 
 def get_config(name: str, arg: str = ""):

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from grids import exhaustive
+from grids import exhaustive, grid
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.models.model_folder import load_model
@@ -87,7 +87,7 @@ def together(tmp_path_factory):
 
 def params_of(workdir, model):
     """Without the biases of attention keys: softmax does not see them, so that their gradients are rounding
-    uninterrupted, of which Adam makes steps."""
+    alone, of which Adam makes steps."""
     leaves = trees.flatten(load_model(workdir / model)[1])
     for name, leaf in leaves.items():
         if name.endswith("attn/in_proj/bias"):
@@ -101,6 +101,13 @@ def terminated(tmp_path_factory):
     """The workdir of two processes of which one was sent SIGTERM while a stage trained; the processes."""
     workdir = tmp_path_factory.mktemp("terminated")
     return workdir, run(workdir, "mcl, after a checkpoint", "SIGTERM")
+
+
+@pytest.fixture(scope="module")
+def terminated_in_base(tmp_path_factory):
+    """The same, but while the base trained, before its first checkpoint."""
+    workdir = tmp_path_factory.mktemp("terminated_in_base")
+    return workdir, run(workdir, "base, before its first checkpoint", "SIGTERM")
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +142,30 @@ def assert_same_arrays(workdir, expected_workdir):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=str(array))
 
 
-@exhaustive
-def test_sigterm_to_one_process_saves_and_stops_both(terminated):
+STOPPED = pytest.mark.parametrize(
+    "stopped_run", grid("terminated_in_base", rest=["terminated"]), ids=["base", "mcl"]
+)
+
+
+@STOPPED
+def test_sigterm_to_one_process_saves_and_stops_both(request, stopped_run):
     """Exit code 75: start again."""
-    _, done = terminated
+    workdir, done = request.getfixturevalue(stopped_run)
+    checkpoints = [path for path in workdir.rglob("checkpoints/*") if path.name.isdigit()]
+    assert checkpoints
     assert [process.returncode for process in done] == [75, 75], done[0].stdout[-3000:]
     assert "stopped by SIGTERM; start the same command again to go on" in done[0].stdout
 
 
+@STOPPED
+def test_two_processes_have_the_losses_of_one_until_they_are_stopped(request, stopped_run, uninterrupted):
+    found, expected = losses_of(request.getfixturevalue(stopped_run)[0]), losses_of(uninterrupted)
+    assert len(found) > 1
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
+
+
+@exhaustive
 def test_two_processes_train_the_base_that_one_trains(uninterrupted, terminated):
     assert_same_params(terminated[0], uninterrupted, "base", rtol=1e-4, atol=1e-5)
 
@@ -183,6 +206,7 @@ def test_process_that_is_killed_ends_the_other(killed):
     assert first.returncode not in (0, 75)
 
 
+@exhaustive
 def test_only_process_0_writes_metrics(terminated):
     """A line for each logged step, not two; the processes agree on a step to stop at after the signal."""
     steps = [(line["phase"], line["step"]) for line in metrics_of(terminated[0])]

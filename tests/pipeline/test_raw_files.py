@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -18,6 +21,8 @@ from clipmoe_jax.data.sources import open_source
 from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.dmu import runner
 from clipmoe_jax.models.model_folder import load_model
+
+SCRIPT = pathlib.Path(__file__).parent / "killed_run.py"
 
 
 def write_files(folder) -> None:
@@ -46,45 +51,43 @@ def files(tmp_path_factory):
     return folder
 
 
-def config_of(files):
-    config = tiny_config()
-    config.data.train = f"sharegpt4v:{files}/captions.json?images={files}/images"
-    config.data.test = f"folder:{files}/images"
-    config.data.base = f"webdataset:{files}/shard.tar"
-    return config
+def fields_of(files):
+    return {
+        "data.train": f"sharegpt4v:{files}/captions.json?images={files}/images",
+        "data.test": f"folder:{files}/images",
+        "data.base": f"webdataset:{files}/shard.tar",
+    }
 
 
-def run_variants(config, workdir):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})
-        return runner.run_variants(config, workdir)
+def run_tiny(workdir, fields) -> None:
+    """Runs the tiny run with other fields on one device, for which other tests compile the same programs."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    command = [sys.executable, str(SCRIPT), str(workdir), "nowhere", *(f"{k}={v}" for k, v in fields.items())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
-def run(files, tmp_path_factory):
-    """(workdir, results)."""
-    workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "run"
-    [results] = run_variants(config_of(files), workdir)[""]
-    return workdir, results
+def workdir(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    run_tiny(workdir, fields_of(files))
+    return workdir
 
 
-def test_run_on_raw_files_prepares_trains_and_evaluates(run):
-    workdir, results = run
+def test_run_on_raw_files_prepares_trains_and_evaluates(workdir):
+    results = json.loads((workdir / "eval" / "results.json").read_text())
     assert list(results) == ["base", "stage 1 alone", "CLIP-MoE"]
-    folder = pathlib.Path(workdir)
-    prepared = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("report.json")}
+    prepared = {path.parent.relative_to(workdir).as_posix() for path in workdir.rglob("report.json")}
     assert prepared == {"data/train", "data/test", "data/base"}
     report = json.loads((workdir / "data" / "train" / "report.json").read_text())
     assert report["pairs"] == 48 and report["bad"] == 0
 
 
-def test_run_starts_from_the_base_of_another_run(run, tmp_path):
+def test_run_starts_from_the_base_of_another_run(workdir, tmp_path):
     """As from any checkpoint: the base is imported, nothing of it trains again."""
-    workdir, _ = run
-    config = tiny_config()
-    config.base.checkpoint, config.base.logit_scale = str(workdir / "base"), 0.0
-    config.data.train, config.data.base, config.data.test = str(workdir / "data" / "train"), "", ""
-    assert runner.run_variants(config, epath.Path(tmp_path)) == {"": []}
+    fields = {"base.checkpoint": workdir / "base", "base.logit_scale": 0.0, "data.base": "", "data.test": ""}
+    run_tiny(tmp_path, fields | {"data.train": workdir / "data" / "train"})
+    assert not (tmp_path / "eval").exists()
     folders = tmp_path / "base", workdir / "base"
     imported, own = (trees.flatten(load_model(folder)[1]) for folder in folders)
     for name, leaf in own.items():
@@ -96,9 +99,12 @@ def test_run_starts_from_the_base_of_another_run(run, tmp_path):
 @exhaustive
 def test_what_comes_from_another_base_is_not_shared(files, tmp_path):
     """The base's data is an input of all that is made from it."""
-    config, workdir = config_of(files), epath.Path(tmp_path)
+    config, workdir = tiny_config(), epath.Path(tmp_path)
+    config.update_from_flattened_dict(fields_of(files))
     configs.set_variants(config, {"shard": {}, "scenes": {"data.base": "digit_scenes:train?pairs=64"}})
-    run_variants(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})
+        runner.run_variants(config, workdir)
     assert {path.parent for path in workdir.glob("*/data/base/report.json")} == {workdir / "scenes/data/base"}
     for name in ("base", "stage_1/features", "stage_1/params", "moe/params"):
         done = json.loads((workdir / "scenes" / name / "done.json").read_text())
