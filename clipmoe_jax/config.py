@@ -32,6 +32,16 @@ RENAMED = {
 # XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
 CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),)
 
+# Fields that change nothing while they have a value; artifacts of versions without them stay usable:
+# {field: (value, fields that change nothing then)}
+NEUTRAL = {
+    "moe.experts": ((), ()),
+    "moe.routing": ("token", ("moe.sequence_share",)),
+    **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in ("mcl", "consolidation", "router")},
+}
+PHASE_SECTIONS = ("base.train", "mcl", "consolidation", "router")  # whose fields are a `PhaseConfig`'s
+REHEARSING_SECTIONS = PHASE_SECTIONS[1:]
+
 _MANY = 10**12
 _PHASE_RANGES = {
     "batch_size": (1, _MANY),
@@ -48,7 +58,9 @@ _PHASE_RANGES = {
     "eps": (0.0, 1.0),
 }
 RANGES = {
-    **{f"{s}.{n}": r for s in ("base.train", "mcl", "router") for n, r in _PHASE_RANGES.items()},
+    **{f"{s}.{n}": r for s in PHASE_SECTIONS for n, r in _PHASE_RANGES.items()},
+    "consolidation.num_epochs": (0, _MANY),
+    **{f"{s}.rehearsal_fraction": (0.0, 0.9) for s in REHEARSING_SECTIONS},
     "base.logit_scale": (0.0, 1e3),
     "mesh.fsdp": (1, _MANY),
     "mesh.expert": (1, _MANY),
@@ -58,6 +70,7 @@ RANGES = {
     "mcl.num_stages": (1, 9),
     "moe.num_moe_layers": (0, 1000),
     "moe.expert_dropout_rate": (0.0, 0.99),
+    "moe.sequence_share": (1e-3, 1e3),
     "moe.capacity_factor": (1e-3, 1e3),
     "router.balance_coefficient": (0.0, 1e3),
     "router.z_loss_coefficient": (0.0, 1e3),
@@ -88,6 +101,7 @@ def default_config() -> ConfigDict:
     config.data.test_split = "test"
     config.data.max_bad_fraction = 1e-3  # of a source's records: the run stops if more are bad
     config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
+    config.data.rehearsal = ""  # what the base knew, some hundreds of pairs or more, not to be forgotten
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
     config.data.max_caption_tokens = 0  # cuts captions, start and end counted; 0 is the context length
@@ -116,13 +130,24 @@ def default_config() -> ConfigDict:
     config.mcl.init_from = "base"  # or "previous"
     config.mcl.small_clusters = "backoff"  # or "drop"
 
+    # After the last stage, ordinary batches: "hard clusters, then all pairs". Off without steps and epochs.
+    config.consolidation = _phase(
+        batch_size=800, learning_rate=1e-5, weight_decay=0.2, warmup_steps=200, label_smoothing=0.1
+    )
+    config.consolidation.num_epochs = 0
+
     config.moe = ConfigDict()
+    # Which models become experts: "base", "mcl_1", …, "last_stage", "consolidation", also several times; ()
+    # is the base and every stage.
+    config.moe.experts = ()
     config.moe.num_selected_experts = 2
     config.moe.num_moe_layers = 0  # of the last blocks of each tower; 0 is all
     config.moe.dispatch = "ragged"  # or "dense", exact too, or "capacity"
     config.moe.capacity_factor = 1.25  # for dispatch = "capacity"
     config.moe.expert_dropout_rate = 0.1  # in router training
     config.moe.router_stddev = 0.02
+    config.moe.routing = "token"  # or "token_and_sequence": routers also see the mean over the sequence
+    config.moe.sequence_share = 2.0  # how often it is added to the token
 
     config.router = _phase(
         batch_size=800, learning_rate=1e-6, weight_decay=1e-2, warmup_steps=200, label_smoothing=0.1
@@ -130,6 +155,12 @@ def default_config() -> ConfigDict:
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
     config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
+
+    # Of each phase's batches, this share is of data.rehearsal: "pairs" by the contrastive loss, or "distill",
+    # by the base's similarities of their images and captions, which need not belong together.
+    for section in (config.mcl, config.consolidation, config.router):
+        section.rehearsal_fraction = 0.0
+        section.rehearsal = "pairs"
 
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
@@ -196,7 +227,9 @@ def _set_field(config: ConfigDict, field: str, value: Any, where: str) -> None:
 def run_locally(config: ConfigDict) -> None:
     """Shrinks a config to a few small steps on 64 pairs, to see on a laptop that the full model runs."""
     config.data.train_split, config.data.test_split = "train[:64]", "test[:64]"
-    for section in (config.mcl, config.router):
+    for section in (config.mcl, config.consolidation, config.router):
+        if section is config.consolidation and not consolidates(config):
+            continue
         section.batch_size, section.num_steps, section.warmup_steps = 8, 4, 1
         section.accumulation_steps = 1
     config.embed.batch_size = 8
@@ -208,7 +241,7 @@ def _phase(**fields: Any) -> ConfigDict:
 
 
 def phase_config(section: ConfigDict) -> PhaseConfig:
-    """Returns the hyperparameters of a section: `config.mcl`, `config.router` or `config.base.train`."""
+    """Returns the hyperparameters of a section, such as `config.mcl` or `config.base.train`."""
     return PhaseConfig(**{f.name: section[f.name] for f in dataclasses.fields(PhaseConfig)})
 
 
@@ -218,12 +251,23 @@ def architecture(config: ConfigDict) -> ClipConfig:
 
 
 def moe_config(config: ConfigDict) -> MoeConfig:
-    """Returns the CLIP-MoE's mixture: the base's expert and one for each stage."""
+    """Returns the CLIP-MoE's mixture."""
     return MoeConfig(
-        num_experts=config.mcl.num_stages + 1,
+        num_experts=num_experts(config),
         num_selected_experts=config.moe.num_selected_experts,
         num_moe_layers=config.moe.num_moe_layers or None,
+        sequence_share=config.moe.sequence_share if config.moe.routing == "token_and_sequence" else 0.0,
     )
+
+
+def num_experts(config: ConfigDict) -> int:
+    """Returns how many experts the CLIP-MoE has."""
+    return len(config.moe.experts) or config.mcl.num_stages + 1
+
+
+def consolidates(config: ConfigDict) -> bool:
+    """Returns whether the last stage is trained on with ordinary batches."""
+    return bool(config.consolidation.num_steps or config.consolidation.num_epochs)
 
 
 def compute_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> ComputeConfig:
@@ -254,10 +298,11 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     """
     _check_fields(config, default_config())
     architecture(config)
-    if not 1 <= config.moe.num_selected_experts <= config.mcl.num_stages + 1:
+    if not 1 <= config.moe.num_selected_experts <= num_experts(config):
+        named = "moe.experts" if config.moe.experts else "mcl.num_stages + 1"
         raise ValueError(
             f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
-            f"of experts, {config.mcl.num_stages + 1} (mcl.num_stages + 1)"
+            f"of experts, {num_experts(config)} ({named})"
         )
     if config.cluster.num_clusters ** (2 * config.mcl.num_stages) >= 2**63:
         raise ValueError(
@@ -271,6 +316,15 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     _check_choice("compute.frozen_dtype", config.compute.frozen_dtype, ("", "float32", "bfloat16"))
     _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
     _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
+    for section in REHEARSING_SECTIONS:
+        _check_choice(f"{section}.rehearsal", config[section].rehearsal, ("pairs", "distill"))
+        if paths and config[section].rehearsal_fraction and not config.data.rehearsal:
+            fraction = config[section].rehearsal_fraction
+            raise ValueError(
+                f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "
+                "base knows"
+            )
+    _check_choice("moe.routing", config.moe.routing, ("token", "token_and_sequence"))
     _check_choice("router.balance", config.router.balance, ("paper", "released"))
     if 0 < config.data.max_caption_tokens < 3:
         raise ValueError(

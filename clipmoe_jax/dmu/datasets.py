@@ -6,9 +6,11 @@ several seeds. A source that a variant sets otherwise than the config lies in WO
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from etils import epath
@@ -19,7 +21,7 @@ from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.data.records import Records
 
-NAMES = ("train", "test", "base")
+NAMES = ("train", "test", "base", "rehearsal")
 WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
 PREPARATION_SECONDS = 7 * 24 * 3600  # that other processes wait: a hundred million images take hours
 
@@ -110,7 +112,7 @@ def _stop_if_preempted() -> None:
 def datasets_of(
     config: ConfigDict, sweep: ConfigDict, workdir: epath.Path, variant: str, seed: int
 ) -> dict[str, Dataset]:
-    """Returns {"train", "test", "base": data set} of those that the run of one seed of a variant uses.
+    """Returns {name of NAMES: data set} of those that the run of one seed of a variant uses.
 
     config: the variant's; sweep: the one it is a variant of (the same where there are none). workdir: the
     whole command's. variant: its name, or "". Raises ValueError for a source where the workdir is a bucket's.
@@ -138,6 +140,26 @@ def datasets_of(
             folder /= f"seed_{seed}"
         datasets[name] = Dataset(str(folder / name), split, source)
     return datasets
+
+
+def check_disjoint(datasets: Mapping[str, Dataset]) -> None:
+    """Raises ValueError naming an image that is rehearsed and lies in the test set too."""
+    if not {"rehearsal", "test"} <= datasets.keys():
+        return
+    rehearsal, test = datasets["rehearsal"].open(), datasets["test"].open()
+    tested = {_digest(test[i]): i for i in range(len(test))}
+    for i in range(len(rehearsal)):
+        if (digest := _digest(rehearsal[i])) in tested:
+            same = test[tested[digest]]["id"]
+            raise ValueError(
+                f"data.rehearsal: the image of {rehearsal[i]['id']!r} is that of {same!r} in data.test: "
+                "leave it out, or the test says nothing"
+            )
+
+
+def _digest(record: Mapping[str, Any]) -> bytes:
+    image = record["image"]
+    return hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=16).digest()
 
 
 def describe(datasets: Mapping[str, Dataset], folder: epath.Path) -> dict[str, dict[str, str]]:

@@ -70,6 +70,8 @@ def architecture_of(config: ConfigDict, recipe: Recipe) -> ClipConfig:
     moe = dataclasses.replace(
         configs.moe_config(config), num_experts=num_experts, num_selected_experts=num_selected
     )
+    if recipe.group != "moe":
+        moe = dataclasses.replace(moe, sequence_share=0.0)
     return dataclasses.replace(dense, moe=moe)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
+from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
 
 TRAIN_EVERYTHING = [(r".*", True)]
@@ -24,13 +25,19 @@ TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/results.json holds them
 
 BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
+CONSOLIDATION = "consolidation"
+REHEARSAL_FOLDER = "rehearsal/features"
 Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
 # Config fields, by prefix, that an artifact depends on.
 BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
-UPCYCLED_FIELDS = (*STAGE_FIELDS, "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev")
+ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
+UPCYCLED_FIELDS = (
+    *(*STAGE_FIELDS, *ROUTING_FIELDS),
+    *("moe.experts", "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev"),
+)
 MOE_FIELDS = (*STAGE_FIELDS, "moe.", "router.")
 # Some of these fields change nothing: a stage does not depend on how many stages follow it, and a model that
 # trains on ordinary batches from the base does not depend on how stages start and cluster.
@@ -56,6 +63,8 @@ def same_pairs(counts: StepCounts) -> int:
     pairs = counts.steps(ROUTER_NAME) * config.router.batch_size
     for stage in range(1, config.mcl.num_stages + 1):
         pairs += counts.steps(f"mcl_{stage}") * config.mcl.batch_size
+    if configs.consolidates(config):
+        pairs += counts.steps(CONSOLIDATION) * config.consolidation.batch_size
     return math.ceil(pairs / config.mcl.batch_size)
 
 
@@ -106,7 +115,8 @@ class Recipe:
             return f"baselines/{self.name}"
         if self.number:
             return f"stage_{self.number}/params"
-        return {BASE_NAME: "base", ROUTER_NAME: "moe/params"}.get(self.name, f"{self.name}/params")
+        folders = {BASE_NAME: "base", ROUTER_NAME: "moe/params", CONSOLIDATION: "dense/params"}
+        return folders.get(self.name, f"{self.name}/params")
 
     @property
     def upcycled_folder(self) -> str:
@@ -125,6 +135,11 @@ class Recipe:
         return section
 
 
+def rehearses(config: ConfigDict) -> bool:
+    """Returns whether some phase rehearses what the base knew."""
+    return any(config[section].rehearsal_fraction for section in configs.REHEARSING_SECTIONS)
+
+
 def from_base(config: ConfigDict) -> tuple[str, ...]:
     """Returns the base alone."""
     del config
@@ -133,11 +148,23 @@ def from_base(config: ConfigDict) -> tuple[str, ...]:
 
 def base_copies(config: ConfigDict) -> tuple[str, ...]:
     """Returns as many copies of the base as CLIP-MoE has experts."""
-    return (BASE_NAME,) * (config.mcl.num_stages + 1)
+    return (BASE_NAME,) * configs.num_experts(config)
+
+
+def chosen_experts(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the models that `moe.experts` names, by default `base_and_stages`."""
+    (last,) = last_stage(config)
+    named = tuple(last if name == "last_stage" else name for name in config.moe.experts)
+    return named or base_and_stages(config)
+
+
+def last_stage(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the last MCL stage alone."""
+    return (f"mcl_{config.mcl.num_stages}",)
 
 
 def base_and_stages(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the base and every stage, the experts of CLIP-MoE."""
+    """Returns the base and every stage, the experts of the published CLIP-MoE."""
     return (BASE_NAME, *(f"mcl_{stage}" for stage in range(1, config.mcl.num_stages + 1)))
 
 
@@ -168,11 +195,18 @@ def _mcl_recipes(config: ConfigDict) -> list[Recipe]:
     return [mcl_recipe(n, f"mcl_{n - 1}" if chained and n > 1 else BASE_NAME) for n in numbers]
 
 
+def _consolidation(config: ConfigDict) -> list[Recipe]:
+    """Hard clusters, then all pairs: a curriculum whose result is a dense model of its own."""
+    return [CONSOLIDATED] if configs.consolidates(config) else []
+
+
 BASE = Recipe(BASE_NAME, "base", "base", from_nothing, TRAIN_EVERYTHING, "base.train")
-ROUTERS = Recipe(ROUTER_NAME, CLIP_MOE, "moe", base_and_stages, TRAIN_ROUTERS, "router")
+CONSOLIDATED = Recipe(CONSOLIDATION, "dense curriculum", "stage", last_stage, TRAIN_FFN, CONSOLIDATION)
+ROUTERS = Recipe(ROUTER_NAME, CLIP_MOE, "moe", chosen_experts, TRAIN_ROUTERS, "router")
 
 # In the order they run; a function gives the rows that depend on the config.
-STAGES: Sequence[Recipe | Callable[[ConfigDict], list[Recipe]]] = (BASE, _mcl_recipes, ROUTERS)
+Rows = Recipe | Callable[[ConfigDict], list[Recipe]]
+STAGES: Sequence[Rows] = (BASE, _mcl_recipes, _consolidation, ROUTERS)
 
 ORDINARY = (*STAGE_COUNT, *STAGES_ALONE)  # ignored by a dense model that trains on ordinary batches
 
@@ -272,10 +306,16 @@ def check_baselines(config: ConfigDict) -> None:
 def recipes(config: ConfigDict) -> dict[str, Recipe]:
     """Returns {name: recipe} of what a config makes, each after those it is made from.
 
-    Raises ValueError as `check_baselines` does.
+    Raises ValueError as `check_baselines` does, and naming an expert that no stage makes.
     """
     check_baselines(config)
     stages = [row for rows in STAGES for row in ([rows] if isinstance(rows, Recipe) else rows(config))]
+    names = [row.name for row in stages if row.group != "moe"]
+    for expert in chosen_experts(config):
+        if expert not in names:
+            raise ValueError(
+                f"moe.experts: {expert!r} is not made: choose among last_stage, {', '.join(names)}"
+            )
     wanted = [row for row in BASELINES if row.name in config.baselines]
     return {row.name: row for row in [*stages, *_in_order(wanted, config)]}
 
@@ -310,5 +350,5 @@ def find_recipe(name: str) -> Recipe | None:
     """Returns the row of a phase's name, whatever config made it; None for one that there is not."""
     if match := re.fullmatch(r"mcl_(\d+)", name):
         return mcl_recipe(int(match[1]), BASE_NAME)
-    rows = [row for row in (*STAGES, *BASELINES) if isinstance(row, Recipe)]
+    rows = [row for row in (*STAGES, CONSOLIDATED, *BASELINES) if isinstance(row, Recipe)]
     return next((row for row in rows if row.name == name), None)

@@ -21,7 +21,7 @@ from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.model_folder import load_model
 
 # Fields that change no result: the gradient of a batch is the same in any number of microbatches.
-WITHOUT_EFFECT = ("mcl.accumulation_steps", "router.accumulation_steps")
+WITHOUT_EFFECT = tuple(f"{s}.accumulation_steps" for s in ("mcl", "consolidation", "router"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
     """The things that the stages of one seed's run share. Data is opened once and kept as long as the run.
 
     Attributes:
-        datasets: the prepared data sets "train", "test" and "base", those that the config names.
+        datasets: the prepared data sets "train", "test", "base" and "rehearsal", those that the config names.
         siblings: the folders of this seed's runs of other variants of the config.
     """
 
@@ -54,13 +54,18 @@ class Run:
         values = {name.replace("/", "."): value for name, value in flat.items()}
         left_out = (*without, *WITHOUT_EFFECT)
         chosen = {n: v for n, v in values.items() if n.startswith(prefixes) and n not in left_out}
-        for name in ("train", "base"):
+        for field, (neutral, dependent) in configs.NEUTRAL.items():
+            if values[field] == neutral:
+                chosen = {n: v for n, v in chosen.items() if n not in (field, *dependent)}
+        if any(name.endswith(".rehearsal_fraction") for name in chosen):
+            chosen["data.rehearsal"] = values["data.rehearsal"]
+        for name in ("train", "base", "rehearsal"):
             if chosen.get(f"data.{name}"):
                 chosen[f"contents of data.{name}"] = self.records(name).fingerprint
         return {"seed": self.seed, **chosen}
 
     def records(self, name: str) -> Records:
-        """Returns the records of the data set "train", "test" or "base"."""
+        """Returns the records of a data set of the run."""
         return self.once(f"records {name}", self.datasets[name].open)
 
     def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> None:

@@ -11,7 +11,7 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.dmu import results
-from clipmoe_jax.dmu.datasets import Dataset, datasets_of, describe
+from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, phases_of
 from clipmoe_jax.dmu.recipes import Results
 from clipmoe_jax.dmu.run import Run
@@ -159,5 +159,7 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
     if config.data.packing_steps and not config.data.in_memory:
         _ = records["train"].token_counts  # is not there in data sets of an earlier version
     results.open_evaluations(config, datasets)
+    if distributed.is_main():
+        check_disjoint(datasets)
     num_base_pairs = len(records["base"]) if "base" in records else 0
     phases_of(config, sharding.platform(), num_pairs, num_base_pairs)

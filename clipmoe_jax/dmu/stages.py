@@ -1,10 +1,12 @@
 """The stages of diversified multiplet upcycling, artifacts in and artifacts out (arXiv 2409.19291).
 
     base              base/: the dense CLIP, text positions stretched
+    rehearsal         rehearsal/features: data.rehearsal as the base encodes it
     embed_s           stage_s/features: every pair as the model of stage s - 1 encodes it
     cluster_s         stage_s/clusters: accumulated pseudo-labels
     mcl_s             stage_s/params: feed-forward layers fine-tuned on single-cluster batches
-    upcycle           moe/upcycled: the base's and the stages' feed-forward layers as experts, routers random
+    consolidation     dense/params: the last stage trained on with ordinary batches
+    upcycle           moe/upcycled: feed-forward layers of base and stages as experts, routers random
     router            moe/params: routers fine-tuned
     baselines         baselines/NAME: models to compare with
 
@@ -26,7 +28,7 @@ from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.dmu.training import inputs_of_encoding, make_baselines, make_model, upcycle
+from clipmoe_jax.dmu.training import inputs_of, inputs_of_encoding, make_baselines, make_model, upcycle
 
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
 PART_ROWS = 65536
@@ -46,6 +48,8 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
         if recipe.is_moe(config):
             stages["upcycle"] = lambda run, recipe=recipe: upcycle(run, recipe)
         stages[recipe.name] = lambda run, recipe=recipe: make_model(run, recipe)
+        if recipe.group == "base" and recipes.rehearses(config):
+            stages["rehearsal"] = encode_rehearsal
     if config.baselines:
         stages["baselines"] = make_baselines
     return stages
@@ -74,6 +78,21 @@ def embed(run: Run, stage: int) -> None:
         return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
     run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_encoding(run, before), build)
+
+
+def encode_rehearsal(run: Run) -> None:
+    """Writes rehearsal/features: image.npy and text.npy, (N, embed) float32 unit vectors of the base."""
+    base = recipes.recipes(run.config)[recipes.BASE_NAME]
+    source = artifacts.require(run.workdir / base.folder, base.stage)
+
+    def build(folder: epath.Path) -> dict:
+        features = run.encode("rehearsal", run.encoder(source))
+        for modality in MODALITIES:
+            save_array(folder / f"{modality}.npy", features[modality])
+        return {"num_pairs": len(features["image"])}
+
+    inputs = inputs_of(run, base) | run.fields("data.rehearsal")
+    run.make(run.workdir / recipes.REHEARSAL_FOLDER, inputs, build)
 
 
 def _model_before(run: Run, stage: int) -> Recipe:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +16,7 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, sharding, trees
 from clipmoe_jax.data import loader, samplers
 from clipmoe_jax.data.clusters import ClusterIndex
+from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
@@ -25,6 +27,8 @@ from clipmoe_jax.models.clip import ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.train.loop import LoopConfig, fit
+from clipmoe_jax.train.rehearsal import Rehearsal, Targets
+from clipmoe_jax.train.step import LossConfig
 
 EPOCHS = "epochs_of_train"  # in a model's done.json: epochs of the training pairs up to its last step
 
@@ -40,7 +44,15 @@ def inputs_of(run: Run, recipe: Recipe) -> dict:
     if recipe.group == "base":
         return run.fields(*recipes.BASE_FIELDS)
     fields = recipes.MOE_FIELDS if recipe.is_moe(run.config) else recipes.STAGE_FIELDS
-    return run.fields(*fields, without=recipe.ignores)
+    return _fields(run, recipe, fields)
+
+
+def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
+    """The fields under these prefixes that a recipe's model depends on, and consolidation's if it does."""
+    if recipes.CONSOLIDATION in (recipe.name, *recipe.experts(run.config)):
+        prefixes = (*prefixes, "consolidation.")
+    routing = () if recipe.group == "moe" else recipes.ROUTING_FIELDS
+    return run.fields(*prefixes, without=(*recipe.ignores, *routing))
 
 
 def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
@@ -157,7 +169,7 @@ def upcycle(run: Run, recipe: Recipe) -> None:
         }
 
     fields = recipes.UPCYCLED_FIELDS if recipe.group == "moe" else recipes.MOE_FIELDS
-    run.make(run.workdir / recipe.upcycled_folder, run.fields(*fields, without=recipe.ignores), build)
+    run.make(run.workdir / recipe.upcycled_folder, _fields(run, recipe, fields), build)
 
 
 def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
@@ -219,7 +231,7 @@ def _fit(
     """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
     config, section = run.config, recipe.hyperparameters(run.config)
     loss = loss_config(config, recipe)
-    first_epoch = _epochs_before(run, recipe)
+    first_epoch, rehearsal = _epochs_before(run, recipe), _rehearsal(run, recipe, loss)
     model = run.model(architecture, training_routers=recipe.is_moe(config))
     phase = configs.phase_config(section)
     if num_steps is not None:
@@ -247,11 +259,31 @@ def _fit(
             num_workers=config.data.num_workers,
             frozen_dtype=frozen_dtype(config, model.compute),
         ),
+        rehearsal=rehearsal,
     )
     save_model(folder, architecture, params)
     if recipe.group != "base":
-        measured[EPOCHS] = first_epoch + math.ceil(measured["num_steps"] / sampler.num_steps)
+        num_steps = int(measured["num_steps"])
+        own_steps = num_steps - (rehearsal.before(num_steps) if rehearsal else 0)
+        measured[EPOCHS] = first_epoch + math.ceil(own_steps / sampler.num_steps)
     return measured
+
+
+def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
+    """The rehearsal of a recipe's phase, if its section asks for one."""
+    section = recipe.hyperparameters(run.config)
+    if recipe.group == "base" or not section.rehearsal_fraction:
+        return None
+    folder, targets = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal"), None
+    if section.rehearsal == "distill":
+        targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
+        loss = dataclasses.replace(loss, distills=True, short_caption_weight=0.0)
+    pairs = run.pairs("rehearsal", short_captions=loss.short_caption_weight > 0)
+    try:
+        sampler = samplers.ShuffledSampler(len(pairs), section.batch_size, run.seed)
+    except ValueError as error:
+        raise ValueError(f"data.rehearsal: {error}") from error
+    return Rehearsal(pairs, sampler, section.rehearsal_fraction, loss, targets)
 
 
 def _epochs_before(run: Run, recipe: Recipe) -> int:

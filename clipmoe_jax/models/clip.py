@@ -229,9 +229,11 @@ class TextTower(nn.Module):
         positions = self.param("positional_embedding", normal(0.01), (text.context_length, width))
         added = positions[:length] if segments is None else positions[positions_in_segments(segments)]
         x = (embedding(ids) + added).astype(dtype)
-        ends = ends.reshape(num_shards, -1)
+        ends, sequences = ends.reshape(num_shards, -1), segments
+        if segments is None and config.moe is not None and config.moe.sequence_share:
+            sequences = text_mask(tokens, text.eos_token_id).astype(jnp.int32)
         x, aux = _apply_blocks(
-            x, ends, config, text, self.compute, segments, causal=True, deterministic=deterministic
+            x, ends, config, text, self.compute, segments, sequences, causal=True, deterministic=deterministic
         )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
@@ -331,6 +333,7 @@ def _apply_blocks(
     tower: VisionConfig | TextConfig,
     compute: ComputeConfig,
     segments: Array | None = None,
+    sequences: Array | None = None,
     *,
     causal: bool,
     deterministic: bool,
@@ -339,6 +342,7 @@ def _apply_blocks(
         x,
         pooled_positions,
         segments,
+        sequences,
         num_layers=tower.num_layers,
         num_heads=tower.width // tower.head_width,
         mlp_width=tower.mlp_width or 4 * tower.width,

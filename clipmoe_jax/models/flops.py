@@ -66,6 +66,8 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
         yield Layer(f"{block}/moe/c_fc", 2 * tokens * width * hidden)
         # The router comes here since its gates multiply the input of c_proj (models/feed_forward.py).
         yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
+        if moe.sequence_share and tower == "text":  # of router logits
+            yield Layer(f"{block}/moe/sequence_mean", 2 * length * length * moe.num_experts)
         yield Layer(f"{block}/moe/c_proj", 2 * tokens * hidden * width)
     last = ("ln_post", "proj") if tower == "visual" else ("ln_final", "text_projection")
     yield Layer(f"{tower}/{last[0]}", 0)

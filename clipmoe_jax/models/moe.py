@@ -44,6 +44,21 @@ def route(
     return chosen_gates / chosen_gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
 
 
+def add_sequence_mean(
+    router_logits: Float[Array, "B L E"], sequences: Int[Array, "B L"] | None, share: float
+) -> Float[Array, "B L E"]:
+    """Adds `share` times the mean over its sequence to each token's router logits: (B, L, E) -> (B, L, E).
+
+    As the router is linear, that is W x_t + share · W mean_t(x). sequences (B, L) int32: tokens of a row that
+    share a number are one sequence; None is one sequence a row.
+    """
+    if sequences is None:
+        return router_logits + share * router_logits.mean(axis=1, keepdims=True)
+    same = (sequences[:, :, None] == sequences[:, None, :]).astype(router_logits.dtype)
+    sums = jnp.einsum("blm,bme->ble", same, router_logits, precision=lax.Precision.HIGHEST)
+    return router_logits + share * sums / same.sum(axis=-1, keepdims=True)
+
+
 def gather(x: Float[Array, "B L D"], pooled_positions: Int[Array, "S P"] | None) -> Float[Array, "... D"]:
     """Returns the tokens at the pooled positions of each shard. x (B, L, D) -> (S, P, D).
 
@@ -79,7 +94,8 @@ class MoeMlp(nn.Module):
       router_logits (B, L, E) float32,
       dropped_slots (B,) int32: how many of the L*K routed slots were dropped.
     With pooled_positions as in `gather` every token is routed, but only the pooled ones visit their experts,
-    and y is (S, P, D).
+    and y is (S, P, D). With a sequence_share above 0 routers see their token and its sequence
+    (`add_sequence_mean`).
     """
 
     num_experts: int
@@ -88,6 +104,7 @@ class MoeMlp(nn.Module):
     activation: Callable[[Array], Array]
     dispatch: str = "ragged"
     grouped_mlp: str = "blocks"
+    sequence_share: float = 0.0
     capacity_factor: float = 1.25
     dropout_rate: float = 0.0
     deterministic: bool = True
@@ -95,7 +112,10 @@ class MoeMlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], pooled_positions: Int[Array, "S P"] | None = None
+        self,
+        x: Float[Array, "B L D"],
+        pooled_positions: Int[Array, "S P"] | None = None,
+        sequences: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
         (batch, length, width), num_experts = x.shape, self.num_experts
         router_logits = nn.Dense(
@@ -106,6 +126,8 @@ class MoeMlp(nn.Module):
             kernel_init=nn.initializers.normal(0.02),
             name="router",
         )(x.astype(jnp.float32))
+        if self.sequence_share:
+            router_logits = add_sequence_mean(router_logits, sequences, self.sequence_share)
         router_logits = checkpoint_name(router_logits, dispatch.ROUTING)
         tokens = gather(x, pooled_positions)
         gates, expert_ids = route(gather(router_logits, pooled_positions), self.num_selected_experts)

@@ -33,12 +33,14 @@ KEPT = ("qkv", "attended", "attention_added", HIDDEN, ROUTING)
 class MoeConfig:
     """The architecture of MoE blocks.
 
-    num_moe_layers: how many of the last blocks of each tower are MoE; None is all.
+    num_moe_layers: how many of the last blocks of each tower are MoE; None is all. sequence_share: how often
+    the mean over a token's sequence is added to what its router sees, the token (`moe.add_sequence_mean`).
     """
 
     num_experts: int = 4
     num_selected_experts: int = 2
     num_moe_layers: int | None = None
+    sequence_share: float = 0.0
 
     def __post_init__(self):
         if not 1 <= self.num_selected_experts <= self.num_experts:
@@ -100,8 +102,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One residual block. x (B, L, D), segments as in `Attention` -> (x, aux): MoeMlp's aux, else empty.
 
-    pooled_positions (S, P) int32 as in `moe.gather`: only these tokens come out, as (S, P, D), and the
-    feed-forward layer is computed for them alone; None is all tokens, as (B, L, D).
+    sequences (B, L) int32 as in `moe.add_sequence_mean`, for routers that see them. pooled_positions (S, P)
+    int32 as in `moe.gather`: only these tokens come out, as (S, P, D), and the feed-forward layer is computed
+    for them alone; None is all tokens, as (B, L, D).
     """
 
     num_heads: int
@@ -119,6 +122,7 @@ class Block(nn.Module):
         x: Float[Array, "B L D"],
         segments: Int[Array, "B L"] | None = None,
         pooled_positions: Int[Array, "S P"] | None = None,
+        sequences: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
         dtype = jnp.dtype(self.compute.dtype)
         x = x + Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
@@ -137,12 +141,13 @@ class Block(nn.Module):
             activation=activation,
             dispatch=self.compute.dispatch,
             grouped_mlp=self.compute.grouped_mlp,
+            sequence_share=self.moe.sequence_share,
             capacity_factor=self.compute.capacity_factor,
             dropout_rate=self.compute.expert_dropout_rate,
             deterministic=self.deterministic,
             dtype=dtype,
             name="moe",
-        )(ln_2(x), pooled_positions)
+        )(ln_2(x), pooled_positions, sequences)
         return gather(x, pooled_positions) + y, aux
 
 
@@ -150,6 +155,7 @@ def apply_blocks(
     x: Float[Array, "B L D"],
     pooled_positions: Int[Array, "S P"],
     segments: Int[Array, "B L"] | None = None,
+    sequences: Int[Array, "B L"] | None = None,
     *,
     num_layers: int,
     num_heads: int,
@@ -163,7 +169,7 @@ def apply_blocks(
 ) -> tuple[Float[Array, "S*P D"], dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
-    x (B, L, D), pooled_positions and segments as in `Block` -> (S * P, D) and aux, whose leaves are stacked
+    x (B, L, D), the other arrays as in `Block` -> (S * P, D) and aux, whose leaves are stacked
     over the MoE blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a
     dense tower. The feed-forward layer of the last block is computed for the pooled positions alone.
     """
@@ -182,7 +188,8 @@ def apply_blocks(
             deterministic=deterministic,
             name=f"resblocks_{i}",
         )
-        x, aux = block(split_batch(x), segments, pooled_positions if i == num_layers - 1 else None)
+        pooled = pooled_positions if i == num_layers - 1 else None
+        x, aux = block(split_batch(x), segments, pooled, sequences)
         if aux:
             block_aux.append(aux)
     x = x.reshape(-1, x.shape[-1])

@@ -18,6 +18,7 @@ from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.rehearsal import Rehearsal, open_batches
 from clipmoe_jax.train.step import INPUTS, LossConfig, TrainState, init_state, make_train_step
 
 
@@ -52,13 +53,15 @@ def fit(
     mesh: Mesh,
     metrics: Metrics,
     loop: LoopConfig,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Trains the leaves that match the rules, from the newest checkpoint on; returns (params, summary).
 
     params: placed on the mesh. The trainable leaves are donated; with another frozen_dtype than float32 so
     are the frozen ones, which the device then holds in that dtype alone. Batches, learning rates and dropout
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
-    one. summary: num_steps, steps_now and seconds_now of this process, and the last step's metrics.
+    one. rehearsal: steps on other pairs, among the phase's num_steps. summary: num_steps, steps_now and
+    seconds_now of this process, and the last step's metrics.
 
     Raises ValueError naming the step, its records and the last good checkpoint if a metric stops being
     finite, and Preempted once a checkpoint is written after SIGTERM.
@@ -70,36 +73,41 @@ def fit(
     frozen, held = _hold(frozen, loop.frozen_dtype)
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
+    rehearse_step = make_train_step(model, rehearsal.loss, phase) if rehearsal else train_step
     rates = phase.learning_rates(num_steps)
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=sharding.replicated(mesh))()
-    step_metrics: dict[str, float] = {}
     began = time.perf_counter()
 
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(loop.checkpoints, loop.max_to_keep))
-        state = _restore(name, checkpointer, state, metrics)
+        state, step_metrics = _restore(name, checkpointer, state, metrics)
         start = int(state.step)
 
-        def fetch(step: int, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
-            """Waits for a step's metrics and raises ValueError if one is not finite."""
-            fetched = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+        def fetch(step: int, rehearses: bool, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
+            """Waits for a step's metrics and raises ValueError if one is not finite.
+
+            Returns the newest of each kind of step; those of one that rehearses begin "rehearsal_".
+            """
+            prefix = "rehearsal_" if rehearses else ""
+            fetched = {f"{prefix}{k}": float(v) for k, v in jax.device_get(device_metrics).items()}
             for metric, value in fetched.items():
                 if not math.isfinite(value):
-                    records = ", ".join(str(i) for i in sampler.indices(step)[:5])
+                    origin, records = _describe_step(step, sampler, rehearsal)
                     raise ValueError(
-                        f"{name}: {metric} is {value} at step {step + 1} ({sampler.origin(step)}: records "
+                        f"{name}: {metric} is {value} at step {step + 1} ({origin}: records "
                         f"{records}, …); the last good checkpoint is step {checkpointer.latest_step() or 0} "
                         f"in {loop.checkpoints}. Lower the learning rate ({phase.learning_rate}) or look at "
                         "those records"
                     )
-            return fetched
+            return {**step_metrics, **fetched}
 
         stack.enter_context(jax.set_mesh(mesh))
         progress = stack.enter_context(metrics.progress(name, start, num_steps))
         batches = stack.enter_context(
-            loader.batches(
+            open_batches(
                 pairs,
                 sampler,
+                rehearsal,
                 start_step=start,
                 num_steps=num_steps - start,
                 caption_turns=caption_turns,
@@ -111,16 +119,17 @@ def fit(
         )
         reporter = _Reporter(name, metrics, progress, start, num_steps, loop.log_every, phase.batch_size)
         pending = None
-        for step, batch in enumerate(reporter.time_waits(batches), start):
+        for step, (rehearses, batch) in enumerate(reporter.time_waits(batches), start):
             arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
             with jax.transfer_guard("disallow"):  # nothing else goes to the devices or comes back
-                state, device_metrics = train_step(state, held, arrays, rate, key)
+                take_step = rehearse_step if rehearses else train_step
+                state, device_metrics = take_step(state, held, arrays, rate, key)
             # A step's metrics are fetched once the next step is under way, so the device never waits.
             if pending is not None:
                 step_metrics = fetch(*pending)
                 reporter.report(pending[0] + 1, step_metrics)
-            pending = step, device_metrics
+            pending = step, rehearses, device_metrics
             done = step + 1
             stop = distributed.preempted() and done < num_steps
             if stop or (done % loop.checkpoint_every == 0 and done < num_steps):
@@ -149,14 +158,28 @@ def _hold(frozen: dict[str, Any], dtype: str) -> tuple[dict[str, Any], dict[str,
     return on_host, held
 
 
-def _restore(name: str, checkpointer: Checkpointer, state: TrainState, metrics: Metrics) -> TrainState:
-    """Returns the state of the newest checkpoint, or the given one if there is none."""
+def _describe_step(step: int, sampler: loader.Sampler, rehearsal: Rehearsal | None) -> tuple[str, str]:
+    """Returns where a step's records come from, and the first of them."""
+    rehearsed = rehearsal.before(step) if rehearsal else 0
+    if rehearsal and rehearsal.rehearses(step):
+        sampler, step = rehearsal.sampler, rehearsed
+        origin = f"rehearsal, {sampler.origin(step)}"
+    else:
+        step -= rehearsed
+        origin = sampler.origin(step)
+    return origin, ", ".join(str(i) for i in sampler.indices(step)[:5])
+
+
+def _restore(
+    name: str, checkpointer: Checkpointer, state: TrainState, metrics: Metrics
+) -> tuple[TrainState, dict[str, float]]:
+    """Returns state and metrics of the newest checkpoint; the given state and no metrics if there is none."""
     restored = checkpointer.restore(state)
     if restored is None:
-        return state
+        return state, {}
     state, meta = restored
     metrics.say(f"{name}: resumes from step {int(state.step)}, loss {meta['loss']:.3f}")
-    return state
+    return state, {key: value for key, value in meta.items() if key != "phase"}
 
 
 class _Reporter:
@@ -176,7 +199,7 @@ class _Reporter:
         self._num_steps, self._log_every, self._batch_size = num_steps, log_every, batch_size
         self._logged, self._time, self._waited = start, time.perf_counter(), 0.0
 
-    def time_waits(self, batches: Iterator[loader.Batch]) -> Iterator[loader.Batch]:
+    def time_waits(self, batches: Iterator[tuple[bool, loader.Batch]]) -> Iterator[tuple[bool, loader.Batch]]:
         """Yields the batches and adds up how long each took to come."""
         while True:
             began = time.perf_counter()

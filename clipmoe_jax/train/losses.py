@@ -32,6 +32,34 @@ def contrastive_loss(
     )
 
 
+def distillation_loss(
+    image_features: Float[Array, "B embed"],
+    text_features: Float[Array, "B embed"],
+    target_images: Float[Array, "B embed"],
+    target_texts: Float[Array, "B embed"],
+    logit_scale: Float[Array, ""],
+) -> dict[str, Float[Array, ""]]:
+    """Computes how far a model's similarities are from another's, whose unit features are the targets.
+
+    The Kullback-Leibler divergence of softmax(scale · I Tᵀ) from that of the targets, mean over images and
+    over captions. Images and captions need not belong together. All arrays (B, embed) float32, logit_scale ()
+    a logarithm, the same for both. Returns distillation_loss, 0 where the similarities are equal.
+    """
+    scale, precision = jnp.exp(logit_scale), jax.lax.Precision.HIGHEST
+
+    def logits(images: Array, texts: Array) -> Array:
+        return scale * jnp.einsum("id,td->it", images, texts, precision=precision)
+
+    found = logits(normalize_features(image_features), normalize_features(text_features))
+    target = jax.lax.stop_gradient(logits(target_images, target_texts))
+
+    def divergence(axis: int) -> Array:
+        expected = jax.nn.log_softmax(target, axis=axis)
+        return jnp.sum(jnp.exp(expected) * (expected - jax.nn.log_softmax(found, axis=axis))) / len(found)
+
+    return {"distillation_loss": (divergence(0) + divergence(1)) / 2}
+
+
 def short_caption_loss(
     image_features: Float[Array, "B embed"],
     short_text_features: Float[Array, "B embed"],

@@ -22,7 +22,8 @@ from clipmoe_jax.train import losses
 from clipmoe_jax.train.phase import PhaseConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound
-INPUTS = ("image", "text", "short_text")  # the arrays of a batch that a step takes
+# The arrays of a batch that a step takes.
+INPUTS = ("image", "text", "short_text", "target_images", "target_texts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class LossConfig:
 
     label_smoothing: of the contrastive losses. balance, balance_coefficient, z_loss_coefficient: kind and
     weight of the load balance and weight of the router z-loss, which only a MoE has. short_caption_weight: of
-    Long-CLIP's second loss, which takes short_text from the batch.
+    Long-CLIP's second loss, which takes short_text from the batch. distills: instead of the contrastive loss,
+    the distance from another model's similarities, whose features are target_images and target_texts.
     """
 
     label_smoothing: float = 0.0
@@ -39,6 +41,7 @@ class LossConfig:
     balance: str = "paper"
     z_loss_coefficient: float = 0.0
     short_caption_weight: float = 0.0
+    distills: bool = False
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -53,7 +56,8 @@ def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.st
     """Returns the jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
     frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
-    int32 or PackedText of n A shards, and with a short_caption_weight short_text (B, L') int32.
+    int32 or PackedText of n A shards, with a short_caption_weight short_text (B, L') int32, and to distill
+    target_images and target_texts (B, embed) float32.
     learning_rate: () float32. key: the phase's random key, into which the step folds its number. metrics:
     float32 scalars. The state is donated. Arguments that are equal but for schedule, length and
     batch size return the same function, which compiles once for each batch size.
@@ -79,12 +83,12 @@ def _make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.s
 
     def loss_of(trainable, outputs, frozen, batch):
         params = trees.merge(trainable, frozen)
-        terms = losses.contrastive_loss(
-            outputs["image_features"],
-            outputs["text_features"],
-            params["logit_scale"],
-            loss.label_smoothing,
-        )
+        features = outputs["image_features"], outputs["text_features"]
+        if loss.distills:
+            targets = batch["target_images"], batch["target_texts"]
+            terms = losses.distillation_loss(*features, *targets, params["logit_scale"])
+        else:
+            terms = losses.contrastive_loss(*features, params["logit_scale"], loss.label_smoothing)
         if loss.short_caption_weight:
             terms["short_caption_loss"] = loss.short_caption_weight * losses.short_caption_loss(
                 outputs["image_features"],

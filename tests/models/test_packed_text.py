@@ -31,6 +31,7 @@ DENSE = ClipConfig(
     text=TextConfig(vocab_size=50, context_length=10, width=32, num_layers=2, head_width=8),
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1))
+SEQUENCE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1, sequence_share=2.0))
 END_TOKEN_7 = dataclasses.replace(DENSE, text=dataclasses.replace(DENSE.text, eos_token_id=7))
 # Where captions end, and what they were placed as: 10; 7 and 3; 4. A gap is left between the second row's.
 ENDS, PLACED = (9, 3, 1, 5), (10, 4, 3, 7)
@@ -74,8 +75,12 @@ def test_positions_count_from_the_start_of_a_segment():
 @pytest.mark.parametrize("attention", grid("chunked", rest=["xla"]))
 @pytest.mark.parametrize(
     ("config", "dispatch"),
-    grid((END_TOKEN_7, "ragged"), (MOE, "ragged"), rest=[(DENSE, "ragged"), (MOE, "dense")]),
-    ids=["end token 7", "MoE, ragged", "dense", "MoE, dense"],
+    grid(
+        (END_TOKEN_7, "ragged"),
+        (SEQUENCE, "ragged"),
+        rest=[(DENSE, "ragged"), (MOE, "ragged"), (MOE, "dense"), (SEQUENCE, "dense")],
+    ),
+    ids=["end token 7", "sequence", "dense", "MoE, ragged", "MoE, dense", "sequence, dense"],
 )
 def test_features_and_router_logits_are_those_of_a_caption_a_row(config, dispatch, attention):
     end_token = config.text.eos_token_id or 49
@@ -100,8 +105,9 @@ def test_the_mask_is_of_segments():
     assert text_mask(text).sum() == sum(ENDS) + 4
 
 
-def test_gradients_are_those_of_a_caption_a_row():
-    model, params = Clip(MOE), random_params(MOE)
+@pytest.mark.parametrize("config", grid(SEQUENCE, rest=[MOE]), ids=["sequence", "token"])
+def test_gradients_are_those_of_a_caption_a_row(config):
+    model, params = Clip(config), random_params(config)
     target = jax.random.normal(jax.random.key(0), (4, 24))
 
     @jax.jit

@@ -29,8 +29,8 @@ ROW = recipes.Recipe(
     ignores=recipes.ORDINARY,
 )
 STAGE = recipes.Recipe(
-    "consolidation",
-    "consolidated",
+    "polish",
+    "polished",
     "stage",
     lambda config: ("mcl_1",),
     recipes.TRAIN_FFN,
@@ -63,7 +63,7 @@ def test_new_baseline_trains_what_its_rules_say(run):
 @exhaustive
 def test_new_baseline_has_a_row_in_the_table(run):
     workdir, _, results = run
-    assert list(results) == ["base", TITLE, "stage 1 alone", STAGE.title, "CLIP-MoE"]
+    assert list(results) == ["base", TITLE, "stage 1 alone", "dense curriculum", STAGE.title, "CLIP-MoE"]
     table = write_results({"": [results]}, workdir)
     for title in (TITLE, STAGE.title):
         assert 0 <= results[title]["image_to_text_r1"] <= 1
@@ -93,7 +93,7 @@ def test_new_baseline_is_planned_with_the_steps_it_took(run):
 def test_new_stage_goes_by_its_name(monkeypatch):
     monkeypatch.setattr(recipes, "STAGES", (*recipes.STAGES, STAGE))
     names = runner.stage_names(config_of(*recipes.baseline_names()))
-    assert names[names.index("router") + 1 :] == ["consolidation", "baselines", "evaluate"]
+    assert names[names.index("router") + 1 :] == ["polish", "baselines", "evaluate"]
 
 
 @exhaustive

@@ -20,7 +20,7 @@ from clipmoe_jax.models.model_folder import load_model
 
 SCRIPT = pathlib.Path(__file__).parent / "killed_run.py"
 REPOSITORY = SCRIPT.parents[2]
-MODELS = ("base", "stage_1/params", "moe/upcycled", "moe/params")
+MODELS = ("base", "stage_1/params", "dense/params", "moe/upcycled", "moe/params")
 
 
 def environment(num_devices: int) -> dict[str, str]:
@@ -216,7 +216,8 @@ def test_only_process_0_writes_metrics(terminated):
 
 def assert_every_step_has_one_line(workdir):
     steps = [(line["phase"], line["step"]) for line in metrics_of(workdir)]
-    assert sorted(steps) == [(phase, step) for phase in ("base", "mcl_1", "router") for step in range(1, 8)]
+    phases = ("base", "consolidation", "mcl_1", "router")
+    assert sorted(steps) == [(phase, step) for phase in phases for step in range(1, 8)]
 
 
 @exhaustive

@@ -76,7 +76,7 @@ def workdir(files, tmp_path_factory):
 
 def test_run_on_raw_files_prepares_trains_and_evaluates(workdir):
     results = json.loads((workdir / "eval" / "results.json").read_text())
-    assert list(results) == ["base", "stage 1 alone", "CLIP-MoE"]
+    assert list(results) == ["base", "stage 1 alone", "dense curriculum", "CLIP-MoE"]
     prepared = {path.parent.relative_to(workdir).as_posix() for path in workdir.rglob("report.json")}
     assert prepared == {"data/train", "data/test", "data/base"}
     report = json.loads((workdir / "data" / "train" / "report.json").read_text())
@@ -93,7 +93,7 @@ def test_run_starts_from_the_base_of_another_run(workdir, tmp_path):
     for name, leaf in own.items():
         np.testing.assert_array_equal(imported[name], leaf)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert {json.loads(line)["phase"] for line in lines} == {"mcl_1", "router"}
+    assert {json.loads(line)["phase"] for line in lines} == {"mcl_1", "consolidation", "router"}
 
 
 @exhaustive

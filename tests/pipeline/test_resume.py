@@ -39,7 +39,7 @@ def killed(request, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("model", ["base", "stage_1/params", "moe/upcycled", "moe/params"])
+@pytest.mark.parametrize("model", ["base", "stage_1/params", "dense/params", "moe/upcycled", "moe/params"])
 def test_resume_after_kill_gives_the_same_params_bit_for_bit(uninterrupted, killed, model):
     expected_config, expected = load_model(uninterrupted / model)
     config, found = load_model(killed / model)

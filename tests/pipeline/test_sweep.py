@@ -36,7 +36,9 @@ def phases(workdir) -> set[str]:
 @exhaustive
 def test_stages_that_variants_share_are_trained_once(sweep):
     workdir, _ = sweep
-    assert phases(workdir / "one") == {"base", "mcl_1", "router"} and phases(workdir / "two") == {"router"}
+    assert phases(workdir / "one") == {"base", "mcl_1", "consolidation", "router"} and phases(
+        workdir / "two"
+    ) == {"router"}
     for name in ("base", "stage_1/features", "stage_1/clusters", "stage_1/params"):
         done = [json.loads((workdir / variant / name / "done.json").read_text()) for variant in VARIANTS]
         assert done[1].pop("copied_from") == str(workdir / "one" / name)

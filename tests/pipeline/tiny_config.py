@@ -9,7 +9,7 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
 
 def get_config(arg=""):
-    """One stage, a handful of steps of each phase, a checkpoint every other step.
+    """One stage and consolidation, a handful of steps of each phase, a checkpoint every other step.
 
     Arguments: `whole` adds a second stage, a dense and an upcycled baseline, and an evaluation; `baselines`
     is `whole` with every baseline.
@@ -26,9 +26,14 @@ def get_config(arg=""):
         vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
         text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
     ).to_dict()
-    for section in (config.base.train, config.mcl, config.router):
+    for section in (config.base.train, config.mcl, config.consolidation, config.router):
         section.update(batch_size=16, num_steps=7, warmup_steps=1, learning_rate=1e-2)
     config.mcl.num_stages = 1
+    config.moe.experts = ("base", "base", "last_stage", "consolidation")
+    config.moe.routing = "token_and_sequence"
+    config.data.rehearsal = "digit_scenes:test?pairs=16&captions=coarse&seed=1"
+    config.consolidation.rehearsal_fraction, config.router.rehearsal_fraction = 0.3, 0.3
+    config.router.rehearsal = "distill"
     config.embed.batch_size = 16
     config.checkpoint.every_steps = 2
     config.log_every = 1

@@ -1,0 +1,106 @@
+"""Rehearsal: batches of what a model knew before, among those of a phase.
+
+Letters: N records, B pairs of this process's rows of a batch, f the share of a phase's steps that rehearse.
+"""
+
+import contextlib
+import dataclasses
+import fractions
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipmoe_jax.data import loader
+from clipmoe_jax.train.step import LossConfig
+
+
+class Targets(NamedTuple):
+    """Unit features of a model that is to be imitated, (N, embed) float32 each, of every record."""
+
+    images: np.ndarray
+    texts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """Which steps of a phase rehearse, on what, by which loss.
+
+    Attributes:
+        pairs: the records.
+        sampler: which of them a rehearsing step uses; its step counts these alone.
+        fraction: f. Step s rehearses where the whole part of (s + 1) f is above that of s f: evenly spread.
+        loss: of these steps.
+        targets: for a loss that distills.
+    """
+
+    pairs: loader.StreamedPairs | loader.DecodedPairs
+    sampler: loader.Sampler
+    fraction: float
+    loss: LossConfig
+    targets: Targets | None = None
+
+    def before(self, step: int) -> int:
+        """Returns how many of the steps before this one rehearse."""
+        return int(step * fractions.Fraction(self.fraction).limit_denominator(10**6))
+
+    def rehearses(self, step: int) -> bool:
+        """Returns whether a step rehearses."""
+        return self.before(step + 1) > self.before(step)
+
+
+@contextlib.contextmanager
+def open_batches(
+    pairs: loader.StreamedPairs | loader.DecodedPairs,
+    sampler: loader.Sampler,
+    rehearsal: Rehearsal | None,
+    *,
+    start_step: int,
+    num_steps: int,
+    caption_turns: loader.CaptionTurns,
+    **options: Any,
+) -> Iterator[Iterator[tuple[bool, loader.Batch]]]:
+    """Opens an iterator over (whether it rehearses, batch) of some steps of a phase; arguments as of
+    `loader.batches`."""
+    first = rehearsal.before(start_step) if rehearsal else 0
+    count = rehearsal.before(start_step + num_steps) - first if rehearsal else 0
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(
+            loader.batches(
+                pairs,
+                sampler,
+                start_step=start_step - first,
+                num_steps=num_steps - count,
+                caption_turns=caption_turns,
+                **options,
+            )
+        )
+        if rehearsal is None:
+            yield ((False, batch) for batch in own)
+            return
+        rehearsed = stack.enter_context(
+            loader.batches(
+                rehearsal.pairs,
+                rehearsal.sampler,
+                start_step=first,
+                num_steps=count,
+                caption_turns=None if rehearsal.targets else loader.CaptionTurns(caption_turns.seed),
+                **options,
+            )
+        )
+        yield _in_turn(own, rehearsed, rehearsal, range(start_step, start_step + num_steps))
+
+
+def _in_turn(
+    own: Iterator[loader.Batch], rehearsed: Iterator[loader.Batch], rehearsal: Rehearsal, steps: range
+) -> Iterator[tuple[bool, loader.Batch]]:
+    for step in steps:
+        if not rehearsal.rehearses(step):
+            yield False, next(own)
+            continue
+        batch = next(rehearsed)
+        if rehearsal.targets is not None:
+            index = batch["index"]
+            targets = {"target_images": rehearsal.targets.images, "target_texts": rehearsal.targets.texts}
+            batch = batch | {name: features[index] for name, features in targets.items()}
+        yield True, batch
