@@ -23,6 +23,7 @@ DENSE = ClipConfig(
     text=TextConfig(vocab_size=1000, context_length=248, width=512, num_layers=2),
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1))
+SEQUENCE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1, sequence_share=2.0))
 BATCH = {
     "image": jax.ShapeDtypeStruct((8, 224, 224, 3), np.uint8),
     "text": jax.ShapeDtypeStruct((8, 248), np.int32),
@@ -55,7 +56,7 @@ def xla_flops(compiled) -> float:
     return (found[0] if isinstance(found, list) else found)["flops"] / 8
 
 
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "MoE"])
+@pytest.mark.parametrize("config", [DENSE, SEQUENCE], ids=["dense", "MoE by token and sequence"])
 def test_forward(config):
     params = abstract_params(config)
     model = Clip(config, ComputeConfig(dispatch="dense"))
