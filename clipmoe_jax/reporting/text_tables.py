@@ -63,7 +63,7 @@ def shown_metrics(metrics: Sequence[str], models: Sequence[Mapping[str, Any]]) -
         for metric in metrics
         if not metric.endswith(RANDOM_TIES)
         or any(
-            abs(n.get(metric, 0) - n[metric.removesuffix(RANDOM_TIES)]) > 5e-4 for n in models if metric in n
+            abs(n.get(metric, 0) - n[metric.removesuffix(RANDOM_TIES)]) > 5e-3 for n in models if metric in n
         )
     ]
 
