@@ -101,6 +101,7 @@ def default_config() -> ConfigDict:
     config.data.test_split = "test"
     config.data.max_bad_fraction = 1e-3  # of a source's records: the run stops if more are bad
     config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
+    config.data.retention = ""  # what config.retention calls data.retention
     config.data.rehearsal = ""  # what the base knew, some hundreds of pairs or more, not to be forgotten
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
@@ -166,6 +167,8 @@ def default_config() -> ConfigDict:
     config.loss = ConfigDict({"short_caption_weight": 0.0})
     config.baselines = ()  # names of baselines in dmu/recipes.py
     config.evaluations = ()  # of each model: lines such as "zero_shot:data/imagenet?classes=imagenet"
+    # One more line, of what the base knew: the column "old" beside the test set's recall.
+    config.retention = ""  # such as "zero_shot:data.retention" or "zero_shot:data/imagenet?classes=imagenet"
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
     config.log_every = 10

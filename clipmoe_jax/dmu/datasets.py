@@ -21,7 +21,7 @@ from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.data.records import Records
 
-NAMES = ("train", "test", "base", "rehearsal")
+NAMES = ("train", "test", "base", "retention", "rehearsal")
 WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
 PREPARATION_SECONDS = 7 * 24 * 3600  # that other processes wait: a hundred million images take hours
 
@@ -143,18 +143,20 @@ def datasets_of(
 
 
 def check_disjoint(datasets: Mapping[str, Dataset]) -> None:
-    """Raises ValueError naming an image that is rehearsed and lies in the test set too."""
-    if not {"rehearsal", "test"} <= datasets.keys():
+    """Raises ValueError naming an image that is rehearsed and lies in data.test or data.retention too."""
+    if "rehearsal" not in datasets:
         return
-    rehearsal, test = datasets["rehearsal"].open(), datasets["test"].open()
-    tested = {_digest(test[i]): i for i in range(len(test))}
-    for i in range(len(rehearsal)):
-        if (digest := _digest(rehearsal[i])) in tested:
-            same = test[tested[digest]]["id"]
-            raise ValueError(
-                f"data.rehearsal: the image of {rehearsal[i]['id']!r} is that of {same!r} in data.test: "
-                "leave it out, or the test says nothing"
-            )
+    rehearsal = datasets["rehearsal"].open()
+    rehearsed = {_digest(rehearsal[i]): i for i in range(len(rehearsal))}
+    for name in {"test", "retention"} & datasets.keys():
+        tested = datasets[name].open()
+        for i in range(len(tested)):
+            if (digest := _digest(tested[i])) in rehearsed:
+                same = rehearsal[rehearsed[digest]]["id"]
+                raise ValueError(
+                    f"data.rehearsal: the image of {same!r} is that of {tested[i]['id']!r} in data.{name}: "
+                    "leave it out, or the test says nothing"
+                )
 
 
 def _digest(record: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ evaluated/MODEL/test/   retrieval, and image.npy and text.npy, the model's featu
 evaluated/MODEL/…       one folder for each of the config's evaluations
 eval/                   results.json of all models, and diagnostics of the CLIP-MoE
 
-In an evaluation line of a config the path `data.test` stands for the run's own test set.
+In an evaluation line the paths `data.test` and `data.retention` stand for the run's own data sets.
 """
 
 import contextlib
@@ -41,25 +41,34 @@ from clipmoe_jax.models.clip import METHODS, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import load_model, read_config
 
+# What an evaluation says of what the base knew: {kind: metrics whose mean it is}.
+RETENTION = {"zero_shot": ("top1",), "retrieval": ("image_to_text_r1", "text_to_image_r1")}
 # Pairs of the test set that routing and experts are diagnosed on, and examples that are shown.
 DIAGNOSED_PAIRS, EXAMPLES = 2048, 8
-OWN_TEST_SET = "data.test"
+OWN = {"data.test": "test", "data.retention": "retention"}  # paths that stand for the run's own data sets
 
 
 def is_wanted(config: ConfigDict) -> bool:
     """Returns whether a config says what to evaluate on."""
-    return bool(config.data.test or config.evaluations)
+    return bool(config.data.test or config.evaluations or config.retention)
+
+
+def lines_of(config: ConfigDict) -> tuple[str, ...]:
+    """Returns a config's evaluations, that of retention last."""
+    return (*config.evaluations, *filter(None, [config.retention]))
 
 
 def check_lines(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
     """Raises ValueError or FileNotFoundError for evaluations that cannot be, before data is prepared."""
-    for line in config.evaluations:
+    for line in lines_of(config):
         evaluation = parse_evaluation(line)
-        if evaluation.path != OWN_TEST_SET:
+        if evaluation.path not in OWN:
             with contextlib.suppress(NotApplicableError):
                 _ = evaluation.data
-        elif "test" not in datasets:
-            raise ValueError(f"evaluation {line}: data.test is empty: set it, or name a data set")
+        elif OWN[evaluation.path] not in datasets:
+            raise ValueError(f"evaluation {line}: {evaluation.path} is empty: set it, or name a data set")
+    if config.retention and (kind := parse_evaluation(config.retention).kind) not in RETENTION:
+        raise ValueError(f"retention={config.retention}: {kind} is none of {', '.join(RETENTION)}")
 
 
 def open_evaluations(
@@ -71,12 +80,12 @@ def open_evaluations(
     test set too.
     """
     evaluations = []
-    for line in config.evaluations:
+    for line in lines_of(config):
         evaluation = parse_evaluation(line)
-        if evaluation.path == OWN_TEST_SET:
-            test = datasets["test"]
-            options = {"split": test.split, **evaluation.options}
-            evaluation = dataclasses.replace(evaluation, path=test.path, options=options)
+        if evaluation.path in OWN:
+            own = datasets[OWN[evaluation.path]]
+            options = {**({"split": own.split} if own.split else {}), **evaluation.options}
+            evaluation = dataclasses.replace(evaluation, path=own.path, options=options)
         evaluations.append(evaluation)
     applicable, reasons = open_applicable(evaluations)
     for reason in reasons:
@@ -95,8 +104,9 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """Returns {title: numbers} of every model, which also go to eval/results.json.
 
     Numbers: parameters, active_parameters, expert (which expert of the CLIP-MoE a dense model became, or
-    None); with a test set `retrieval_recall`'s; "evaluations" and "chance", {line: {metric: value}}, of the
-    config's evaluations. A feature ensemble joins the features of the base and all stages.
+    None); with a test set `retrieval_recall`'s; with config.retention "retention", a share; "evaluations" and
+    "chance", {line: {metric: value}}, of the config's evaluations and of retention. A feature ensemble joins
+    the features of the base and all stages.
     """
     results = {}
     for recipe in recipes.table_rows(run.config):
@@ -168,6 +178,10 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
         metrics[evaluation.line] = json.loads((folder / "results.json").read_text())
         if evaluation.chance:
             chance[evaluation.line] = evaluation.chance
+    if run.config.retention in metrics:
+        kept = metrics[run.config.retention]
+        names = RETENTION[run.config.retention.partition(":")[0]]
+        numbers["retention"] = float(np.mean([kept[name] for name in names]))
     numbers |= {"evaluations": metrics} if metrics else {}
     numbers |= {"chance": chance} if chance else {}
     return numbers | _sizes(path) | {"expert": _expert(run, recipe)}

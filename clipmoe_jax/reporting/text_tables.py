@@ -20,6 +20,7 @@ HOW_TO_READ = (
     "caption. Active: what one token uses."
 )
 TIES = "Equal scores count as misses; in the columns of ties they stand in random order."
+OLD = "Old: what the base knew, per cent (config.retention)."
 ATTRIBUTES = "attributes"  # the kind of evaluation that has a table of its own
 MEAN = "mean"  # over the attributes
 
@@ -68,19 +69,30 @@ def shown_metrics(metrics: Sequence[str], models: Sequence[Mapping[str, Any]]) -
     ]
 
 
+def has_retention(seeds: Sequence[Results]) -> bool:
+    """Returns whether it was measured what models keep of what the base knew."""
+    return all(any("retention" in numbers for numbers in results.values()) for results in seeds)
+
+
 def format_table(seeds: Sequence[Results]) -> str:
     """Returns one row a model: recall if there is any (mean ± standard deviation over seeds), parameters,
     active parameters."""
     ties = recall_with_ties(seeds)
     columns = {**COLUMNS, **ties} if has_retrieval(seeds) else {}
+    if has_retention(seeds):
+        columns["old"] = "retention"
     widths = {name: max(7 if len(seeds) == 1 else 11, len(name)) for name in columns}
     widths |= {"params": 8, "active": 8}
     rows = {}
     for title, numbers in seeds[0].items():
-        recall = [_mean_and_spread([r[title][key] for r in seeds], 100, 1) for key in columns.values()]
+        recall = [
+            _mean_and_spread([r[title][key] for r in seeds], 100, 1) if key in numbers else ""
+            for key in columns.values()
+        ]
         sizes = [short_count(numbers[key]) for key in ("parameters", "active_parameters")]
         rows[title] = [*recall, *sizes]
-    return "\n".join([*_lines(widths, rows), "", " ".join([HOW_TO_READ, TIES] if ties else [HOW_TO_READ])])
+    notes = [HOW_TO_READ, *([TIES] if ties else []), *([OLD] if "old" in columns else [])]
+    return "\n".join([*_lines(widths, rows), "", " ".join(notes)])
 
 
 def attribute_lines(seeds: Sequence[Results]) -> list[str]:

@@ -111,6 +111,16 @@ def test_command_prints_a_row_for_each_model(finished):
     assert "R@k: per cent of queries" in finished.printed
 
 
+def test_old_is_what_the_line_of_retention_measures(finished):
+    results = json.loads((finished.workdir / "eval" / "results.json").read_text())
+    with_old = {title for title, numbers in results.items() if "retention" in numbers}
+    assert with_old == ({*results} - {"feature ensemble"} if finished.config.retention else set())
+    for title in with_old:
+        line = results[title]["evaluations"][finished.config.retention]
+        assert results[title]["retention"] == line["top1"]
+    assert bool(with_old) == ("Old: what the base knew" in finished.printed)
+
+
 def test_numbers_are_those_of_the_saved_models(finished):
     """The printed row of CLIP-MoE, computed again from its params folder through the public API."""
     workdir = finished.workdir

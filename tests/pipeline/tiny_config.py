@@ -11,8 +11,8 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 def get_config(arg=""):
     """One stage and consolidation, a handful of steps of each phase, a checkpoint every other step.
 
-    Arguments: `whole` adds a second stage, a dense and an upcycled baseline, and an evaluation; `baselines`
-    is `whole` with every baseline.
+    Arguments: `whole` adds a second stage, a dense and an upcycled baseline, an evaluation and retention;
+    `baselines` is `whole` with every baseline.
     """
     arg = parse_arg(arg, whole=False, baselines=False)
     config = default_config()
@@ -42,4 +42,5 @@ def get_config(arg=""):
         config.mcl.num_stages = 2
         config.baselines = baseline_names() if arg.baselines else ("long_clip", "clip_up", "feature_ensemble")
         config.evaluations = ("attributes:data.test",)
+        config.data.retention, config.retention = "glyphs:test?pairs=16", "zero_shot:data.retention"
     return config

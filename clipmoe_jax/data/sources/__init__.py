@@ -20,6 +20,7 @@ from clipmoe_jax.data.sources.coco import Coco
 from clipmoe_jax.data.sources.conversations import ShareGPT4V
 from clipmoe_jax.data.sources.digit_scenes import DigitScenes
 from clipmoe_jax.data.sources.folders import Classes, ImageFolder, Img2Dataset
+from clipmoe_jax.data.sources.glyphs import Glyphs
 from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.data.sources.parquet import Parquet
 from clipmoe_jax.data.sources.shards import WebDataset
@@ -77,6 +78,7 @@ KINDS = {
     "tfds": Kind(
         Tfds, "tfds:coco_captions?split=val", options=("data_dir", "split", "image", "caption", "id")
     ),
+    "glyphs": Kind(Glyphs, "glyphs:train?pairs=6000", options=("pairs", "seed"), generated=True),
     "digit_scenes": Kind(
         DigitScenes,
         "digit_scenes:train?pairs=8000",

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from clipmoe_jax.data.sources.base import AttributeSpec, Pair
+from clipmoe_jax.data.sources.options import whole_numbers
 
 SIZE, BORDER, MARK = 32, 2, 5
 NUM_TRAINING_DIGITS = 1200
@@ -93,13 +94,9 @@ class DigitScenes:
         for name, value, known in (("SPLIT", split, ("train", "test")), ("captions", captions, CAPTIONS)):
             if value not in known:
                 raise ValueError(f"source digit_scenes:{split}: {name}={value}: choose {' or '.join(known)}")
-        for name, value, least in (("pairs", pairs, 1), ("seed", seed, 0)):
-            if not str(value).isdecimal() or int(value) < least:
-                raise ValueError(
-                    f"source digit_scenes:{split}: {name}={value} must be a whole number from {least}"
-                )
         self._split, self._captions = split, captions
-        self._num_pairs, self._seed = int(pairs), int(seed)
+        numbers = whole_numbers(f"digit_scenes:{split}", pairs=(pairs, 1), seed=(seed, 0))
+        self._num_pairs, self._seed = numbers
 
     def __len__(self) -> int:
         return self._num_pairs

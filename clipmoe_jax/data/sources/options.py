@@ -3,6 +3,18 @@
 from urllib.parse import unquote
 
 
+def whole_numbers(source: str, **options: tuple[int | str, int]) -> list[int]:
+    """Returns the values of options {name: (value, the least it may be)} as whole numbers.
+
+    Raises:
+        ValueError: the source and an option that is none, or less.
+    """
+    for name, (value, least) in options.items():
+        if not str(value).isdecimal() or int(value) < least:
+            raise ValueError(f"source {source}: {name}={value} must be a whole number from {least}")
+    return [int(value) for value, _ in options.values()]
+
+
 def parse_options(query: str) -> dict[str, str]:
     """Returns {name: value} of `name=value&name=value`.
 
