@@ -50,6 +50,8 @@ def evaluate(
     """
     if model.config.text is None:
         raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
+    if not model.config.text.has_clips_tokens:
+        raise ValueError(f"the model is a {model.source} with tokens of its own: evaluations need CLIP's")
     config = config or configs.default_config()
     mesh = sharding.make_mesh()
     tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)

@@ -17,7 +17,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import RELEASED_CONFIG, RELEASED_FILE
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.inputs import END_ID, MEAN, SPECIAL_IDS, STD
+from clipmoe_jax.models.inputs import MEAN, SPECIAL_IDS, STD
 from clipmoe_jax.models.positions import stretched_length
 from clipmoe_jax.models.transformer import first_moe_layer
 
@@ -76,7 +76,7 @@ def write_huggingface(
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     _write_json(folder / "config.json", huggingface.export_config(config, dtype))
     _write_image_processor(folder, config.vision.image_size)
-    if config.text and config.text.vocab_size == END_ID + 1:
+    if config.text and config.text.has_clips_tokens:
         _write_tokenizer(folder, tokenizer, config.text.context_length)
     if config.moe:
         source = pathlib.Path(__file__).with_name(huggingface.MODELING_FILE)
