@@ -11,7 +11,6 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.inputs import check_normalisation, check_resizing
 from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretched_length
 
@@ -171,10 +170,11 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
 
 def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Checkpoint:
     folder = source if source.is_dir() else source.parent
-    preprocessing = _read_described(folder / "preprocessor_config.json")
-    described = f"{folder}/preprocessor_config.json"
-    check_normalisation(preprocessing, ("image_mean", "image_std"), described)
-    check_resizing(huggingface.resizing(preprocessing), described)
+    for name in (huggingface.IMAGE_PROCESSOR_FILE, huggingface.PROCESSOR_FILE):
+        fields = _read_described(folder / name)
+        if name == huggingface.PROCESSOR_FILE:
+            fields = fields.get("image_processor") or {}
+        huggingface.check_image_processor(fields, config.vision.image_size, f"{folder}/{name}")
     tensors = huggingface.normalise(tensors)
     if "embeddings.class_embedding" in tensors:
         raise ValueError(

@@ -63,11 +63,14 @@ def open_sharded(index: epath.Path) -> Tensors:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """Returns the contents of a JSON file. Raises ValueError if it is not one."""
+    """Returns the contents of a JSON file. Raises ValueError if it is not one, or holds no object."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields")
+    return content
 
 
 def write_safetensors(

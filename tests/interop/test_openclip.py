@@ -272,20 +272,20 @@ def test_config_without_towers_is_refused():
         openclip.import_config({"model_cfg": {}})
 
 
-def test_another_normalisation_is_refused(tmp_path):
-    write_config(tmp_path, MODEL, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
-    save_safetensors(make_model(MODEL), tmp_path)
-    with pytest.raises(ValueError, match=r"config.json normalises pixels by mean=\[0.5, 0.5, 0.5\]"):
-        read_model(str(tmp_path))
-
-
-def test_another_resizing_is_refused(tmp_path):
-    write_config(tmp_path, MODEL, resize_mode="squash")
-    save_safetensors(make_model(MODEL), tmp_path)
+def test_another_preprocessing_is_refused():
+    """All fields at once; those that are None have open_clip's default."""
+    fields = {"mean": [0.5, 0.5, 0.5], "std": None, "resize_mode": "squash", "interpolation": "bilinear"}
     with pytest.raises(
-        ValueError, match=r"config.json has resize_mode='squash', but this program resizes the short"
+        ValueError,
+        match=r"config.json has mean=\[0.5, 0.5, 0.5\], interpolation='bilinear', resize_mode='squash', so ",
     ):
-        read_model(str(tmp_path))
+        openclip.import_config({"model_cfg": MODEL, "preprocess_cfg": fields})
+    for other in ({"mode": "L"}, {"std": [0.3, 0.3, 0.3]}):
+        with pytest.raises(ValueError, match=f"config.json has {next(iter(other))}="):
+            openclip.import_config({"model_cfg": MODEL, "preprocess_cfg": other})
+    assert openclip.import_config({"model_cfg": MODEL, "preprocess_cfg": None}) == openclip.import_config(
+        MODEL
+    )
 
 
 OTHERS = {
