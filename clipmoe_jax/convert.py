@@ -6,12 +6,14 @@ Formats: huggingface (transformers), openclip (dense models), clipmoe (the relea
 README.md written into each folder, and docs/interop.md, say what it holds and how to use it.
 """
 
+import pathlib
+
 from absl import flags, logging
 from etils import epath
 
 from clipmoe_jax.core import artifacts, cli, trees
 from clipmoe_jax.core.paths import in_bucket
-from clipmoe_jax.data import tokenizer
+from clipmoe_jax.data import preprocess, tokenizer
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import ClipConfig
@@ -20,7 +22,8 @@ from clipmoe_jax.reporting.model_card import model_card
 
 def write_huggingface(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes a folder for transformers, with CLIP's tokenizer if the model has CLIP's vocabulary."""
-    export.write_huggingface(folder, config, params, tokenizer.backend())
+    modules = pathlib.Path(preprocess.__file__).parent
+    export.write_huggingface(folder, config, params, tokenizer.backend(), modules)
 
 
 WRITERS = {
