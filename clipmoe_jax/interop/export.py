@@ -27,7 +27,7 @@ RELEASED_LENGTH = stretched_length(77)
 def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes model.pt, a state dict for the released code's loaders, and clipmoe.json, which says the rest.
 
-    Raises ValueError naming the first property whose value the released code does not support.
+    Raises ValueError naming every property whose value the released code does not support.
     """
     text = config.text
     if text is None:
@@ -42,10 +42,13 @@ def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) 
         "text.mlp_width": (text.mlp_width or 4 * text.width, 4 * text.width),
         "text.eos_token_id": (text.eos_token_id, None),
     }
-    for name, (ours, theirs) in fixed.items():
-        if ours != theirs:
-            fix = f": ask for context_length={theirs}" if name == "text.context_length" else ""
-            raise ValueError(f"the released code supports only {name}={theirs}, this model has {ours}{fix}")
+    if odd := {name: values for name, values in fixed.items() if values[0] != values[1]}:
+        has = ", ".join(f"{name}={ours}" for name, (ours, _) in odd.items())
+        wants = ", ".join(f"{name}={theirs}" for name, (_, theirs) in odd.items())
+        can_stretch = stretched_length(text.context_length) == RELEASED_LENGTH
+        only_short = can_stretch and odd.keys() == {"text.context_length"}
+        fix = f"ask for context_length={RELEASED_LENGTH}" if only_short else "convert it to huggingface"
+        raise ValueError(f"the released code supports only {wants}, this model has {has}: {fix}")
     chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     beside = {"activation": config.activation}
     if config.moe:

@@ -228,7 +228,7 @@ REFUSED = {
     "77 positions for the released code": (
         "clipmoe",
         {},
-        "supports only text.context_length=248, this model has 77: ask for context_length=248",
+        "only text.context_length=248, this model has text.context_length=77: ask for context_length=248",
     ),
 }
 
@@ -246,12 +246,14 @@ def test_clip_moe_for_open_clip_is_refused(golden_dir, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_gelu_for_the_released_code_is_refused(tmp_path):
-    save_random_model(tmp_path / "gelu", activation="gelu", context_length=248)
+def test_all_that_the_released_code_does_not_support_is_named_at_once(tmp_path):
+    save_random_model(tmp_path / "other", activation="gelu", layer_norm_eps=1e-6)
     with pytest.raises(
-        ValueError, match="released code supports only activation=quick_gelu, this model has gelu"
+        ValueError,
+        match="only text.context_length=248, activation=quick_gelu, layer_norm_eps=1e-05, this model has "
+        "text.context_length=77, activation=gelu, layer_norm_eps=1e-06: convert it to huggingface$",
     ):
-        convert(str(tmp_path / "gelu"), "clipmoe", str(tmp_path / "out"))
+        convert(str(tmp_path / "other"), "clipmoe", str(tmp_path / "out"))
 
 
 def test_existing_folder_is_refused_and_not_touched(dense_folder, tmp_path):
