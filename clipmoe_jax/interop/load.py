@@ -71,7 +71,8 @@ def read_model(
     vision tower's grid of positions; None keeps it. dtype: of the params; None keeps each tensor's own.
     place: turns a leaf's name and array into the leaf to keep, before the next one is read, so that the model
     is never in memory twice, nor all of it on one device if it is sharded.
-    Raises FileNotFoundError, or ValueError naming what does not fit.
+    Raises FileNotFoundError, or ValueError naming what does not fit, and the first tensor that has NaN or
+    infinite values, in the file or in `dtype`.
     """
     location = epath.Path(path)
     if not location.exists():
@@ -84,7 +85,8 @@ def read_model(
         config, params = load_model(run_folder)
         leaves = trees.flatten(params)
         del params
-        leaves = {name: place(name, np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
+        for name in list(leaves):
+            leaves[name] = place(name, tensor_files.finite(np.asarray(leaves.pop(name)), name, dtype, path))
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
         open_it = _open_folder if location.is_dir() else _open_file
@@ -92,8 +94,7 @@ def read_model(
         expected = trees.flatten(abstract_params(config))
         shapes = {name: leaf.shape for name, leaf in expected.items()}
         nametable.check_shapes(table, shapes, tensors, path)
-        leaves = nametable.to_ours(table, tensors, lambda name, leaf: place(name, np.asarray(leaf, dtype)))
-        params = trees.unflatten(leaves)
+        params = trees.unflatten(nametable.to_ours(table, tensor_files.read_as(tensors, dtype, path), place))
     if activation not in (None, config.activation):
         raise ValueError(
             f"{path} says that its activation is {config.activation}, not {activation}: ask for "

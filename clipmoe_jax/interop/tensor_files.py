@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 10**9  # other libraries too write several files past this siz
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file: its shape, and a function that reads it into a numpy array of its own dtype."""
+    """A tensor in a file: its shape, and a function that reads it into a numpy array."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -71,6 +71,36 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields")
     return content
+
+
+def read_as(tensors: Tensors, dtype: str | None, source: str) -> Tensors:
+    """Returns the tensors so that they are read in this dtype, None in their own, and `finite`."""
+    return {
+        name: Tensor(tensor.shape, functools.partial(_read_finite, tensor, name, dtype, source))
+        for name, tensor in tensors.items()
+    }
+
+
+def finite(array: np.ndarray, name: str, dtype: str | None, source: str) -> np.ndarray:
+    """Returns an array in this dtype, None in its own.
+
+    Raises ValueError naming the tensor of the file `source` if it has NaN or infinity, or a value that is too
+    large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        cast = np.asarray(array, dtype)
+    if np.isfinite(cast).all():
+        return cast
+    if not np.isfinite(array).all():
+        raise ValueError(f"{source}: {name} has NaN or infinite values: give a checkpoint that is whole")
+    largest = np.abs(array.astype(np.float64)).max()
+    raise ValueError(
+        f"{source}: {name} has values up to {largest:.4g}, more than {dtype} can hold: choose another dtype"
+    )
+
+
+def _read_finite(tensor: Tensor, name: str, dtype: str | None, source: str) -> np.ndarray:
+    return finite(tensor.read(), name, dtype, source)
 
 
 def write_safetensors(

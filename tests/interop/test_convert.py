@@ -101,6 +101,19 @@ def test_export_in_half_precision_on_request(dense_folder, tmp_path, dtype):
         np.testing.assert_allclose(leaf, exact[name], rtol=2**-8, atol=1e-7, err_msg=name)
 
 
+def test_numbers_too_large_for_half_precision_leave_no_folder(golden_dir, tmp_path):
+    state = torch.load(golden_dir / "dense.pt", weights_only=True)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    state["visual.conv1.weight"][0] = 1e5
+    torch.save(state, tmp_path / "large.pt")
+    with pytest.raises(
+        ValueError, match="visual.conv1.weight has values up to 1e\\+05, more than float16 can"
+    ):
+        convert(str(tmp_path / "large.pt"), "huggingface", str(tmp_path / "out"), dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["large.pt"]
+    convert(str(tmp_path / "large.pt"), "huggingface", str(tmp_path / "out"), dtype="bfloat16")
+
+
 def test_weights_past_a_size_are_sharded(dense_folder, tmp_path):
     """Their numbered names, their index, and transformers and we read them."""
     model = read_model(dense_folder)

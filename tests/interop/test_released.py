@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 
 import chex
 import jax
@@ -187,6 +188,50 @@ def test_state_dict_of_a_wrapped_model_is_read(states, tmp_path):
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "wrapped.pt")
     found = trees.flatten(read_model(str(tmp_path / "wrapped.pt")).params)
     np.testing.assert_array_equal(found["visual/proj"], states["dense"]["visual.proj"])
+
+
+BAD_NUMBERS = {"NaN": np.nan, "infinity": np.inf, "minus infinity": -np.inf}
+
+
+@pytest.mark.parametrize("number", BAD_NUMBERS.values(), ids=BAD_NUMBERS)
+@pytest.mark.parametrize(
+    "name", ["visual.transformer.resblocks.1.mlp.c_fc.bias", "logit_scale", POSITIONS_RES]
+)
+def test_numbers_that_are_none_are_refused_when_they_are_read(states, tmp_path, name, number):
+    array = np.array(states["dense"][name], np.float16)
+    array[(-1,) * array.ndim] = number
+    path = write(tmp_path / "bad.pt", states["dense"] | {name: array})
+    expected = POSITIONS if name == POSITIONS_RES else name  # the two tables are read as one
+    with pytest.raises(ValueError, match=f"bad.pt: {expected} has NaN or infinite values: give a checkpoint"):
+        read_model(path)
+
+
+def test_numbers_that_are_none_are_refused_in_a_runs_folder_too(run_folder, tmp_path):
+    found = read_model(str(run_folder))
+    leaves = trees.flatten(found.params)
+    leaves["visual/proj"] = np.full_like(leaves["visual/proj"], np.nan)
+    save_model(tmp_path / "bad", found.config, trees.unflatten(leaves))
+    with pytest.raises(ValueError, match="bad: visual/proj has NaN or infinite values"):
+        read_model(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "text"),
+    [("float16", 7e4, r"7e\+04"), ("bfloat16", 3.4e38, r"3.4e\+38"), ("float32", 1e39, r"1e\+39")],
+)
+def test_numbers_too_large_for_a_dtype_are_refused(states, tmp_path, dtype, number, text):
+    array = np.array(states["dense"]["visual.proj"], np.float64)
+    array[0, 1] = -number
+    path = write(tmp_path / "large.pt", states["dense"] | {"visual.proj": array})
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(
+            ValueError,
+            match=f"large.pt: visual.proj has values up to {text}, more than {dtype} can hold: choose",
+        ),
+    ):
+        warnings.simplefilter("error")
+        read_model(path, dtype=dtype)
 
 
 def test_path_that_does_not_exist_is_refused(tmp_path):

@@ -116,8 +116,18 @@ def wrong_data(config, folder, tmp_path):
     config.data.train = "nowhere"
 
 
+def rewritten(config, folder, tmp_path, **tensors):
+    """Sets some tensors of the checkpoint."""
+    torch.save(torch.load(folder / "clip.pt") | tensors, tmp_path / "rewritten.pt")
+    config.base.checkpoint = str(tmp_path / "rewritten.pt")
+
+
 def other_head_width(config, folder, tmp_path):
     config.base.architecture.text.head_width = 32
+
+
+def damaged_checkpoint(config, folder, tmp_path):
+    rewritten(config, folder, tmp_path, logit_scale=torch.tensor(torch.nan))
 
 
 def wrong_evaluation(config, folder, tmp_path):
@@ -159,6 +169,7 @@ BAD_RUNS = {
     ),
     "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
     "another head width": (other_head_width, "has text/head_width=64 and base.architecture says 32"),
+    "damaged checkpoint": (damaged_checkpoint, "rewritten.pt: logit_scale has NaN or infinite values"),
     "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
     "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
     "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
