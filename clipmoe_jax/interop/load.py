@@ -1,6 +1,7 @@
 """Reads a model from any format; the content tells which it is."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ OPENCLIP_FILES = (
     *HUGGINGFACE_FILES,
 )
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+# Parts of names that torch's wrappers of modules add: DistributedDataParallel, compile, FSDP, checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# The name of a tensor that every CLIP has, after what may stand before it.
+A_CLIP = re.compile(r"(.*\.)?(visual\.conv1\.weight|vision_model\.embeddings\.class_embedding)")
 Place = Callable[[str, np.ndarray], Any]  # (our name, array) -> the leaf of the param tree
 
 
@@ -152,7 +157,7 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
                 f"{path} has transformers' names, but no config.json beside it says its sizes: put it there"
             )
         return _huggingface(tensors, huggingface.import_config(described), path)
-    if released.has_these_names(tensors):
+    if (other := _other_kind(tensors)) is None and released.has_these_names(tensors):
         if (path.parent / openclip.CONFIG_FILE).exists():
             return _openclip(tensors, path.parent)
         tensors, kind = released.normalise(tensors)
@@ -166,7 +171,7 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
         is_assumed = kind == released.BARE and not activation and not said
         note = " (activation taken to be quick_gelu, which the file does not say)" if is_assumed else ""
         return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}")
-    raise ValueError(f"{path} is not a ViT CLIP: {_other_kind(tensors)}")
+    raise ValueError(f"{path} is not a ViT CLIP: {other or f'its first names are {list(tensors)[:3]}'}")
 
 
 def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Checkpoint:
@@ -191,20 +196,32 @@ def _openclip(tensors: Tensors, folder: epath.Path) -> _Checkpoint:
     return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
 
 
-def _other_kind(tensors: Tensors) -> str:
-    """Returns, in words, the kind of model that a state dict is if it is no ViT CLIP."""
+def _other_kind(tensors: Tensors) -> str | None:
+    """Returns, in words, the kind of model that a state dict is if it is known and no ViT CLIP."""
     if "visual.layer1.0.conv1.weight" in tensors:
         return "its vision tower is a ResNet"
     if "logit_bias" in tensors:
         return "it has a logit_bias, as SigLIP does"
     if any(name.startswith("visual.trunk.") for name in tensors):
         return "its vision tower is one of timm's"
-    return f"its first names are {list(tensors)[:3]}"
+    return None
 
 
 def _open_weights(path: epath.Path) -> Tensors:
+    """Opens the tensors of the one CLIP in a file, without what its names have before or amid CLIP's own.
+
+    A training checkpoint has an optimizer beside the model, a module that contains a CLIP has other tensors:
+    these are left out. Raises ValueError if there are several CLIPs, such as a student and a teacher.
+    """
     is_index = path.name.endswith(".index.json")
-    return (tensor_files.open_sharded if is_index else tensor_files.open_tensors)(path)
+    opened = (tensor_files.open_sharded if is_index else tensor_files.open_tensors)(path)
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in opened}
+    prefixes = sorted({match[1] or "" for name in names.values() if (match := A_CLIP.fullmatch(name))})
+    if len(prefixes) > 1 or len(set(names.values())) < len(names):
+        firsts = [name for name in opened if A_CLIP.fullmatch(names[name])]
+        raise ValueError(f"{path} holds several models ({', '.join(firsts)}): save one of them alone")
+    [prefix] = prefixes or [""]
+    return {n.removeprefix(prefix): opened[name] for name, n in names.items() if n.startswith(prefix)}
 
 
 def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:

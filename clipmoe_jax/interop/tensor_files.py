@@ -10,7 +10,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import huggingface_hub
@@ -38,6 +38,8 @@ Tensors = dict[str, Tensor]
 def open_tensors(path: epath.Path) -> Tensors:
     """Opens a safetensors or PyTorch file; its first bytes tell which it is.
 
+    A PyTorch file may hold dicts in dicts, as training checkpoints do: then names have a key and a dot before
+    them, `state_dict.visual.proj`, and what is no tensor is left out.
     Raises ValueError for a file that is truncated, of another kind, or wants to run code.
     """
     with path.open("rb") as file:
@@ -176,14 +178,24 @@ def _open_torch(path: epath.Path) -> Tensors:
             f"{path} cannot be read as safetensors or as a PyTorch state dict: {reason.removesuffix('.')}"
             + (fix if isinstance(error, pickle.UnpicklingError) else "")
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__}")
-    return {
-        name.removeprefix("module."): Tensor(tuple(tensor.shape), functools.partial(_to_numpy, torch, tensor))
-        for name, tensor in state.items()
+    tensors = {
+        name: Tensor(tuple(value.shape), functools.partial(_to_numpy, torch, value))
+        for name, value in _flatten(state)
+        if isinstance(value, torch.Tensor)
     }
+    if not tensors:
+        raise ValueError(f"{path} is not a state dict: it holds {list(state)[:10]} and no tensors")
+    return tensors
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _import_torch(path: epath.Path) -> Any:

@@ -165,7 +165,15 @@ def save_as_sharded_pickles(model, folder):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("save", [save_in_shards, save_as_pickle, save_as_sharded_pickles])
+def save_as_a_compiled_models_pickle(model, folder):
+    model.config.save_pretrained(folder)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "save", [save_in_shards, save_as_pickle, save_as_sharded_pickles, save_as_a_compiled_models_pickle]
+)
 def test_other_kinds_of_files_give_the_same_model(pair, tmp_path, save):
     torch_model, _, loaded = pair
     save(torch_model, tmp_path)

@@ -288,6 +288,14 @@ def test_another_preprocessing_is_refused():
     )
 
 
+def test_a_real_resnet_is_refused_by_its_kind(tmp_path):
+    """Whose text tower has the names of a ViT CLIP's."""
+    fields = changed({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16}})
+    torch.save(open_clip.CLIP(**fields).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt is not a ViT CLIP: its vision tower is a ResNet"):
+        read_model(str(tmp_path / "model.pt"))
+
+
 OTHERS = {
     "a ResNet": ("visual.layer1.0.conv1.weight", "not a ViT CLIP: its vision tower is a ResNet"),
     "a SigLIP": ("logit_bias", "not a ViT CLIP: it has a logit_bias, as SigLIP does"),
