@@ -131,6 +131,8 @@ def load(
     *,
     num_selected_experts: int | None = None,
     activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
     dtype: str = "float32",
@@ -138,14 +140,17 @@ def load(
     """Returns a CLIP or CLIP-MoE read from any of the formats in docs/interop.md.
 
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation: of a
-    bare state dict; None means quick_gelu. context_length: 248 stretches a text tower of 77 positions.
-    image_size: resizes the vision tower's grid of positions. dtype: of the computation.
+    bare state dict; None means quick_gelu. vision_head_width, text_head_width: of a bare state dict too; None
+    means 64, or what open_clip's vision towers of that width have. context_length: 248 stretches a text tower
+    of 77 positions. image_size: resizes the vision tower's grid of positions. dtype: of the computation.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     model = read_model(
         path,
         num_selected_experts=num_selected_experts,
         activation=activation,
+        vision_head_width=vision_head_width,
+        text_head_width=text_head_width,
         context_length=context_length,
         image_size=image_size,
         place=lambda _, leaf: jnp.asarray(leaf),

@@ -41,6 +41,8 @@ def convert(
     dtype: str | None = None,
     num_selected_experts: int | None = None,
     activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
 ) -> Loaded:
@@ -58,6 +60,8 @@ def convert(
             source,
             num_selected_experts=num_selected_experts,
             activation=activation,
+            vision_head_width=vision_head_width,
+            text_head_width=text_head_width,
             context_length=context_length,
             image_size=image_size,
             dtype=dtype,
@@ -82,6 +86,8 @@ def main(argv: list[str]) -> str:
         dtype=options.dtype,
         num_selected_experts=options.num_selected_experts,
         activation=options.activation,
+        vision_head_width=options.vision_head_width,
+        text_head_width=options.text_head_width,
         context_length=options.context_length,
         image_size=options.image_size,
     )
@@ -103,6 +109,8 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say it."
     )
+    flags.DEFINE_integer("vision_head_width", None, "Of a bare state dict too.")
+    flags.DEFINE_integer("text_head_width", None, "Of a bare state dict too.")
     flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
     flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
     flags.mark_flags_as_required(["from", "to", "out"])

@@ -49,6 +49,15 @@ class Loaded(NamedTuple):
     source: str
 
 
+class _Asked(NamedTuple):
+    """The arguments of `read_model` for what a state dict may not say."""
+
+    num_selected_experts: int | None
+    activation: str | None
+    vision_head_width: int | None
+    text_head_width: int | None
+
+
 class _Checkpoint(NamedTuple):
     """An opened checkpoint: its name table, architecture and tensors, and its kind and format in words."""
 
@@ -63,6 +72,8 @@ def read_model(
     *,
     num_selected_experts: int | None = None,
     activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
     dtype: str | None = "float32",
@@ -72,6 +83,8 @@ def read_model(
 
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation:
     "quick_gelu" or "gelu" for a bare state dict, which does not say it; None means quick_gelu.
+    vision_head_width, text_head_width: of a bare state dict too; None means 64, or what open_clip's vision
+    towers of that width have.
     context_length: 248 stretches a text tower of 77 positions; None keeps them. image_size: resizes the
     vision tower's grid of positions; None keeps it. dtype: of the params; None keeps each tensor's own.
     place: turns a leaf's name and array into the leaf to keep, before the next one is read, so that the model
@@ -79,6 +92,7 @@ def read_model(
     Raises FileNotFoundError, or ValueError naming what does not fit, and the first tensor that has NaN or
     infinite values, in the file or in `dtype`.
     """
+    asked = _Asked(num_selected_experts, activation, vision_head_width, text_head_width)
     location = epath.Path(path)
     if not location.exists():
         raise FileNotFoundError(
@@ -95,16 +109,12 @@ def read_model(
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
         open_it = _open_folder if location.is_dir() else _open_file
-        table, config, tensors, source = open_it(location, num_selected_experts, activation)
+        table, config, tensors, source = open_it(location, asked)
         expected = trees.flatten(abstract_params(config))
         shapes = {name: leaf.shape for name, leaf in expected.items()}
         nametable.check_shapes(table, shapes, tensors, path)
         params = trees.unflatten(nametable.to_ours(table, tensor_files.read_as(tensors, dtype, path), place))
-    if activation not in (None, config.activation):
-        raise ValueError(
-            f"{path} says that its activation is {config.activation}, not {activation}: ask for "
-            f"{config.activation} (base.architecture.activation of a config) or for none"
-        )
+    _check_asked(asked, config, path)
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
         moe = dataclasses.replace(config.moe, num_selected_experts=num_selected_experts)
         config = dataclasses.replace(config, moe=moe)
@@ -123,7 +133,21 @@ def describe(config: ClipConfig) -> str:
     return f"{kind}-MoE ({config.moe.num_experts} experts, {config.moe.num_selected_experts} selected)"
 
 
-def _open_folder(folder: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Checkpoint:
+def _check_asked(asked: _Asked, config: ClipConfig, path: str) -> None:
+    properties = {
+        "activation": (config.activation, asked.activation),
+        "vision.head_width": (config.vision.head_width, asked.vision_head_width),
+        "text.head_width": (config.text and config.text.head_width, asked.text_head_width),
+    }
+    for name, (has, wanted) in properties.items():
+        if wanted not in (None, has):
+            raise ValueError(
+                f"{path} says that its {name} is {has}, not {wanted}: ask for {has} "
+                f"(base.architecture.{name} of a config) or for none"
+            )
+
+
+def _open_folder(folder: epath.Path, asked: _Asked) -> _Checkpoint:
     weights = _first(folder, HUGGINGFACE_FILES)
     described = _read_described(folder / "config.json")
     if "model_type" in described and not (
@@ -140,7 +164,7 @@ def _open_folder(folder: epath.Path, num_selected_experts: int | None, activatio
         return _openclip(_open_weights(weights), folder)
     files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
-        return _open_file(files[0], num_selected_experts, activation)
+        return _open_file(files[0], asked)
     fix = f": give one of its files {[f.name for f in files][:10]}" if files else ""
     raise ValueError(
         f"{folder} is not a model{fix}: it has neither model.json (a run's; give RUN/base, "
@@ -148,7 +172,7 @@ def _open_folder(folder: epath.Path, num_selected_experts: int | None, activatio
     )
 
 
-def _open_file(path: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Checkpoint:
+def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
     tensors = _open_weights(path)
     if huggingface.has_these_names(tensors):
         described = _read_described(path.parent / "config.json")
@@ -163,15 +187,28 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
         tensors, kind = released.normalise(tensors)
         beside = path.parent / RELEASED_CONFIG
         said = _read_described(beside)
+        is_bare = kind == released.BARE and not said
+        widths = asked.vision_head_width, asked.text_head_width
         config = released.infer_config(
             tensors,
-            activation=said.get("activation") or activation or "quick_gelu",
-            num_selected_experts=num_selected_experts or said.get("num_selected_experts", 2),
+            activation=said.get("activation") or asked.activation or "quick_gelu",
+            num_selected_experts=asked.num_selected_experts or said.get("num_selected_experts", 2),
+            head_widths=widths if is_bare else (released.HEAD_WIDTH, released.HEAD_WIDTH),
         )
-        is_assumed = kind == released.BARE and not activation and not said
-        note = " (activation taken to be quick_gelu, which the file does not say)" if is_assumed else ""
+        note = _assumed(asked, config) if is_bare else ""
         return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}")
     raise ValueError(f"{path} is not a ViT CLIP: {other or f'its first names are {list(tensors)[:3]}'}")
+
+
+def _assumed(asked: _Asked, config: ClipConfig) -> str:
+    """Returns what a bare state dict does not say and nobody asked for, as a note in parentheses."""
+    assumed = {
+        "activation": None if asked.activation else config.activation,
+        "vision.head_width": None if asked.vision_head_width else config.vision.head_width,
+        "text.head_width": None if asked.text_head_width or not config.text else config.text.head_width,
+    }
+    values = ", ".join(f"{name}={value}" for name, value in assumed.items() if value)
+    return f" (assumed, as the file does not say it: {values})" if values else ""
 
 
 def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Checkpoint:

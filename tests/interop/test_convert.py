@@ -114,6 +114,17 @@ def test_numbers_too_large_for_half_precision_leave_no_folder(golden_dir, tmp_pa
     convert(str(tmp_path / "large.pt"), "huggingface", str(tmp_path / "out"), dtype="bfloat16")
 
 
+def test_head_widths_of_a_bare_state_dict_are_what_is_asked_for(golden_dir, tmp_path):
+    state = torch.load(golden_dir / "dense.pt", weights_only=True)
+    del state["positional_embedding_res"]
+    torch.save(state, tmp_path / "bare.pt")
+    out = str(tmp_path / "out")
+    convert(str(tmp_path / "bare.pt"), "huggingface", out, vision_head_width=32, text_head_width=16)
+    config = read_model(out).config
+    assert (config.vision.head_width, config.text.head_width) == (32, 16)
+    assert clipmoe_jax.load(str(tmp_path / "bare.pt"), text_head_width=16).config.text.head_width == 16
+
+
 def test_weights_past_a_size_are_sharded(dense_folder, tmp_path):
     """Their numbered names, their index, and transformers and we read them."""
     model = read_model(dense_folder)

@@ -297,6 +297,19 @@ def test_numbers_too_large_for_a_dtype_are_refused(states, tmp_path, dtype, numb
         read_model(path, dtype=dtype)
 
 
+@pytest.mark.parametrize("kind", ["the released code's", "OpenAI's"])
+def test_files_of_known_code_have_its_head_width(states, golden_dir, tmp_path, kind):
+    state = dict(states["dense"])
+    if kind == "OpenAI's":
+        state = {name: array for name, array in state.items() if name != POSITIONS_RES} | {
+            "vocab_size": np.array(300)
+        }
+    path = write(tmp_path / "known.pt", state)
+    assert read_model(path, vision_head_width=64, text_head_width=64).source == f"dense CLIP in {kind} format"
+    with pytest.raises(ValueError, match="known.pt says that its text.head_width is 64, not 32: ask for 64"):
+        read_model(path, text_head_width=32)
+
+
 def test_path_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pt does not exist: give a file or a folder"):
         read_model(str(tmp_path / "nowhere.pt"))
