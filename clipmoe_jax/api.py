@@ -1,11 +1,12 @@
 """`clipmoe_jax.load` and the model that it returns, which encodes images and captions."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from PIL import Image
 
 from clipmoe_jax import config as configs
@@ -15,7 +16,6 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features
-from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import ComputeConfig
 
 
@@ -33,48 +33,97 @@ class LoadedClip:
     def encode_image(
         self, images: Sequence[Image.Image] | Image.Image | np.ndarray | jax.Array, *, normalize: bool = False
     ) -> jax.Array:
-        """Returns image features (B, embed) float32.
+        """Returns image features (B, embed) float32; B is 1 for a single image.
+
+        PIL images are resized, cropped and converted as by OpenAI's code. EXIF orientation is ignored, as
+        there: turn photographs upright first, with PIL.ImageOps.exif_transpose.
 
         images: PIL images or a single one, or an array (B, H, W, 3), uint8 or preprocessed floats.
-        normalize: scales each row to unit length. Raises TypeError for other inputs.
+        normalize: scales each row to unit length. Raises TypeError for other inputs, and ValueError for an
+        image that does not decode and an array of another shape.
         """
-        if not hasattr(images, "shape"):
-            images = [images] if isinstance(images, Image.Image) else list(images)
-            if odd := [type(i).__name__ for i in images if not isinstance(i, Image.Image)]:
-                raise TypeError(f"encode_image takes PIL images or one NHWC array, not a list with {odd[0]}")
+        found = _array_or_list(images, Image.Image, "encode_image takes PIL images or one array (B, H, W, 3)")
+        if isinstance(found, list):
+            if odd := [type(i).__name__ for i in found if not isinstance(i, Image.Image)]:
+                raise TypeError(
+                    f"encode_image takes PIL images or one array (B, H, W, 3), not a list with {odd[0]}: "
+                    "open files with PIL.Image.open, make arrays images with PIL.Image.fromarray"
+                )
             size = self.config.vision.image_size
-            images = np.stack([preprocess_image(image, size) for image in images])
-        return self._encode("encode_image", jnp.asarray(images), normalize)
+            pixels = [preprocess_image(image, size) for image in found]
+            found = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+        return self._encode("encode_image", found, normalize)
 
     def encode_text(
         self, texts: str | Sequence[str] | np.ndarray | jax.Array, *, normalize: bool = False
     ) -> jax.Array:
-        """Returns text features (B, embed) float32.
+        """Returns text features (B, embed) float32; B is 1 for a single string.
 
-        texts: strings or a single one, or token ids (B, L) int32. normalize: scales each row to unit length.
-        Raises ValueError if the model has no text tower, and for strings if its vocabulary is not CLIP's.
+        texts: strings, in a list, an array or a column of a table, or a single one; or token ids (B, L) of
+        any integer type. normalize: scales each row to unit length. Raises ValueError if the model has no
+        text tower, for strings if its vocabulary is not CLIP's, and for ids that are not in its vocabulary;
+        TypeError for other inputs.
         """
         text = self.config.text
         if text is None:
             raise ValueError(f"{self!r} cannot encode text")
-        if hasattr(texts, "shape"):
-            tokens = texts
-        elif text.vocab_size == END_ID + 1 and text.eos_token_id in (None, END_ID):
-            tokens = Tokenizer(text.context_length)(cast("str | Sequence[str]", texts))
-        else:
+        found = _array_or_list(texts, str, "encode_text takes strings or one array of token ids (B, L)")
+        if not isinstance(found, list):
+            _check_token_ids(found, text.vocab_size)
+        elif text.has_clips_tokens:
+            found = Tokenizer(text.context_length)(found)
+        elif found:
             raise ValueError(
                 f"{self!r} has {text.vocab_size:,} tokens of its own, not CLIP's 49,408: give token ids"
             )
-        return self._encode("encode_text", jnp.asarray(tokens, jnp.int32), normalize)
+        return self._encode("encode_text", jnp.asarray(found, jnp.int32), normalize)
 
     def __repr__(self) -> str:
         return f"<{self.source}, embed_dim {self.config.embed_dim}>"
 
-    def _encode(self, method: str, inputs: jax.Array, normalize: bool) -> jax.Array:
+    def _encode(self, method: str, inputs: np.ndarray | jax.Array, normalize: bool) -> jax.Array:
+        if not len(inputs):
+            return jnp.zeros((0, self.config.embed_dim), jnp.float32)
         # Flax modules are hashable, though their dataclasses do not declare it.
         encode = make_encode(self.model, method)  # pyright: ignore[reportArgumentType]
-        features = encode(self.params, inputs)
+        features = encode(self.params, jnp.asarray(inputs))
         return normalize_features(features) if normalize else features
+
+
+def _array_or_list(inputs: Any, one: type, takes: str) -> np.ndarray | jax.Array | list[Any]:
+    """Returns numbers as an array (not a copy of JAX's) and objects as a list, which has a single one alone.
+
+    one: the type of a single object. takes: begins the message of the TypeError for anything else.
+    """
+    if isinstance(inputs, jax.Array):
+        return inputs
+    if isinstance(inputs, one):
+        return [inputs]
+    if hasattr(inputs, "__array__"):  # of numpy or PyTorch, a column of a table
+        array = np.atleast_1d(np.asarray(inputs))
+        if array.dtype.kind not in "OSTU" and array.shape != (0,):
+            return array
+        if array.ndim > 1:
+            raise TypeError(f"{takes}, not an array of objects of shape {array.shape}: give one column")
+        return array.tolist()
+    if not isinstance(inputs, Iterable) or isinstance(inputs, (str, bytes, Mapping, Set)):
+        raise TypeError(f"{takes}, not a {type(inputs).__name__}")
+    return list(inputs)
+
+
+def _check_token_ids(ids: np.ndarray | jax.Array, vocab_size: int) -> None:
+    if isinstance(ids, Tracer):
+        return
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"token ids are {ids.dtype}: give integers")
+    if ids.ndim != 2 or not ids.shape[1]:
+        raise ValueError(f"token ids have shape {ids.shape}: give an array (B, L)")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(
+            f"token ids lie between {ids.min()} and {ids.max()}, but this model's are 0 to {vocab_size - 1}: "
+            "give those of its own tokenizer"
+        )
 
 
 def load(
@@ -82,6 +131,8 @@ def load(
     *,
     num_selected_experts: int | None = None,
     activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
     dtype: str = "float32",
@@ -89,14 +140,17 @@ def load(
     """Returns a CLIP or CLIP-MoE read from any of the formats in docs/interop.md.
 
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation: of a
-    bare state dict; None means quick_gelu. context_length: 248 stretches a text tower of 77 positions.
-    image_size: resizes the vision tower's grid of positions. dtype: of the computation.
+    bare state dict; None means quick_gelu. vision_head_width, text_head_width: of a bare state dict too; None
+    means 64, or what open_clip's vision towers of that width have. context_length: 248 stretches a text tower
+    of 77 positions. image_size: resizes the vision tower's grid of positions. dtype: of the computation.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     model = read_model(
         path,
         num_selected_experts=num_selected_experts,
         activation=activation,
+        vision_head_width=vision_head_width,
+        text_head_width=text_head_width,
         context_length=context_length,
         image_size=image_size,
         place=lambda _, leaf: jnp.asarray(leaf),

@@ -6,12 +6,14 @@ Formats: huggingface (transformers), openclip (dense models), clipmoe (the relea
 README.md written into each folder, and docs/interop.md, say what it holds and how to use it.
 """
 
+import pathlib
+
 from absl import flags, logging
 from etils import epath
 
 from clipmoe_jax.core import artifacts, cli, trees
 from clipmoe_jax.core.paths import in_bucket
-from clipmoe_jax.data import tokenizer
+from clipmoe_jax.data import preprocess, tokenizer
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import ClipConfig
@@ -20,7 +22,8 @@ from clipmoe_jax.reporting.model_card import model_card
 
 def write_huggingface(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes a folder for transformers, with CLIP's tokenizer if the model has CLIP's vocabulary."""
-    export.write_huggingface(folder, config, params, tokenizer.backend())
+    modules = pathlib.Path(preprocess.__file__).parent
+    export.write_huggingface(folder, config, params, tokenizer.backend(), modules)
 
 
 WRITERS = {
@@ -38,6 +41,8 @@ def convert(
     dtype: str | None = None,
     num_selected_experts: int | None = None,
     activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
 ) -> Loaded:
@@ -55,6 +60,8 @@ def convert(
             source,
             num_selected_experts=num_selected_experts,
             activation=activation,
+            vision_head_width=vision_head_width,
+            text_head_width=text_head_width,
             context_length=context_length,
             image_size=image_size,
             dtype=dtype,
@@ -79,6 +86,8 @@ def main(argv: list[str]) -> str:
         dtype=options.dtype,
         num_selected_experts=options.num_selected_experts,
         activation=options.activation,
+        vision_head_width=options.vision_head_width,
+        text_head_width=options.text_head_width,
         context_length=options.context_length,
         image_size=options.image_size,
     )
@@ -100,6 +109,8 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say it."
     )
+    flags.DEFINE_integer("vision_head_width", None, "Of a bare state dict too.")
+    flags.DEFINE_integer("text_head_width", None, "Of a bare state dict too.")
     flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
     flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
     flags.mark_flags_as_required(["from", "to", "out"])

@@ -50,6 +50,8 @@ def evaluate(
     """
     if model.config.text is None:
         raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
+    if not model.config.text.has_clips_tokens:
+        raise ValueError(f"the model is a {model.source} with tokens of its own: evaluations need CLIP's")
     config = config or configs.default_config()
     mesh = sharding.make_mesh()
     tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)
@@ -90,6 +92,8 @@ def main(argv: list[str]) -> str:
         given.model,
         num_selected_experts=given.num_selected_experts,
         activation=given.activation,
+        vision_head_width=given.vision_head_width,
+        text_head_width=given.text_head_width,
         context_length=given.context_length,
         image_size=given.image_size,
     )
@@ -110,6 +114,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer("batch_size", 256, "Images or texts at a time.", lower_bound=1)
     flags.DEFINE_integer("num_selected_experts", None, "K of a CLIP-MoE, where the file does not say it.")
     flags.DEFINE_enum("activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say.")
+    flags.DEFINE_integer("vision_head_width", None, "Of a bare state dict too.")
+    flags.DEFINE_integer("text_head_width", None, "Of a bare state dict too.")
     flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
     flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
     flags.mark_flags_as_required(["model", "data"])

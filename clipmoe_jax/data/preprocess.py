@@ -1,6 +1,6 @@
-"""CLIP's image preprocessing: encoded files in, uint8 pixels out, equal to OpenAI's transform.
+"""CLIP's image preprocessing: image files or PIL images in, uint8 pixels out, equal to OpenAI's transform.
 
-Axis letters: H, W image height and width.
+Exported models carry this file: it needs numpy and Pillow alone. Axis letters: H, W image height and width.
 """
 
 import io
@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_ASPECT_RATIO = 500  # a line of 1x100,000 pixels would take gigabytes once its short side is 224
+# Pillow opens 16-bit grey as I;16, in these formats (PNG in older Pillows) as I, which has 32 bits.
+FORMATS_OF_16_BITS = ("PPM", "PNG")
 
 
 class UnreadableImageError(ValueError):
@@ -18,21 +20,21 @@ class UnreadableImageError(ValueError):
 def preprocess_image(image: Image.Image | bytes, image_size: int) -> np.ndarray:
     """Resizes the short side to image_size (bicubic), crops the centre, converts to RGB.
 
-    Bit equal to torchvision's Resize, CenterCrop and RGB conversion in the order OpenAI's CLIP
-    applies them. Like them, it ignores EXIF orientation and takes an animation's first frame.
+    Bit equal to torchvision's Resize, CenterCrop and RGB conversion in the order OpenAI's CLIP applies them.
+    Like them, it ignores EXIF orientation, shows the colours stored under transparency, and takes an
+    animation's first frame.
 
     Args:
-        image: a PIL image, or the contents of an image file.
+        image: a PIL image, or the contents of an image file; both give the same pixels.
         image_size: pixels a side.
 
     Returns:
         uint8 (image_size, image_size, 3).
 
     Raises:
-        UnreadableImageError: the image does not decode or has no RGB form.
+        UnreadableImageError: as `decode_image`; the image is too narrow, or has no RGB form.
     """
-    if isinstance(image, bytes):
-        image = decode_image(image)
+    image = decode_image(image)
     width, height = image.size
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise UnreadableImageError(f"{width}x{height} pixels is too narrow to resize")
@@ -44,23 +46,32 @@ def preprocess_image(image: Image.Image | bytes, image_size: int) -> np.ndarray:
         raise UnreadableImageError(str(error)) from error
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image file in full, in its own mode; 16 bits of grey become 8, which PIL clips to white.
+def decode_image(image: Image.Image | bytes) -> Image.Image:
+    """Decodes the contents of an image file, or what a PIL image has not read yet, in full.
+
+    The result has the image's own mode, but for those that PIL cannot resize or convert to RGB rightly: 16
+    bits of grey become 8 (PIL clips them to white), a palette with alpha (PA) becomes RGBA (PIL loses the
+    palette).
 
     Raises:
-        UnreadableImageError: broken, truncated, of an unknown format, or so many pixels that PIL
-            takes it for a decompression bomb.
+        UnreadableImageError: broken, truncated, of an unknown format, so many pixels that PIL takes it for
+            a decompression bomb, or of a mode without a known range (I and F: 32 bits a pixel).
     """
+    size = f" ({len(image):,} bytes)" if isinstance(image, bytes) else ""
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        opened.load()
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"not an image file ({len(data):,} bytes)") from error
+        raise UnreadableImageError(f"not an image file{size}") from error
     except Exception as error:  # PIL's format plugins raise anything on a broken file
         raise UnreadableImageError(str(error) or type(error).__name__) from error
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    return image
+    if opened.mode.startswith("I;16") or opened.mode == "I" and opened.format in FORMATS_OF_16_BITS:
+        return Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
+    if opened.mode in ("I", "F"):
+        raise UnreadableImageError(
+            f"pixels of mode {opened.mode} have no known range: scale them to 0 to 255 and make them mode L"
+        )
+    return opened.convert("RGBA") if opened.mode == "PA" else opened
 
 
 def _resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:

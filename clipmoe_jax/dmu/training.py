@@ -116,6 +116,8 @@ def _import_base(run: Run) -> tuple[dict, dict]:
     loaded = read_model(
         checkpoint,
         activation=architecture.activation,
+        vision_head_width=architecture.vision.head_width,
+        text_head_width=architecture.text.head_width if architecture.text else None,
         context_length=run.config.base.architecture.text.context_length,
         image_size=architecture.vision.image_size,
         place=functools.partial(sharding.put_param, run.mesh),

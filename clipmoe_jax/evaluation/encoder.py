@@ -59,7 +59,8 @@ class Encoder:
             self._finish(pending, features)
             pending = started
         self._finish(pending, features)
-        return {name: np.concatenate(parts) for name, parts in features.items()}
+        none = np.zeros((0, self._model.config.embed_dim), np.float32)
+        return {name: np.concatenate(parts or [none]) for name, parts in features.items()}
 
     def pairs(
         self,

@@ -17,7 +17,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import RELEASED_CONFIG, RELEASED_FILE
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.inputs import END_ID, MEAN, SPECIAL_IDS, STD
+from clipmoe_jax.models.inputs import SPECIAL_IDS
 from clipmoe_jax.models.positions import stretched_length
 from clipmoe_jax.models.transformer import first_moe_layer
 
@@ -27,7 +27,7 @@ RELEASED_LENGTH = stretched_length(77)
 def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes model.pt, a state dict for the released code's loaders, and clipmoe.json, which says the rest.
 
-    Raises ValueError naming the first property whose value the released code does not support.
+    Raises ValueError naming every property whose value the released code does not support.
     """
     text = config.text
     if text is None:
@@ -42,10 +42,13 @@ def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) 
         "text.mlp_width": (text.mlp_width or 4 * text.width, 4 * text.width),
         "text.eos_token_id": (text.eos_token_id, None),
     }
-    for name, (ours, theirs) in fixed.items():
-        if ours != theirs:
-            fix = f": ask for context_length={theirs}" if name == "text.context_length" else ""
-            raise ValueError(f"the released code supports only {name}={theirs}, this model has {ours}{fix}")
+    if odd := {name: values for name, values in fixed.items() if values[0] != values[1]}:
+        has = ", ".join(f"{name}={ours}" for name, (ours, _) in odd.items())
+        wants = ", ".join(f"{name}={theirs}" for name, (_, theirs) in odd.items())
+        can_stretch = stretched_length(text.context_length) == RELEASED_LENGTH
+        only_short = can_stretch and odd.keys() == {"text.context_length"}
+        fix = f"ask for context_length={RELEASED_LENGTH}" if only_short else "convert it to huggingface"
+        raise ValueError(f"the released code supports only {wants}, this model has {has}: {fix}")
     chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     beside = {"activation": config.activation}
     if config.moe:
@@ -64,19 +67,21 @@ def write_huggingface(
     config: ClipConfig,
     params: trees.Params,
     tokenizer: Backend,
+    preprocessing: pathlib.Path,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
     """Writes a folder for `from_pretrained`: config, weights, processor, and a CLIP-MoE's PyTorch module.
 
-    tokenizer: CLIP's byte-pair encoder, written only if the model has CLIP's vocabulary.
+    tokenizer: CLIP's byte-pair encoder, written only if the model has CLIP's vocabulary. preprocessing: the
+    folder of the image processor's modules.
     """
     chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     arrays = huggingface.export_state_dict(params)
     dtypes = {array.dtype.name for array in arrays.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     _write_json(folder / "config.json", huggingface.export_config(config, dtype))
-    _write_image_processor(folder, config.vision.image_size)
-    if config.text and config.text.vocab_size == END_ID + 1:
+    _write_image_processor(folder, config, preprocessing)
+    if config.text and config.text.has_clips_tokens:
         _write_tokenizer(folder, tokenizer, config.text.context_length)
     if config.moe:
         source = pathlib.Path(__file__).with_name(huggingface.MODELING_FILE)
@@ -94,23 +99,20 @@ def write_openclip(folder: epath.Path, config: ClipConfig, params: trees.Params)
     tensor_files.write_safetensors(folder, arrays, openclip.WEIGHTS_STEM, shard_bytes=np.iinfo(np.int64).max)
 
 
-def _write_image_processor(folder: epath.Path, image_size: int) -> None:
+def _write_image_processor(folder: epath.Path, config: ClipConfig, preprocessing: pathlib.Path) -> None:
+    """Writes our image processor. Transformers' own takes its place where a dense model is loaded without
+    trust_remote_code; who loads a CLIP-MoE has to give that anyway."""
+    modules, name = huggingface.PROCESSOR_FILES, huggingface.PROCESSOR_CLASS
+    for file in modules:
+        (folder / file).write_text((preprocessing / file).read_text())
     fields = {
-        "image_processor_type": "CLIPImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{modules[0].removesuffix('.py')}.{name}"},
+        "image_processor_type": name if config.moe else huggingface.PROCESSORS[0],
         "processor_class": "CLIPProcessor",
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [round(float(value), 8) for value in MEAN],
-        "image_std": [round(float(value), 8) for value in STD],
+        **huggingface.image_processor(config.vision.image_size),
     }
-    _write_json(folder / "preprocessor_config.json", fields)
+    _write_json(folder / huggingface.IMAGE_PROCESSOR_FILE, fields)
 
 
 def _write_tokenizer(folder: epath.Path, encoder: Backend, context_length: int) -> None:

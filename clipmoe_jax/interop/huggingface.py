@@ -16,11 +16,21 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.interop.nametable import CONV, LINEAR, STACKED_LINEAR, Row, to_foreign
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.models.inputs import START_ID
+from clipmoe_jax.models.inputs import MEAN, START_ID, STD, check_preprocessing
 from clipmoe_jax.models.transformer import MoeConfig
 
 CLIP, CLIP_MOE, VISION_ALONE = "clip", "clip_moe", "clip_vision_model"  # model_type in a config.json
 MODELING_FILE = "modeling_clip_moe.py"
+# Files that describe an image processor: as its own fields, or (transformers 5) under "image_processor".
+IMAGE_PROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+# Our own image processor: its modules, of which the first has its class.
+PROCESSOR_FILES = ("image_processing_openai_clip.py", "preprocess.py")
+PROCESSOR_CLASS = "OpenAICLIPImageProcessor"
+# Classes that prepare images as CLIP does, unless a field says otherwise.
+PROCESSORS = (
+    *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"),
+    PROCESSOR_CLASS,
+)
 MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers")  # MoeConfig's, in its order
 
 # Values of fields that a config.json leaves out.
@@ -246,13 +256,34 @@ def _import_eos(text: Mapping[str, Any]) -> int | None:
     return eos_token_id
 
 
-def resizing(preprocessing: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {field: (value, the value that `preprocess_image` follows)} of a preprocessor_config.json."""
-    crop = preprocessing.get("crop_size", preprocessing.get("size"))
-    if isinstance(crop, Mapping):
-        crop = crop.get("height", crop.get("shortest_edge"))
-    ours = {"do_resize": True, "do_center_crop": True, "resample": 3, "size": {"shortest_edge": crop}}
-    theirs = {name: preprocessing.get(name, value) for name, value in ours.items()}
-    if isinstance(theirs["size"], int):  # as in older files
-        theirs["size"] = {"shortest_edge": theirs["size"]}
-    return {name: (theirs[name], value) for name, value in ours.items()}
+def image_processor(image_size: int) -> dict[str, Any]:
+    """Returns the fields of a CLIPImageProcessor that prepares images as this program does."""
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [round(float(value), 8) for value in MEAN],
+        "image_std": [round(float(value), 8) for value in STD],
+    }
+
+
+def check_image_processor(fields: Mapping[str, Any], image_size: int, source: str) -> None:
+    """Raises ValueError naming all fields of an image processor that prepares images otherwise.
+
+    fields: of a preprocessor_config.json, or what a processor_config.json has of one; empty if there is none.
+    """
+    fields, expected = dict(fields), image_processor(image_size) | {"do_pad": False}
+    if isinstance(fields.get("size"), int):  # as in older files
+        fields["size"] = {"shortest_edge": fields["size"]}
+    if isinstance(fields.get("crop_size"), int):
+        fields["crop_size"] = {"height": fields["crop_size"], "width": fields["crop_size"]}
+    # Other processors have other values for the fields that their files leave out.
+    kind = fields.get("image_processor_type", fields.get("feature_extractor_type"))
+    if kind not in (None, *PROCESSORS):
+        fields["image_processor_type"], expected["image_processor_type"] = kind, PROCESSORS[0]
+    check_preprocessing(fields, expected, source)

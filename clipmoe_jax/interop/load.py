@@ -1,6 +1,7 @@
 """Reads a model from any format; the content tells which it is."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.inputs import check_normalisation, check_resizing
 from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretched_length
 
@@ -34,6 +34,10 @@ OPENCLIP_FILES = (
     *HUGGINGFACE_FILES,
 )
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+# Parts of names that torch's wrappers of modules add: DistributedDataParallel, compile, FSDP, checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# The name of a tensor that every CLIP has, after what may stand before it.
+A_CLIP = re.compile(r"(.*\.)?(visual\.conv1\.weight|vision_model\.embeddings\.class_embedding)")
 Place = Callable[[str, np.ndarray], Any]  # (our name, array) -> the leaf of the param tree
 
 
@@ -43,6 +47,15 @@ class Loaded(NamedTuple):
     config: ClipConfig
     params: dict
     source: str
+
+
+class _Asked(NamedTuple):
+    """The arguments of `read_model` for what a state dict may not say."""
+
+    num_selected_experts: int | None
+    activation: str | None
+    vision_head_width: int | None
+    text_head_width: int | None
 
 
 class _Checkpoint(NamedTuple):
@@ -59,6 +72,8 @@ def read_model(
     *,
     num_selected_experts: int | None = None,
     activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
     dtype: str | None = "float32",
@@ -68,12 +83,16 @@ def read_model(
 
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation:
     "quick_gelu" or "gelu" for a bare state dict, which does not say it; None means quick_gelu.
+    vision_head_width, text_head_width: of a bare state dict too; None means 64, or what open_clip's vision
+    towers of that width have.
     context_length: 248 stretches a text tower of 77 positions; None keeps them. image_size: resizes the
     vision tower's grid of positions; None keeps it. dtype: of the params; None keeps each tensor's own.
     place: turns a leaf's name and array into the leaf to keep, before the next one is read, so that the model
     is never in memory twice, nor all of it on one device if it is sharded.
-    Raises FileNotFoundError, or ValueError naming what does not fit.
+    Raises FileNotFoundError, or ValueError naming what does not fit, and the first tensor that has NaN or
+    infinite values, in the file or in `dtype`.
     """
+    asked = _Asked(num_selected_experts, activation, vision_head_width, text_head_width)
     location = epath.Path(path)
     if not location.exists():
         raise FileNotFoundError(
@@ -85,21 +104,17 @@ def read_model(
         config, params = load_model(run_folder)
         leaves = trees.flatten(params)
         del params
-        leaves = {name: place(name, np.asarray(leaves.pop(name), dtype)) for name in list(leaves)}
+        for name in list(leaves):
+            leaves[name] = place(name, tensor_files.finite(np.asarray(leaves.pop(name)), name, dtype, path))
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
         open_it = _open_folder if location.is_dir() else _open_file
-        table, config, tensors, source = open_it(location, num_selected_experts, activation)
+        table, config, tensors, source = open_it(location, asked)
         expected = trees.flatten(abstract_params(config))
         shapes = {name: leaf.shape for name, leaf in expected.items()}
         nametable.check_shapes(table, shapes, tensors, path)
-        leaves = nametable.to_ours(table, tensors, lambda name, leaf: place(name, np.asarray(leaf, dtype)))
-        params = trees.unflatten(leaves)
-    if activation not in (None, config.activation):
-        raise ValueError(
-            f"{path} says that its activation is {config.activation}, not {activation}: ask for "
-            f"{config.activation} (base.architecture.activation of a config) or for none"
-        )
+        params = trees.unflatten(nametable.to_ours(table, tensor_files.read_as(tensors, dtype, path), place))
+    _check_asked(asked, config, path)
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
         moe = dataclasses.replace(config.moe, num_selected_experts=num_selected_experts)
         config = dataclasses.replace(config, moe=moe)
@@ -118,7 +133,21 @@ def describe(config: ClipConfig) -> str:
     return f"{kind}-MoE ({config.moe.num_experts} experts, {config.moe.num_selected_experts} selected)"
 
 
-def _open_folder(folder: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Checkpoint:
+def _check_asked(asked: _Asked, config: ClipConfig, path: str) -> None:
+    properties = {
+        "activation": (config.activation, asked.activation),
+        "vision.head_width": (config.vision.head_width, asked.vision_head_width),
+        "text.head_width": (config.text and config.text.head_width, asked.text_head_width),
+    }
+    for name, (has, wanted) in properties.items():
+        if wanted not in (None, has):
+            raise ValueError(
+                f"{path} says that its {name} is {has}, not {wanted}: ask for {has} "
+                f"(base.architecture.{name} of a config) or for none"
+            )
+
+
+def _open_folder(folder: epath.Path, asked: _Asked) -> _Checkpoint:
     weights = _first(folder, HUGGINGFACE_FILES)
     described = _read_described(folder / "config.json")
     if "model_type" in described and not (
@@ -135,7 +164,7 @@ def _open_folder(folder: epath.Path, num_selected_experts: int | None, activatio
         return _openclip(_open_weights(weights), folder)
     files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
-        return _open_file(files[0], num_selected_experts, activation)
+        return _open_file(files[0], asked)
     fix = f": give one of its files {[f.name for f in files][:10]}" if files else ""
     raise ValueError(
         f"{folder} is not a model{fix}: it has neither model.json (a run's; give RUN/base, "
@@ -143,7 +172,7 @@ def _open_folder(folder: epath.Path, num_selected_experts: int | None, activatio
     )
 
 
-def _open_file(path: epath.Path, num_selected_experts: int | None, activation: str | None) -> _Checkpoint:
+def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
     tensors = _open_weights(path)
     if huggingface.has_these_names(tensors):
         described = _read_described(path.parent / "config.json")
@@ -152,29 +181,43 @@ def _open_file(path: epath.Path, num_selected_experts: int | None, activation: s
                 f"{path} has transformers' names, but no config.json beside it says its sizes: put it there"
             )
         return _huggingface(tensors, huggingface.import_config(described), path)
-    if released.has_these_names(tensors):
+    if (other := _other_kind(tensors)) is None and released.has_these_names(tensors):
         if (path.parent / openclip.CONFIG_FILE).exists():
             return _openclip(tensors, path.parent)
         tensors, kind = released.normalise(tensors)
         beside = path.parent / RELEASED_CONFIG
         said = _read_described(beside)
+        is_bare = kind == released.BARE and not said
+        widths = asked.vision_head_width, asked.text_head_width
         config = released.infer_config(
             tensors,
-            activation=said.get("activation") or activation or "quick_gelu",
-            num_selected_experts=num_selected_experts or said.get("num_selected_experts", 2),
+            activation=said.get("activation") or asked.activation or "quick_gelu",
+            num_selected_experts=asked.num_selected_experts or said.get("num_selected_experts", 2),
+            head_widths=widths if is_bare else (released.HEAD_WIDTH, released.HEAD_WIDTH),
         )
-        is_assumed = kind == released.BARE and not activation and not said
-        note = " (activation taken to be quick_gelu, which the file does not say)" if is_assumed else ""
+        note = _assumed(asked, config) if is_bare else ""
         return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}")
-    raise ValueError(f"{path} is not a ViT CLIP: {_other_kind(tensors)}")
+    raise ValueError(f"{path} is not a ViT CLIP: {other or f'its first names are {list(tensors)[:3]}'}")
+
+
+def _assumed(asked: _Asked, config: ClipConfig) -> str:
+    """Returns what a bare state dict does not say and nobody asked for, as a note in parentheses."""
+    assumed = {
+        "activation": None if asked.activation else config.activation,
+        "vision.head_width": None if asked.vision_head_width else config.vision.head_width,
+        "text.head_width": None if asked.text_head_width or not config.text else config.text.head_width,
+    }
+    values = ", ".join(f"{name}={value}" for name, value in assumed.items() if value)
+    return f" (assumed, as the file does not say it: {values})" if values else ""
 
 
 def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Checkpoint:
     folder = source if source.is_dir() else source.parent
-    preprocessing = _read_described(folder / "preprocessor_config.json")
-    described = f"{folder}/preprocessor_config.json"
-    check_normalisation(preprocessing, ("image_mean", "image_std"), described)
-    check_resizing(huggingface.resizing(preprocessing), described)
+    for name in (huggingface.IMAGE_PROCESSOR_FILE, huggingface.PROCESSOR_FILE):
+        fields = _read_described(folder / name)
+        if name == huggingface.PROCESSOR_FILE:
+            fields = fields.get("image_processor") or {}
+        huggingface.check_image_processor(fields, config.vision.image_size, f"{folder}/{name}")
     tensors = huggingface.normalise(tensors)
     if "embeddings.class_embedding" in tensors:
         raise ValueError(
@@ -190,20 +233,32 @@ def _openclip(tensors: Tensors, folder: epath.Path) -> _Checkpoint:
     return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
 
 
-def _other_kind(tensors: Tensors) -> str:
-    """Returns, in words, the kind of model that a state dict is if it is no ViT CLIP."""
+def _other_kind(tensors: Tensors) -> str | None:
+    """Returns, in words, the kind of model that a state dict is if it is known and no ViT CLIP."""
     if "visual.layer1.0.conv1.weight" in tensors:
         return "its vision tower is a ResNet"
     if "logit_bias" in tensors:
         return "it has a logit_bias, as SigLIP does"
     if any(name.startswith("visual.trunk.") for name in tensors):
         return "its vision tower is one of timm's"
-    return f"its first names are {list(tensors)[:3]}"
+    return None
 
 
 def _open_weights(path: epath.Path) -> Tensors:
+    """Opens the tensors of the one CLIP in a file, without what its names have before or amid CLIP's own.
+
+    A training checkpoint has an optimizer beside the model, a module that contains a CLIP has other tensors:
+    these are left out. Raises ValueError if there are several CLIPs, such as a student and a teacher.
+    """
     is_index = path.name.endswith(".index.json")
-    return (tensor_files.open_sharded if is_index else tensor_files.open_tensors)(path)
+    opened = (tensor_files.open_sharded if is_index else tensor_files.open_tensors)(path)
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in opened}
+    prefixes = sorted({match[1] or "" for name in names.values() if (match := A_CLIP.fullmatch(name))})
+    if len(prefixes) > 1 or len(set(names.values())) < len(names):
+        firsts = [name for name in opened if A_CLIP.fullmatch(names[name])]
+        raise ValueError(f"{path} holds several models ({', '.join(firsts)}): save one of them alone")
+    [prefix] = prefixes or [""]
+    return {n.removeprefix(prefix): opened[name] for name, n in names.items() if n.startswith(prefix)}
 
 
 def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.models.inputs import MEAN, STD, check_normalisation, check_resizing
+from clipmoe_jax.models.inputs import MEAN, STD, check_preprocessing
 
 CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
 
@@ -42,6 +42,14 @@ IGNORED = {
     *("hf_pooler_type", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop"),
     "timm_drop_path",
 }
+# The fields of `preprocess_cfg`, apart from the size, which open_clip takes from the model.
+PREPROCESSING = {
+    "mode": "RGB",
+    "mean": [round(float(value), 8) for value in MEAN],
+    "std": [round(float(value), 8) for value in STD],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 DEFAULT_EPS = 1e-5
 
 
@@ -68,10 +76,7 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
                 raise ValueError(f"{name}.{field}={value!r} is unknown to this program")
     if vision.get("pool_type", "tok") != "tok":
         raise ValueError(f"vision_cfg.pool_type={vision['pool_type']!r}: this program pools the class token")
-    preprocessing = config.get("preprocess_cfg", {})
-    check_normalisation(preprocessing, ("mean", "std"), CONFIG_FILE)
-    known = {"interpolation": "bicubic", "resize_mode": "shortest"}
-    check_resizing({k: (preprocessing.get(k) or ours, ours) for k, ours in known.items()}, CONFIG_FILE)
+    check_preprocessing(config.get("preprocess_cfg") or {}, PREPROCESSING, CONFIG_FILE)
     if _eps(vision) != _eps(text):
         raise ValueError(
             f"vision_cfg has LayerNorms of eps {_eps(vision)}, text_cfg of {_eps(text)}: this program's "
@@ -131,12 +136,7 @@ def export_config(config: ClipConfig) -> dict[str, Any]:
             "vision_cfg": vision,
             "text_cfg": text,
         },
-        "preprocess_cfg": {
-            "mean": [round(float(value), 8) for value in MEAN],
-            "std": [round(float(value), 8) for value in STD],
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": PREPROCESSING,
     }
 
 

@@ -17,7 +17,8 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.positions import KEPT_POSITIONS
 from clipmoe_jax.models.transformer import MoeConfig
 
-# {width: head width} of open_clip's vision towers H, g, bigG and e. All others have HEAD_WIDTH.
+# {width: head width} of open_clip's vision towers H, g, bigG and e. All others of open_clip, and all of
+# OpenAI's and the released code, have HEAD_WIDTH.
 VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 HEAD_WIDTH = 64
 
@@ -107,11 +108,17 @@ def normalise(tensors: Tensors) -> tuple[Tensors, str]:
 
 
 def infer_config(
-    tensors: Tensors, *, activation: str = "quick_gelu", num_selected_experts: int = 2
+    tensors: Tensors,
+    *,
+    activation: str = "quick_gelu",
+    num_selected_experts: int = 2,
+    head_widths: tuple[int | None, int | None] = (None, None),
 ) -> ClipConfig:
     """Returns the architecture that tensors of these names and shapes belong to.
 
-    Raises ValueError if tensors that give the sizes are missing.
+    head_widths: of the vision and the text tower; None is what open_clip's models of that width have.
+    Raises ValueError if tensors that give the sizes are missing, or a tower's width is no multiple of the
+    head width that it would be given.
     """
     if missing := [name for name in SIZE_NAMES if name not in tensors]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
@@ -124,7 +131,7 @@ def infer_config(
         patch_size=patch,
         width=vision_width,
         num_layers=_count_blocks(tensors, "visual."),
-        head_width=VISION_HEAD_WIDTHS.get(vision_width, HEAD_WIDTH),
+        head_width=_head_width("vision", vision_width, head_widths[0]),
         mlp_width=_infer_mlp_width(shapes, "visual.", vision_width),
     )
     text = TextConfig(
@@ -132,7 +139,7 @@ def infer_config(
         context_length=shapes[POSITIONS][0],
         width=text_width,
         num_layers=_count_blocks(tensors, ""),
-        head_width=HEAD_WIDTH,
+        head_width=_head_width("text", text_width, head_widths[1]),
         mlp_width=_infer_mlp_width(shapes, "", text_width),
     )
     return ClipConfig(
@@ -157,6 +164,18 @@ def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
     if POSITIONS in arrays and len(arrays[POSITIONS]) > 77:
         arrays[POSITIONS_RES] = arrays[POSITIONS].copy()
     return arrays
+
+
+def _head_width(tower: str, width: int, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    usual = VISION_HEAD_WIDTHS.get(width, HEAD_WIDTH) if tower == "vision" else HEAD_WIDTH
+    if width % usual:
+        raise ValueError(
+            f"the state dict does not say how wide the heads of its {tower} tower are, and its width {width} "
+            f"is not a multiple of {usual}: give {tower}_head_width"
+        )
+    return usual
 
 
 def _count_blocks(tensors: Tensors, tower: str) -> int:

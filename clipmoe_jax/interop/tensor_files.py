@@ -10,7 +10,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import huggingface_hub
@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 10**9  # other libraries too write several files past this siz
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file: its shape, and a function that reads it into a numpy array of its own dtype."""
+    """A tensor in a file: its shape, and a function that reads it into a numpy array."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -38,6 +38,8 @@ Tensors = dict[str, Tensor]
 def open_tensors(path: epath.Path) -> Tensors:
     """Opens a safetensors or PyTorch file; its first bytes tell which it is.
 
+    A PyTorch file may hold dicts in dicts, as training checkpoints do: then names have a key and a dot before
+    them, `state_dict.visual.proj`, and what is no tensor is left out.
     Raises ValueError for a file that is truncated, of another kind, or wants to run code.
     """
     with path.open("rb") as file:
@@ -63,11 +65,44 @@ def open_sharded(index: epath.Path) -> Tensors:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """Returns the contents of a JSON file. Raises ValueError if it is not one."""
+    """Returns the contents of a JSON file. Raises ValueError if it is not one, or holds no object."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields")
+    return content
+
+
+def read_as(tensors: Tensors, dtype: str | None, source: str) -> Tensors:
+    """Returns the tensors so that they are read in this dtype, None in their own, and `finite`."""
+    return {
+        name: Tensor(tensor.shape, functools.partial(_read_finite, tensor, name, dtype, source))
+        for name, tensor in tensors.items()
+    }
+
+
+def finite(array: np.ndarray, name: str, dtype: str | None, source: str) -> np.ndarray:
+    """Returns an array in this dtype, None in its own.
+
+    Raises ValueError naming the tensor of the file `source` if it has NaN or infinity, or a value that is too
+    large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        cast = np.asarray(array, dtype)
+    if np.isfinite(cast).all():
+        return cast
+    if not np.isfinite(array).all():
+        raise ValueError(f"{source}: {name} has NaN or infinite values: give a checkpoint that is whole")
+    largest = np.abs(array.astype(np.float64)).max()
+    raise ValueError(
+        f"{source}: {name} has values up to {largest:.4g}, more than {dtype} can hold: choose another dtype"
+    )
+
+
+def _read_finite(tensor: Tensor, name: str, dtype: str | None, source: str) -> np.ndarray:
+    return finite(tensor.read(), name, dtype, source)
 
 
 def write_safetensors(
@@ -143,14 +178,24 @@ def _open_torch(path: epath.Path) -> Tensors:
             f"{path} cannot be read as safetensors or as a PyTorch state dict: {reason.removesuffix('.')}"
             + (fix if isinstance(error, pickle.UnpicklingError) else "")
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__}")
-    return {
-        name.removeprefix("module."): Tensor(tuple(tensor.shape), functools.partial(_to_numpy, torch, tensor))
-        for name, tensor in state.items()
+    tensors = {
+        name: Tensor(tuple(value.shape), functools.partial(_to_numpy, torch, value))
+        for name, value in _flatten(state)
+        if isinstance(value, torch.Tensor)
     }
+    if not tensors:
+        raise ValueError(f"{path} is not a state dict: it holds {list(state)[:10]} and no tensors")
+    return tensors
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _import_torch(path: epath.Path) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.sharding import devices_in_use
 from clipmoe_jax.models.feed_forward import ACTIVATIONS
-from clipmoe_jax.models.inputs import MEAN, STD, PackedText
+from clipmoe_jax.models.inputs import END_ID, MEAN, STD, PackedText
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig, apply_blocks, layer_norm
 
 Array = jax.Array
@@ -51,6 +51,11 @@ class TextConfig:
     head_width: int = 64
     mlp_width: int | None = None
     eos_token_id: int | None = None
+
+    @property
+    def has_clips_tokens(self) -> bool:
+        """Returns whether its token ids are those of CLIP's tokenizer."""
+        return self.vocab_size == END_ID + 1 and self.eos_token_id in (None, END_ID)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,25 +31,29 @@ class PackedText(NamedTuple):
     ends: Any
 
 
-def check_normalisation(fields: Mapping[str, Any], names: tuple[str, str], source: str) -> None:
-    """Raises ValueError if a checkpoint states another mean or deviation than MEAN and STD."""
-    for name, constant in zip(names, (MEAN, STD), strict=True):
-        if name in fields and not np.allclose(fields[name], constant, atol=1e-3):
-            raise ValueError(
-                f"{source} normalises pixels by {name}={fields[name]}; this program always uses OpenAI's, "
-                f"{constant.tolist()}"
-            )
+def check_preprocessing(fields: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError naming all fields by which a checkpoint prepares images otherwise than this program.
 
-
-def check_resizing(resizing: Mapping[str, tuple[Any, Any]], source: str) -> None:
-    """Raises ValueError if a checkpoint states another resizing or cropping than `preprocess_image` does.
-
-    resizing: {field: (value, the value it has to have)}.
+    fields: what the file `source` says; a field that is absent or None has the expected value. expected: the
+    value that each field must have; numbers may be rounded.
     """
-    for name, (value, expected) in resizing.items():
-        if value != expected:
-            raise ValueError(
-                f"{source} has {name}={value!r}, but this program resizes the short side, bicubic, and crops "
-                f"the centre ({expected!r}), so the model would see other images than it was trained on. To "
-                f"fine-tune it on such images, set {name} to {expected!r} in the file"
-            )
+    odd = {
+        name: value
+        for name, ours in expected.items()
+        if (value := fields.get(name)) is not None and value != ours and not _is_rounded(value, ours)
+    }
+    if odd:
+        has = ", ".join(f"{name}={value!r}" for name, value in odd.items())
+        wants = ", ".join(f"{name}={expected[name]!r}" for name in odd)
+        raise ValueError(
+            f"{source} has {has}, so the model was trained on other images than this program makes, which "
+            f"has {wants}. To fine-tune it on such images, set these fields so in the file"
+        )
+
+
+def _is_rounded(value: Any, ours: Any) -> bool:
+    numbers = np.ndim(ours) == 1 or isinstance(ours, float)
+    try:
+        return numbers and bool(np.allclose(value, ours, rtol=3e-3, atol=0))
+    except (TypeError, ValueError):  # no numbers, or not as many
+        return False

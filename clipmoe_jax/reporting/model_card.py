@@ -20,12 +20,18 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{name}"{remote})
-processor = AutoProcessor.from_pretrained("{name}"{remote})
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 image, texts = Image.open("photo.jpg"), ["a dog", "a cat"]
 inputs = processor(text=texts, images=image, padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
     print(model(**inputs).logits_per_image.softmax(dim=-1))
 ```
+"""
+
+PREPROCESSING = """\
+The image processor of this folder makes the pixels that the model was trained with, OpenAI's. Without
+`trust_remote_code=True` transformers takes its own, which crops a quarter of all shapes one pixel beside; so
+does `AutoProcessor` of transformers 4, whose `AutoImageProcessor` takes this one.
 """
 
 USE_VISION_TOWER = """\
@@ -50,7 +56,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
 model = CLIPVisionModelWithProjection.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
 print(model(**processor(images=Image.open("photo.jpg"), return_tensors="pt")).image_embeds)
 ```
 """
@@ -169,10 +175,11 @@ def _usage(config: ClipConfig, to: str) -> str:
     if to == "clipmoe":
         return USE_RELEASED_MOE if config.moe else USE_RELEASED_DENSE
     if config.text is None:
-        return USE_VISION_ALONE
+        return f"{USE_VISION_ALONE}\n{PREPROCESSING}"
     if config.moe:
-        return USE_CLIP.replace("{remote}", ", trust_remote_code=True") + "\n" + USE_VISION_TOWER
-    return USE_CLIP.replace("{remote}", "")
+        use = USE_CLIP.replace("{remote}", ", trust_remote_code=True")
+        return "\n".join([use, PREPROCESSING, USE_VISION_TOWER])
+    return USE_CLIP.replace("{remote}", "") + "\n" + PREPROCESSING
 
 
 def _released_arguments(config: ClipConfig) -> dict[str, int]:

@@ -89,10 +89,53 @@ def test_file_contents_and_images_give_the_same():
     np.testing.assert_array_equal(preprocess_image(encode(image), 32), preprocess_image(image, 32))
 
 
-def test_16_bits_of_grey_are_as_bright_as_8():
-    grey = noise(50, 40, "L")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    np.testing.assert_array_equal(preprocess_image(encode(deep), 32), preprocess_image(grey, 32))
+GREY = noise(50, 40, "L")
+DEEP = np.asarray(GREY).astype(np.uint16) * 257
+# 16 bits of grey, by how Pillow holds them.
+DEEP_IMAGES = {
+    "I;16": Image.fromarray(DEEP),
+    "I;16B": Image.frombytes("I;16B", GREY.size, DEEP.astype(">u2").tobytes()),
+    "PNG": encode(Image.fromarray(DEEP)),
+    "TIFF": encode(Image.fromarray(DEEP), "TIFF"),
+    "JPEG 2000": encode(Image.fromarray(DEEP), "JPEG2000"),
+    "PGM, which Pillow opens as I": encode(Image.fromarray(DEEP), "PPM"),
+    "PGM of 10 bits": b"P5 50 40 1023\n" + (DEEP >> 6).astype(">u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("deep", DEEP_IMAGES.values(), ids=DEEP_IMAGES)
+def test_16_bits_of_grey_are_as_bright_as_8(deep):
+    """From a file, from a PIL image that is not read yet, from one that is."""
+    forms = [deep]
+    if isinstance(deep, bytes):
+        forms += [Image.open(io.BytesIO(deep)), Image.open(io.BytesIO(deep))]
+        forms[-1].load()
+    for form in forms:
+        np.testing.assert_array_equal(preprocess_image(form, 32), preprocess_image(GREY, 32))
+
+
+def test_a_palette_with_alpha_keeps_its_colours():
+    """PIL loses the palette of mode PA when it resizes."""
+    image = Image.new("RGB", (50, 40), (204, 102, 51)).convert("P").convert("PA")
+    assert preprocess_image(image, 32).std(axis=(0, 1)).max() == 0
+    assert preprocess_image(image, 32)[0, 0].tolist() == [204, 102, 51]
+
+
+OPAQUE = Image.new("RGBA", (50, 40), (204, 204, 204, 255))
+GREYS = {
+    **{mode: OPAQUE.convert(mode) for mode in ("RGBA", "LA", "PA", "RGBa")},
+    **{
+        mode: OPAQUE.convert("RGB").convert(mode)
+        for mode in ("RGB", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX")
+    },
+    "LAB": OPAQUE.convert("RGB").convert("LAB"),
+    **{mode: Image.new(mode, (50, 40), 204 * 257) for mode in ("I;16", "I;16L", "I;16B", "I;16N")},
+}
+
+
+@pytest.mark.parametrize("image", GREYS.values(), ids=GREYS)
+def test_a_grey_stays_one_in_every_mode(image):
+    np.testing.assert_allclose(preprocess_image(image, 32).astype(int), 204, atol=1)
 
 
 def test_exif_orientation_is_ignored():
@@ -120,6 +163,10 @@ def test_an_animation_gives_its_first_frame():
         pytest.param(encode(Image.new("1", (20000, 20000))), "decompression bomb", id="bomb"),
         pytest.param(encode(Image.new("L", (1, 501))), "too narrow", id="a line of pixels"),
         pytest.param(Image.new("La", (9, 9)), "conversion from La", id="no RGB form"),
+        pytest.param(Image.new("I", (9, 9)), "mode I have no known range: scale", id="integers of 32 bits"),
+        pytest.param(Image.new("F", (9, 9)), "mode F have no known range: scale", id="floats"),
+        pytest.param(encode(Image.new("F", (9, 9)), "TIFF"), "mode F have no known", id="a file of floats"),
+        pytest.param(Image.open(io.BytesIO(encode(noise(64, 64))[:3000])), "truncated", id="not read yet"),
     ],
 )
 def test_unreadable_images_say_why(image, reason):

@@ -40,3 +40,12 @@ def test_captions_that_share_rows_have_the_same_features(scenes):
             8,
             8,
         ]  # a row a device, of two captions
+
+
+def test_nothing_has_features_without_rows():
+    encoder = Encoder(Clip(CONFIG), {}, sharding.make_mesh(), batch_size=16)
+    for features in (
+        encoder.texts(np.zeros((0, 64), np.int32)),
+        encoder.images(np.zeros((0, 32, 32, 3), np.uint8)),
+    ):
+        assert features.shape == (0, 16) and features.dtype == np.float32

@@ -300,10 +300,14 @@ def test_command_shows_a_table_a_line_and_writes_a_file(folder, trained, tmp_pat
     assert missing.stderr.strip().startswith("error: evaluation mmvp:nowhere: nowhere/Questions.csv")
 
 
-def test_models_without_text_tower_or_experts_are_refused(trained):
+def test_models_without_text_tower_clips_tokens_or_experts_are_refused(trained):
     dense = evaluate.Loaded(trained.dense, trained.dense_params[0], "dense CLIP")
     with pytest.raises(ValueError, match="the model is a dense CLIP and has no experts"):
         evaluate.evaluate(dense, [], experts=True)
     vision = dataclasses.replace(trained.dense, text=None)
     with pytest.raises(ValueError, match="evaluations need a text tower"):
         evaluate.evaluate(evaluate.Loaded(vision, {}, "a vision tower"), [])
+    for text in ({"vocab_size": 300}, {"eos_token_id": 2}):
+        other = dataclasses.replace(trained.dense, text=dataclasses.replace(trained.dense.text, **text))
+        with pytest.raises(ValueError, match="a dense CLIP with tokens of its own: evaluations need CLIP's"):
+            evaluate.evaluate(evaluate.Loaded(other, {}, "dense CLIP"), [])

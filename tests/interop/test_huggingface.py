@@ -165,7 +165,15 @@ def save_as_sharded_pickles(model, folder):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("save", [save_in_shards, save_as_pickle, save_as_sharded_pickles])
+def save_as_a_compiled_models_pickle(model, folder):
+    model.config.save_pretrained(folder)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "save", [save_in_shards, save_as_pickle, save_as_sharded_pickles, save_as_a_compiled_models_pickle]
+)
 def test_other_kinds_of_files_give_the_same_model(pair, tmp_path, save):
     torch_model, _, loaded = pair
     save(torch_model, tmp_path)
@@ -393,37 +401,81 @@ def test_weights_of_transformers_without_their_config_are_refused(pair, tmp_path
     assert read_model(str(folder / "model.safetensors")).config == read_model(str(folder)).config
 
 
-def test_another_normalisation_is_refused(pair, tmp_path):
-    _, folder, _ = pair
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(ValueError, match=r"normalises pixels by image_mean=\[0.5, 0.5, 0.5\]; this program"):
-        read_model(str(tmp_path))
-
-
 SIDE = {"height": 32, "width": 32}
+# Fields of an image processor, and how they are refused.
+PREPROCESSING = {
+    "ours": ({"size": {"shortest_edge": 32}, "crop_size": SIDE, "do_center_crop": True, "resample": 3}, ""),
+    "ours in an older file": (
+        {"size": 32, "crop_size": 32, "feature_extractor_type": "CLIPFeatureExtractor"},
+        "",
+    ),
+    "ours, rounded": ({"image_mean": [0.481, 0.458, 0.408], "rescale_factor": 0.00392157}, ""),
+    "ours in other words": (
+        {"image_processor_type": "CLIPImageProcessorFast", "size": None, "do_pad": None},
+        "",
+    ),
+    "another mean": (
+        {"image_mean": [0.5, 0.5, 0.5]},
+        r"image_mean=\[0.5, 0.5, 0.5\], so .* has image_mean=\[0.48",
+    ),
+    "another deviation": ({"image_std": [1, 1, 1]}, "image_std="),
+    "means of two channels": ({"image_mean": [0.4, 0.4]}, "image_mean="),
+    "no normalisation": ({"do_normalize": False}, "do_normalize=False, so .*do_normalize=True"),
+    "no rescaling": ({"do_rescale": False}, "do_rescale=False"),
+    "rescaling to -1 to 1": ({"rescale_factor": 1 / 127.5}, "rescale_factor="),
+    "another size": ({"size": {"shortest_edge": 40}}, "size={'shortest_edge': 40}"),
+    "another size in an older file": ({"size": 40, "crop_size": 32}, "size={'shortest_edge': 40}"),
+    "the longer edge": ({"size": {"longest_edge": 32}}, "size={'longest_edge': 32}"),
+    "squashed": ({"size": SIDE}, "size={'height': 32, 'width': 32}"),
+    "another crop": ({"crop_size": 28}, "crop_size={'height': 28, 'width': 28}"),
+    "no crop": ({"do_center_crop": False}, "do_center_crop=False"),
+    "no resizing": ({"do_resize": False}, "do_resize=False"),
+    "another filter": ({"resample": 2}, "resample=2"),
+    "padding": ({"do_pad": True}, "do_pad=True"),
+    "another processor": (
+        {"image_processor_type": "ViTImageProcessor"},
+        "image_processor_type='ViTImageProcessor', so .*image_processor_type='CLIPImageProcessor'",
+    ),
+    "several": (
+        {"do_center_crop": False, "resample": 2, "image_mean": 0.5},
+        "resample=2, do_center_crop=False, image_mean=0.5, so the model was trained on other images",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("fields", "refused"),
-    [
-        ({"size": {"shortest_edge": 32}, "crop_size": SIDE, "do_center_crop": True, "resample": 3}, ""),
-        ({"size": 32, "crop_size": 32}, ""),
-        ({"size": {"shortest_edge": 40}, "crop_size": SIDE}, "size={'shortest_edge': 40}"),
-        ({"size": SIDE, "do_center_crop": False}, "do_center_crop=False"),
-        ({"resample": 2}, "resample=2"),
-    ],
-)
-def test_another_resizing_is_refused(pair, tmp_path, fields, refused):
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(("fields", "refused"), PREPROCESSING.values(), ids=PREPROCESSING)
+def test_another_preprocessing_is_refused(pair, tmp_path, file, fields, refused):
+    """All fields at once, in the image processor's own file and in that of transformers 5."""
     _, folder, _ = pair
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+        (tmp_path / name).symlink_to(folder / name)
+    content = (
+        fields if file.startswith("pre") else {"image_processor": fields, "processor_class": "CLIPProcessor"}
+    )
+    (tmp_path / file).write_text(json.dumps(content))
     if not refused:
         assert read_model(str(tmp_path)).config == read_model(str(folder)).config
         return
-    with pytest.raises(ValueError, match=f"preprocessor_config.json has {refused}, but this program resizes"):
+    with pytest.raises(ValueError, match=f"/{file} has {refused}"):
+        read_model(str(tmp_path))
+
+
+def test_a_processor_without_images_says_nothing_of_them(pair, tmp_path):
+    _, folder, _ = pair
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert read_model(str(tmp_path)).config == read_model(str(folder)).config
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "processor_config.json"])
+def test_a_list_in_place_of_fields_is_refused(pair, tmp_path, file):
+    _, folder, _ = pair
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / file).write_text("[]")
+    with pytest.raises(ValueError, match=f"/{file} holds a list, not an object with fields"):
         read_model(str(tmp_path))
 
 

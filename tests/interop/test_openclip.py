@@ -123,23 +123,39 @@ def test_training_checkpoint_is_read(tmp_path):
     assert_same_features(read_model(str(tmp_path / "epoch_3.pt")), model)
 
 
-def test_a_bare_state_dict_does_not_say_its_activation(tmp_path):
-    """Nor its head width, which is 64 where nobody says otherwise."""
-    model = make_model(changed({"quick_gelu": False, "vision_cfg": {"head_width": 64}}))
-    model_cfg = changed(
-        {"quick_gelu": False, "vision_cfg": {"head_width": 64}, "text_cfg": {"width": 64, "heads": 1}}
-    )
-    model = make_model(model_cfg)
+def test_a_bare_state_dict_does_not_say_its_activation_and_head_widths(tmp_path):
+    """They are what is asked for, and what OpenAI's models have where nobody asks."""
+    model = make_model(changed({"quick_gelu": False, "text_cfg": {"width": 64, "heads": 4}}))
     path = tmp_path / "epoch_3.pt"
     torch.save(model.state_dict(), path)
     assumed = read_model(str(path))
     assert assumed.config.activation == "quick_gelu"
+    assert (assumed.config.vision.head_width, assumed.config.text.head_width) == (64, 64)
     assert assumed.source == (
-        "dense CLIP in OpenAI's names (activation taken to be quick_gelu, which the file does not say)"
+        "dense CLIP in OpenAI's names (assumed, as the file does not say it: activation=quick_gelu, "
+        "vision.head_width=64, text.head_width=64)"
     )
-    told = read_model(str(path), activation="gelu")
+    told = read_model(str(path), activation="gelu", vision_head_width=16, text_head_width=16)
     assert told.source == "dense CLIP in OpenAI's names"
     assert_same_features(told, model)
+
+
+def test_a_head_width_must_be_given_where_64_is_none(tmp_path):
+    torch.save(make_model(MODEL).state_dict(), tmp_path / "epoch_3.pt")
+    with pytest.raises(
+        ValueError, match="text tower are, and its width 32 is not a multiple of 64: give text_he"
+    ):
+        read_model(str(tmp_path / "epoch_3.pt"))
+    with pytest.raises(ValueError, match="text.width=32 is not a multiple of text.head_width=24"):
+        read_model(str(tmp_path / "epoch_3.pt"), text_head_width=24)
+
+
+def test_another_head_width_than_the_config_says_is_refused(tmp_path):
+    write_config(tmp_path, MODEL)
+    save_safetensors(make_model(MODEL), tmp_path)
+    assert read_model(str(tmp_path), vision_head_width=16, text_head_width=8).config.text.head_width == 8
+    with pytest.raises(ValueError, match="says that its vision.head_width is 16, not 64: ask for 16"):
+        read_model(str(tmp_path), vision_head_width=64)
 
 
 @pytest.mark.parametrize("name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-e-14"])
@@ -272,20 +288,28 @@ def test_config_without_towers_is_refused():
         openclip.import_config({"model_cfg": {}})
 
 
-def test_another_normalisation_is_refused(tmp_path):
-    write_config(tmp_path, MODEL, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
-    save_safetensors(make_model(MODEL), tmp_path)
-    with pytest.raises(ValueError, match=r"config.json normalises pixels by mean=\[0.5, 0.5, 0.5\]"):
-        read_model(str(tmp_path))
-
-
-def test_another_resizing_is_refused(tmp_path):
-    write_config(tmp_path, MODEL, resize_mode="squash")
-    save_safetensors(make_model(MODEL), tmp_path)
+def test_another_preprocessing_is_refused():
+    """All fields at once; those that are None have open_clip's default."""
+    fields = {"mean": [0.5, 0.5, 0.5], "std": None, "resize_mode": "squash", "interpolation": "bilinear"}
     with pytest.raises(
-        ValueError, match=r"config.json has resize_mode='squash', but this program resizes the short"
+        ValueError,
+        match=r"config.json has mean=\[0.5, 0.5, 0.5\], interpolation='bilinear', resize_mode='squash', so ",
     ):
-        read_model(str(tmp_path))
+        openclip.import_config({"model_cfg": MODEL, "preprocess_cfg": fields})
+    for other in ({"mode": "L"}, {"std": [0.3, 0.3, 0.3]}):
+        with pytest.raises(ValueError, match=f"config.json has {next(iter(other))}="):
+            openclip.import_config({"model_cfg": MODEL, "preprocess_cfg": other})
+    assert openclip.import_config({"model_cfg": MODEL, "preprocess_cfg": None}) == openclip.import_config(
+        MODEL
+    )
+
+
+def test_a_real_resnet_is_refused_by_its_kind(tmp_path):
+    """Whose text tower has the names of a ViT CLIP's."""
+    fields = changed({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16}})
+    torch.save(open_clip.CLIP(**fields).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt is not a ViT CLIP: its vision tower is a ResNet"):
+        read_model(str(tmp_path / "model.pt"))
 
 
 OTHERS = {

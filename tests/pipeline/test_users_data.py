@@ -1,5 +1,6 @@
 """A user's own checkpoint and images through the pipeline, and what is refused before any training."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -15,12 +16,17 @@ from PIL import Image
 from test_configs import get_config
 
 import clipmoe_jax
+from clipmoe_jax.core import sharding
+from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import ImageFolder
-from clipmoe_jax.dmu import runner
+from clipmoe_jax.dmu import recipes, runner
+from clipmoe_jax.dmu.run import Run
+from clipmoe_jax.dmu.training import make_model
 from clipmoe_jax.interop import released
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.model_folder import read_config
 from clipmoe_jax.reporting.text_tables import format_evaluations
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -116,8 +122,21 @@ def wrong_data(config, folder, tmp_path):
     config.data.train = "nowhere"
 
 
+def rewritten(config, folder, tmp_path, **tensors):
+    """Sets some tensors of the checkpoint."""
+    torch.save(torch.load(folder / "clip.pt") | tensors, tmp_path / "rewritten.pt")
+    config.base.checkpoint = str(tmp_path / "rewritten.pt")
+
+
 def other_head_width(config, folder, tmp_path):
+    rewritten(
+        config, folder, tmp_path, vocab_size=torch.tensor(49408)
+    )  # as in OpenAI's files, with heads of 64
     config.base.architecture.text.head_width = 32
+
+
+def damaged_checkpoint(config, folder, tmp_path):
+    rewritten(config, folder, tmp_path, logit_scale=torch.tensor(torch.nan))
 
 
 def wrong_evaluation(config, folder, tmp_path):
@@ -158,7 +177,11 @@ BAD_RUNS = {
         "cut.pt cannot be read as safetensors or as a PyTorch state dict",
     ),
     "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
-    "another head width": (other_head_width, "has text/head_width=64 and base.architecture says 32"),
+    "another head width": (
+        other_head_width,
+        r"says that its text.head_width is 64, not 32: .*\(base.architecture.text.head_width of a config\)",
+    ),
+    "damaged checkpoint": (damaged_checkpoint, "rewritten.pt: logit_scale has NaN or infinite values"),
     "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
     "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
     "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
@@ -174,3 +197,13 @@ def test_bad_input_is_named_with_the_fix(users_files, tmp_path, spoil, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         runner.run_variants(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run" / "base").exists()  # before any training
+
+
+def test_a_bare_checkpoint_has_the_head_widths_of_the_config(users_files, tmp_path):
+    config = users_config(users_files)
+    config.base.architecture.text.head_width, config.base.architecture.vision.head_width = 32, 16
+    with contextlib.closing(Metrics(epath.Path(tmp_path))) as metrics:
+        run = Run(config, 0, epath.Path(tmp_path), sharding.make_mesh(), metrics, {})
+        make_model(run, recipes.recipes(config)["base"])
+    base = read_config(epath.Path(tmp_path / "base"))
+    assert (base.text.head_width, base.vision.head_width) == (32, 16)
