@@ -321,16 +321,18 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     """Returns the typed arguments after a config file's colon: `seeds=3,small` -> {seeds: 3, small: True}.
 
     Each value is converted to its default's type; a bare name is True.
-    Raises ValueError naming an argument that the config does not have.
+    Raises ValueError naming an argument that the config does not have, or that is given twice.
     """
-    parsed = dict(defaults)
+    parsed = {}
     for item in filter(None, arg.split(",")):
         name, _, value = item.partition("=")
         if name not in defaults:
             raise ValueError(f"config argument {name!r} does not exist; there are {', '.join(defaults)}")
+        if name in parsed:
+            raise ValueError(f"config argument {name!r} is given twice: give it once")
         kind = type(defaults[name])
         parsed[name] = value in ("", "True", "true", "1") if kind is bool else kind(value)
-    return ConfigDict(parsed)
+    return ConfigDict(defaults | parsed)
 
 
 def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,6 +180,12 @@ def test_inputs_of_an_earlier_version_get_todays_names():
         configs.upgrade_inputs(inputs | {"data.digit_scenes": 800})
 
 
+def test_config_argument_is_given_once():
+    assert configs.parse_arg("seeds=3,small", seeds=1, small=False).to_dict() == {"seeds": 3, "small": True}
+    with pytest.raises(ValueError, match="config argument 'seeds' is given twice: give it once"):
+        configs.parse_arg("seeds=3,small,seeds=2", seeds=1, small=False)
+
+
 def test_renamed_fields_name_fields_of_today():
     flat = {name.replace("/", ".") for name in trees.flatten(configs.default_config().to_dict())}
     for old, new in configs.RENAMED.items():
