@@ -6,9 +6,11 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from PIL import Image
 from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preparation import TooManyBadRecordsError, prepare, write_pairs
 from clipmoe_jax.data.preprocess import preprocess_image
-from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.records import NoSplitError, Records
 from clipmoe_jax.data.sources import AttributeSpec, ImageFolder, Pair, open_source
 from clipmoe_jax.data.tokenizer import Tokenizer, word_ids
 
@@ -134,8 +136,41 @@ def test_wrong_path_or_split_is_refused(source, out):
     prepare(source, str(out), split="val")
     assert len(Records(str(out), "val")) == 6
     assert len(Records(str(out), "val[:4]")) == 4
-    with pytest.raises(ValueError, match="no split 'train': it has val"):
-        Records(str(out))
+    for wrong in ("train", "val+train", "[:4]", "val[:4", "val[::2]", "val[:7]", "val[4:2]", "val[2:2]"):
+        with pytest.raises(NoSplitError) as error:
+            Records(str(out), wrong)
+        expected = f"{out} has no split {wrong!r}: choose val (6 records), or parts of one as in val[:50%]"
+        assert str(error.value) == expected
+
+
+def test_parts_of_a_split_come_one_after_the_other(source, out):
+    prepare(source, str(out), split="val")
+    parts = Records(str(out), "val[:2] + val[4:]")
+    assert len(parts) == 4 and parts.split_name == "val"
+    assert [parts[i]["id"] for i in range(4)] == ["00.png", "01.png", "04.png", "05.png"]
+    assert parts.token_counts.tolist() == 4 * [6]
+    assert parts.take(list("abcdef")) == list("abef")
+    assert parts.take(np.arange(6)).tolist() == [0, 1, 4, 5]
+    assert parts.fingerprint != Records(str(out), "val").fingerprint
+
+
+def test_path_of_a_data_set_may_begin_at_home(source, out, monkeypatch):
+    prepare(source, str(out))
+    monkeypatch.setenv("HOME", str(out.parent))
+    assert len(Records("~/out")) == 6 and Records("~/out").path == str(out)
+
+
+def test_data_set_of_more_files_than_may_be_open_is_read(source, out, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (8, limits[1]))
+    prepare(source, str(out), num_shards=6)
+    records, opened = Records(str(out)), len(os.listdir("/dev/fd"))
+    for copy in (records, pickle.loads(pickle.dumps(records))):
+        assert [copy[i]["id"] for i in range(6)] == [f"{i:02}.png" for i in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: records[i % 6]["id"], range(60)))
+    assert found == 10 * [f"{i:02}.png" for i in range(6)]
+    assert len(os.listdir("/dev/fd")) <= opened + 2 * 8 // 4
 
 
 def test_damaged_records_are_named(source, out):

@@ -94,6 +94,11 @@ def test_a_slice_has_the_classes_of_its_split(folder):
     assert part.contents != whole.contents
 
 
+def test_parts_of_a_split_have_its_classes_and_their_labels(folder):
+    parts = parse_evaluation(f"zero_shot:{folder}/test_set?split=train[:1]+train[4:]")
+    assert parts.data.images.labels.tolist() == [0, 1, 1, 2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("line", "num_sets", "num_read"),
     [
@@ -230,7 +235,11 @@ def test_wrong_line_says_what_is_wrong(line, message):
 
 MISSING = {
     "data set": ("retrieval:{0}/nowhere", FileNotFoundError, "nowhere is not a prepared data set"),
-    "split": ("retrieval:{0}/test_set?split=val", ValueError, "has no split 'val': it has train"),
+    "split": (
+        "retrieval:{0}/test_set?split=val",
+        ValueError,
+        "has no split 'val': choose train .9 records., or parts",
+    ),
     "MMVP": ("mmvp:{0}/test", FileNotFoundError, "Questions.csv does not exist"),
     "labels": ("zero_shot:{0}/captioned_set", ValueError, "has 2 captions, and labelled images have one"),
     "table": ("zero_shot:{0}/test_set?classes=cifar10", ValueError, "labels .* are none of cifar10's"),
