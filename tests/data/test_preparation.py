@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -341,6 +342,50 @@ def test_another_source_does_not_go_on_with_what_is_there(source, out, tmp_path)
     assert len(list(unfinished.rglob("*.done.json"))) == 2
     report = prepare(source, str(out), num_shards=3, name="another")
     assert report["pairs"] == 6 and Records(str(out))[0]["id"] == "00.png"
+
+
+def test_stopped_run_goes_on_only_from_what_the_source_still_holds(source, out, tmp_path):
+    """Captions, images and bad records of files that are whole may have changed since."""
+    folder, pairs = out.with_name("out.unfinished"), tmp_path / "pairs"
+    damage(tmp_path, [5])
+
+    def stop():
+        with pytest.raises(TooManyBadRecordsError, match=f"or fix them and start again .{folder} keeps what"):
+            prepare(source, str(out), num_shards=3, max_bad_fraction=0, name="it")
+        (first,) = folder.rglob("*-00000-of-00003")
+        return first.stat().st_ino
+
+    inode = stop()
+    assert stop() == inode
+    stopped = {path.name: path.read_bytes() for path in pairs.iterdir()}
+    for name, contents in (("01.txt", b"another caption"), ("00.png", stopped["02.png"])):
+        (pairs / name).write_bytes(contents)
+        assert stop() != inode
+        (pairs / name).write_bytes(stopped[name])
+        inode = stop()
+    (pairs / "05.png").write_bytes(stopped["04.png"])
+    (pairs / "03.txt").write_text("new")
+    prepare(source, str(out), num_shards=3, max_bad_fraction=0, name="it")
+    assert Records(str(out))[3]["captions"] == ["new"] and len(Records(str(out))) == 6
+
+
+def test_bad_records_that_were_mended_are_read_again(source, out, tmp_path):
+    damage(tmp_path, [0, 5])
+    with pytest.raises(TooManyBadRecordsError, match="2 unreadable image"):
+        prepare(source, str(out), num_shards=3, max_bad_fraction=0.2, name="it")
+    for name in ("00.png", "05.png"):
+        shutil.copy(tmp_path / "pairs" / "03.png", tmp_path / "pairs" / name)
+    assert prepare(source, str(out), num_shards=3, max_bad_fraction=0.2, name="it")["bad"] == 0
+
+
+@pytest.mark.parametrize(("length", "yielded"), [(4, 6), (6, 4)])
+def test_source_that_changes_while_it_is_read_is_refused(out, length, yielded):
+    class Changing(Interrupted):
+        def __iter__(self):
+            return itertools.islice(Interrupted(8, 8), yielded)
+
+    with pytest.raises(ValueError, match=f"source had {length} records, and {yielded} were read: it changes"):
+        prepare(Changing(length, 8), str(out), num_shards=2)
 
 
 class Interrupted:
