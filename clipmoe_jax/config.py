@@ -343,7 +343,9 @@ def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = {}
     for name, value in inputs.items():
         new = RENAMED.get(name, name)
-        if name not in RENAMED or re.fullmatch(r"[\w.]+", new):
+        if name == "contents":  # of an evaluation's data sets: {option: hash}
+            upgraded |= {f"contents of {option}": of_one for option, of_one in value.items()}
+        elif name not in RENAMED or re.fullmatch(r"[\w.]+", new):
             upgraded[new] = value
         elif value:
             raise ValueError(
