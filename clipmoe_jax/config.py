@@ -378,16 +378,18 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     """Returns the typed arguments after a config file's colon: `seeds=3,small` -> {seeds: 3, small: True}.
 
     Each value is converted to its default's type; a bare name is True.
-    Raises ValueError naming an argument that the config does not have.
+    Raises ValueError naming an argument that the config does not have, or that is given twice.
     """
-    parsed = dict(defaults)
+    parsed = {}
     for item in filter(None, arg.split(",")):
         name, _, value = item.partition("=")
         if name not in defaults:
             raise ValueError(f"config argument {name!r} does not exist; there are {', '.join(defaults)}")
+        if name in parsed:
+            raise ValueError(f"config argument {name!r} is given twice: give it once")
         kind = type(defaults[name])
         parsed[name] = value in ("", "True", "true", "1") if kind is bool else kind(value)
-    return ConfigDict(parsed)
+    return ConfigDict(defaults | parsed)
 
 
 def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -398,7 +400,9 @@ def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = {}
     for name, value in inputs.items():
         new = RENAMED.get(name, name)
-        if name not in RENAMED or re.fullmatch(r"[\w.]+", new):
+        if name == "contents":  # of an evaluation's data sets: {option: hash}
+            upgraded |= {f"contents of {option}": of_one for option, of_one in value.items()}
+        elif name not in RENAMED or re.fullmatch(r"[\w.]+", new):
             upgraded[new] = value
         elif value:
             raise ValueError(

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> str:
             max_bad_fraction=options.max_bad_fraction,
             num_shards=options.num_shards,
             pixels=options.pixels,
-            name=f"{spec} {options.images or ''} {sources.source_stamp(spec)}",
+            name=sources.canonical(spec, options.images),
         )
     except preparation.TooManyBadRecordsError as error:
         raise ValueError(f"{error} (the flag is --max_bad_fraction)") from error

@@ -40,7 +40,7 @@ def test_corrected_table_is_prepared_from_the_start(out, tmp_path):
 
     failed = run([0, 1, 2, "none"], "wrong")
     assert failed.returncode == 1 and failed.stderr.endswith("(the flag is --max_bad_fraction)\n")
-    assert f"delete {out}.unfinished, which keeps what was read" in failed.stderr
+    assert f"fix them and start again ({out}.unfinished keeps what was read)" in failed.stderr
     assert len(list(out.with_name("out.unfinished").rglob("*.done.json"))) == 1
     done = run([0, 1, 2, 3], "right")
     assert done.returncode == 0, done.stderr

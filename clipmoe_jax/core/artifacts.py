@@ -1,9 +1,10 @@
 """Folders that a run makes: whole or absent, and recording the inputs they were made from.
 
 A finished artifact has a `done.json`: the inputs it depends on (config fields, mostly), a hash of them,
-package versions, and what was measured while it was made. It is built as `NAME.unfinished` and renamed once
-it is whole. A killed run leaves that folder, and the next run continues in it. Its `checkpoints/` serve until
-then and are deleted last.
+package versions, and what was measured while it was made. Inputs that name data or files agree if the
+contents do, under any path. It is built as `NAME.unfinished` and renamed once it is whole. A killed run
+leaves that folder, and the next run continues in it. Its `checkpoints/` serve until then and are deleted
+last.
 """
 
 import contextlib
@@ -19,11 +20,15 @@ from etils import epath
 
 from clipmoe_jax.core import distributed
 from clipmoe_jax.core.paths import in_bucket, written_whole
+from clipmoe_jax.core.stamps import canonical
 
 CHECKPOINTS = "checkpoints"
 DONE, INPUTS, LOCK = "done.json", "inputs.json", ".lock"
 NOT_COPIED = (DONE, INPUTS, LOCK, CHECKPOINTS)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+
+# An input "contents of NAME" is a hash of the data or files that the input NAME names.
+CONTENTS = "contents of "
 
 Inputs = Mapping[str, Any]
 # From the inputs that an earlier version recorded to the names that this version gives them.
@@ -110,7 +115,7 @@ def copy(
     if not distributed.is_main() or is_done(path) or is_done(unfinished):
         return None
     for other in map(epath.Path, others):
-        if not is_done(other) or _recorded(other / DONE, upgrade) != inputs:
+        if not is_done(other) or _differing(_recorded(other / DONE, upgrade), inputs):
             continue
         with _locked(unfinished):
             if (unfinished / INPUTS).exists():
@@ -274,10 +279,32 @@ def _clear(unfinished: epath.Path) -> None:
 
 
 def _check_same(path: epath.Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
-    for name in sorted(recorded.keys() | inputs.keys()):
-        before, now = recorded.get(name, "nothing"), inputs.get(name, "nothing")
-        if before != now:
-            raise ValueError(
-                f"{path} was made with {name}={before!r}, the config says {now!r}: set it back, choose "
-                f"another workdir, or delete {path} and what was made from it"
-            )
+    name = _differing(recorded, inputs)
+    if name is None:
+        return
+    advice = f"choose another workdir, or delete {path} and what was made from it"
+    if name.startswith(CONTENTS):
+        raise ValueError(f"{path} was made from other {name} than are there now: put those back, {advice}")
+    before, now = recorded.get(name, "nothing"), inputs.get(name, "nothing")
+    raise ValueError(
+        f"{path} was made with {name}={before!r}, the config says {now!r}: set it back, {advice}"
+    )
+
+
+def _differing(recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:
+    """Returns the name of the first input that differs, contents last; None if none does."""
+    names = sorted(recorded.keys() | inputs.keys(), key=lambda name: (name.startswith(CONTENTS), name))
+    return next((name for name in names if not _agree(name, recorded, inputs)), None)
+
+
+def _agree(name: str, recorded: dict[str, Any], inputs: dict[str, Any]) -> bool:
+    before, now, contents = recorded.get(name), inputs.get(name), CONTENTS + name
+    if name.startswith(CONTENTS) and name not in recorded:  # an earlier version did not look at them
+        return True
+    if before == now and (name in recorded) == (name in inputs):
+        return True
+    if contents in recorded and contents in inputs:
+        return recorded[contents] == inputs[contents]
+    if contents in inputs and isinstance(before, str) and isinstance(now, str):
+        return canonical(before) == canonical(now)
+    return False

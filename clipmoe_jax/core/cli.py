@@ -70,7 +70,7 @@ def mark_flags_parsed() -> None:
 def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
     """Parses absl flags and ml_collections' config overrides; returns what is left of argv."""
     try:
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError) as error:
         if "CLIPMOE_DEBUG" in os.environ:
             raise
@@ -79,6 +79,11 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
         is_flag = isinstance(error, flags.UnrecognizedFlagError)
         is_field = not is_flag and (hint or isinstance(error, AttributeError))
         _fail(f"no such config field: {text}{hint}" if is_field else text + hint)
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.present > 1 and not isinstance(flag, flags.MultiFlag):  # absl takes the last one
+            _fail(f"--{name} is given {flag.present} times and has one value: give it once")
+    return left
 
 
 def _renaming(text: str, renamed: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,10 @@ class TooManyBadRecordsError(ValueError):
     """A larger part of a source is bad than was allowed."""
 
 
+class _SourceChangedError(Exception):
+    """A source yields other entries than a file was made from."""
+
+
 def prepare(
     source: Source,
     out: str,
@@ -57,8 +61,8 @@ def prepare(
     Args:
         out: a folder that does not exist yet.
         source, split, max_bad_fraction, num_shards, pixels: as for `write_pairs`.
-        name: of the source. A killed run with the same name and arguments is gone on with, and the
-            result is the same byte for byte; without a name it starts anew.
+        name: of the source. A killed run with the same name and arguments is gone on with, if the source
+            yields the same, and the result is the same byte for byte; without a name it starts anew.
 
     Returns:
         The report, as `write_pairs`.
@@ -95,8 +99,8 @@ def write_pairs(
     """Fills a folder on a local disk with the source's pairs, in their order, leaving bad records out.
 
     Every image is decoded once to make sure that it can be, and every caption tokenised to know its length.
-    Goes on with the whole files that it finds there, if they were made with the same arguments: the caller
-    makes sure that they came from the same source.
+    Goes on with the whole files that it finds there, if they were made with the same arguments and from what
+    the source still yields; starts anew otherwise.
 
     Args:
         source: the pairs.
@@ -114,7 +118,7 @@ def write_pairs(
 
     Raises:
         TooManyBadRecordsError: more than max_bad_fraction are bad; says which are the first.
-        ValueError: no usable pair, or an argument that is out of range.
+        ValueError: no usable pair, an argument that is out of range, or a source that changes meanwhile.
     """
     _check_arguments(split, max_bad_fraction, num_shards, pixels)
     if not len(source):
@@ -125,20 +129,19 @@ def write_pairs(
     data = folder / records.NAME / records.VERSION
     plan = {"entries": len(source), "per_shard": per_shard, "split": split, "pixels": pixels}
     if not (folder / PLAN).exists() or json.loads((folder / PLAN).read_text()) != plan:
-        if data.exists():
-            data.rmtree()
-        data.mkdir(parents=True)
-        artifacts.write_json(folder / PLAN, plan)
+        _begin(folder, plan)
     encoder = _Encoder(pixels, table)
-    entries, parts = iter(source), []
-    progress = metrics.progress_bar("preparing", len(source), "pair")
-    with (folder / "bad_records.jsonl").open("w") as log, progress:
-        bad = _BadRecords(folder, log, len(source), max_bad_fraction)
-        for k in range(num_shards):
-            path = data / f"{records.NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
-            shard = itertools.islice(entries, per_shard)
-            parts.append(_make_shard(shard, path, encoder, bad, progress))
-            after_shard()
+    template = f"{records.NAME}-{split}.array_record-{{:05d}}-of-{num_shards:05d}"
+    paths = [data / template.format(k) for k in range(num_shards)]
+
+    def make() -> tuple[list[dict[str, Any]], _BadRecords]:
+        return _make_shards(source, folder, paths, per_shard, encoder, max_bad_fraction, after_shard)
+
+    try:
+        parts, bad = make()
+    except _SourceChangedError:
+        _begin(folder, plan)
+        parts, bad = make()
     report: dict[str, Any] = {
         name: sum(part[name] for part in parts) for name in ("pairs", "captions", "image_bytes")
     }
@@ -160,6 +163,15 @@ def write_pairs(
         path.unlink()
     (folder / PLAN).unlink()
     return report
+
+
+def _begin(folder: epath.Path, plan: dict[str, Any]) -> None:
+    """Deletes the files that are there, and records what is done now."""
+    data = folder / records.NAME / records.VERSION
+    if data.exists():
+        data.rmtree()
+    data.mkdir(parents=True)
+    artifacts.write_json(folder / PLAN, plan)
 
 
 def _check_arguments(split: str, max_bad_fraction: float, num_shards: int | None, pixels: int | None) -> None:
@@ -190,8 +202,8 @@ class _BadRecords:
             raise TooManyBadRecordsError(
                 f"at least {self.counts.total():,} of {self._total:,} records are bad, more than "
                 f"max_bad_fraction={self._max_fraction:g} allows: {self.summary()}; first "
-                f"{', '.join(self._first)}. Raise max_bad_fraction, or fix them and delete {self._folder}, "
-                "which keeps what was read"
+                f"{', '.join(self._first)}. Raise max_bad_fraction, or fix them and start again "
+                f"({self._folder} keeps what was read)"
             )
 
     def summary(self) -> str:
@@ -260,6 +272,32 @@ class _Encoder:
         return encoded.SerializeToString(deterministic=True)
 
 
+def _make_shards(
+    source: Source,
+    folder: epath.Path,
+    paths: Sequence[epath.Path],
+    per_shard: int,
+    encoder: _Encoder,
+    max_bad_fraction: float,
+    after_shard: Callable[[], None],
+) -> tuple[list[dict[str, Any]], _BadRecords]:
+    """Writes every file, as `_make_shard` does, and the log of bad records."""
+    entries, parts = iter(source), []
+    progress = metrics.progress_bar("preparing", len(source), "pair")
+    with (folder / "bad_records.jsonl").open("w") as log, progress:
+        bad = _BadRecords(folder, log, len(source), max_bad_fraction)
+        for path in paths:
+            shard = itertools.islice(entries, per_shard)
+            parts.append(_make_shard(shard, path, encoder, bad, progress))
+            after_shard()
+    num_read = sum(part["pairs"] + len(part["bad"]) for part in parts) + sum(1 for _ in entries)
+    if num_read != len(source):
+        raise ValueError(
+            f"the source had {len(source):,} records, and {num_read:,} were read: it changes; start again"
+        )
+    return parts, bad
+
+
 def _make_shard(
     entries: Iterable[Pair | BadRecord],
     path: epath.Path,
@@ -270,14 +308,19 @@ def _make_shard(
     """Writes one file, whole or not at all, unless it is there.
 
     Returns {"pairs", "captions", "image_bytes", "token_counts" of each pair, "bad" records, "sha256" of the
-    others}.
+    others, "source" a hash of the entries}. Raises _SourceChangedError if the file is there and was made from
+    other entries.
     """
     done = path.parent / f"{path.name}.done.json"
+    source_digest = hashlib.sha256()
+    entries = _added_to(source_digest, entries)
     if done.exists():
         part = json.loads(done.read_text())
+        progress.update(sum(1 for _ in entries))
+        if part.get("source") != source_digest.hexdigest():
+            raise _SourceChangedError
         for fields in part["bad"]:
             bad.add(BadRecord(**fields))
-        progress.update(sum(1 for _ in entries))  # read past them
         return part
     part: dict[str, Any] = {"pairs": 0, "captions": 0, "image_bytes": 0, "token_counts": [], "bad": []}
     digest = hashlib.sha256()
@@ -301,9 +344,21 @@ def _make_shard(
     finally:
         writer.close()
     unfinished.replace(path)
-    part["sha256"] = digest.hexdigest()
+    part |= {"sha256": digest.hexdigest(), "source": source_digest.hexdigest()}
     artifacts.write_json(done, part)
     return part
+
+
+def _added_to(digest: Any, entries: Iterable[Pair | BadRecord]) -> Iterator[Pair | BadRecord]:
+    """Yields the entries, and adds each to a hash."""
+    for entry in entries:
+        if isinstance(entry, Pair):
+            digest.update(entry.image)
+            text = repr((entry.id, len(entry.image), entry.captions, entry.attributes))
+        else:
+            text = repr(tuple(entry))
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        yield entry
 
 
 def _write_metadata(

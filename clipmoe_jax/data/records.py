@@ -9,11 +9,13 @@ longest caption, start and end counted; and, if the records carry attributes, `a
 import functools
 import hashlib
 import json
+import os
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec
 
@@ -21,6 +23,10 @@ NAME = "pairs"
 VERSION = "1.0.0"
 ATTRIBUTES = "attributes.json"
 CAPTION_END = 49407  # separates captions in `tokens`: CLIP's end token, which no word has
+
+
+class NoSplitError(ValueError):
+    """The data set has no such split."""
 
 
 class Records:
@@ -31,8 +37,8 @@ class Records:
 
     Attributes:
         path: the data set's folder, what prepare was given as --out.
-        split: its split, or a part of one in TFDS's notation ("train[:1000]").
-        part: the slice of the split that the records are.
+        split: its split, or parts of it in TFDS's notation ("train[:1000]", "train[:10]+train[20:]").
+        split_name: its name alone.
         image_size: of the pixels that are stored; None where image files are.
         fingerprint: changes when another data set is prepared there.
         attribute_table: {name: AttributeSpec} of the attributes that records carry; None if they carry none.
@@ -47,10 +53,11 @@ class Records:
 
         Raises:
             FileNotFoundError: there is no data set.
-            ValueError: there is no such split.
+            NoSplitError: there is no such split, or the parts are of several.
         """
         import tensorflow_datasets as tfds  # here because it takes longest to import
 
+        path = os.path.expanduser(path)
         folder = epath.Path(path) / NAME / VERSION
         if not folder.exists():
             raise FileNotFoundError(
@@ -59,10 +66,18 @@ class Records:
         builder: Any = tfds.builder_from_directory(folder)
         if not split and len(builder.info.splits) == 1:
             (split,) = builder.info.splits
-        if split.partition("[")[0] not in builder.info.splits:
-            splits = ", ".join(builder.info.splits)
-            raise ValueError(f"{path} has no split {split!r}: it has {splits}")
-        self.path = str(path)
+        splits = builder.info.splits
+        try:
+            parts = split_parts(splits, split)
+            (self.split_name,) = {name for name, _ in parts}
+        except ValueError as error:
+            known = " or ".join(f"{name} ({info.num_examples:,} records)" for name, info in splits.items())
+            raise NoSplitError(
+                f"{path} has no split {split!r}: choose {known}, or parts of one as in {min(splits)}[:50%]"
+            ) from error
+        self._parts = [part for _, part in parts]
+        self._source = ArrayRecords(splits[split].file_instructions)
+        self.path = path
         self.split = split
         # The report has a hash of the records.
         report = (epath.Path(path) / "report.json").read_text()
@@ -76,29 +91,31 @@ class Records:
             }
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
         self.image_size = json.loads(report).get("pixels")
-        decoders = {} if self.image_size else {"image": tfds.decode.SkipDecoding()}
-        try:
-            self._source = builder.as_data_source(split, decoders=decoders)
-        except (AssertionError, ValueError) as error:
-            raise ValueError(f"{path} has no split {split!r}: {error}") from error
-
-        (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-        self.part = slice(part.from_, part.to)
+        self._features = builder.info.features
+        self._decoders = {} if self.image_size else {"image": tfds.decode.SkipDecoding()}
 
     def __len__(self) -> int:
         return len(self._source)
 
     @functools.cached_property
     def token_counts(self) -> np.ndarray:
-        """Returns uint16 (N,): tokens of each record's longest caption. Raises FileNotFoundError if the data
-        set was
-        prepared without them."""
-        path = epath.Path(self.path) / f"token_counts-{self.split.partition('[')[0]}.npy"
+        """Returns uint16 (N,): tokens of each record's longest caption.
+
+        Raises FileNotFoundError if the data set was prepared without them.
+        """
+        path = epath.Path(self.path) / f"token_counts-{self.split_name}.npy"
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} does not exist: prepare the data set again, or use packing_steps=0"
             )
-        return map_array(path)[self.part]
+        return self.take(map_array(path))
+
+    def take(self, of_split: Any) -> Any:
+        """Returns of an array or a list with an entry for each record of the split those of these records."""
+        first, *others = (of_split[part] for part in self._parts)
+        if not others:
+            return first
+        return np.concatenate([first, *others]) if isinstance(of_split, np.ndarray) else sum(others, first)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the lengths of captions, which a worker process maps for itself."""
@@ -119,11 +136,11 @@ class Records:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside {self.path}'s {len(self)} records")
         try:
-            record = self._source[index]
+            record = self._features.deserialize_example_np(self._source[index], decoders=self._decoders)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"record {index} of {self.path} cannot be read, its files have changed: prepare the data set "
-                f"again ({error})"
+                f"record {index} of {self.path} cannot be read ({error}): if its files have changed, prepare "
+                "it again"
             ) from error
         pair: dict[str, Any] = {
             "id": record["id"].decode("utf-8"),

@@ -22,6 +22,7 @@ from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.data.records import Records
 
 NAMES = ("train", "test", "base", "retention", "rehearsal")
+FILES = "source files"  # the input of a prepared source that is its stamp
 WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
 PREPARATION_SECONDS = 7 * 24 * 3600  # that other processes wait: a hundred million images take hours
 
@@ -55,6 +56,7 @@ class Dataset:
             self.open()
         elif self.is_prepared():
             self._check_recorded()
+            self.open()
         elif folder.exists():
             raise ValueError(
                 f"{folder} is there and is no data set that a run prepared from {self.source}: choose "
@@ -85,21 +87,29 @@ class Dataset:
                 after_shard=_stop_if_preempted,
             )
 
-        inputs = {"source": self.source, "split": split, "source files": sources.source_stamp(self.source)}
-        return artifacts.make(epath.Path(self.path), inputs, build, wait_seconds=PREPARATION_SECONDS)
+        inputs = {"source": self.source, "split": split, FILES: sources.source_stamp(self.source)}
+
+        def upgrade(recorded: dict) -> dict:
+            """A stopped preparation of the same source goes on: it sees for itself what has changed."""
+            was = recorded.get("source", self.source)
+            same = sources.canonical(was) == sources.canonical(self.source)
+            return recorded | {name: inputs[name] for name in ("source", FILES) if same}
+
+        return artifacts.make(epath.Path(self.path), inputs, build, upgrade, wait_seconds=PREPARATION_SECONDS)
 
     def _check_recorded(self) -> None:
-        """Raises ValueError if the folder was prepared from something else. A file may have gone since."""
+        """Raises ValueError if the folder was prepared from something else. Files may have gone since, and an
+        earlier version has not recorded a folder's."""
         recorded = json.loads((epath.Path(self.path) / "done.json").read_text())["inputs"]
         advice = "choose another workdir, or delete that folder and what was made from it"
-        if recorded["source"] != self.source:
-            was = recorded["source"]
+        was = recorded["source"]
+        if sources.canonical(was) != sources.canonical(self.source):
             raise ValueError(f"{self.path} was prepared from {was}, the config says {self.source}: {advice}")
-        before = recorded["source files"].split(",")
-        now = sources.source_stamp(self.source).split(",")
-        if any(old != new for old, new in zip(before, now, strict=True) if new):
+        before, now = recorded[FILES].split(","), sources.source_stamp(self.source).split(",")
+        if any(old != new for old, new in zip(before, now, strict=True) if old and new):
             raise ValueError(
-                f"a file of {self.source} has changed since {self.path} was prepared from it: {advice}"
+                f"{self.source} has changed since {self.path} was prepared from it (names, sizes or times of "
+                f"files): put it back, {advice}"
             )
 
 
@@ -124,7 +134,7 @@ def datasets_of(
             continue
         split = config.data.get(f"{name}_split", "")
         if not sources.is_source(given):
-            datasets[name] = Dataset(given, split)
+            datasets[name] = Dataset(os.path.expanduser(given), split)
             continue
         if in_bucket(workdir):
             raise ValueError(

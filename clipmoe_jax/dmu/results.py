@@ -131,7 +131,7 @@ def _test_inputs(run: Run) -> dict[str, Any]:
     """The fields and contents of the test set that numbers depend on."""
     inputs = run.fields("data.test", "data.test_split", "data.max_caption_tokens")
     if "test" in run.datasets:
-        inputs["contents of data.test"] = run.records("test").fingerprint
+        inputs[f"{artifacts.CONTENTS}data.test"] = run.records("test").fingerprint
     return inputs
 
 
@@ -173,8 +173,10 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
     for evaluation in evaluations:
         digest = hashlib.sha256(evaluation.line.encode()).hexdigest()[:8]
         folder = _folder(run, recipe) / f"{evaluation.kind}-{digest}"
-        inputs = made_from | {"line": evaluation.line, "contents": evaluation.contents}
-        run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
+        contents = {artifacts.CONTENTS + name: of_one for name, of_one in evaluation.contents.items()}
+        inputs = made_from | {"line": evaluation.line} | contents
+        with evaluation.naming_line():
+            run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
         metrics[evaluation.line] = json.loads((folder / "results.json").read_text())
         if evaluation.chance:
             chance[evaluation.line] = evaluation.chance

@@ -1,6 +1,7 @@
 """One seed's run: its config, folder, mesh, numbers and data, as all of its stages share them."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.core import artifacts, distributed, sharding, trees
+from clipmoe_jax.core import artifacts, distributed, sharding, stamps, trees
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
@@ -46,7 +47,8 @@ class Run:
         """Returns what an artifact depends on: the seed, config fields by dotted name, and the data's
         contents.
 
-        prefixes: of the fields' names; data.train and data.base among them bring a hash of the records.
+        prefixes: of the fields' names; data.train and data.base among them bring a hash of the records, and
+        base.checkpoint one of its files.
         """
         if "base." in prefixes and not self.config.base.checkpoint:
             prefixes = (*prefixes, "data.base")  # the pairs that the base is trained on
@@ -61,7 +63,13 @@ class Run:
             chosen["data.rehearsal"] = values["data.rehearsal"]
         for name in ("train", "base", "rehearsal"):
             if chosen.get(f"data.{name}"):
-                chosen[f"contents of data.{name}"] = self.records(name).fingerprint
+                chosen[f"{artifacts.CONTENTS}data.{name}"] = self.records(name).fingerprint
+        if checkpoint := chosen.get("base.checkpoint"):
+            chosen[f"{artifacts.CONTENTS}base.checkpoint"] = self.once(
+                "digest of base.checkpoint",
+                # Process 0 alone compares inputs.
+                lambda: stamps.digest(os.path.expanduser(checkpoint)) if distributed.is_main() else "",
+            )
         return {"seed": self.seed, **chosen}
 
     def records(self, name: str) -> Records:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -112,7 +113,8 @@ def _make_base(run: Run, recipe: Recipe) -> None:
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:
-    architecture, checkpoint = configs.architecture(run.config), run.config.base.checkpoint
+    architecture = configs.architecture(run.config)
+    checkpoint = os.path.expanduser(run.config.base.checkpoint)
     loaded = read_model(
         checkpoint,
         activation=architecture.activation,

@@ -4,6 +4,7 @@ The lists lie in class_names/, each with its source.
 """
 
 import functools
+import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +61,12 @@ def templates(name: str) -> tuple[str, ...]:
         return GENERIC_TEMPLATES
     _check(name)
     return tuple(_read("templates.json")[TEMPLATES[name]])
+
+
+def table_digest(name: str) -> str:
+    """Returns a hash of a table of `class_table`, but "none", and of its templates."""
+    described = json.dumps([list(class_table(name).items()), templates(name)])
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def make_prompts(names: Sequence[str], sentences: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -36,7 +36,7 @@ class DataSets:
         key, whole_key = self._key(option, whole), self._key(option, True)
         if key not in self._labels:
             if whole_key in self._labels:
-                return self._labels[whole_key][self.records(option).part]
+                return self.records(option).take(self._labels[whole_key])
             self._labels[key] = read_labels(self.records(option, whole=whole))
         return self._labels[key]
 

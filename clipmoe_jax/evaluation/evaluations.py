@@ -17,14 +17,21 @@ knows these classes alone, sorted as the table) by COOkeD's ensemble of all thre
 Letters: N known images, M unknown images, C classes.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 
+from clipmoe_jax.core import stamps
 from clipmoe_jax.data.sources.options import parse_options
+from clipmoe_jax.evaluation.classes import OWN_NAMES, table_digest
 from clipmoe_jax.evaluation.data_sets import DataSets
 from clipmoe_jax.evaluation.kinds import KINDS, Data, NotApplicableError, Numbers
+from clipmoe_jax.evaluation.mmvp import mmvp_files
 from clipmoe_jax.evaluation.subject import Subject
+
+PATH_OPTIONS = ("train", "unknown", "classifier")
 
 __all__ = ["KINDS", "Evaluation", "NotApplicableError", "open_applicable", "parse_evaluation"]
 
@@ -47,8 +54,14 @@ class Evaluation:
             NotApplicableError: the data lacks what the evaluation is of.
             ValueError: the data does not fit.
         """
-        try:
+        with self.naming_line():
             return KINDS[self.kind].open(self._data_sets)
+
+    @contextlib.contextmanager
+    def naming_line(self) -> Iterator[None]:
+        """Errors inside say which evaluation they are of."""
+        try:
+            yield
         except (FileNotFoundError, ValueError) as error:
             kinds = (FileNotFoundError, NotApplicableError, ValueError)
             kind = next(kind for kind in kinds if isinstance(error, kind))
@@ -65,12 +78,18 @@ class Evaluation:
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
-        """Returns {"path" or option: fingerprint} of the prepared data sets that the line names."""
+        """Returns {"path" or option: a hash of the data, the files or the class names that it names}."""
         options = [name for name in ("train", "unknown") if name in self.options]
-        fingerprints = {name: self._data_sets.records(name).fingerprint for name in options}
-        if self.kind != "mmvp":
-            fingerprints["path"] = self._data_sets.records().fingerprint
-        return fingerprints
+        hashes = {name: self._data_sets.records(name).fingerprint for name in options}
+        if self.kind == "mmvp":
+            hashes["path"] = stamps.digest(*mmvp_files(self.path))
+        else:
+            hashes["path"] = self._data_sets.records().fingerprint
+        if (table := self.options.get("classes", OWN_NAMES)) != OWN_NAMES:
+            hashes["classes"] = table_digest(table)
+        if file := self.options.get("classifier"):
+            hashes["classifier"] = stamps.digest(file)
+        return hashes
 
     @functools.cached_property
     def _data_sets(self) -> DataSets:
@@ -98,7 +117,8 @@ def parse_evaluation(line: str) -> Evaluation:
         )
     if missing := set(known.required) - options.keys():
         raise ValueError(f"evaluation {line!r}: {', '.join(sorted(missing))}= must be given")
-    return Evaluation(line, kind, path, options)
+    named = {name: os.path.expanduser(value) for name, value in options.items() if name in PATH_OPTIONS}
+    return Evaluation(line, kind, os.path.expanduser(path), options | named)
 
 
 def open_applicable(evaluations: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]]:

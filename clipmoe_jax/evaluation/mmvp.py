@@ -13,6 +13,7 @@ import numpy as np
 
 from clipmoe_jax.data.sources.base import read_text
 
+TABLE = "Questions.csv"
 COLUMNS = ("Question ID", "Type", "Statement")
 # The data set as it is published, and as its README has it.
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
@@ -35,9 +36,9 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
     ValueError for rows that are no pair.
     """
     root = Path(folder)
-    table = root / "Questions.csv"
+    table = root / TABLE
     if not table.is_file():
-        raise FileNotFoundError(f"{table} does not exist: give the folder of MMVP_VLM's Questions.csv")
+        raise FileNotFoundError(f"{table} does not exist: give the folder of MMVP_VLM's {TABLE}")
     images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
     if images is None:
         raise FileNotFoundError(f"{root} has no folder {IMAGE_FOLDERS[0]!r}: MMVP_VLM's images belong there")
@@ -59,6 +60,11 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
             f"{len(missing)} of {2 * len(pairs)} images of {table} do not exist, the first {missing[0]}"
         )
     return pairs
+
+
+def mmvp_files(folder: str) -> list[Path]:
+    """Returns the files that a folder's pairs are in. Raises as `mmvp_pairs`."""
+    return [Path(folder) / TABLE, *(path for pair in mmvp_pairs(folder) for path in pair.images)]
 
 
 def mmvp_accuracy(
@@ -90,6 +96,10 @@ def _read_rows(table: Path) -> list[list[str]]:
     rows = [[cell.strip() for cell in row] for row in table_rows if any(row)][1:]  # after the header
     if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
         raise ValueError(f"{table}: the row {wrong[0]} is not {', '.join(COLUMNS)}")
+    if open_rows := [
+        row for row in rows if any("\n" in cell for cell in row)
+    ]:  # it takes in the rows after it
+        raise ValueError(f"{table}: a quote in the row {open_rows[0][0]!r} is not closed")
     if not rows or len(rows) % 2:
         raise ValueError(f"{table} has {len(rows)} rows, which are not pairs")
     return rows

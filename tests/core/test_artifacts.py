@@ -261,6 +261,50 @@ def test_inputs_that_were_renamed_since_are_the_same_inputs(tmp_path):
     assert (first, second) == ([0, 1], [2])
 
 
+def with_contents(path, contents=None):
+    """Inputs of an artifact that was made from the files at a path."""
+    named = {"seed": 0, "data.train": path}
+    return named if contents is None else named | {"contents of data.train": contents}
+
+
+AGREEING = {
+    "the same": (("a", "1"), ("a", "1")),
+    "another path of the same contents": (("a", "1"), ("elsewhere/b", "1")),
+    "contents that were not recorded": (("a", None), ("a", "1")),
+    "the path by another spelling": (("a", None), ("b/.././a/", "1")),
+}
+
+
+@pytest.mark.parametrize(("before", "now"), AGREEING.values(), ids=AGREEING)
+def test_artifact_made_from_the_same_contents_is_used(tmp_path, before, now):
+    artifacts.make(tmp_path / "base", with_contents(*before), counted([]))
+    assert artifacts.make(tmp_path / "base", with_contents(*now), never) is False
+    assert artifacts.copy(tmp_path / "copied", with_contents(*now), [tmp_path / "base"]) == tmp_path / "base"
+    with pytest.raises(InterruptedError):
+        artifacts.make(tmp_path / "killed", with_contents(*before), counted([], fail_after=1))
+    assert artifacts.make(tmp_path / "killed", with_contents(*now), counted([])) is True
+
+
+DIFFERING = {
+    "other contents at one path": (
+        ("a", "1"),
+        ("a", "2"),
+        "from other contents of data.train than are there now: put those back, choose another workdir, or",
+    ),
+    "other contents at another path": (("a", "1"), ("b", "2"), "with data.train='a', the config says 'b'"),
+    "another path": (("a", None), ("b", "1"), "with data.train='a', the config says 'b'"),
+    "contents that are not known now": (("a", "1"), ("a", None), "from other contents of data.train"),
+}
+
+
+@pytest.mark.parametrize(("before", "now", "message"), DIFFERING.values(), ids=DIFFERING)
+def test_artifact_made_from_other_contents_is_refused(tmp_path, before, now, message):
+    artifacts.make(tmp_path / "base", with_contents(*before), counted([]))
+    with pytest.raises(ValueError, match=f"base was made {message}"):
+        artifacts.make(tmp_path / "base", with_contents(*now), never)
+    assert artifacts.copy(tmp_path / "copied", with_contents(*now), [tmp_path / "base"]) is None
+
+
 def test_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     """As some network file systems are."""
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from absl import flags
 from grids import grid
+from ml_collections import config_flags
 
 from clipmoe_jax.core import artifacts, cli, distributed
 
@@ -96,6 +97,47 @@ cli.run(main)
 """
 
 
+def parse(monkeypatch, tmp_path, *arguments):
+    """Parses a command's arguments in this process; returns its flags."""
+    (tmp_path / "config.py").write_text(CONFIG.replace('"num_steps": 10', '"num_steps": 10, "seeds": (0,)'))
+    given, argv = flags.FlagValues(), ["command", f"--config={tmp_path}/config.py", *arguments]
+    flags.DEFINE_string("split", "train", "", flag_values=given)
+    flags.DEFINE_bool("experts", False, "", short_name="e", flag_values=given)
+    flags.DEFINE_multi_string("source", None, "", flag_values=given)
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    monkeypatch.setattr(flags, "FLAGS", given)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert cli._parse_flags(argv, {}) == ["command"]
+    return given
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--split=a", "--split=b"],
+        ["--split=a", "--split", "a"],
+        ["--experts", "--noexperts"],
+        ["-e", "--experts"],
+        ["--config=config.py"],
+        ["--config.num_steps=1", "--config.num_steps=2"],
+        ["--config.data.batch_size=1", "--config.num_steps=1", "--config.data.batch_size=1"],
+    ],
+)
+def test_flag_of_one_value_is_not_given_twice(monkeypatch, tmp_path, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        parse(monkeypatch, tmp_path, *arguments)
+    message = capsys.readouterr().err
+    assert "is given 2 times and has one value: give it once" in message
+    assert message.startswith("error: --") and message.count("\n") == 1
+
+
+def test_flag_of_many_values_is_given_many_times(monkeypatch, tmp_path):
+    given = parse(monkeypatch, tmp_path, "--source=a", "--source=b", "--config.seeds=1", "--config.seeds=2")
+    assert given.source == ["a", "b"] and given.config.seeds == (1, 2)
+    assert given.split == "train" and given.config.num_steps == 10
+
+
 @pytest.fixture
 def run_command(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
@@ -133,7 +175,7 @@ def test_overrides_reach_main(run_command):
     ),
 )
 def test_errors_are_one_line(run_command, argument, message):
-    done = run_command("--config=config.py", argument)
+    done = run_command(*([] if argument.startswith("--config=") else ["--config=config.py"]), argument)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr

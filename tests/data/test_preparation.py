@@ -2,13 +2,16 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from PIL import Image
 from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preparation import TooManyBadRecordsError, prepare, write_pairs
 from clipmoe_jax.data.preprocess import preprocess_image
-from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.records import NoSplitError, Records
 from clipmoe_jax.data.sources import AttributeSpec, ImageFolder, Pair, open_source
 from clipmoe_jax.data.tokenizer import Tokenizer, word_ids
 
@@ -134,8 +137,41 @@ def test_wrong_path_or_split_is_refused(source, out):
     prepare(source, str(out), split="val")
     assert len(Records(str(out), "val")) == 6
     assert len(Records(str(out), "val[:4]")) == 4
-    with pytest.raises(ValueError, match="no split 'train': it has val"):
-        Records(str(out))
+    for wrong in ("train", "val+train", "[:4]", "val[:4", "val[::2]", "val[:7]", "val[4:2]", "val[2:2]"):
+        with pytest.raises(NoSplitError) as error:
+            Records(str(out), wrong)
+        expected = f"{out} has no split {wrong!r}: choose val (6 records), or parts of one as in val[:50%]"
+        assert str(error.value) == expected
+
+
+def test_parts_of_a_split_come_one_after_the_other(source, out):
+    prepare(source, str(out), split="val")
+    parts = Records(str(out), "val[:2] + val[4:]")
+    assert len(parts) == 4 and parts.split_name == "val"
+    assert [parts[i]["id"] for i in range(4)] == ["00.png", "01.png", "04.png", "05.png"]
+    assert parts.token_counts.tolist() == 4 * [6]
+    assert parts.take(list("abcdef")) == list("abef")
+    assert parts.take(np.arange(6)).tolist() == [0, 1, 4, 5]
+    assert parts.fingerprint != Records(str(out), "val").fingerprint
+
+
+def test_path_of_a_data_set_may_begin_at_home(source, out, monkeypatch):
+    prepare(source, str(out))
+    monkeypatch.setenv("HOME", str(out.parent))
+    assert len(Records("~/out")) == 6 and Records("~/out").path == str(out)
+
+
+def test_data_set_of_more_files_than_may_be_open_is_read(source, out, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (8, limits[1]))
+    prepare(source, str(out), num_shards=6)
+    records, opened = Records(str(out)), len(os.listdir("/dev/fd"))
+    for copy in (records, pickle.loads(pickle.dumps(records))):
+        assert [copy[i]["id"] for i in range(6)] == [f"{i:02}.png" for i in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: records[i % 6]["id"], range(60)))
+    assert found == 10 * [f"{i:02}.png" for i in range(6)]
+    assert len(os.listdir("/dev/fd")) <= opened + 2 * 8 // 4
 
 
 def test_damaged_records_are_named(source, out):
@@ -306,6 +342,50 @@ def test_another_source_does_not_go_on_with_what_is_there(source, out, tmp_path)
     assert len(list(unfinished.rglob("*.done.json"))) == 2
     report = prepare(source, str(out), num_shards=3, name="another")
     assert report["pairs"] == 6 and Records(str(out))[0]["id"] == "00.png"
+
+
+def test_stopped_run_goes_on_only_from_what_the_source_still_holds(source, out, tmp_path):
+    """Captions, images and bad records of files that are whole may have changed since."""
+    folder, pairs = out.with_name("out.unfinished"), tmp_path / "pairs"
+    damage(tmp_path, [5])
+
+    def stop():
+        with pytest.raises(TooManyBadRecordsError, match=f"or fix them and start again .{folder} keeps what"):
+            prepare(source, str(out), num_shards=3, max_bad_fraction=0, name="it")
+        (first,) = folder.rglob("*-00000-of-00003")
+        return first.stat().st_ino
+
+    inode = stop()
+    assert stop() == inode
+    stopped = {path.name: path.read_bytes() for path in pairs.iterdir()}
+    for name, contents in (("01.txt", b"another caption"), ("00.png", stopped["02.png"])):
+        (pairs / name).write_bytes(contents)
+        assert stop() != inode
+        (pairs / name).write_bytes(stopped[name])
+        inode = stop()
+    (pairs / "05.png").write_bytes(stopped["04.png"])
+    (pairs / "03.txt").write_text("new")
+    prepare(source, str(out), num_shards=3, max_bad_fraction=0, name="it")
+    assert Records(str(out))[3]["captions"] == ["new"] and len(Records(str(out))) == 6
+
+
+def test_bad_records_that_were_mended_are_read_again(source, out, tmp_path):
+    damage(tmp_path, [0, 5])
+    with pytest.raises(TooManyBadRecordsError, match="2 unreadable image"):
+        prepare(source, str(out), num_shards=3, max_bad_fraction=0.2, name="it")
+    for name in ("00.png", "05.png"):
+        shutil.copy(tmp_path / "pairs" / "03.png", tmp_path / "pairs" / name)
+    assert prepare(source, str(out), num_shards=3, max_bad_fraction=0.2, name="it")["bad"] == 0
+
+
+@pytest.mark.parametrize(("length", "yielded"), [(4, 6), (6, 4)])
+def test_source_that_changes_while_it_is_read_is_refused(out, length, yielded):
+    class Changing(Interrupted):
+        def __iter__(self):
+            return itertools.islice(Interrupted(8, 8), yielded)
+
+    with pytest.raises(ValueError, match=f"source had {length} records, and {yielded} were read: it changes"):
+        prepare(Changing(length, 8), str(out), num_shards=2)
 
 
 class Interrupted:

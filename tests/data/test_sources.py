@@ -9,12 +9,14 @@ from clipmoe_jax.data.sources import (
     ImageFolder,
     Pair,
     ShareGPT4V,
+    canonical,
     is_source,
     open_source,
     source_stamp,
     with_seed,
 )
 from clipmoe_jax.data.sources.base import find_files
+from clipmoe_jax.data.sources.folders import Img2Dataset
 
 PNG = b"the sources do not look inside image files"
 
@@ -51,6 +53,7 @@ def test_sharegpt4v_reads_the_first_answer(tmp_path):
         pytest.param(entry(image="b.png"), "missing image", id="no such file"),
         pytest.param(entry(image=None), "missing image", id="no image path"),
         pytest.param(entry(image="."), "missing image", id="a folder"),
+        pytest.param(entry(image=["a.png", "b.png"]), "several images", id="two images"),
         pytest.param(entry(image="a.png/b.png"), "missing image", id="a file as folder"),
         pytest.param(entry(image="a\0.png"), "unreadable image", id="a null byte"),
         pytest.param(entry(image="../a.png"), "path outside the image folder", id="climbs out"),
@@ -120,6 +123,65 @@ def test_image_without_caption_is_a_bad_record(tmp_path, text, kind):
     assert (record.id, record.kind) == ("a.png", kind)
 
 
+def write(folder, **texts):
+    """Files of a folder: images of any contents, captions of the given texts."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(PNG if text is None else text.encode())
+    return str(folder)
+
+
+def kinds(source):
+    assert len(source) == len(list(source))
+    return [(record.id, getattr(record, "kind", "pair")) for record in source]
+
+
+def test_captions_without_an_image_are_bad_records(tmp_path):
+    folder = write(tmp_path, **{"a.png": None, "a.txt": "a", "b.txt": "b", "sub/a.txt": "c", "d.md": "d"})
+    missing = [("b.txt", "missing image"), ("sub/a.txt", "missing image")]
+    assert kinds(ImageFolder(folder)) == [("a.png", "pair"), *missing]
+    write(tmp_path, **dict.fromkeys(("00000_stats.json", "config.json", "01.json", "02.json"), "{}"))
+    write(tmp_path, **{"02.txt": ""})
+    of_json = [("01.json", "missing image"), ("02.txt", "missing image")]
+    assert kinds(Img2Dataset(folder)) == [*of_json, ("a.png", "pair"), *missing]
+
+
+def test_images_of_other_kinds_are_bad_records(tmp_path):
+    folder = write(tmp_path, **{"a.tif": None, "a.txt": "a", "b.HEIC": None, "b.png": None, "b.txt": "b"})
+    other = "another kind of image"
+    assert kinds(ImageFolder(folder)) == [("a.tif", other), ("b.HEIC", other), ("b.png", "pair")]
+    write(tmp_path, **{"cat/a.ppm": None, "cat/a.md": ""})
+    assert ("cat/a.ppm", other) in kinds(open_source(f"classes:{folder}"))
+
+
+def test_images_of_one_stem_share_their_captions(tmp_path):
+    folder = write(tmp_path, **{"a.png": None, "a.jpg": None, "a.txt": "a"})
+    assert list(ImageFolder(folder)) == [Pair("a.jpg", PNG, ("a",)), Pair("a.png", PNG, ("a",))]
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    """As Jupyter, file managers and macOS leave them."""
+    for folder in ("cat", "dog", ".ipynb_checkpoints", ".trash/cat"):
+        write(
+            tmp_path / "in" / folder, **{"0.png": None, "._0.png": None, "0.txt": "text", "._0.txt": "\xff"}
+        )
+        write(tmp_path / "in" / folder, **{"0.tar": "", "._0.tar": "", ".0.tar.gz": ""})
+    expected = [("cat/0.png", "pair"), ("dog/0.png", "pair")]
+    for kind in ("classes", "folder", "img2dataset"):
+        assert kinds(open_source(f"{kind}:{tmp_path}/in")) == expected
+    assert list(find_files(f"{tmp_path}/in", "webdataset", ".tar")) == ["cat/0.tar", "dog/0.tar"]
+    (tmp_path / "in").rename(tmp_path / ".in")  # the folder that is named may be hidden
+    assert kinds(open_source(f"classes:{tmp_path}/.in")) == expected
+
+
+def test_compressed_files_are_not_left_out_unseen(tmp_path):
+    folder = write(tmp_path, **{"0.tar": "", "1.TAR": "", "2.tar.gz": "", "3.md.gz": ""})
+    with pytest.raises(ValueError, match="source webdataset:.* has 1 compressed files, .*/2.tar.gz: unpack"):
+        open_source(f"webdataset:{folder}")
+    (tmp_path / "2.tar.gz").unlink()
+    assert list(find_files(folder, "webdataset", ".tar")) == ["0.tar", "1.TAR"]
+
+
 @pytest.fixture
 def captioned(tmp_path):
     """captions.json, and images/a.png with its caption beside it."""
@@ -180,6 +242,21 @@ def test_percent_escapes_in_options_are_decoded(tmp_path):
     assert [record.image for record in open_source(spec)] == [PNG]
 
 
+def test_paths_may_begin_at_home(captioned, monkeypatch):
+    monkeypatch.setenv("HOME", str(captioned))
+    expected = [Pair("a.png", PNG, ("a red cube",))]
+    assert list(open_source("sharegpt4v:~/captions.json?images=~/images")) == expected
+    assert list(open_source("sharegpt4v:~/captions.json", "~/images")) == expected
+    assert len(open_source("folder:~/images,folder:~/images")) == 2
+    (captioned / "~").mkdir()
+    monkeypatch.chdir(captioned)
+    assert len(open_source("folder:./~")) == 0
+    with pytest.raises(
+        FileNotFoundError, match=f"prepared data set of that name or folder: .*{captioned}/tf"
+    ):
+        open_source("tfds:x?data_dir=~/tfds")
+
+
 def test_question_mark_may_be_a_pattern(tmp_path):
     (tmp_path / "00.tar").write_bytes(b"")
     assert len(open_source(f"webdataset:{tmp_path}/0?.tar")) == 1
@@ -230,7 +307,79 @@ def test_stamp_changes_with_a_file(tmp_path):
     assert before == [source_stamp(spec) for spec in specs] and all(before)
     file.write_text("[1]")
     assert all(source_stamp(spec) != stamp for spec, stamp in zip(specs, before, strict=True))
-    assert source_stamp("digit_scenes:train") == source_stamp(f"folder:{tmp_path}") == ""
+    assert source_stamp("digit_scenes:train") == source_stamp("folder:/nowhere") == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "file"),
+    [
+        ("folder:{0}", "sub/a.txt"),
+        ("folder:{0}", "a.JPG"),
+        ("classes:{0}/", "sub/a.png"),
+        ("img2dataset:{0}", "sub/000.json"),
+        ("webdataset:{0}", "sub/0.tar"),
+        ("webdataset:{0}/[ab].*", "a.tar"),
+        ("parquet:{0}", "0.parquet"),
+        ("tfds:{0}", "any"),
+        ("tfds:sub?data_dir={0}", "sub/any"),
+        ("folder:{0}/sub,folder:{0}", "a.txt"),
+    ],
+)
+def test_stamp_changes_with_a_file_of_many(tmp_path, spec, file):
+    spec = spec.format(tmp_path)
+    write(tmp_path, **{file: "", "b.tar": "", "b.parquet": "", "b.txt": "", "b.png": ""})
+    before = source_stamp(spec)
+    assert before == source_stamp(spec) != ""
+    write(tmp_path, **{file: "longer"})
+    assert source_stamp(spec) != before
+
+
+@pytest.mark.parametrize("kind", ["folder", "classes", "img2dataset", "webdataset", "parquet"])
+def test_stamp_does_not_change_with_files_of_other_uses(tmp_path, kind):
+    """As a run leaves them, whose workdir may lie in the folder."""
+    write(tmp_path, **{"a.png": "", "a.txt": "", "0.json": "", "a.tar": "", "a.parquet": ""})
+    before = source_stamp(f"{kind}:{tmp_path}")
+    write(
+        tmp_path,
+        **{"run/done.json": "{}", "run/x.array_record-0": "", "run/metrics.jsonl": "{}", "x.npy": ""},
+    )
+    assert source_stamp(f"{kind}:{tmp_path}") == before != ""
+
+
+def test_one_source_has_one_canonical_spelling(tmp_path, monkeypatch):
+    write(tmp_path, **{"data/x.json": "[]", "images/a.png": None})
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = tmp_path.resolve()
+    for spec, others in {
+        f"coco:{root}/data/x.json?images={root}/images": (
+            "coco:data/x.json?images=images",
+            "coco:./link/x.json?images=data/../images/",
+            "coco:~/data/x%2Ejson?images=~/images",
+        ),
+        f"coco:{root}/data/x.json#test?images=y": ("coco:link/x.json#test?images=./y",),
+        f"folder:{root}/data,digit_scenes:train?pairs=2&seed=1": (
+            "folder:link,digit_scenes:train?seed=1&pairs=2",
+        ),
+        f"webdataset:{root}/data/0*.tar": ("webdataset:data/0*.tar",),
+        f"tfds:name?data_dir={root}/data": ("tfds:name?data_dir=link",),
+    }.items():
+        assert {canonical(other) for other in others} == {canonical(spec)}, spec
+    assert canonical("coco:data/x.json", "images") == canonical("coco:data/x.json?images=images")
+    different = (
+        "folder:data",
+        "classes:data",
+        "folder:images",
+        "folder:data,folder:data",
+        "coco:data?images=a",
+    )
+    assert len({canonical(spec) for spec in different}) == len(different)
+
+
+def test_pattern_takes_files_in_the_order_of_their_paths(tmp_path):
+    write(tmp_path, **{"0-x/1": "", "0/1": "", "0/.1": ""})
+    assert list(find_files(f"{tmp_path}/*/*", "webdataset", "")) == ["0/1", "0-x/1"]
 
 
 @pytest.mark.parametrize(

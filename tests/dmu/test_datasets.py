@@ -1,5 +1,6 @@
 """A run's data sets: which folder each lies in, that it is prepared once, and what is refused."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -11,9 +12,9 @@ from PIL import Image
 
 from clipmoe_jax.config import default_config, set_variants, variant_configs
 from clipmoe_jax.core import distributed
-from clipmoe_jax.data import preparation
+from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.dmu.datasets import Dataset, datasets_of
-from clipmoe_jax.dmu.runner import run_variants
+from clipmoe_jax.dmu.runner import check_sources, run_variants
 
 SCENES = "digit_scenes:train?pairs=8"
 
@@ -34,6 +35,12 @@ def folders(config, seed=0, variant=""):
 def test_prepared_folder_is_used_where_it_is():
     config = config_of("data/train", test="data/test")
     assert folders(config) == {"train": "data/train", "test": "data/test"}
+
+
+def test_prepared_folder_may_lie_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = config_of("~/train", test="~/test[1]")
+    assert folders(config) == {"train": "/home/me/train", "test": "/home/me/test[1]"}
 
 
 def test_source_is_prepared_into_the_workdir():
@@ -121,8 +128,87 @@ def test_a_source_that_changed_is_refused_and_one_that_has_gone_is_not_missed(tm
     dataset.check()
     assert not dataset.prepare(1e-3)
     captions.write_text(captions.read_text().replace("square", "circle"))
-    with pytest.raises(ValueError, match="a file of sharegpt4v:.* has changed since .*train was prepared"):
+    with pytest.raises(ValueError, match="^sharegpt4v:.* has changed since .*train was prepared"):
         dataset.check()
+
+
+CHANGES = {
+    "a caption": ("folder:{0}/photos", "photos/1.txt"),
+    "an image": ("folder:{0}/photos", "photos/1.png"),
+    "a file more": ("folder:{0}/photos", "photos/new.png"),
+    "one of two sources": ("webdataset:{0}/photos.tar,folder:{0}/photos", "photos/1.txt"),
+    "a shard more": ("webdataset:{0}", "new.tar"),
+    "a shard of a pattern": ("webdataset:{0}/*.tar", "photos.tar"),
+}
+
+
+@pytest.mark.parametrize(("source", "changed"), CHANGES.values(), ids=CHANGES)
+def test_folder_that_changed_is_refused(tmp_path, source, changed):
+    write_photos(tmp_path)
+    dataset = Dataset(str(tmp_path / "photos" / "train"), "train", source.format(tmp_path))
+    dataset.prepare(1e-3)
+    dataset.check()
+    with (tmp_path / changed).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="has changed since .*train was prepared from it .names, sizes"):
+        dataset.check()
+
+
+def test_folder_whose_files_an_earlier_version_did_not_look_at_is_used(tmp_path):
+    write_photos(tmp_path)
+    dataset = Dataset(str(tmp_path / "train"), "train", f"folder:{tmp_path}/photos")
+    dataset.prepare(1e-3)
+    done = json.loads((tmp_path / "train" / "done.json").read_text())
+    done["inputs"]["source files"] = ""
+    (tmp_path / "train" / "done.json").write_text(json.dumps(done))
+    dataset.check()
+    (tmp_path / "photos" / "1.txt").write_text("new")
+    dataset.check()
+
+
+def test_images_are_as_they_were_when_they_were_prepared(tmp_path):
+    """Their folder may have others, too: of a prepared data set it is not looked at again."""
+    write_photos(tmp_path)
+    source = f"sharegpt4v:{tmp_path}/captions.json?images={tmp_path}/photos"
+    dataset = Dataset(str(tmp_path / "train"), "train", source)
+    dataset.prepare(1e-3)
+    (tmp_path / "photos" / "new.png").touch()
+    dataset.check()
+
+
+def test_source_by_another_spelling_is_the_same(tmp_path, monkeypatch):
+    write_photos(tmp_path)
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, path = str(tmp_path / "train"), f"{tmp_path}/photos"
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "preempted", lambda: True)
+        patch.setattr(preparation, "ENTRIES_PER_SHARD", 2)
+        with pytest.raises(distributed.Preempted):
+            Dataset(folder, "train", f"folder:{path}").prepare(1e-3)
+    monkeypatch.setattr(preparation, "ENTRIES_PER_SHARD", 2)
+    assert Dataset(folder, "train", "folder:photos").prepare(1e-3)
+    for spelled in ("photos/", "./photos", "link/../photos", "link", "~/photos", path):
+        dataset = Dataset(folder, "train", f"folder:{spelled}")
+        dataset.check()
+        assert not dataset.prepare(1e-3)
+
+
+def test_split_that_a_data_set_lacks_is_told_with_its_field(tmp_path):
+    preparation.prepare(sources.open_source(SCENES), str(tmp_path / "set"))
+    config = config_of(str(tmp_path / "set"), test=str(tmp_path / "set"), base=SCENES)
+    with pytest.raises(
+        ValueError, match="^data.test_split: .*set has no split 'test': choose train .8 records."
+    ):
+        run_variants(config, epath.Path(tmp_path / "run"))
+    prepared = Dataset(str(tmp_path / "run" / "test"), "test", SCENES)
+    prepared.prepare(1e-3)
+    check_sources(config, {"test": prepared})
+    with pytest.raises(
+        ValueError, match="^data.test_split: .*run/test has no split 'val': choose test .8 records."
+    ):
+        check_sources(config, {"test": dataclasses.replace(prepared, split="val")})
 
 
 def test_another_source_for_the_same_folder_is_refused(tmp_path):

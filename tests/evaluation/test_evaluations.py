@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import open_source
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.evaluation import data_sets, ood, probe
+from clipmoe_jax.evaluation import classes, data_sets, ood, probe
 from clipmoe_jax.evaluation.captions import read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import NotApplicableError, parse_evaluation
@@ -92,6 +93,70 @@ def test_a_slice_has_the_classes_of_its_split(folder):
     assert part.data.images.labels.tolist() == [1, 1, 1]
     assert whole.data.images.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert part.contents != whole.contents
+
+
+def test_parts_of_a_split_have_its_classes_and_their_labels(folder):
+    parts = parse_evaluation(f"zero_shot:{folder}/test_set?split=train[:1]+train[4:]")
+    assert parts.data.images.labels.tolist() == [0, 1, 1, 2, 2, 2]
+
+
+@pytest.fixture
+def own_files(folder, tmp_path, monkeypatch):
+    """A copy of MMVP's folder and a classifier, in the user's home."""
+    shutil.copytree(folder / "mmvp", tmp_path / "mmvp")
+    known, unknown = np.full((9, 3), 1 / 3), np.full((5, 3), 1 / 3)
+    np.savez(tmp_path / "classifier.npz", known=known, unknown=unknown)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def replace_classifier(own_files):
+    np.savez(own_files / "classifier.npz", known=np.eye(9, 3), unknown=np.full((5, 3), 1 / 3))
+
+
+FILES = {
+    "images of MMVP": (
+        "mmvp:~/mmvp",
+        "path",
+        lambda own: shutil.copy(*(own / "mmvp/MLLM_VLM Images" / n for n in ("Shade/3.jpg", "Colour/1.jpg"))),
+    ),
+    "table of MMVP": (
+        "mmvp:~/mmvp",
+        "path",
+        lambda own: (own / "mmvp/Questions.csv").write_text(
+            "\ufeff" + (own / "mmvp/Questions.csv").read_text()
+        ),
+    ),
+    "classifier": (
+        "ood:{0}/test_set?unknown={0}/odd_set&train={0}/train_set&classifier=~/classifier.npz",
+        "classifier",
+        replace_classifier,
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "name", "change"), FILES.values(), ids=FILES)
+def test_contents_change_with_the_files_of_a_line(folder, own_files, line, name, change):
+    def contents():
+        evaluation = parse_evaluation(line.format(folder))
+        _ = evaluation.data  # opens under a path that begins at home
+        return evaluation.contents
+
+    before = contents()
+    assert before == contents()
+    change(own_files)
+    assert [other for other, value in contents().items() if value != before[other]] == [name]
+
+
+def test_contents_change_with_the_table_of_classes(folder, monkeypatch):
+    def contents(table):
+        return parse_evaluation(f"zero_shot:{folder}/test_set?classes={table}").contents
+
+    tables = [contents(name) for name in ("imagenet", "imagenet-v2", "cifar10", "none")]
+    assert len({of_one.get("classes") for of_one in tables}) == 4 and "classes" not in tables[3]
+    assert len({of_one["path"] for of_one in tables}) == 1
+    monkeypatch.setattr(classes, "templates", lambda name: ("a {}",))
+    assert contents("cifar10") != tables[2]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +295,11 @@ def test_wrong_line_says_what_is_wrong(line, message):
 
 MISSING = {
     "data set": ("retrieval:{0}/nowhere", FileNotFoundError, "nowhere is not a prepared data set"),
-    "split": ("retrieval:{0}/test_set?split=val", ValueError, "has no split 'val': it has train"),
+    "split": (
+        "retrieval:{0}/test_set?split=val",
+        ValueError,
+        "has no split 'val': choose train .9 records., or parts",
+    ),
     "MMVP": ("mmvp:{0}/test", FileNotFoundError, "Questions.csv does not exist"),
     "labels": ("zero_shot:{0}/captioned_set", ValueError, "has 2 captions, and labelled images have one"),
     "table": ("zero_shot:{0}/test_set?classes=cifar10", ValueError, "labels .* are none of cifar10's"),

@@ -176,8 +176,17 @@ def test_inputs_of_an_earlier_version_get_todays_names():
     inputs = {"seed": 0, "run.dtype": "", "contents of data.train": "ab", "data.digit_scenes": 0}
     upgraded = {"seed": 0, "compute.dtype": "", "contents of data.train": "ab"}
     assert configs.upgrade_inputs(inputs) == upgraded
+    of_evaluation = {"line": "knn:a?train=b", "contents": {"path": "12", "train": "34"}}
+    upgraded = {"line": "knn:a?train=b", "contents of path": "12", "contents of train": "34"}
+    assert configs.upgrade_inputs(of_evaluation) == upgraded
     with pytest.raises(ValueError, match="with data.digit_scenes=800, now data.train=digit_scenes:train"):
         configs.upgrade_inputs(inputs | {"data.digit_scenes": 800})
+
+
+def test_config_argument_is_given_once():
+    assert configs.parse_arg("seeds=3,small", seeds=1, small=False).to_dict() == {"seeds": 3, "small": True}
+    with pytest.raises(ValueError, match="config argument 'seeds' is given twice: give it once"):
+        configs.parse_arg("seeds=3,small,seeds=2", seeds=1, small=False)
 
 
 def test_renamed_fields_name_fields_of_today():

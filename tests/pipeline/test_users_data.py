@@ -92,7 +92,8 @@ def test_run_from_a_users_checkpoint_and_images(users_files, tmp_path):
     (folder,) = (tmp_path / "evaluated" / "base").glob("retrieval-*")
     made_from = json.loads((folder / "done.json").read_text())["inputs"]
     records = Records(config.data.train, "train[:20]")
-    assert made_from["contents"] == {"path": records.fingerprint}  # other data there is noticed
+    assert made_from["contents of path"] == records.fingerprint  # other data there is noticed
+    assert "contents of base.checkpoint" in made_from
     for title in ("base", "stage 1 alone", "CLIP-MoE"):
         # 20 images are easier to tell apart than 48.
         found = results[title]["evaluations"][line]

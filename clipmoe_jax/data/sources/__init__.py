@@ -5,8 +5,9 @@ A source is written KIND:PATH or KIND:PATH?option=value&option=value, several wi
     sharegpt4v:captions.json?images=DIR
     coco:train.json?images=train2017,coco:val.json?images=val2017
 
-Percent escapes in paths and values are decoded: a comma in a path is %2C. Each kind is a class with
-`__len__` and `__iter__` (base.Source) and a row of KINDS; another kind is another such class and row.
+Percent escapes in paths and values are decoded: a comma in a path is %2C. Paths may begin with `~`. Each kind
+is a class with `__len__` and `__iter__` (base.Source) and a row of KINDS; another kind is another such class
+and row.
 """
 
 import os
@@ -15,11 +16,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from clipmoe_jax.data.sources.base import AttributeSpec, BadRecord, Concatenated, Pair, Source, Unique
+from clipmoe_jax.core import stamps
+from clipmoe_jax.data.sources.base import (
+    AttributeSpec,
+    BadRecord,
+    Concatenated,
+    Pair,
+    Source,
+    Unique,
+    matching,
+)
 from clipmoe_jax.data.sources.coco import Coco
 from clipmoe_jax.data.sources.conversations import ShareGPT4V
 from clipmoe_jax.data.sources.digit_scenes import DigitScenes
-from clipmoe_jax.data.sources.folders import Classes, ImageFolder, Img2Dataset
+from clipmoe_jax.data.sources.folders import IMAGES, Classes, ImageFolder, Img2Dataset
 from clipmoe_jax.data.sources.glyphs import Glyphs
 from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.data.sources.parquet import Parquet
@@ -35,6 +45,7 @@ __all__ = [
     "Pair",
     "ShareGPT4V",
     "Source",
+    "canonical",
     "is_source",
     "open_source",
     "source_stamp",
@@ -50,7 +61,8 @@ class Kind(NamedTuple):
         example: a source of this kind, for error messages.
         images: whether the option `images`, the folder that image paths start from, is "needed", "optional"
             or of "no use".
-        options: the others that `opens` takes.
+        options: the others that `opens` takes; "data_dir" is a folder too.
+        names: of the files that count in a folder of this kind (`core.stamps.stamp`).
         generated: whether the pairs are made up, from an option `seed`; nothing is read then.
     """
 
@@ -58,6 +70,7 @@ class Kind(NamedTuple):
     example: str
     images: str = "no use"
     options: tuple[str, ...] = ()
+    names: str = ""
     generated: bool = False
 
     @property
@@ -67,11 +80,11 @@ class Kind(NamedTuple):
 
 KINDS = {
     "sharegpt4v": Kind(ShareGPT4V, "sharegpt4v:captions.json?images=DIR", images="needed"),
-    "folder": Kind(ImageFolder, "folder:DIR"),
-    "img2dataset": Kind(Img2Dataset, "img2dataset:DIR"),
-    "classes": Kind(Classes, "classes:DIR"),
-    "webdataset": Kind(WebDataset, "webdataset:DIR"),
-    "parquet": Kind(Parquet, "parquet:DIR", images="optional"),
+    "folder": Kind(ImageFolder, "folder:DIR", names=f"{IMAGES}|{ImageFolder.captions}"),
+    "img2dataset": Kind(Img2Dataset, "img2dataset:DIR", names=f"{IMAGES}|{Img2Dataset.captions}"),
+    "classes": Kind(Classes, "classes:DIR", names=IMAGES),
+    "webdataset": Kind(WebDataset, "webdataset:DIR", names=r"\.tar$"),
+    "parquet": Kind(Parquet, "parquet:DIR", images="optional", names=r"\.parquet$"),
     "coco": Kind(Coco, "coco:captions_val2017.json?images=DIR", images="needed"),
     "flickr30k": Kind(Flickr30k, "flickr30k:results_20130124.token?images=DIR", images="needed"),
     "csv": Kind(Csv, "csv:captions.tsv?images=DIR", images="needed"),
@@ -87,6 +100,7 @@ KINDS = {
     ),
 }
 _KIND = f"(?:{'|'.join(KINDS)}):"
+_FOLDERS = ("images", "data_dir")  # the options that are paths
 
 
 class _Spec(NamedTuple):
@@ -119,6 +133,7 @@ def open_source(spec: str, images: str | None = None, seed: int = 0) -> Source:
         FileNotFoundError: a path that does not exist.
     """
     specs = _parse(with_seed(spec, seed))
+    images = images and os.path.expanduser(images)
     if images is not None and all(KINDS[one.kind].images == "no use" for one in specs):
         raise ValueError(f"source {spec} has no use for images={images}: leave it out")
     sources = [_open(one, images) for one in specs]
@@ -137,13 +152,39 @@ def with_seed(spec: str, seed: int) -> str:
 
 
 def source_stamp(spec: str) -> str:
-    """Returns sizes and times of the sources that are one file: other than before where one has changed."""
-    stamps = []
+    """Returns a stamp (`core.stamps.stamp`) of the file, the folder or the files of each source, with commas
+    between them; "" for one that is not there or is generated. Folders of `images` do not count."""
+    kinds = ((one, KINDS[one.kind]) for one in _parse(spec))
+    return ",".join(
+        "" if kind.generated else stamps.stamp(*_files(one), names=kind.names) for one, kind in kinds
+    )
+
+
+def canonical(spec: str, images: str | None = None) -> str:
+    """Returns the one spelling of a source: paths absolute and without links, options sorted.
+
+    images: as for `open_source`.
+    """
+    spelled = []
     for one in _parse(spec):
-        files = [] if KINDS[one.kind].generated else [one.path, one.path.partition("#")[0]]  # coco's #split
-        stats = [os.stat(file) for file in files if os.path.isfile(file)]
-        stamps.append(f"{stats[0].st_size} {stats[0].st_mtime_ns}" if stats else "")
-    return ",".join(stamps)
+        path, options = one.path, dict(one.options)
+        if images is not None and KINDS[one.kind].images != "no use":
+            options.setdefault("images", images)
+        if not KINDS[one.kind].generated and (one.kind != "tfds" or os.path.exists(path)):
+            file, mark, split = (path, "", "") if os.path.exists(path) else path.partition("#")  # coco's
+            path = stamps.canonical(file) + mark + split
+        options |= {name: stamps.canonical(options[name]) for name in _FOLDERS if name in options}
+        spelled.append(f"{one.kind}:{path}?{sorted(options.items())}")
+    return ",".join(spelled)
+
+
+def _files(spec: _Spec) -> list[str]:
+    """Returns the file, the folder or the files of a source, those that are there."""
+    places = [spec.path, spec.path.partition("#")[0]]  # coco's #split
+    if spec.kind == "tfds":
+        folder = spec.options.get("data_dir") or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        places.append(os.path.join(os.path.expanduser(folder), spec.path))
+    return next(([place] for place in places if os.path.exists(place)), sorted(matching(spec.path)))
 
 
 def _parse(spec: str) -> list[_Spec]:
@@ -170,7 +211,8 @@ def _parse_one(text: str) -> _Spec:
         raise ValueError(
             f"source {text}: no option {', '.join(unknown)}; {kind} has {', '.join(known) or 'none'}"
         )
-    return _Spec(text, kind, unquote(path), options)
+    options |= {name: os.path.expanduser(options[name]) for name in _FOLDERS if name in options}
+    return _Spec(text, kind, os.path.expanduser(unquote(path)), options)
 
 
 def _open(spec: _Spec, images: str | None) -> Source:

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from clipmoe_jax.core.stamps import files_under
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# Images of other kinds: not read, and counted as bad where a source looks for images.
+OTHER_IMAGE_SUFFIXES = (
+    *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".jxl", ".ppm", ".pgm"),
+    *(".svg", ".tga", ".psd"),
+)
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 
 class Pair(NamedTuple):
@@ -112,8 +120,19 @@ class Images:
             raise FileNotFoundError(f"images={root} is not a folder")
         self._root = os.path.abspath(root)
 
+    def exists(self, name: str) -> bool:
+        """Returns whether a file is at a path under the folder."""
+        try:
+            return os.path.isfile(os.path.join(self._root, name))
+        except ValueError:  # a null byte in the path
+            return False
+
     def pair(self, record_id: str, name: object, captions: Iterable[object]) -> Pair | BadRecord:
         """Returns the pair of the image at a path under the folder; one that climbs out is a bad record."""
+        if isinstance(name, list) and len(name) > 1:
+            return BadRecord(
+                record_id, "several images", f"a pair has one image, not {len(name)}: {name[:3]}"
+            )
         if not isinstance(name, str) or not name:
             return BadRecord(record_id, "missing image", "no image path")
         path = os.path.normpath(os.path.join(self._root, name))
@@ -159,36 +178,48 @@ def find_file(path: str, kind: str) -> Path:
     return Path(path)
 
 
-def files_under(folder: str | os.PathLike, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yields files in a folder and its subfolders, linked ones too, but for links back to a folder above."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for entry in os.scandir(folder):
-        if entry.is_dir():
-            yield from files_under(entry.path, above | {real})
-        else:
-            yield Path(entry.path)
-
-
 def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
     """Returns {name: file} of the files with a suffix: of one file, a folder with its subfolders, or a
-    pattern with `*`.
+    pattern with `*`. Hidden files and folders do not count.
 
     A name is the path under the folder, since subfolders may have files of the same name.
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: some are compressed, and would be left out.
     """
     if os.path.isdir(path):
-        root, paths = path, sorted(file for file in files_under(path) if file.name.endswith(suffix))
+        names = {entry.path: entry.name.lower() for entry in files_under(path)}
+        compressed = tuple(suffix + ending for ending in COMPRESSED_SUFFIXES)
+        if packed := sorted(file for file, name in names.items() if name.endswith(compressed)):
+            raise ValueError(
+                f"source {kind}:{path} has {len(packed)} compressed files, the first {packed[0]}: unpack them"
+            )
+        root, paths = path, sorted(Path(file) for file, name in names.items() if name.endswith(suffix))
     else:
-        paths = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
+        paths = sorted(map(Path, matching(path)))
         root = os.path.commonpath([file.parent for file in paths]) if paths else ""
-    files = {file.relative_to(root).as_posix(): file for file in paths if file.is_file()}
+    files = {file.relative_to(root).as_posix(): file for file in paths}
     if not files:
         raise FileNotFoundError(f"source {kind}:{path} has no {suffix} file")
     return files
+
+
+def matching(path: str) -> list[str]:
+    """Returns the files that a path or a pattern with `*` stands for."""
+    return [path] if os.path.isfile(path) else [file for file in glob.glob(path) if not os.path.isdir(file)]
+
+
+def find_column(names: Sequence[str], wanted: Sequence[str], file: Path) -> str | None:
+    """Returns the first of the wanted columns that a table has, None if it has none of them.
+
+    Raises:
+        ValueError: several columns have that name.
+    """
+    name = next((name for name in wanted if name in names), None)
+    if name is not None and names.count(name) > 1:
+        raise ValueError(f"{file} has {names.count(name)} columns {name!r}: rename or remove all but one")
+    return name
 
 
 def as_text(value: object) -> object:

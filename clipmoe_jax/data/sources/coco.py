@@ -55,7 +55,7 @@ def _karpathy(entries: list[dict], split: str) -> list[tuple[object, list]]:
     return [
         ("/".join(filter(None, (entry.get("filepath"), entry["filename"]))), _raw(entry))
         for entry in entries
-        if not split or entry.get("split") in wanted
+        if not split or entry["split"] in wanted
     ]
 
 

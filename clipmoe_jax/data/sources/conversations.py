@@ -20,7 +20,7 @@ class ShareGPT4V:
         if file.suffix == ".jsonl":
             # A line that is cut off is one bad record; in a list it would be the end of all.
             lines = filter(bytes.strip, file.read_bytes().splitlines())
-            self._entries = [parse_json(f"entry {i}", line) for i, line in enumerate(lines)]
+            self._entries = [entry for i, line in enumerate(lines) for entry in _entries_of(i, line)]
             return
         try:
             self._entries = json.loads(read_text(file))
@@ -49,6 +49,19 @@ class ShareGPT4V:
         except (KeyError, TypeError, AttributeError):
             return BadRecord(record_id, "malformed entry", f'entry {i} has malformed "conversations"')
         return self._images.pair(record_id, name, [caption])
+
+
+def _entries_of(i: int, line: bytes) -> Iterator[object]:
+    """Yields the entries of a line: more than one where joined files lack the end of a line between them."""
+    rest = line.decode("utf-8-sig", "surrogateescape").strip()
+    while rest:
+        try:
+            entry, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            yield parse_json(f"entry {i}", rest.encode("utf-8", "surrogateescape"))
+            return
+        yield entry
+        rest = rest[end:].lstrip()
 
 
 def _first_answer(conversations: list[dict]) -> object:

@@ -1,9 +1,18 @@
 """Parquet files, as Hugging Face data sets and img2dataset's metadata come."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, as_text, find_files, make_pair
+from clipmoe_jax.data.sources.base import (
+    BadRecord,
+    Images,
+    Pair,
+    as_text,
+    find_column,
+    find_files,
+    make_pair,
+)
 
 IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "png", "image_path", "path", "file_name", "filepath")
 CAPTION_COLUMNS = ("re_caption", "caption", "text", "captions", "title")
@@ -21,7 +30,7 @@ class Parquet:
     """
 
     def __init__(self, path: str, images: str | None = None):
-        """Raises FileNotFoundError for a wrong path and ValueError for missing columns."""
+        """Raises FileNotFoundError for a wrong path and ValueError for missing columns or two of one name."""
         import pyarrow.parquet  # here because it is slow to import
 
         self._images = None if images is None else Images(images)
@@ -32,9 +41,10 @@ class Parquet:
                 with pyarrow.parquet.ParquetFile(file) as opened:
                     self._len += opened.metadata.num_rows
                     schema = opened.schema_arrow
+                    _check_one(file, opened.metadata)
             except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{file} is not a Parquet file: {error}") from error
-            image, caption, _ = _columns(schema.names)
+            image, caption, _ = _columns(schema.names, file)
             if image is None or caption is None:
                 raise ValueError(
                     f"{file} has the columns {schema.names}: name one of images ({', '.join(IMAGE_COLUMNS)}) "
@@ -58,7 +68,7 @@ class Parquet:
                 for group in range(opened.num_row_groups):
                     end = row + opened.metadata.row_group(group).num_rows
                     try:
-                        for fields in _rows(opened, group):
+                        for fields in _rows(opened, group, file):
                             yield self._read(f"{name}:{row}", *fields)
                             row += 1
                     except (pyarrow.ArrowException, OSError) as error:
@@ -80,15 +90,29 @@ class Parquet:
         return make_pair(record_id, image, captions)
 
 
-def _columns(names: list[str]) -> list[str | None]:
+def _check_one(file: Path, metadata: Any) -> None:
+    """Raises ValueError for several files joined as one: only the last one's rows would count, and the first
+    one's would be read."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+    end = max(
+        (start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)), default=0
+    )
+    with file.open("rb") as opened:
+        opened.seek(end)  # indexes follow, of some kilobytes
+        if b"PAR1PAR1" in opened.read():
+            raise ValueError(f"{file} is several Parquet files in one: give them as files of a folder")
+
+
+def _columns(names: list[str], file: Path) -> list[str | None]:
     """Returns the columns of images, captions and ids; None for one that is not there."""
-    kinds = (IMAGE_COLUMNS, CAPTION_COLUMNS, ID_COLUMNS)
-    return [next((name for name in of_kind if name in names), None) for of_kind in kinds]
+    return [find_column(names, of_kind, file) for of_kind in (IMAGE_COLUMNS, CAPTION_COLUMNS, ID_COLUMNS)]
 
 
-def _rows(opened: Any, group: int) -> Iterator[tuple[Any, Any, Any]]:
+def _rows(opened: Any, group: int, file: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Yields (image, captions, id) of each row of a group; a path is text and captions are bytes."""
-    image, caption, record_id = _columns(opened.schema_arrow.names)
+    image, caption, record_id = _columns(opened.schema_arrow.names, file)
     assert image is not None and caption is not None  # as checked when the source was opened
     paths = _is_text(opened.schema_arrow.field(image).type)
     columns = [name for name in (image, caption, record_id) if name]

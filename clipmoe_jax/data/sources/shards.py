@@ -5,6 +5,7 @@ import functools
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from clipmoe_jax.data.sources.base import (
     IMAGE_SUFFIXES,
@@ -16,16 +17,21 @@ from clipmoe_jax.data.sources.base import (
     parse_json,
 )
 
+# {suffix: contents} of a sample; why there are none of a member that is no file.
+Members = dict[str, bytes | BadRecord]
+
 
 class WebDataset:
     """Tar files in the order of their names; members KEY.jpg and KEY.txt or KEY.json that follow each other
     are a pair with the id SHARD/KEY.
 
-    A shard that is cut off or damaged gives the samples that are whole before that and one bad record.
+    A member whose suffix the sample has already begins another sample. Of several images in a sample the
+    first of IMAGE_SUFFIXES counts, and each other one is a bad record. A shard may be several archives joined
+    by `cat`. One that is cut off or damaged gives the samples that are whole before that and one bad record.
     """
 
     def __init__(self, path: str):
-        """Raises FileNotFoundError if no shard is there."""
+        """Raises FileNotFoundError if no shard is there, ValueError for compressed ones."""
         self._shards = find_files(path, "webdataset", ".tar")
 
     def __len__(self) -> int:
@@ -42,61 +48,94 @@ class WebDataset:
                 yield sample if isinstance(sample, BadRecord) else _read(*sample)
 
 
-def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, dict[str, bytes]] | BadRecord]:
-    """Yields (id, {suffix: contents}) of each sample, in order; bad records for what cannot be one."""
+def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members] | BadRecord]:
+    """Yields (id, members) of each sample, in order; bad records for what cannot be one."""
     key, members = "", {}
     place = "its start"
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with shard.open("rb") as file:
             size = shard.stat().st_size
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: it keeps them all otherwise
+            for tar, member in _members(file, size):
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
                     yield BadRecord(f"{name}/{member.name}", "path outside the shard", member.name)
                     continue
                 stem, _, suffix = path.name.partition(".")
-                if not (member.isfile() and stem and suffix):  # WebDataset too skips README and .hidden
+                hidden = any(part.startswith(".") for part in path.parts)
+                if (
+                    member.isdir() or hidden or not (stem and suffix)
+                ):  # WebDataset too skips README and .hidden
                     continue
                 place = f"{member.name}, byte {member.offset:,}"
-                here = f"{name.removesuffix('.tar')}/{path.parent / stem}"
-                if here != key:
-                    if members:
-                        yield key, members
+                here, suffix = f"{name.removesuffix('.tar')}/{path.parent / stem}", f".{suffix.lower()}"
+                if here != key or suffix in members:
+                    yield from _parts(key, members)
                     key, members = here, {}
                 if member.offset_data + member.size > size:
                     members = {}  # the sample that the cut goes through
                     raise tarfile.ReadError("unexpected end of data")
-                contents = tar.extractfile(member) if read else None
-                members[f".{suffix.lower()}"] = contents.read() if contents else b""
-            # tarfile takes a header that is damaged or cut off for the end; the true end is a block of zeros.
-            place = f"byte {tar.offset:,}"
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("cut off or damaged")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                contents = tar.extractfile(member) if read and member.isfile() else None
+                members[suffix] = contents.read() if contents else b""
+                if not member.isfile():
+                    members[suffix] = BadRecord(here, "not a file", f"{member.name} is a link or a device")
+    # A header may claim any size.
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
         if _is_whole(members):
-            yield key, members
-        yield BadRecord(name, "damaged shard", f"{shard} at {place}: {error}")
+            yield from _parts(key, members)
+        detail = f"{shard} after {place}: {str(error) or type(error).__name__}"
+        yield BadRecord(name, "damaged shard", detail)
         return
-    if members:
-        yield key, members
+    yield from _parts(key, members)
 
 
-def _is_whole(members: dict[str, bytes]) -> bool:
+def _members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yields each archive of a file with each of its members. Raises tarfile.ReadError for damage."""
+    start = 0
+    while start < size or not size:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: it keeps them all otherwise
+                yield tar, member
+        # tarfile takes a header that is damaged or cut off for the end; the true end is a block of zeros.
+        file.seek(tar.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if block != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset:,}")
+        start = tar.offset
+        while block and not any(block):
+            start += len(block)
+            block = file.read(tarfile.BLOCKSIZE)
+
+
+def _parts(key: str, members: Members) -> Iterator[tuple[str, Members] | BadRecord]:
+    """Yields a sample, if there is one, and a bad record for each image that it has beyond the first."""
+    if not members:
+        return
+    yield key, members
+    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+    for suffix in (images or [suffix for suffix in members if suffix.endswith(IMAGE_SUFFIXES)])[1:]:
+        detail = f"a key, which ends at the first dot, has one image: this has {', '.join(members)}"
+        yield BadRecord(key + suffix, "several images", detail)
+
+
+def _is_whole(members: Members) -> bool:
     """Returns whether image and caption are there: the next member may have been this sample's."""
     return any(suffix in members for suffix in IMAGE_SUFFIXES) and (".txt" in members or ".json" in members)
 
 
-def _read(record_id: str, members: dict[str, bytes]) -> Pair | BadRecord:
+def _read(record_id: str, members: Members) -> Pair | BadRecord:
     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     if image is None:
         image = BadRecord(record_id, "missing image", f"the shard has {', '.join(members)} of it")
+    caption = members.get(".txt", members.get(".json", b"{}"))
+    if isinstance(caption, BadRecord):
+        return caption
     if ".txt" in members:
-        caption = as_text(members[".txt"].removeprefix(codecs.BOM_UTF8))
+        text = as_text(caption.removeprefix(codecs.BOM_UTF8))
     else:
-        fields = parse_json(record_id, members.get(".json", b"{}"))
+        fields = parse_json(record_id, caption)
         if isinstance(fields, BadRecord):
             return fields
-        caption = fields.get("caption") if isinstance(fields, dict) else None
-    return make_pair(record_id, image, [caption])
+        text = fields.get("caption") if isinstance(fields, dict) else None
+    return make_pair(record_id, image, [text])

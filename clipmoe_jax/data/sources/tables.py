@@ -1,22 +1,27 @@
 """Text tables of image names and captions."""
 
+import collections
 import csv
-import itertools
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_column, find_file
 
 IMAGE_COLUMNS = ("filepath", "image", "image_name", "image_path", "file_name", "filename")
 CAPTION_COLUMNS = ("title", "caption", "comment", "text")
+
+# (image path, line, caption) of a row; (None, line, what is wrong) of an unusable one.
+Row = tuple[str | None, int, str]
 
 
 class Csv:
     """A table with a header, separated by tabs, bars or commas: a column of image paths and one of captions.
 
     Columns are found by name: filepath and title (open_clip's), image and caption, and so on. Rows of one
-    image that follow each other are the captions of one pair, whose id is the image's path.
+    image that follow each other are the captions of one pair, whose id is the image's path. A row whose quote
+    is not closed is bad; the rows after it are read.
     """
 
     kind = "csv"
@@ -24,13 +29,7 @@ class Csv:
     def __init__(self, path: str, images: str):
         """Raises FileNotFoundError for a wrong path, ValueError for a table without these columns."""
         self._path, self._images = find_file(path, self.kind), Images(images)
-        # A row that cannot be used is a group of its own: its number makes its key another one.
-        self._groups = [
-            (name, number, [caption for *_, caption in rows])
-            for (name, number), rows in itertools.groupby(
-                self._rows(), key=lambda row: (row[0], row[1] if row[0] is None else None)
-            )
-        ]
+        self._groups = _group(self._rows())
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -40,42 +39,60 @@ class Csv:
             if name is None:
                 yield BadRecord(f"line {number}", "malformed entry", f"{self._path}: {captions[0]}")
             else:
-                yield self._images.pair(name, name, captions)
+                yield self._images.pair(name or f"line {number}", name, captions)
 
-    def _rows(self) -> Iterator[tuple[str | None, int, str]]:
-        """(image path, line, caption) of each row; (None, line, what is wrong) for an unusable one."""
+    def _rows(self) -> Iterator[Row]:
         with _open(self._path) as file:
             header = file.readline()
             separator = next((mark for mark in "\t|" if mark in header), ",")
             names = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
-            image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
-            caption = next((names.index(name) for name in CAPTION_COLUMNS if name in names), None)
+            image = find_column(names, IMAGE_COLUMNS, self._path)
+            caption = find_column(names, CAPTION_COLUMNS, self._path)
             if image is None or caption is None:
                 raise ValueError(
                     f"{self._path} has the columns {names}: name one of images ({', '.join(IMAGE_COLUMNS)}) "
                     f"and one of captions ({', '.join(CAPTION_COLUMNS)})"
                 )
-            # Bars separate captions in which quotes mean nothing.
-            quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-            rows = csv.reader(file, delimiter=separator, quoting=quoting, strict=separator == ",")
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:  # a quote takes in rows up to the next one
-                    yield None, 1 + rows.line_num, f"{error}: is a quote not closed?"
-                    continue
-                number = 1 + rows.line_num
-                if len(row) <= max(image, caption):
+            image, caption = names.index(image), names.index(caption)
+            for number, row in self._read(file, separator, len(names), image):
+                if isinstance(row, str):
+                    yield None, number, row
+                elif len(row) <= max(image, caption):
                     if row:  # not a blank line
                         yield None, number, "a row has too few columns"
                 elif any(row[len(names) :]):
                     yield None, number, f"a row has {len(row)} columns, the header {len(names)}"
-                elif separator == "\t" and {"\t", "\n"} <= set(row[caption]):
-                    yield None, number, "the caption runs on over rows: a quote in it is not closed"
                 else:
                     yield row[image].strip(), number, row[caption]
+
+    def _read(
+        self, file: Iterable[str], separator: str, width: int, image: int
+    ) -> Iterator[tuple[int, list[str] | str]]:
+        """Yields each row's first line and cells, or what is wrong with it. Of one whose quote is not closed
+        only that line is lost: the next ones are read anew."""
+        # Bars separate captions in which quotes mean nothing.
+        quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
+        read = functools.partial(csv.reader, delimiter=separator, quoting=quoting)
+        lines = _Lines(file)
+        rows = read(lines, strict=separator == ",")
+        while True:
+            lines.taken.clear()
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = f"{error}: is a quote not closed?"
+            number = lines.number - len(lines.taken) + 1
+            if isinstance(row, list):
+                others = [next(read([line]), []) for line in lines.taken[1:]]  # as rows of their own
+                others = [cells[image].strip() for cells in others if len(cells) == width]
+                if others and (separator == "\t" or any(map(self._images.exists, others))):
+                    row = "it runs on over other rows: a quote in it is not closed"
+            if isinstance(row, str):
+                lines.give_back()
+                rows = read(lines, strict=separator == ",")
+            yield number, row
 
 
 class Flickr30k(Csv):
@@ -84,7 +101,7 @@ class Flickr30k(Csv):
 
     kind = "flickr30k"
 
-    def _rows(self) -> Iterator[tuple[str | None, int, str]]:
+    def _rows(self) -> Iterator[Row]:
         with _open(self._path) as file:
             first = file.readline()
         if not re.search(r"#\d+\t", first):
@@ -93,10 +110,52 @@ class Flickr30k(Csv):
         with _open(self._path) as file:
             for number, line in enumerate(file, 1):
                 name, tab, caption = line.partition("\t")
-                if tab:
+                if "\t" in caption:
+                    yield None, number, "a line with two tabs: is the end of a line missing?"
+                elif tab:
                     yield name.rpartition("#")[0], number, caption
                 elif line.strip():
                     yield None, number, "a line without a tab"
+
+
+class _Lines:
+    """The lines of a file after its header; those taken last can be given back.
+
+    Attributes:
+        number: of the line taken last, from 1.
+        taken: the lines taken since it was emptied.
+    """
+
+    def __init__(self, file: Iterable[str]):
+        self.number, self.taken = 1, []
+        self._file, self._next = iter(file), collections.deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._next.popleft() if self._next else next(self._file)
+        self.taken.append(line)
+        self.number += 1
+        return line
+
+    def give_back(self) -> None:
+        """Gives back all taken lines but the first."""
+        self._next.extendleft(reversed(self.taken[1:]))
+        self.number -= len(self.taken) - 1
+
+
+def _group(rows: Iterable[Row]) -> list[tuple[str | None, int, list[str]]]:
+    """Returns (image path, line, captions) of each image whose rows follow each other, and of each unusable
+    row, which may stand among those of an image."""
+    groups, last = [], None
+    for name, number, caption in rows:
+        if name and last and last[0] == name:
+            last[2].append(caption)
+            continue
+        groups.append((name, number, [caption]))
+        last = groups[-1] if name else last
+    return groups
 
 
 def _open(path: Path):

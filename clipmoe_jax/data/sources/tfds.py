@@ -1,12 +1,13 @@
 """Data sets that TFDS has prepared, as ArrayRecord or TFRecord files, read without TensorFlow."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
 from google.protobuf.message import DecodeError
 
+from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.sources.base import BadRecord, Pair, as_text, make_pair
 
 CAPTION_FEATURES = ("captions", "caption", "text")
@@ -47,6 +48,7 @@ class Tfds:
         from tensorflow_datasets.core import read_only_builder
 
         self._split, self._image, self._id = split, image, id
+        self._decoders = {image: tfds.decode.SkipDecoding()}
         builder: Any  # the methods of TFDS's own type lose their parameters to its decorators
         try:
             if epath.Path(path).exists():
@@ -66,17 +68,18 @@ class Tfds:
                 raise ValueError(
                     f"source tfds:{path} has no feature {name!r}: set {option}= to one of {sorted(known)}"
                 )
-        if split.partition("[")[0] not in builder.info.splits:
+        splits = builder.info.splits
+        try:
+            split_parts(splits, split)
+        except ValueError as error:
             raise ValueError(
-                f"source tfds:{path} has no split {split!r}: it has {sorted(builder.info.splits)}"
-            )
+                f"source tfds:{path} has no split {split!r}: set split= to parts of {sorted(splits)}"
+            ) from error
         feature = features[self._caption] if self._caption in features else None
-        self._as_caption = getattr(feature, "int2str", as_text)  # a class label's number becomes its name
-        decoders = {self._image: tfds.decode.SkipDecoding()}
-        if builder.info.file_format.value == "array_record":
-            self._records = builder.as_data_source(split, decoders=decoders)
-        else:
-            self._records = _TfRecords(builder, split, decoders)
+        self._labels: Any = feature if hasattr(feature, "int2str") else None
+        self._features = features
+        kind = ArrayRecords if builder.info.file_format.value == "array_record" else _TfRecords
+        self._records = kind(splits[split].file_instructions)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -84,7 +87,7 @@ class Tfds:
     def __iter__(self) -> Iterator[Pair | BadRecord]:
         for i in range(len(self)):
             try:
-                record = self._records[i]
+                record = self._features.deserialize_example_np(self._records[i], decoders=self._decoders)
             except (DecodeError, RuntimeError, ValueError, KeyError, OSError) as error:
                 detail = str(error).partition("\n")[0]
                 yield BadRecord(f"{self._split}:{i}", "damaged record", detail)
@@ -97,31 +100,41 @@ class Tfds:
         images = list(_walk(record, self._image))
         if len(images) != 1 or not isinstance(images[0], bytes):
             return BadRecord(record_id, "malformed entry", f"{self._image!r} is not one image file")
-        return make_pair(record_id, images[0], map(self._as_caption, _walk(record, self._caption)))
+        captions = list(_walk(record, self._caption))
+        if self._labels is not None:
+            count = self._labels.num_classes
+            if unknown := [label for label in captions if not 0 <= label < count]:  # -1 in a test set
+                return BadRecord(record_id, "unknown label", f"{unknown[0]} is none of the {count} classes")
+            captions = map(self._labels.int2str, captions)
+        return make_pair(record_id, images[0], map(as_text, captions))
 
 
 class _TfRecords:
-    """Random access over a split's TFRecord files; the places of records are looked up once, at the start.
+    """The serialized records of TFRecord files by index; their places are looked up once, at the start.
 
     A record is its length (uint64, little endian), a checksum (4 bytes), the data and another checksum.
     """
 
-    def __init__(self, builder: Any, split: str, decoders: dict):
-        self._features, self._decoders = builder.info.features, decoders
+    def __init__(self, files: Iterable[Any]):
+        """files: as for `ArrayRecords`. Raises ValueError if one lacks records."""
         self._places = []
-        for part in builder.info.splits[split].file_instructions:
+        for part in files:
             places = list(_offsets(epath.Path(part.filename)))
-            stop = None if part.take == -1 else part.skip + part.take
-            self._places += [(part.filename, *place) for place in places[part.skip : stop]]
+            if len(places) != part.examples_in_shard:
+                raise ValueError(
+                    f"{part.filename} has {len(places):,} records, its data set says "
+                    f"{part.examples_in_shard:,}: prepare that again"
+                )
+            self._places += [(part.filename, *place) for place in places[part.skip : part.skip + part.take]]
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> bytes:
         filename, offset, length = self._places[i]
         with epath.Path(filename).open("rb") as file:
             file.seek(offset)
-            return self._features.deserialize_example_np(file.read(length), decoders=self._decoders)
+            return file.read(length)
 
 
 def _offsets(path: epath.Path) -> Iterator[tuple[int, int]]:

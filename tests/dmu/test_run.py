@@ -1,0 +1,72 @@
+"""What the stages of a run share: here the fields and contents that its artifacts depend on."""
+
+import shutil
+
+import pytest
+from etils import epath
+
+from clipmoe_jax.config import default_config, upgrade_inputs
+from clipmoe_jax.core import artifacts, stamps
+from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu.run import Run
+
+
+def inputs(checkpoint):
+    """Those of a base that is imported from a checkpoint, in a new run."""
+    config = default_config()
+    config.base.checkpoint = str(checkpoint)
+    run = Run(config, 0, epath.Path("w"), mesh=None, metrics=None, datasets={})
+    return run.fields(*recipes.BASE_FIELDS)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "clip.pt").write_bytes(b"first")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "leaf").write_bytes(b"first")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "file"), [("clip.pt", "clip.pt"), ("folder", "folder/leaf")])
+def test_checkpoint_that_was_overwritten_is_noticed(checkpoint, tmp_path, name, file):
+    base = tmp_path / "w" / "base"
+    artifacts.make(base, inputs(checkpoint / name), lambda folder: {})
+    shutil.copy(checkpoint / file, tmp_path / "copy")
+    (tmp_path / "copy").replace(checkpoint / file)  # of the same contents
+    assert not artifacts.make(base, inputs(checkpoint / name), lambda folder: {}, upgrade_inputs)
+    (checkpoint / file).write_bytes(b"other")
+    with pytest.raises(
+        ValueError, match="base was made from other contents of base.checkpoint than are there"
+    ):
+        artifacts.make(base, inputs(checkpoint / name), lambda folder: {}, upgrade_inputs)
+
+
+def test_checkpoint_may_be_spelled_otherwise_and_move(checkpoint, tmp_path, monkeypatch):
+    artifacts.make(tmp_path / "base", inputs(checkpoint / "clip.pt"), lambda folder: {})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelled in ("~/clip.pt", f"{tmp_path}/folder/../clip.pt"):
+        assert not artifacts.make(tmp_path / "base", inputs(spelled), lambda folder: {})
+    (checkpoint / "clip.pt").rename(checkpoint / "moved.pt")
+    assert not artifacts.make(tmp_path / "base", inputs(checkpoint / "moved.pt"), lambda folder: {})
+
+
+def test_workdir_of_a_version_that_did_not_read_the_checkpoint_goes_on(checkpoint, tmp_path):
+    recorded = {
+        name: value for name, value in inputs(checkpoint / "clip.pt").items() if "contents" not in name
+    }
+    artifacts.make(tmp_path / "base", recorded, lambda folder: {})
+    assert not artifacts.make(tmp_path / "base", inputs(checkpoint / "clip.pt"), lambda folder: {})
+    with pytest.raises(
+        ValueError, match="was made with base.checkpoint='.*clip.pt', the config says '.*folder'"
+    ):
+        artifacts.make(tmp_path / "base", inputs(checkpoint / "folder"), lambda folder: {})
+
+
+def test_checkpoint_is_read_once_for_all_stages(checkpoint, monkeypatch):
+    read = []
+    monkeypatch.setattr(stamps, "digest", lambda path: read.append(path) or "1234")
+    config = default_config()
+    config.base.checkpoint = str(checkpoint / "clip.pt")
+    run = Run(config, 0, epath.Path("w"), mesh=None, metrics=None, datasets={})
+    assert run.fields(*recipes.BASE_FIELDS) == run.fields(*recipes.BASE_FIELDS)
+    assert read == [str(checkpoint / "clip.pt")]
