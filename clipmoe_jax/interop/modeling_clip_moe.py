@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -179,65 +180,79 @@ class MLP(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """The parameters of E linear layers: weight (E, out, in), bias (E, out)."""
+    """E linear layers: weight (E, out, in), bias (E, out)."""
 
-    def __init__(self, num_experts, in_features, out_features):
+    def __init__(self, num_layers, in_features, out_features):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+        self.weight = nn.Parameter(torch.empty(num_layers, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_layers, out_features))
 
-
-class Experts(nn.Module):
-    """E feed-forward layers, K of which run for each token. No token is dropped."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.activation, self.scale = ACTIVATIONS[config.hidden_act]
-        self.fc1 = StackedLinear(config.num_experts, config.hidden_size, config.intermediate_size)
-        self.fc2 = StackedLinear(config.num_experts, config.intermediate_size, config.hidden_size)
-
-    def forward(self, x, gates, expert_ids):
-        """x (N, D), gates (N, K), expert_ids (N, K) int64 -> (N, D).
-
-        Slots are sorted by expert, so that each expert's rows are contiguous and need one product. The sum
-        over a token's K experts is a gather: no two slots add to the same row.
-        """
-        slots = expert_ids.flatten()
-        order = slots.argsort()
-        counts = torch.bincount(slots, minlength=len(self.fc1.weight)).tolist()
-        groups = x.index_select(0, order // expert_ids.shape[1]).split(counts)
+    def forward(self, groups, weight_scale=1.0, bias_scale=1.0):
+        """Applies layer e to groups[e]: E tensors (N_e, in) -> list of E tensors (N_e, out)."""
         # Unbound rather than indexed, so that the gradient is stacked once, not summed from E tensors of
         # zeros.
-        linears = (p.unbind() for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
-        y = torch.cat([self._run(*group) for group in zip(groups, *linears, strict=True)])
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        y = y.index_select(0, place).view(*expert_ids.shape, -1)
-        return torch.bmm(gates.unsqueeze(1), y).squeeze(1)
+        layers = zip(groups, self.weight.unbind(), self.bias.unbind(), strict=True)
+        return [
+            torch.addmm(bias, rows, weight.t(), beta=bias_scale, alpha=weight_scale)
+            for rows, weight, bias in layers
+        ]
 
-    def _run(self, rows, weight1, bias1, weight2, bias2):
-        h = torch.addmm(bias1, rows, weight1.t(), beta=self.scale, alpha=self.scale)
-        return torch.addmm(bias2, self.activation(h), weight2.t(), alpha=1 / self.scale)
+
+class Router(nn.Linear):
+    """Logits of the experts, in float32 whatever the dtype of the model."""
+
+    def forward(self, input):
+        """(N, D) -> (N, E) float32."""
+        return functional.linear(input.float(), self.weight.float())
 
 
 class MoE(nn.Module):
-    """A router and its experts: softmax over all E, of which the K largest are divided by their sum."""
+    """A router and E feed-forward layers, K of which run for each token. No token is dropped.
+
+    Gates are the router's K largest probabilities, divided by their sum.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.num_selected = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = Experts(config)
+        self.num_experts, self.num_selected = config.num_experts, config.num_experts_per_tok
+        self.activation, self.scale = ACTIVATIONS[config.hidden_act]
+        self.router = Router(config.hidden_size, self.num_experts, bias=False)
+        self.fc1 = StackedLinear(self.num_experts, config.hidden_size, config.intermediate_size)
+        self.fc2 = StackedLinear(self.num_experts, config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         """(B, L, D) -> (B, L, D), router logits (B, L, E) float32."""
         tokens = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
-            logits = functional.linear(tokens.float(), self.router.weight.float())
+            logits = self.router(tokens).float()
             gates, expert_ids = logits.softmax(dim=-1).topk(self.num_selected, dim=-1)
             gates = gates / gates.sum(dim=-1, keepdim=True)
-        y = self.experts(tokens, gates.to(x.dtype), expert_ids)
+        run = self._run_all if _shapes_are_static(tokens) else self._run_selected
+        y = torch.bmm(gates.to(x.dtype).unsqueeze(1), run(tokens, expert_ids)).squeeze(1)
         return y.view_as(x), logits.view(*x.shape[:2], -1)
+
+    def _run_selected(self, x, expert_ids):
+        """Runs each token's K experts: x (N, D), expert_ids (N, K) int64 -> (N, K, D).
+
+        Slots are sorted by expert, so that each expert's rows are contiguous and need one product.
+        """
+        slots = expert_ids.flatten()
+        order = slots.argsort()
+        counts = torch.bincount(slots, minlength=self.num_experts).tolist()
+        y = torch.cat(self._run(x.index_select(0, order // self.num_selected).split(counts)))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return y.index_select(0, place).view(*expert_ids.shape, -1)
+
+    def _run_all(self, x, expert_ids):
+        """Runs every expert for every token and picks each token's K. No shape depends on a value."""
+        y = torch.stack(self._run([x] * self.num_experts))  # (E, N, D)
+        return y[expert_ids, torch.arange(x.shape[0], device=x.device).unsqueeze(1)]
+
+    def _run(self, groups):
+        """Applies expert e to groups[e]: E tensors (N_e, D) -> list of E tensors (N_e, D)."""
+        hidden = self.fc1(groups, self.scale, self.scale)
+        return self.fc2([self.activation(h) for h in hidden], 1 / self.scale)
 
 
 class Attention(nn.Module):
@@ -347,16 +362,12 @@ class VisionEmbeddings(nn.Module):
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         tokens = patches.flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(len(tokens), 1, -1)
-        return torch.cat([class_token, tokens], dim=1) + self._positions(*patches.shape[-2:])
-
-    def _positions(self, height, width):
-        positions, side = self.position_embedding.weight, self.image_size // self.patch_size
-        if (height, width) == (side, side):
-            return positions
-        grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)
-        grid = functional.interpolate(grid.float(), (height, width), mode="bicubic", antialias=True)
-        return torch.cat([positions[:1], grid[0].flatten(1).t().to(positions.dtype)])
+        class_token = self.class_embedding.expand(tokens.shape[0], 1, -1)
+        side = self.image_size // self.patch_size
+        positions = self.position_embedding(torch.arange(side**2 + 1, device=tokens.device))
+        if interpolate_pos_encoding:
+            positions = _resized(positions, side, patches.shape[-2:])
+        return torch.cat([class_token, tokens], dim=1) + positions
 
 
 class TextEmbeddings(nn.Module):
@@ -473,14 +484,14 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
         """input_ids, attention_mask (1 for tokens), position_ids (B, L) -> CLIPMoETowerOutput."""
         x = self.embeddings(input_ids, position_ids)
         mask = None
-        if attention_mask is not None and not attention_mask.all():
+        if attention_mask is not None and (_shapes_are_static(x) or not attention_mask.all()):
             mask = _causal_mask(x) & attention_mask.bool()[:, None, None, :]
-            mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # no row is all False
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # no row is all False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.encoder(x, mask, True, output_hidden_states, output_attentions, output_router_logits)
         outputs.last_hidden_state = self.final_layer_norm(outputs.last_hidden_state)
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device)
         outputs.pooler_output = outputs.last_hidden_state[rows, self.end_position(input_ids)]
         return outputs if return_dict is not False else outputs.to_tuple()
 
@@ -587,13 +598,32 @@ def load_balance(router_logits, num_selected, mask=None):
     f_e is the share of routed slots that went to expert e, P_e its mean probability. router_logits: of each
     MoE block, (B, L, E) float32. mask (B, L) bool: tokens that count; None counts all.
     """
-    logits = torch.stack([block.flatten(0, 1) for block in router_logits])  # (M, N, E)
-    if mask is not None:
-        logits = logits[:, mask.flatten()]
+    device = router_logits[-1].device  # blocks may lie on several
+    logits = torch.stack([block.flatten(0, 1).to(device) for block in router_logits])  # (M, N, E)
+    weights = torch.ones_like(logits[0, :, 0]) if mask is None else mask.flatten().to(logits)
+    weights = weights / weights.sum()
     probabilities = logits.softmax(dim=-1)
     slots = functional.one_hot(probabilities.topk(num_selected, dim=-1).indices, logits.shape[-1])
-    fraction = slots.sum(dim=2).float().mean(dim=1) / num_selected
-    return logits.shape[-1] * (fraction * probabilities.mean(dim=1)).sum(dim=-1).mean()
+    fraction = weights @ slots.sum(dim=2).float() / num_selected  # (M, E)
+    return logits.shape[-1] * (fraction * (weights @ probabilities)).sum(dim=-1).mean()
+
+
+def _shapes_are_static(x):
+    """Returns whether no shape may depend on a value: x is traced, exported or compiled."""
+    return (
+        torch.compiler.is_compiling()
+        or is_tracing()
+        or type(x) is not torch.Tensor  # a tensor without values, or one that records what is done with it
+    )
+
+
+def _resized(positions, side, size):
+    """Resizes a grid of positions as CLIPVisionModel does: (1 + side², D) -> (1 + height * width, D)."""
+    if tuple(size) == (side, side) and not is_tracing():  # a trace must hold for other sizes too
+        return positions
+    grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)
+    grid = functional.interpolate(grid, tuple(size), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).t()])
 
 
 def _causal_mask(x):
