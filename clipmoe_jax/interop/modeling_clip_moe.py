@@ -9,7 +9,6 @@ and transformers. Licence: Apache-2.0.
 Letters: B batch, L length, D width, H heads, M MoE blocks, E experts, K selected experts, N tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +22,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 LEGACY_EOS_ID = 2  # means in old configs that the end token is the highest id of a row
 
 # {name: (f, s)}: an activation is f(s x) / s, so that the products around it can absorb the scaling.
 ACTIVATIONS = {"quick_gelu": (functional.silu, 1.702), "gelu": (functional.gelu, 1.0)}
+
+# What a forward returns beside features: its arguments, and the config's fields that they override.
+OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class _TowerConfig(PretrainedConfig):
@@ -47,6 +50,7 @@ class _TowerConfig(PretrainedConfig):
         num_experts=4,
         num_experts_per_tok=2,
         num_moe_layers=None,
+        output_router_logits=False,
         **kwargs,
     ):
         if hidden_act not in ACTIVATIONS:
@@ -66,6 +70,7 @@ class _TowerConfig(PretrainedConfig):
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.num_moe_layers = num_moe_layers
+        self.output_router_logits = output_router_logits
         super().__init__(**kwargs)
 
     def is_moe(self, layer):
@@ -140,8 +145,9 @@ class CLIPMoETowerOutput(ModelOutput):
     """The outputs of a tower.
 
     last_hidden_state (B, L, D); pooler_output (B, D), or (B, projection) from `get_image_features` and
-    `get_text_features`; hidden_states: after the embeddings and after each block, (B, L, D); attentions: of
-    each block, (B, H, L, L); router_logits: of each MoE block, (B, L, E) float32.
+    `get_text_features`; hidden_states: after the embeddings and after each block, (B, L, D), None where
+    indices were asked for and not this one; attentions: of each block, (B, H, L, L); router_logits: of each
+    MoE block, (B, L, E) float32.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -163,6 +169,10 @@ class CLIPMoEOutput(ModelOutput):
     text_model_output: CLIPMoETowerOutput | None = None
     vision_model_output: CLIPMoETowerOutput | None = None
     aux_loss: torch.Tensor | None = None
+
+    def to_tuple(self):
+        """Returns the outputs that there are, those of the towers as tuples too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class MLP(nn.Module):
@@ -260,6 +270,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -273,7 +284,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         probabilities = None
-        if with_probabilities:
+        if with_probabilities or self.config._attn_implementation == "eager":
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             if mask is None and is_causal:
                 mask = _causal_mask(x)
@@ -288,7 +299,7 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2)), probabilities
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """One residual block, LayerNorms first."""
 
     def __init__(self, config, layer):
@@ -309,34 +320,28 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The blocks of a tower."""
 
-    _gradient_checkpointing_func: Callable  # set by transformers where gradient_checkpointing is True
-
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
 
-    def forward(self, x, mask, is_causal, output_hidden_states, output_attentions, output_router_logits):
-        """x (B, L, D) -> a CLIPMoETowerOutput without pooler_output."""
-        hidden_states, attentions, router_logits = [x], [], []
+    def forward(self, x, mask, is_causal, **options):
+        """x (B, L, D) -> x and the fields of a CLIPMoETowerOutput that the options ask for."""
+        options = _with_defaults(options, self.config)
+        with_attentions = bool(options["output_attentions"])
+        wanted = _indices(options["output_hidden_states"], len(self.layers) + 1)
+        hidden_states, attentions, router_logits = [x if 0 in wanted else None], [], []
         for layer in self.layers:
-            arguments = (x, mask, is_causal, bool(output_attentions))
-            if self.gradient_checkpointing and self.training:
-                x, probabilities, logits = self._gradient_checkpointing_func(layer.__call__, *arguments)
-            else:
-                x, probabilities, logits = layer(*arguments)
-            hidden_states.append(x)
+            x, probabilities, logits = layer(x, mask, is_causal, with_attentions)
+            hidden_states.append(x if len(hidden_states) in wanted else None)
             attentions.append(probabilities)
             if logits is not None:
                 router_logits.append(logits)
-        # LLaVA asks for hidden states with the index of the one that it wants, which may be 0.
-        wants_hidden_states = output_hidden_states is not None and output_hidden_states is not False
-        return CLIPMoETowerOutput(
-            last_hidden_state=x,
-            hidden_states=tuple(hidden_states) if wants_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            router_logits=tuple(router_logits) if output_router_logits else None,
-        )
+        return x, {
+            "hidden_states": tuple(hidden_states) if wanted else None,
+            "attentions": tuple(attentions) if with_attentions else None,
+            "router_logits": tuple(router_logits) if options["output_router_logits"] else None,
+        }
 
 
 class VisionEmbeddings(nn.Module):
@@ -397,6 +402,10 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Block", "VisionEmbeddings", "TextEmbeddings"]
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # Attention reads it from the config in each call
+
     def _init_weights(self, module):
         std = getattr(self.config, "initializer_range", 0.02)
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, StackedLinear)):
@@ -433,6 +442,10 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.patch_embedding
 
+    def set_input_embeddings(self, value):
+        self.embeddings.register_module("patch_embedding", value)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values=None,
@@ -440,16 +453,26 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         output_router_logits=None,
-        return_dict=None,
         **kwargs,
-    ):
-        """pixel_values (B, 3, height, width), as the processor gives them -> CLIPMoETowerOutput."""
+    ) -> CLIPMoETowerOutput:
+        """pixel_values (B, 3, height, width), as the processor gives them.
+
+        output_hidden_states: True for all, or the index of the one or the indices of those to return. None
+        takes the config's value, as in the other options.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is None: give images (B, 3, height, width)")
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        outputs = self.encoder(x, None, False, output_hidden_states, output_attentions, output_router_logits)
-        outputs.pooler_output = self.post_layernorm(outputs.last_hidden_state[:, 0])
-        return outputs if return_dict is not False else outputs.to_tuple()
+        x, further = self.encoder(
+            x,
+            mask=None,
+            is_causal=False,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+        )
+        pooled = self.post_layernorm(x[:, 0])
+        return CLIPMoETowerOutput(last_hidden_state=x, pooler_output=pooled, **further)
 
 
 class CLIPMoETextModel(CLIPMoEPreTrainedModel):
@@ -470,6 +493,10 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.token_embedding
 
+    def set_input_embeddings(self, value):
+        self.embeddings.register_module("token_embedding", value)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -478,22 +505,27 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         output_router_logits=None,
-        return_dict=None,
         **kwargs,
-    ):
-        """input_ids, attention_mask (1 for tokens), position_ids (B, L) -> CLIPMoETowerOutput."""
+    ) -> CLIPMoETowerOutput:
+        """input_ids, attention_mask (1 for tokens), position_ids (B, L); options as in the vision tower."""
+        if input_ids is None:
+            raise ValueError("input_ids is None: give token ids (B, L)")
         x = self.embeddings(input_ids, position_ids)
         mask = None
         if attention_mask is not None and (_shapes_are_static(x) or not attention_mask.all()):
             mask = _causal_mask(x) & attention_mask.bool()[:, None, None, :]
             mask = mask | ~mask.any(dim=-1, keepdim=True)  # no row is all False
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        outputs = self.encoder(x, mask, True, output_hidden_states, output_attentions, output_router_logits)
-        outputs.last_hidden_state = self.final_layer_norm(outputs.last_hidden_state)
-        rows = torch.arange(x.shape[0], device=x.device)
-        outputs.pooler_output = outputs.last_hidden_state[rows, self.end_position(input_ids)]
-        return outputs if return_dict is not False else outputs.to_tuple()
+        x, further = self.encoder(
+            x,
+            mask,
+            is_causal=True,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+        )
+        x = self.final_layer_norm(x)
+        pooled = x[torch.arange(x.shape[0], device=x.device), self.end_position(input_ids)]
+        return CLIPMoETowerOutput(last_hidden_state=x, pooler_output=pooled, **further)
 
     def end_position(self, input_ids):
         """Returns the position of the first end token in each row. (B, L) -> (B,) int64."""
@@ -520,18 +552,34 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
-    def get_image_features(self, pixel_values, **kwargs):
+    def get_input_embeddings(self):
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values, interpolate_pos_encoding=False, **options):
         """Returns the vision tower's outputs; pooler_output is (B, projection) features, not normalised."""
-        outputs = self.vision_model(pixel_values, **kwargs | {"return_dict": True})
+        options = self._for_tower(options)
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **options, return_dict=True)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
-    def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+    @can_return_tuple
+    def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **options):
         """Returns the text tower's outputs; pooler_output is (B, projection) features, not normalised."""
-        outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs | {"return_dict": True})
+        options = self._for_tower(options)
+        outputs = self.text_model(input_ids, attention_mask, position_ids, **options, return_dict=True)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
+    def _for_tower(self, options):
+        """Returns the options that are given or on in this config; the tower's config decides the others."""
+        here = {name: value for name in OPTIONS if (value := getattr(self.config, name))}
+        return here | {name: value for name, value in options.items() if value is not None}
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -543,43 +591,44 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         output_router_logits=None,
-        return_dict=None,
         **kwargs,
-    ):
-        """Captions (T, L) and images (B, 3, height, width) -> CLIPMoEOutput.
+    ) -> CLIPMoEOutput:
+        """Captions (T, L) and images (B, 3, height, width).
 
         return_loss: computes the symmetric cross-entropy of B = T pairs in order; with output_router_logits
         (None takes the config's), router_aux_loss_coef times aux_loss, the mean of both towers', is added.
         """
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = self.config.output_router_logits or None
         options = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "output_router_logits": output_router_logits,
+            "return_dict": True,
         }
-        vision = self.get_image_features(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **options
-        )
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **options)
         text = self.get_text_features(input_ids, attention_mask, position_ids, **options)
         image_embeds = functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = functional.normalize(text.pooler_output, dim=-1)
-        logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.t()
+        device = text_embeds.device  # the towers may lie on two devices
+        logits_per_text = self.logit_scale.exp().to(device) * text_embeds @ image_embeds.to(device).t()
 
         loss = aux_loss = None
         if output_router_logits:
-            num_selected = self.config.text_config.num_experts_per_tok
-            mask = self.text_model.caption_mask(input_ids)
-            aux_loss = load_balance(text.router_logits, num_selected, mask) / 2
-            num_selected = self.config.vision_config.num_experts_per_tok
-            aux_loss = aux_loss + load_balance(vision.router_logits, num_selected) / 2
+            of_vision = load_balance(vision.router_logits, self.config.vision_config.num_experts_per_tok)
+            of_text = load_balance(
+                text.router_logits,
+                self.config.text_config.num_experts_per_tok,
+                self.text_model.caption_mask(input_ids),
+            )
+            aux_loss = (of_text.to(device) + of_vision.to(device)) / 2
         if return_loss:
-            target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+            target = torch.arange(logits_per_text.shape[0], device=device)
             rows, columns = logits_per_text.float(), logits_per_text.float().t()
             loss = functional.cross_entropy(rows, target) / 2 + functional.cross_entropy(columns, target) / 2
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        outputs = CLIPMoEOutput(
+        return CLIPMoEOutput(
             loss=loss,
             logits_per_image=logits_per_text.t(),
             logits_per_text=logits_per_text,
@@ -589,7 +638,6 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
             vision_model_output=vision,
             aux_loss=aux_loss,
         )
-        return outputs if return_dict is not False else outputs.to_tuple()
 
 
 def load_balance(router_logits, num_selected, mask=None):
@@ -615,6 +663,18 @@ def _shapes_are_static(x):
         or is_tracing()
         or type(x) is not torch.Tensor  # a tensor without values, or one that records what is done with it
     )
+
+
+def _with_defaults(options, config):
+    """Returns {name: value} of OPTIONS, the config's for those that are None."""
+    return {name: getattr(config, name) if options[name] is None else options[name] for name in OPTIONS}
+
+
+def _indices(asked, count):
+    """Returns which of `count` hidden states are asked for: all (True), none, one index or several."""
+    if asked is None or isinstance(asked, bool):
+        return range(count) if asked else ()
+    return {range(count)[i] for i in ([asked] if isinstance(asked, int) else asked)}
 
 
 def _resized(positions, side, size):
