@@ -28,9 +28,11 @@ class MaskedLoop(nn.Module):
 
     def __init__(self, moe: MoE, dropout: float = 0.0):
         super().__init__()
-        self.router, self.num_selected = moe.router, moe.num_selected
+        self.num_selected = moe.num_selected
+        self.router = nn.Linear(*moe.router.weight.t().shape, bias=False)
+        self.router.weight = moe.router.weight
         self.dropout, self.router_logits = nn.Dropout(dropout), None
-        layers = (moe.experts.fc1.weight, moe.experts.fc1.bias, moe.experts.fc2.weight, moe.experts.fc2.bias)
+        layers = (moe.fc1.weight, moe.fc1.bias, moe.fc2.weight, moe.fc2.bias)
         self.experts = nn.ModuleList([_expert(*parts) for parts in zip(*layers, strict=True)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,9 @@
 They differ from OpenAI's: q, k and v are three linear layers, not one `in_proj`; both projections are linear
 layers, so transposed; the vision tower's first norm is spelled `pre_layrnorm`. Old files hold `position_ids`,
 which are no parameters but 0, 1, 2, …; in their configs, `eos_token_id` 2 means "the highest id of a row".
-The experts of an MoE block are stacked; `modeling_clip_moe.py` computes them.
+The experts of an MoE block are stacked under the names of a dense block's layers, which have an axis less: a
+program that takes them for a dense block's fails, where it would leave layers of another name random.
+`modeling_clip_moe.py` computes them.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.interop.nametable import CONV, LINEAR, STACKED_LINEAR, Row, to_foreign
+from clipmoe_jax.interop.nametable import BIAS, CONV, LINEAR, STACKED_BIAS, STACKED_LINEAR, Row, to_foreign
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.inputs import MEAN, START_ID, STD, check_preprocessing
@@ -66,7 +68,7 @@ def _norm_rows(foreign: str, ours: str) -> list[Row]:
 def _linear_rows(foreign: str, ours: str, part: str = "") -> list[Row]:
     return [
         Row(f"{foreign}.weight", f"{ours}/kernel{part}", LINEAR),
-        Row(f"{foreign}.bias", f"{ours}/bias{part}"),
+        Row(f"{foreign}.bias", f"{ours}/bias{part}", BIAS),
     ]
 
 
@@ -82,10 +84,10 @@ def _block_rows(foreign: str, ours: str) -> list[Row]:
         *_linear_rows(f"{block}.mlp.fc1", f"{our_block}/mlp/c_fc"),
         *_linear_rows(f"{block}.mlp.fc2", f"{our_block}/mlp/c_proj"),
         Row(f"{block}.mlp.router.weight", f"{our_block}/moe/router/kernel", LINEAR),
-        Row(f"{block}.mlp.experts.fc1.weight", f"{our_block}/moe/c_fc/kernel", STACKED_LINEAR),
-        Row(f"{block}.mlp.experts.fc1.bias", f"{our_block}/moe/c_fc/bias"),
-        Row(f"{block}.mlp.experts.fc2.weight", f"{our_block}/moe/c_proj/kernel", STACKED_LINEAR),
-        Row(f"{block}.mlp.experts.fc2.bias", f"{our_block}/moe/c_proj/bias"),
+        Row(f"{block}.mlp.fc1.weight", f"{our_block}/moe/c_fc/kernel", STACKED_LINEAR),
+        Row(f"{block}.mlp.fc1.bias", f"{our_block}/moe/c_fc/bias", STACKED_BIAS),
+        Row(f"{block}.mlp.fc2.weight", f"{our_block}/moe/c_proj/kernel", STACKED_LINEAR),
+        Row(f"{block}.mlp.fc2.bias", f"{our_block}/moe/c_proj/bias", STACKED_BIAS),
     ]
 
 
@@ -112,8 +114,12 @@ def has_these_names(names: Mapping[str, Any]) -> bool:
 
 
 def normalise(tensors: Tensors) -> Tensors:
-    """Returns the tensors without those of old files that are no parameters."""
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    """Returns the tensors of old files under today's names, without those that are no parameters."""
+    return {
+        name.replace(".mlp.experts.", ".mlp."): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(".position_ids")
+    }
 
 
 def import_config(config: Mapping[str, Any]) -> ClipConfig:

@@ -9,11 +9,11 @@ and transformers. Licence: Apache-2.0.
 Letters: B batch, L length, D width, H heads, M MoE blocks, E experts, K selected experts, N tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -22,12 +22,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 LEGACY_EOS_ID = 2  # means in old configs that the end token is the highest id of a row
 
 # {name: (f, s)}: an activation is f(s x) / s, so that the products around it can absorb the scaling.
 ACTIVATIONS = {"quick_gelu": (functional.silu, 1.702), "gelu": (functional.gelu, 1.0)}
+
+# What a forward returns beside features: its arguments, and the config's fields that they override.
+OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class _TowerConfig(PretrainedConfig):
@@ -46,6 +50,7 @@ class _TowerConfig(PretrainedConfig):
         num_experts=4,
         num_experts_per_tok=2,
         num_moe_layers=None,
+        output_router_logits=False,
         **kwargs,
     ):
         if hidden_act not in ACTIVATIONS:
@@ -65,6 +70,7 @@ class _TowerConfig(PretrainedConfig):
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.num_moe_layers = num_moe_layers
+        self.output_router_logits = output_router_logits
         super().__init__(**kwargs)
 
     def is_moe(self, layer):
@@ -139,8 +145,9 @@ class CLIPMoETowerOutput(ModelOutput):
     """The outputs of a tower.
 
     last_hidden_state (B, L, D); pooler_output (B, D), or (B, projection) from `get_image_features` and
-    `get_text_features`; hidden_states: after the embeddings and after each block, (B, L, D); attentions: of
-    each block, (B, H, L, L); router_logits: of each MoE block, (B, L, E) float32.
+    `get_text_features`; hidden_states: after the embeddings and after each block, (B, L, D), None where
+    indices were asked for and not this one; attentions: of each block, (B, H, L, L); router_logits: of each
+    MoE block, (B, L, E) float32.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -163,6 +170,10 @@ class CLIPMoEOutput(ModelOutput):
     vision_model_output: CLIPMoETowerOutput | None = None
     aux_loss: torch.Tensor | None = None
 
+    def to_tuple(self):
+        """Returns the outputs that there are, those of the towers as tuples too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
 
 class MLP(nn.Module):
     """Linear, activation, linear: the feed-forward layer of a dense block."""
@@ -179,65 +190,79 @@ class MLP(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """The parameters of E linear layers: weight (E, out, in), bias (E, out)."""
+    """E linear layers: weight (E, out, in), bias (E, out)."""
 
-    def __init__(self, num_experts, in_features, out_features):
+    def __init__(self, num_layers, in_features, out_features):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+        self.weight = nn.Parameter(torch.empty(num_layers, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_layers, out_features))
 
-
-class Experts(nn.Module):
-    """E feed-forward layers, K of which run for each token. No token is dropped."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.activation, self.scale = ACTIVATIONS[config.hidden_act]
-        self.fc1 = StackedLinear(config.num_experts, config.hidden_size, config.intermediate_size)
-        self.fc2 = StackedLinear(config.num_experts, config.intermediate_size, config.hidden_size)
-
-    def forward(self, x, gates, expert_ids):
-        """x (N, D), gates (N, K), expert_ids (N, K) int64 -> (N, D).
-
-        Slots are sorted by expert, so that each expert's rows are contiguous and need one product. The sum
-        over a token's K experts is a gather: no two slots add to the same row.
-        """
-        slots = expert_ids.flatten()
-        order = slots.argsort()
-        counts = torch.bincount(slots, minlength=len(self.fc1.weight)).tolist()
-        groups = x.index_select(0, order // expert_ids.shape[1]).split(counts)
+    def forward(self, groups, weight_scale=1.0, bias_scale=1.0):
+        """Applies layer e to groups[e]: E tensors (N_e, in) -> list of E tensors (N_e, out)."""
         # Unbound rather than indexed, so that the gradient is stacked once, not summed from E tensors of
         # zeros.
-        linears = (p.unbind() for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
-        y = torch.cat([self._run(*group) for group in zip(groups, *linears, strict=True)])
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        y = y.index_select(0, place).view(*expert_ids.shape, -1)
-        return torch.bmm(gates.unsqueeze(1), y).squeeze(1)
+        layers = zip(groups, self.weight.unbind(), self.bias.unbind(), strict=True)
+        return [
+            torch.addmm(bias, rows, weight.t(), beta=bias_scale, alpha=weight_scale)
+            for rows, weight, bias in layers
+        ]
 
-    def _run(self, rows, weight1, bias1, weight2, bias2):
-        h = torch.addmm(bias1, rows, weight1.t(), beta=self.scale, alpha=self.scale)
-        return torch.addmm(bias2, self.activation(h), weight2.t(), alpha=1 / self.scale)
+
+class Router(nn.Linear):
+    """Logits of the experts, in float32 whatever the dtype of the model."""
+
+    def forward(self, input):
+        """(N, D) -> (N, E) float32."""
+        return functional.linear(input.float(), self.weight.float())
 
 
 class MoE(nn.Module):
-    """A router and its experts: softmax over all E, of which the K largest are divided by their sum."""
+    """A router and E feed-forward layers, K of which run for each token. No token is dropped.
+
+    Gates are the router's K largest probabilities, divided by their sum.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.num_selected = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = Experts(config)
+        self.num_experts, self.num_selected = config.num_experts, config.num_experts_per_tok
+        self.activation, self.scale = ACTIVATIONS[config.hidden_act]
+        self.router = Router(config.hidden_size, self.num_experts, bias=False)
+        self.fc1 = StackedLinear(self.num_experts, config.hidden_size, config.intermediate_size)
+        self.fc2 = StackedLinear(self.num_experts, config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         """(B, L, D) -> (B, L, D), router logits (B, L, E) float32."""
         tokens = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
-            logits = functional.linear(tokens.float(), self.router.weight.float())
+            logits = self.router(tokens).float()
             gates, expert_ids = logits.softmax(dim=-1).topk(self.num_selected, dim=-1)
             gates = gates / gates.sum(dim=-1, keepdim=True)
-        y = self.experts(tokens, gates.to(x.dtype), expert_ids)
+        run = self._run_all if _shapes_are_static(tokens) else self._run_selected
+        y = torch.bmm(gates.to(x.dtype).unsqueeze(1), run(tokens, expert_ids)).squeeze(1)
         return y.view_as(x), logits.view(*x.shape[:2], -1)
+
+    def _run_selected(self, x, expert_ids):
+        """Runs each token's K experts: x (N, D), expert_ids (N, K) int64 -> (N, K, D).
+
+        Slots are sorted by expert, so that each expert's rows are contiguous and need one product.
+        """
+        slots = expert_ids.flatten()
+        order = slots.argsort()
+        counts = torch.bincount(slots, minlength=self.num_experts).tolist()
+        y = torch.cat(self._run(x.index_select(0, order // self.num_selected).split(counts)))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return y.index_select(0, place).view(*expert_ids.shape, -1)
+
+    def _run_all(self, x, expert_ids):
+        """Runs every expert for every token and picks each token's K. No shape depends on a value."""
+        y = torch.stack(self._run([x] * self.num_experts))  # (E, N, D)
+        return y[expert_ids, torch.arange(x.shape[0], device=x.device).unsqueeze(1)]
+
+    def _run(self, groups):
+        """Applies expert e to groups[e]: E tensors (N_e, D) -> list of E tensors (N_e, D)."""
+        hidden = self.fc1(groups, self.scale, self.scale)
+        return self.fc2([self.activation(h) for h in hidden], 1 / self.scale)
 
 
 class Attention(nn.Module):
@@ -245,6 +270,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -258,7 +284,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         probabilities = None
-        if with_probabilities:
+        if with_probabilities or self.config._attn_implementation == "eager":
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             if mask is None and is_causal:
                 mask = _causal_mask(x)
@@ -273,7 +299,7 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2)), probabilities
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """One residual block, LayerNorms first."""
 
     def __init__(self, config, layer):
@@ -294,34 +320,28 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The blocks of a tower."""
 
-    _gradient_checkpointing_func: Callable  # set by transformers where gradient_checkpointing is True
-
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
 
-    def forward(self, x, mask, is_causal, output_hidden_states, output_attentions, output_router_logits):
-        """x (B, L, D) -> a CLIPMoETowerOutput without pooler_output."""
-        hidden_states, attentions, router_logits = [x], [], []
+    def forward(self, x, mask, is_causal, **options):
+        """x (B, L, D) -> x and the fields of a CLIPMoETowerOutput that the options ask for."""
+        options = _with_defaults(options, self.config)
+        with_attentions = bool(options["output_attentions"])
+        wanted = _indices(options["output_hidden_states"], len(self.layers) + 1)
+        hidden_states, attentions, router_logits = [x if 0 in wanted else None], [], []
         for layer in self.layers:
-            arguments = (x, mask, is_causal, bool(output_attentions))
-            if self.gradient_checkpointing and self.training:
-                x, probabilities, logits = self._gradient_checkpointing_func(layer.__call__, *arguments)
-            else:
-                x, probabilities, logits = layer(*arguments)
-            hidden_states.append(x)
+            x, probabilities, logits = layer(x, mask, is_causal, with_attentions)
+            hidden_states.append(x if len(hidden_states) in wanted else None)
             attentions.append(probabilities)
             if logits is not None:
                 router_logits.append(logits)
-        # LLaVA asks for hidden states with the index of the one that it wants, which may be 0.
-        wants_hidden_states = output_hidden_states is not None and output_hidden_states is not False
-        return CLIPMoETowerOutput(
-            last_hidden_state=x,
-            hidden_states=tuple(hidden_states) if wants_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            router_logits=tuple(router_logits) if output_router_logits else None,
-        )
+        return x, {
+            "hidden_states": tuple(hidden_states) if wanted else None,
+            "attentions": tuple(attentions) if with_attentions else None,
+            "router_logits": tuple(router_logits) if options["output_router_logits"] else None,
+        }
 
 
 class VisionEmbeddings(nn.Module):
@@ -347,16 +367,12 @@ class VisionEmbeddings(nn.Module):
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         tokens = patches.flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(len(tokens), 1, -1)
-        return torch.cat([class_token, tokens], dim=1) + self._positions(*patches.shape[-2:])
-
-    def _positions(self, height, width):
-        positions, side = self.position_embedding.weight, self.image_size // self.patch_size
-        if (height, width) == (side, side):
-            return positions
-        grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)
-        grid = functional.interpolate(grid.float(), (height, width), mode="bicubic", antialias=True)
-        return torch.cat([positions[:1], grid[0].flatten(1).t().to(positions.dtype)])
+        class_token = self.class_embedding.expand(tokens.shape[0], 1, -1)
+        side = self.image_size // self.patch_size
+        positions = self.position_embedding(torch.arange(side**2 + 1, device=tokens.device))
+        if interpolate_pos_encoding:
+            positions = _resized(positions, side, patches.shape[-2:])
+        return torch.cat([class_token, tokens], dim=1) + positions
 
 
 class TextEmbeddings(nn.Module):
@@ -385,6 +401,10 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block", "VisionEmbeddings", "TextEmbeddings"]
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # Attention reads it from the config in each call
 
     def _init_weights(self, module):
         std = getattr(self.config, "initializer_range", 0.02)
@@ -422,6 +442,10 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.patch_embedding
 
+    def set_input_embeddings(self, value):
+        self.embeddings.register_module("patch_embedding", value)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values=None,
@@ -429,16 +453,26 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         output_router_logits=None,
-        return_dict=None,
         **kwargs,
-    ):
-        """pixel_values (B, 3, height, width), as the processor gives them -> CLIPMoETowerOutput."""
+    ) -> CLIPMoETowerOutput:
+        """pixel_values (B, 3, height, width), as the processor gives them.
+
+        output_hidden_states: True for all, or the index of the one or the indices of those to return. None
+        takes the config's value, as in the other options.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is None: give images (B, 3, height, width)")
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        outputs = self.encoder(x, None, False, output_hidden_states, output_attentions, output_router_logits)
-        outputs.pooler_output = self.post_layernorm(outputs.last_hidden_state[:, 0])
-        return outputs if return_dict is not False else outputs.to_tuple()
+        x, further = self.encoder(
+            x,
+            mask=None,
+            is_causal=False,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+        )
+        pooled = self.post_layernorm(x[:, 0])
+        return CLIPMoETowerOutput(last_hidden_state=x, pooler_output=pooled, **further)
 
 
 class CLIPMoETextModel(CLIPMoEPreTrainedModel):
@@ -459,6 +493,10 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.token_embedding
 
+    def set_input_embeddings(self, value):
+        self.embeddings.register_module("token_embedding", value)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -467,22 +505,27 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         output_router_logits=None,
-        return_dict=None,
         **kwargs,
-    ):
-        """input_ids, attention_mask (1 for tokens), position_ids (B, L) -> CLIPMoETowerOutput."""
+    ) -> CLIPMoETowerOutput:
+        """input_ids, attention_mask (1 for tokens), position_ids (B, L); options as in the vision tower."""
+        if input_ids is None:
+            raise ValueError("input_ids is None: give token ids (B, L)")
         x = self.embeddings(input_ids, position_ids)
         mask = None
-        if attention_mask is not None and not attention_mask.all():
+        if attention_mask is not None and (_shapes_are_static(x) or not attention_mask.all()):
             mask = _causal_mask(x) & attention_mask.bool()[:, None, None, :]
-            mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # no row is all False
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        outputs = self.encoder(x, mask, True, output_hidden_states, output_attentions, output_router_logits)
-        outputs.last_hidden_state = self.final_layer_norm(outputs.last_hidden_state)
-        rows = torch.arange(len(x), device=x.device)
-        outputs.pooler_output = outputs.last_hidden_state[rows, self.end_position(input_ids)]
-        return outputs if return_dict is not False else outputs.to_tuple()
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # no row is all False
+        x, further = self.encoder(
+            x,
+            mask,
+            is_causal=True,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+        )
+        x = self.final_layer_norm(x)
+        pooled = x[torch.arange(x.shape[0], device=x.device), self.end_position(input_ids)]
+        return CLIPMoETowerOutput(last_hidden_state=x, pooler_output=pooled, **further)
 
     def end_position(self, input_ids):
         """Returns the position of the first end token in each row. (B, L) -> (B,) int64."""
@@ -509,18 +552,34 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
-    def get_image_features(self, pixel_values, **kwargs):
+    def get_input_embeddings(self):
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values, interpolate_pos_encoding=False, **options):
         """Returns the vision tower's outputs; pooler_output is (B, projection) features, not normalised."""
-        outputs = self.vision_model(pixel_values, **kwargs | {"return_dict": True})
+        options = self._for_tower(options)
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **options, return_dict=True)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
-    def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+    @can_return_tuple
+    def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **options):
         """Returns the text tower's outputs; pooler_output is (B, projection) features, not normalised."""
-        outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs | {"return_dict": True})
+        options = self._for_tower(options)
+        outputs = self.text_model(input_ids, attention_mask, position_ids, **options, return_dict=True)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
+    def _for_tower(self, options):
+        """Returns the options that are given or on in this config; the tower's config decides the others."""
+        here = {name: value for name in OPTIONS if (value := getattr(self.config, name))}
+        return here | {name: value for name, value in options.items() if value is not None}
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -532,43 +591,44 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         output_router_logits=None,
-        return_dict=None,
         **kwargs,
-    ):
-        """Captions (T, L) and images (B, 3, height, width) -> CLIPMoEOutput.
+    ) -> CLIPMoEOutput:
+        """Captions (T, L) and images (B, 3, height, width).
 
         return_loss: computes the symmetric cross-entropy of B = T pairs in order; with output_router_logits
         (None takes the config's), router_aux_loss_coef times aux_loss, the mean of both towers', is added.
         """
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = self.config.output_router_logits or None
         options = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "output_router_logits": output_router_logits,
+            "return_dict": True,
         }
-        vision = self.get_image_features(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **options
-        )
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **options)
         text = self.get_text_features(input_ids, attention_mask, position_ids, **options)
         image_embeds = functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = functional.normalize(text.pooler_output, dim=-1)
-        logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.t()
+        device = text_embeds.device  # the towers may lie on two devices
+        logits_per_text = self.logit_scale.exp().to(device) * text_embeds @ image_embeds.to(device).t()
 
         loss = aux_loss = None
         if output_router_logits:
-            num_selected = self.config.text_config.num_experts_per_tok
-            mask = self.text_model.caption_mask(input_ids)
-            aux_loss = load_balance(text.router_logits, num_selected, mask) / 2
-            num_selected = self.config.vision_config.num_experts_per_tok
-            aux_loss = aux_loss + load_balance(vision.router_logits, num_selected) / 2
+            of_vision = load_balance(vision.router_logits, self.config.vision_config.num_experts_per_tok)
+            of_text = load_balance(
+                text.router_logits,
+                self.config.text_config.num_experts_per_tok,
+                self.text_model.caption_mask(input_ids),
+            )
+            aux_loss = (of_text.to(device) + of_vision.to(device)) / 2
         if return_loss:
-            target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+            target = torch.arange(logits_per_text.shape[0], device=device)
             rows, columns = logits_per_text.float(), logits_per_text.float().t()
             loss = functional.cross_entropy(rows, target) / 2 + functional.cross_entropy(columns, target) / 2
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        outputs = CLIPMoEOutput(
+        return CLIPMoEOutput(
             loss=loss,
             logits_per_image=logits_per_text.t(),
             logits_per_text=logits_per_text,
@@ -578,7 +638,6 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
             vision_model_output=vision,
             aux_loss=aux_loss,
         )
-        return outputs if return_dict is not False else outputs.to_tuple()
 
 
 def load_balance(router_logits, num_selected, mask=None):
@@ -587,13 +646,44 @@ def load_balance(router_logits, num_selected, mask=None):
     f_e is the share of routed slots that went to expert e, P_e its mean probability. router_logits: of each
     MoE block, (B, L, E) float32. mask (B, L) bool: tokens that count; None counts all.
     """
-    logits = torch.stack([block.flatten(0, 1) for block in router_logits])  # (M, N, E)
-    if mask is not None:
-        logits = logits[:, mask.flatten()]
+    device = router_logits[-1].device  # blocks may lie on several
+    logits = torch.stack([block.flatten(0, 1).to(device) for block in router_logits])  # (M, N, E)
+    weights = torch.ones_like(logits[0, :, 0]) if mask is None else mask.flatten().to(logits)
+    weights = weights / weights.sum()
     probabilities = logits.softmax(dim=-1)
     slots = functional.one_hot(probabilities.topk(num_selected, dim=-1).indices, logits.shape[-1])
-    fraction = slots.sum(dim=2).float().mean(dim=1) / num_selected
-    return logits.shape[-1] * (fraction * probabilities.mean(dim=1)).sum(dim=-1).mean()
+    fraction = weights @ slots.sum(dim=2).float() / num_selected  # (M, E)
+    return logits.shape[-1] * (fraction * (weights @ probabilities)).sum(dim=-1).mean()
+
+
+def _shapes_are_static(x):
+    """Returns whether no shape may depend on a value: x is traced, exported or compiled."""
+    return (
+        torch.compiler.is_compiling()
+        or is_tracing()
+        or type(x) is not torch.Tensor  # a tensor without values, or one that records what is done with it
+    )
+
+
+def _with_defaults(options, config):
+    """Returns {name: value} of OPTIONS, the config's for those that are None."""
+    return {name: getattr(config, name) if options[name] is None else options[name] for name in OPTIONS}
+
+
+def _indices(asked, count):
+    """Returns which of `count` hidden states are asked for: all (True), none, one index or several."""
+    if asked is None or isinstance(asked, bool):
+        return range(count) if asked else ()
+    return {range(count)[i] for i in ([asked] if isinstance(asked, int) else asked)}
+
+
+def _resized(positions, side, size):
+    """Resizes a grid of positions as CLIPVisionModel does: (1 + side², D) -> (1 + height * width, D)."""
+    if tuple(size) == (side, side) and not is_tracing():  # a trace must hold for other sizes too
+        return positions
+    grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)
+    grid = functional.interpolate(grid, tuple(size), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).t()])
 
 
 def _causal_mask(x):

@@ -6,7 +6,8 @@ A row gives the place of a foreign tensor in our param tree, and the layout of i
     LINEAR)
 
 `{i}` and other lower-case fields stand for numbers. Our name may end in `[{e}]`, the e-th slice of a stacked
-leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last axis. All arrays are numpy's.
+leaf, or in `[q]`, `[k]`, `[v]`, a third of a fused projection's last axis. Rows with the same foreign name
+differ in the number of its axes. All arrays are numpy's.
 """
 
 import math
@@ -27,8 +28,14 @@ class Layout(NamedTuple):
     to_ours: tuple[int, ...] | None
     to_foreign: tuple[int, ...] | None
 
+    def has_axes(self, number: int) -> bool:
+        """Returns whether arrays of this layout have so many axes; without permutations any number fits."""
+        return self.to_ours is None or len(self.to_ours) == number
+
 
 SAME = Layout(None, None)
+BIAS = Layout((0,), (0,))  # (out,)
+STACKED_BIAS = Layout((0, 1), (0, 1))  # (E, out)
 LINEAR = Layout((1, 0), (1, 0))  # (out, in) <-> (in, out)
 STACKED_LINEAR = Layout((0, 2, 1), (0, 2, 1))  # (E, out, in) <-> (E, in, out)
 CONV = Layout((2, 3, 1, 0), (3, 2, 0, 1))  # (out, in, H, W) <-> (H, W, in, out)
@@ -52,8 +59,9 @@ def to_ours(
     """
     patterns = [(_pattern(row.foreign), row) for row in table]
     parts: dict[str, dict[str, tuple[str, Layout]]] = {}
-    for name in tensors:
-        matches = ((pattern.fullmatch(name), row) for pattern, row in patterns)
+    for name, tensor in tensors.items():
+        rows = (each for each in patterns if each[1].layout.has_axes(len(tensor.shape)))
+        matches = ((pattern.fullmatch(name), row) for pattern, row in rows)
         fields, row = next(((match.groupdict(), row) for match, row in matches if match), ({}, None))
         if row is None:
             raise ValueError(f"the format has no name {name}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from grids import exhaustive, grid
+from safetensors.numpy import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from clipmoe_jax.convert import convert
@@ -479,10 +480,9 @@ def test_a_list_in_place_of_fields_is_refused(pair, tmp_path, file):
         read_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("moe", [MoeConfig(3, 2), MoeConfig(4, 1, num_moe_layers=2)], ids=str)
-def test_export_of_an_imported_clip_moe_is_the_identity(tmp_path, moe):
+def make_moe_config(moe):
     """Towers of different depth, so that `num_moe_layers` is clipped in one of them."""
-    config = ClipConfig(
+    return ClipConfig(
         embed_dim=8,
         vision=VisionConfig(image_size=8, patch_size=8, width=16, num_layers=3, head_width=8, mlp_width=24),
         text=TextConfig(vocab_size=9, context_length=4, width=8, num_layers=1, head_width=4, eos_token_id=5),
@@ -490,14 +490,38 @@ def test_export_of_an_imported_clip_moe_is_the_identity(tmp_path, moe):
         layer_norm_eps=1e-6,
         moe=moe,
     )
+
+
+def random_params(config):
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config)
-    )
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config))
+
+
+@pytest.mark.parametrize("moe", [MoeConfig(3, 2), MoeConfig(4, 1, num_moe_layers=2)], ids=str)
+def test_export_of_an_imported_clip_moe_is_the_identity(tmp_path, moe):
+    config = make_moe_config(moe)
+    params = random_params(config)
     arrays = huggingface.export_state_dict(params)
-    assert arrays["vision_model.encoder.layers.2.mlp.experts.fc1.weight"].shape == (moe.num_experts, 24, 16)
+    assert arrays["vision_model.encoder.layers.2.mlp.fc1.weight"].shape == (moe.num_experts, 24, 16)
     described = huggingface.export_config(config, "float32")
     assert huggingface.import_config(json.loads(json.dumps(described))) == config
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_of_a_clip_moe_are_read_under_both_names(tmp_path, old):
+    """Version 0.1.0 wrote the experts one level deeper. The first block is dense: its names are the same."""
+    config = make_moe_config(MoeConfig(4, 1, num_moe_layers=2))
+    params = random_params(config)
+    arrays = {name: a.copy("C") for name, a in huggingface.export_state_dict(params).items()}
+    stacked = {name for name, a in arrays.items() if ".mlp.fc" in name and a.shape[0] == 4}
+    assert len(stacked) == 3 * 4
+    if old:
+        arrays = {n.replace(".mlp.", ".mlp.experts.") if n in stacked else n: a for n, a in arrays.items()}
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(huggingface.export_config(config, "float32")))
+    found = read_model(str(tmp_path))
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
 
 
 def test_params_of_another_model_are_not_exported():
