@@ -41,6 +41,7 @@ def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) 
         "vision.mlp_width": (config.vision.mlp_width or 4 * config.vision.width, 4 * config.vision.width),
         "text.mlp_width": (text.mlp_width or 4 * text.width, 4 * text.width),
         "text.eos_token_id": (text.eos_token_id, None),
+        "moe.sequence_share": (config.moe.sequence_share if config.moe else 0.0, 0.0),
     }
     if odd := {name: values for name, values in fixed.items() if values[0] != values[1]}:
         has = ", ".join(f"{name}={ours}" for name, (ours, _) in odd.items())

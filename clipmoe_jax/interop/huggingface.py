@@ -33,7 +33,9 @@ PROCESSORS = (
     *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"),
     PROCESSOR_CLASS,
 )
-MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers")  # MoeConfig's, in its order
+# MoeConfig's, in its order, and the value of one that an older config.json leaves out.
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers", "router_sequence_share")
+MOE_DEFAULTS = {"router_sequence_share": 0.0}
 
 # Values of fields that a config.json leaves out.
 TEXT_DEFAULTS = {
@@ -136,8 +138,8 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
     if kind == VISION_ALONE:
         vision, text = VISION_DEFAULTS | dict(config), None
     else:
-        vision = VISION_DEFAULTS | _tower(config, "vision_config")
-        text = TEXT_DEFAULTS | _tower(config, "text_config")
+        vision = VISION_DEFAULTS | MOE_DEFAULTS | _tower(config, "vision_config")
+        text = TEXT_DEFAULTS | MOE_DEFAULTS | _tower(config, "text_config")
         _check_shared(text, vision, MOE_FIELDS if kind == CLIP_MOE else ())
     return ClipConfig(
         embed_dim=config.get("projection_dim", 512),

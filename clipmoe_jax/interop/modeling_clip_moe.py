@@ -35,7 +35,11 @@ OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class _TowerConfig(PretrainedConfig):
-    """The fields of both towers. num_moe_layers: the last n blocks are MoE; None means all."""
+    """The fields of both towers. num_moe_layers: the last n blocks are MoE; None means all.
+
+    router_sequence_share: how often the mean over an image's tokens, or over a caption's own, is added to
+    what a router sees, the token; 0 routes by the token alone.
+    """
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class _TowerConfig(PretrainedConfig):
         num_experts=4,
         num_experts_per_tok=2,
         num_moe_layers=None,
+        router_sequence_share=0.0,
         output_router_logits=False,
         **kwargs,
     ):
@@ -70,6 +75,7 @@ class _TowerConfig(PretrainedConfig):
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.num_moe_layers = num_moe_layers
+        self.router_sequence_share = router_sequence_share
         self.output_router_logits = output_router_logits
         super().__init__(**kwargs)
 
@@ -184,8 +190,8 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
-        """(B, L, D) -> (B, L, D), and None in place of the router logits of an MoE."""
+    def forward(self, x, real=None):
+        """(B, L, D) -> (B, L, D), and None in place of the router logits of an MoE. real: for its routers."""
         return self.fc2(self.activation(self.scale * self.fc1(x)) / self.scale), None
 
 
@@ -225,16 +231,20 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_experts, self.num_selected = config.num_experts, config.num_experts_per_tok
+        self.sequence_share = config.router_sequence_share
         self.activation, self.scale = ACTIVATIONS[config.hidden_act]
         self.router = Router(config.hidden_size, self.num_experts, bias=False)
         self.fc1 = StackedLinear(self.num_experts, config.hidden_size, config.intermediate_size)
         self.fc2 = StackedLinear(self.num_experts, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
-        """(B, L, D) -> (B, L, D), router logits (B, L, E) float32."""
+    def forward(self, x, real=None):
+        """(B, L, D) -> (B, L, D), router logits (B, L, E) float32. real (B, L) bool: False for padding."""
         tokens = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
             logits = self.router(tokens).float()
+            if self.sequence_share:
+                of_rows = logits.view(*x.shape[:2], -1)
+                logits = (of_rows + self.sequence_share * _sequence_mean(of_rows, real)).flatten(0, 1)
             gates, expert_ids = logits.softmax(dim=-1).topk(self.num_selected, dim=-1)
             gates = gates / gates.sum(dim=-1, keepdim=True)
         run = self._run_all if _shapes_are_static(tokens) else self._run_selected
@@ -309,11 +319,11 @@ class Block(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config)
 
-    def forward(self, x, mask, is_causal, with_probabilities):
+    def forward(self, x, mask, is_causal, with_probabilities, real=None):
         """x (B, L, D) -> x, attention probabilities or None, router logits or None."""
         y, probabilities = self.self_attn(self.layer_norm1(x), mask, is_causal, with_probabilities)
         x = x + y
-        y, router_logits = self.mlp(self.layer_norm2(x))
+        y, router_logits = self.mlp(self.layer_norm2(x), real)
         return x + y, probabilities, router_logits
 
 
@@ -325,14 +335,17 @@ class Encoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
 
-    def forward(self, x, mask, is_causal, **options):
-        """x (B, L, D) -> x and the fields of a CLIPMoETowerOutput that the options ask for."""
+    def forward(self, x, mask, is_causal, real=None, **options):
+        """x (B, L, D) -> x and the fields of a CLIPMoETowerOutput that the options ask for.
+
+        real (B, L) bool: False for padding, which routers do not see; None is all tokens.
+        """
         options = _with_defaults(options, self.config)
         with_attentions = bool(options["output_attentions"])
         wanted = _indices(options["output_hidden_states"], len(self.layers) + 1)
         hidden_states, attentions, router_logits = [x if 0 in wanted else None], [], []
         for layer in self.layers:
-            x, probabilities, logits = layer(x, mask, is_causal, with_attentions)
+            x, probabilities, logits = layer(x, mask, is_causal, with_attentions, real)
             hidden_states.append(x if len(hidden_states) in wanted else None)
             attentions.append(probabilities)
             if logits is not None:
@@ -519,6 +532,7 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
             x,
             mask,
             is_causal=True,
+            real=self.caption_mask(input_ids),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_router_logits=output_router_logits,
@@ -654,6 +668,17 @@ def load_balance(router_logits, num_selected, mask=None):
     slots = functional.one_hot(probabilities.topk(num_selected, dim=-1).indices, logits.shape[-1])
     fraction = weights @ slots.sum(dim=2).float() / num_selected  # (M, E)
     return logits.shape[-1] * (fraction * (weights @ probabilities)).sum(dim=-1).mean()
+
+
+def _sequence_mean(logits, real):
+    """Returns the mean over each token's sequence: (B, L, E) -> (B, L, E). real (B, L) bool or None, all.
+
+    Padding, which no caption sees, has its own mean.
+    """
+    if real is None:
+        return logits.mean(dim=1, keepdim=True)
+    same = (real[:, :, None] == real[:, None, :]).to(logits)
+    return same @ logits / same.sum(dim=-1, keepdim=True)
 
 
 def _shapes_are_static(x):

@@ -1,7 +1,7 @@
 """Makes torchvision importable where its compiled operators do not load, and gives PyTorch one thread.
 
-Code of models that transformers copies stays here. Threads gain nothing on tiny models, and wait for each other
-where test processes share the cores.
+Code of models that transformers copies stays here. Threads gain nothing on tiny models, and wait for each
+other where test processes share the cores.
 
 open_clip needs torchvision, whose wheels for Linux are built for CUDA. Beside a CPU build of PyTorch its
 operators are missing, and then it fails to import, and transformers with it, unless the two operators that it

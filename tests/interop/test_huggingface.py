@@ -497,7 +497,9 @@ def random_params(config):
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config))
 
 
-@pytest.mark.parametrize("moe", [MoeConfig(3, 2), MoeConfig(4, 1, num_moe_layers=2)], ids=str)
+@pytest.mark.parametrize(
+    "moe", [MoeConfig(3, 2, sequence_share=2.0), MoeConfig(4, 1, num_moe_layers=2)], ids=str
+)
 def test_export_of_an_imported_clip_moe_is_the_identity(tmp_path, moe):
     config = make_moe_config(moe)
     params = random_params(config)

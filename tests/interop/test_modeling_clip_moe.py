@@ -58,7 +58,7 @@ def random_params(config):
 
 
 CASES = {
-    "every block": ("gelu", MoeConfig(4, 2)),
+    "every block": ("gelu", MoeConfig(4, 2, sequence_share=2.0)),
     "the last two blocks, one expert of three": ("quick_gelu", MoeConfig(3, 1, num_moe_layers=2)),
     "all experts": ("quick_gelu", MoeConfig(3, 3, num_moe_layers=1)),
 }
