@@ -159,7 +159,7 @@ WAYS = {
     "accelerate's `disk_offload`": offload_to_disk,
     '`device_map="auto"`, half of it on disk': load_with_device_map,
     "`quantize_dynamic` of `nn.Linear` to int8": quantize,
-    'peft, LoRA on `"all-linear"`': adapt,
+    'peft, fresh LoRA on `"all-linear"`': adapt,
 }
 
 
@@ -187,7 +187,7 @@ def main() -> None:
 
 def _cell(model: nn.Module, way: Callable) -> str:
     try:
-        return f"{difference(model, way):.0e}"
+        return f"{number:.0e}" if (number := difference(model, way)) else "0"
     except Exception as error:  # of whatever library: the table tells
         return f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
 

@@ -45,6 +45,9 @@ tower = CLIPMoEVisionModel.from_pretrained("{name}")
 features = tower(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
 ```
 
+Where a program has the line `CLIPVisionModel.from_pretrained(…)`, as LLaVA's own code does, write
+`CLIPMoEVisionModel` instead: `CLIPVisionModel` has no place for experts and refuses this folder.
+
 transformers finds remote code for a whole model, not for a part of one: before you load or build a
 `LlavaForConditionalGeneration` whose `vision_config` is this tower's, call `register()`, a function of
 `modeling_clip_moe.py`.

@@ -332,6 +332,7 @@ def test_remote_code_loads_without_jax(pair, tmp_path):
     torch.save((PIXELS, IDS), tmp_path / "inputs.pt")
     command = [sys.executable, "-c", REMOTE, str(folder), str(tmp_path)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # another number rounds otherwise
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     image, text, pooled = torch.load(tmp_path / "features.pt")
