@@ -51,7 +51,7 @@ class Workload:
         config = configs.default_config()
         architecture = (VARIANTS | {"tiny": TINY})[self.variant]
         text = dataclasses.replace(architecture.text, context_length=self.text)
-        config.base.architecture = ConfigDict(dataclasses.replace(architecture, text=text).to_dict())
+        configs.set_architecture(config, dataclasses.replace(architecture, text=text))
         config.compute.dtype, config.compute.remat = self.dtype, self.remat
         config.moe.expert_dropout_rate = self.expert_dropout_rate
         config.mcl.batch_size = config.router.batch_size = self.batch

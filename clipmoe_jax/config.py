@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.models.attention import default_implementation
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.experts import GROUPED_MLPS
@@ -28,6 +29,10 @@ RENAMED = {
     "run.grouped_mlp": "chosen by platform",
     "data.digit_scenes": "data.train=digit_scenes:train?pairs=N (and data.test, data.base: configs/demo.py)",
 }
+
+# Fields of base.architecture that may be None, with the type that they have otherwise. (Its `moe` is always
+# None: the base is dense.)
+OPTIONAL = {"vision.mlp_width": int, "text.mlp_width": int, "text.eos_token_id": int}
 
 # XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
 CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),)
@@ -82,6 +87,20 @@ RANGES = {
     "data.max_bad_fraction": (0.0, 1.0),
     "loss.short_caption_weight": (0.0, 1e3),
     "log_every": (1, _MANY),
+}
+
+
+CHOICES = {
+    "moe.dispatch": ("ragged", "dense", "capacity"),
+    "compute.remat": REMAT,
+    # Not float16: gradients of a mean over a batch would vanish in it.
+    "compute.dtype": ("", "float32", "bfloat16"),
+    "compute.frozen_dtype": ("", "float32", "bfloat16"),
+    "mcl.init_from": ("base", "previous"),
+    "mcl.small_clusters": ("backoff", "drop"),
+    "moe.routing": ("token", "token_and_sequence"),
+    "router.balance": ("paper", "released"),
+    **{f"{section}.rehearsal": ("pairs", "distill") for section in REHEARSING_SECTIONS},
 }
 
 
@@ -176,12 +195,29 @@ def default_config() -> ConfigDict:
     return config
 
 
-def set_architecture(config: ConfigDict, variant: str, context_length: int = 248) -> None:
-    """Makes a variant ("ViT-B/32", …) the dense base, its 77 text positions stretched to `context_length`."""
-    if variant not in VARIANTS:
+def set_architecture(config: ConfigDict, variant: str | ClipConfig, context_length: int = 248) -> None:
+    """Makes a variant ("ViT-B/32", …) the dense base, its 77 text positions stretched to `context_length`.
+
+    An architecture in place of a variant's name is taken as it is.
+    """
+    if isinstance(variant, ClipConfig):
+        architecture = ConfigDict(variant.to_dict())
+    elif variant in VARIANTS:
+        architecture = ConfigDict(VARIANTS[variant].to_dict())
+        architecture.text.context_length = context_length
+    else:
         raise ValueError(f"variant {variant!r} is not known: choose one of {', '.join(VARIANTS)}")
-    config.base.architecture = ConfigDict(VARIANTS[variant].to_dict())
-    config.base.architecture.text.context_length = context_length
+    _type_optional(architecture)
+    config.base.architecture = architecture
+
+
+def _type_optional(architecture: ConfigDict) -> None:
+    """Gives fields that are None their type, without which no flag could set them."""
+    for field, kind in OPTIONAL.items():
+        tower, _, name = field.partition(".")
+        if architecture[tower] is not None:
+            value = architecture[tower][name]
+            architecture[tower][name] = FieldReference(value, field_type=kind)
 
 
 def set_variants(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]) -> None:
@@ -189,41 +225,49 @@ def set_variants(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]) 
     config.variants = ConfigDict({n: dict(fields) for n, fields in variants.items()}, allow_dotted_keys=True)
 
 
-def variant_configs(config: ConfigDict) -> dict[str, ConfigDict]:
+def variant_configs(config: ConfigDict, errors: Errors | None = None) -> dict[str, ConfigDict]:
     """Returns {name: config} of a sweep's variants, in order; of any other config {"": itself}.
 
-    Raises ValueError naming variant and field where a field does not exist or its value is of another type.
+    errors: collects what is wrong. Without it, raises ValueError naming each variant and field where a name
+    is no folder's, a field does not exist, or its value is of another type.
     """
     if not config.variants:
         return {"": config}
-    configs = {}
+    configs, found = {}, Errors() if errors is None else errors
     for name, fields in config.variants.items():
         if not re.fullmatch(r"\w[\w.=+-]*", name):
-            raise ValueError(f"variants: {name!r} must be the name of a folder: letters, digits and _.=+-")
+            found.add(f"variants: {name!r} must be the name of a folder: letters, digits and _.=+-")
         if name == "data":
-            raise ValueError("variants: 'data' is the folder of the data sets: choose another name")
-        variant = ConfigDict(config.to_dict() | {"variants": {}}).lock()
+            found.add("variants: 'data' is the folder of the data sets: choose another name")
+        variant = ConfigDict(config.to_dict() | {"variants": {}})
+        _type_optional(variant.base.architecture)
+        variant.lock()
         for field, value in fields.items():
-            _set_field(variant, field, value, f"variants.{name}")
+            with found.of(label(name)):
+                _set_field(variant, field, value)
         configs[name] = variant
+    if errors is None:
+        found.raise_all()
     return configs
 
 
-def _set_field(config: ConfigDict, field: str, value: Any, where: str) -> None:
+def label(variant: str) -> str:
+    """Returns what errors call a variant; "" is a config without variants, which needs no name."""
+    return f"variants.{variant}" if variant else ""
+
+
+def _set_field(config: ConfigDict, field: str, value: Any) -> None:
     *groups, last = field.split(".")
     section = config
     for group in groups:
         section = section.get(group) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or last not in section or field in ("seeds", "variants"):
-        raise ValueError(
-            f"{where}: {field!r} is not a field that a variant can set, such as 'mcl.num_stages'"
-        )
-    kind, given = type(section[last]), list if isinstance(value, tuple) else type(value)
-    kind = list if kind is tuple else kind
+        raise ValueError(f"{field!r} is not a field that a variant can set, such as 'mcl.num_stages'")
+    kind, given = section.get_type(last), list if isinstance(value, tuple) else type(value)
     if kind is ConfigDict:
-        raise ValueError(f"{where}: {field!r} is a group of fields: set them one by one")
-    if given is not kind and (given, kind) != (int, float):
-        raise ValueError(f"{where}: {field}={value!r} must be of type {type(section[last]).__name__}")
+        raise ValueError(f"{field!r} is a group of fields: set them one by one")
+    if given is not (list if kind is tuple else kind) and (given, kind) != (int, float):
+        raise ValueError(f"{field}={value!r} must be of type {kind.__name__}")
     section[last] = value
 
 
@@ -295,83 +339,86 @@ def compute_config(config: ConfigDict, platform: str, *, training_routers: bool 
 
 
 def validate(config: ConfigDict, paths: bool = True) -> None:
-    """Raises ValueError naming the first field whose value cannot work.
+    """Raises ValueError, or SeveralErrors, naming every field whose value cannot work.
 
     paths: whether the data and the base's checkpoint must be named, which a plan can do without.
     """
-    _check_fields(config, default_config())
-    architecture(config)
+    errors = Errors()
+    _check_fields(config, default_config(), errors)
+    errors.raise_all()  # what follows needs the fields to be there
+    with errors.of():
+        _check_architecture(config)
     if not 1 <= config.moe.num_selected_experts <= num_experts(config):
         named = "moe.experts" if config.moe.experts else "mcl.num_stages + 1"
-        raise ValueError(
+        errors.add(
             f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
             f"of experts, {num_experts(config)} ({named})"
         )
     if config.cluster.num_clusters ** (2 * config.mcl.num_stages) >= 2**63:
-        raise ValueError(
+        errors.add(
             f"cluster.num_clusters={config.cluster.num_clusters} makes more than 2^63 clusters in "
             f"mcl.num_stages={config.mcl.num_stages}: choose fewer"
         )
-    _check_choice("moe.dispatch", config.moe.dispatch, ("ragged", "dense", "capacity"))
-    _check_choice("compute.remat", config.compute.remat, REMAT)
-    # Not float16: gradients of a mean over a batch would vanish in it.
-    _check_choice("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16"))
-    _check_choice("compute.frozen_dtype", config.compute.frozen_dtype, ("", "float32", "bfloat16"))
-    _check_choice("mcl.init_from", config.mcl.init_from, ("base", "previous"))
-    _check_choice("mcl.small_clusters", config.mcl.small_clusters, ("backoff", "drop"))
+    for name, choices in CHOICES.items():
+        if (value := _value(config, name)) not in choices:
+            errors.add(f"{name}={value!r}: choose one of {', '.join(choices)}")
     for section in REHEARSING_SECTIONS:
-        _check_choice(f"{section}.rehearsal", config[section].rehearsal, ("pairs", "distill"))
-        if paths and config[section].rehearsal_fraction and not config.data.rehearsal:
-            fraction = config[section].rehearsal_fraction
-            raise ValueError(
+        if paths and (fraction := config[section].rehearsal_fraction) and not config.data.rehearsal:
+            errors.add(
                 f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "
                 "base knows"
             )
-    _check_choice("moe.routing", config.moe.routing, ("token", "token_and_sequence"))
-    _check_choice("router.balance", config.router.balance, ("paper", "released"))
     if 0 < config.data.max_caption_tokens < 3:
-        raise ValueError(
+        errors.add(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "
             "end: use 3 or more, or 0 for the context length"
         )
     if not config.seeds:
-        raise ValueError("seeds=() runs nothing: give at least one")
+        errors.add("seeds=() runs nothing: give at least one")
     if len(set(config.seeds)) < len(config.seeds) or not all(
         isinstance(seed, int) and 0 <= seed < 2**32 for seed in config.seeds
     ):
-        raise ValueError(f"seeds={tuple(config.seeds)} must be whole numbers from 0, each once")
+        errors.add(f"seeds={tuple(config.seeds)} must be whole numbers from 0, each once")
     if paths and not config.data.train:
-        raise ValueError(
+        errors.add(
             "data.train is empty: set it to a folder made by python -m clipmoe_jax.prepare, or to a source, "
             "KIND:PATH"
         )
     if paths and not config.base.checkpoint and not config.data.base:
-        raise ValueError(
+        errors.add(
             "base.checkpoint is empty: set it to the dense CLIP to start from, or data.base to the pairs to "
             "train one on"
         )
     for name, (least, most) in RANGES.items():
-        value = config
-        for part in name.split("."):
-            value = value[part]
-        if not least <= value <= most:
-            raise ValueError(f"{name}={value} must lie between {least} and {most}")
+        if not least <= (value := _value(config, name)) <= most:
+            errors.add(f"{name}={value} must lie between {least} and {most}")
+    errors.raise_all()
 
 
-def _check_fields(config: ConfigDict, known: ConfigDict, prefix: str = "") -> None:
+def _value(config: ConfigDict, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def _check_fields(config: ConfigDict, known: ConfigDict, errors: Errors, prefix: str = "") -> None:
     for name, value in config.items():
         if name not in known:
-            raise ValueError(f"config field {prefix}{name} does not exist; there are {sorted(known)}")
-        if isinstance(known[name], ConfigDict):
+            errors.add(f"config field {prefix}{name} does not exist; there are {sorted(known)}")
+        elif isinstance(known[name], ConfigDict):
             if not isinstance(value, ConfigDict):
-                raise ValueError(f"config field {prefix}{name}={value!r} must be a group of fields")
-            if known[name]:
-                _check_fields(value, known[name], f"{prefix}{name}.")
+                errors.add(f"config field {prefix}{name}={value!r} must be a group of fields")
+            elif known[name]:
+                _check_fields(value, known[name], errors, f"{prefix}{name}.")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+def _check_architecture(config: ConfigDict) -> None:
+    if architecture(config).moe is not None:
+        raise ValueError(
+            "base.architecture.moe must be None, as the base is dense: the fields of the CLIP-MoE are "
+            "moe.num_selected_experts and those beside it"
+        )
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:

@@ -11,7 +11,7 @@ import pathlib
 from absl import flags, logging
 from etils import epath
 
-from clipmoe_jax.core import artifacts, cli, trees
+from clipmoe_jax.core import accelerators, artifacts, cli, trees
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preprocess, tokenizer
 from clipmoe_jax.interop import export
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> str:
     """Runs the command; returns a message that names what it read and wrote."""
     del argv
     logging.set_verbosity(logging.WARNING)  # orbax logs every file it opens
+    accelerators.take_none()
     options = flags.FLAGS
     source = str(options["from"].value)  # `from` is a keyword of Python
     model = convert(

@@ -19,8 +19,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.core import cli, distributed
-from clipmoe_jax.dmu.runner import run_variants
+from clipmoe_jax.core import accelerators, cli, distributed
+from clipmoe_jax.dmu.runner import DATA_STAGE, run_variants
 from clipmoe_jax.reporting.output import write_results
 
 
@@ -29,6 +29,8 @@ def main(argv: list[str]) -> str | None:
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds and orbax tell every file they open
     workdir = epath.Path(flags.FLAGS.workdir)
+    if flags.FLAGS.stage == DATA_STAGE:
+        accelerators.take_none()
     distributed.initialize(flags.FLAGS.distributed)
     distributed.keep_compiled_programs()
     began = time.perf_counter()

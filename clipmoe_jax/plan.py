@@ -6,14 +6,18 @@
 Any field of the config can be changed on the same line, as for `clipmoe_jax.main`.
 """
 
+import functools
+from collections.abc import Callable
+
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.core import cli
-from clipmoe_jax.core.accelerators import ACCELERATORS
+from clipmoe_jax.core import accelerators, cli
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data import sources
 from clipmoe_jax.data.records import Records
+from clipmoe_jax.dmu.recipes import check_baselines
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.reporting.plan_tables import format_plan
 
@@ -22,43 +26,65 @@ def plan(config: ConfigDict, accelerator: str, num_devices: int, num_pairs: int 
     """Returns the tables of a config's plan, one after the other if it has variants.
 
     accelerator: a name of ACCELERATORS. num_pairs: of the training set; 0 counts the config's. mfu: the share
-    of the peak to expect. Raises ValueError for a run that would be refused.
+    of the peak to expect. Raises ValueError for a run that would be refused, with what that would say.
     """
-    configs.validate(config, paths=False)
-    num_pairs = num_pairs or count_pairs(config)
-    tables = []
-    for name, variant in configs.variant_configs(config).items():
-        configs.validate(variant, paths=False)
-        table = format_plan(make_plan(variant, accelerator, num_devices, mfu, num_pairs))
-        tables.append(f"{name}:\n{table}\n" if name else table)
-    return "\n".join(tables)
+    errors, tables = Errors(), {}
+    count = functools.cache(_count)  # variants have most of their data in common
+    with errors.of():
+        configs.validate(config, paths=False)
+    for name, variant in configs.variant_configs(config, errors).items():
+        checks = Errors()
+        with checks.of():
+            configs.validate(variant, paths=False)
+        with checks.of():
+            check_baselines(variant)
+        with errors.of(configs.label(name)):
+            checks.raise_all()
+            pairs = (num_pairs, 0) if num_pairs else count_pairs(variant, count)
+            tables[name] = format_plan(make_plan(variant, accelerator, num_devices, mfu, *pairs))
+    errors.raise_all()
+    return "\n".join(f"{name}:\n{table}\n" if name else table for name, table in tables.items())
 
 
-def count_pairs(config: ConfigDict) -> int:
-    """Returns the number of training pairs that a config names. Raises ValueError if it names none."""
-    train = config.data.train
-    if not train:
+def count_pairs(config: ConfigDict, count: Callable[[str, str], int]) -> tuple[int, int]:
+    """Returns how many training pairs a config names, and how many to train a base on, 0 if none.
+
+    count: from a data set or source, and its split, to the number of pairs. Raises ValueError if the config
+    names no training pairs.
+    """
+    if not config.data.train:
         raise ValueError("how many pairs? Set --pairs, or config.data.train to a data set or a source")
-    if sources.is_source(train):
-        if "[" in config.data.train_split:
-            raise ValueError(f"how many pairs has data.train_split={config.data.train_split}? Set --pairs")
-        return len(sources.open_source(train))
-    return len(Records(train, config.data.train_split))
+    trains_base = config.data.base and not config.base.checkpoint
+    num_base_pairs = count(config.data.base, "") if trains_base else 0
+    return count(config.data.train, config.data.train_split), num_base_pairs
+
+
+def _count(data: str, split: str) -> int:
+    if not sources.is_source(data):
+        return len(Records(data, split))
+    if "[" in split:
+        raise ValueError(f"how many pairs has data.train_split={split}? Set --pairs")
+    return len(sources.open_source(data))
 
 
 def main(argv: list[str]) -> str:
     """Returns the plan's text; the command prints it."""
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds tells every file it opens
+    accelerators.take_none()
     given = flags.FLAGS
     return plan(given.config, given.accelerator, given.devices, given.pairs, given.mfu)
 
 
-if __name__ == "__main__":
+def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A file of configs/, with its arguments after a colon.")
-    flags.DEFINE_enum("accelerator", "h100", list(ACCELERATORS), "Whose peak, memory and links.")
+    flags.DEFINE_enum("accelerator", "h100", list(accelerators.ACCELERATORS), "Whose peak, memory and links.")
     flags.DEFINE_integer("devices", 8, "How many of them.", lower_bound=1)
     flags.DEFINE_integer("pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
     flags.DEFINE_float("mfu", 0.4, "Share of the peak to expect.", lower_bound=0.01, upper_bound=1.0)
     flags.mark_flag_as_required("config")
+
+
+if __name__ == "__main__":
+    _define_flags()
     cli.run(main, renamed=configs.RENAMED)

@@ -12,7 +12,7 @@ lengths. A run that was killed goes on with the file it was writing when the sam
 
 from absl import flags, logging
 
-from clipmoe_jax.core import cli
+from clipmoe_jax.core import accelerators, cli
 from clipmoe_jax.data import preparation, sources
 
 
@@ -20,6 +20,7 @@ def main(argv: list[str]) -> str:
     """Prepares the data set that the flags name; returns a line that says what was made."""
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS logs each thing it does
+    accelerators.take_none()
     options = flags.FLAGS
     spec = ",".join(options.source)
     try:

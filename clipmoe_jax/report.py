@@ -9,7 +9,7 @@ makes them.
 from absl import flags, logging
 from etils import epath
 
-from clipmoe_jax.core import cli
+from clipmoe_jax.core import accelerators, cli
 from clipmoe_jax.reporting.output import write_report
 
 
@@ -17,11 +17,16 @@ def main(argv: list[str]) -> str:
     """Runs the command; returns its message."""
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS logs every file it opens
+    accelerators.take_none()
     path = write_report(epath.Path(flags.FLAGS.workdir))
     return f"{path}: {path.stat().length / 1e6:.1f} MB; open it in a browser."
 
 
-if __name__ == "__main__":
+def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The folder of a run.")
     flags.mark_flag_as_required("workdir")
+
+
+if __name__ == "__main__":
+    _define_flags()
     cli.run(main)

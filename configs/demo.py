@@ -16,7 +16,7 @@ on them.
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import default_config, parse_arg
+from clipmoe_jax.config import default_config, parse_arg, set_architecture
 from clipmoe_jax.dmu.recipes import baseline_names
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
@@ -35,13 +35,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluations = ("attributes:data.test",)
     config.data.in_memory = True
     config.data.packing_steps = 4  # each number of rows is a step to compile: longer than they save
-    config.base.architecture = ConfigDict(
-        ClipConfig(
-            embed_dim=64,
-            vision=VisionConfig(image_size=32, patch_size=16, width=64, num_layers=2, head_width=32),
-            text=TextConfig(context_length=32, width=64, num_layers=2, head_width=32),
-        ).to_dict()
+    architecture = ClipConfig(
+        embed_dim=64,
+        vision=VisionConfig(image_size=32, patch_size=16, width=64, num_layers=2, head_width=32),
+        text=TextConfig(context_length=32, width=64, num_layers=2, head_width=32),
     )
+    set_architecture(config, architecture)
 
     common = dict(b2=0.98, clip_norm=1.0, warmup_steps=20, label_smoothing=0.0, learning_rate=2e-3)
     config.base.train.update(common, batch_size=128, num_steps=250, weight_decay=0.1)

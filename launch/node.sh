@@ -8,9 +8,9 @@
 #     --dry-run                print what would run
 #
 # What follows -- goes to clipmoe_jax.main. One process drives all GPUs of a machine. On a TPU slice the same
-# command runs on every host (launch/tpu_pod.sh does it), and the processes find each other.
+# command runs on every host (launch/tpu_pod.sh does it), and the processes find each other. Ctrl-C saves and ends
+# with code 130, a second one ends at once.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 
@@ -31,8 +31,11 @@ if [[ -z "$platform" ]]; then
     exit 2
 fi
 
-source launch/xla_flags.sh
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=launch/xla_flags.sh
+source "$root/launch/xla_flags.sh"
 set_xla_flags "$platform"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 command=("${PYTHON:-python3}" -m clipmoe_jax.main "$@")
 if $dry_run; then
     for name in LIBTPU_INIT_ARGS XLA_FLAGS XLA_PYTHON_CLIENT_MEM_FRACTION; do
@@ -42,9 +45,14 @@ if $dry_run; then
     exit 0
 fi
 
-# SIGTERM goes on to the run, which saves and is waited for. This machine is meant then: no other start.
-child="" stopped=false
-trap 'stopped=true; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null' TERM INT
+# SIGTERM goes on to the run, which saves and is waited for. This machine is meant then: no other start. So does
+# Ctrl-C, as SIGTERM, since a shell's background processes do not hear it.
+child="" stopped=false interrupted=false
+pass_on() {
+    [[ -z "$child" ]] || kill "-$1" "$child" 2>/dev/null || true
+}
+trap 'stopped=true; pass_on TERM' TERM
+trap 'if $interrupted; then pass_on KILL; else stopped=true interrupted=true; pass_on TERM; fi' INT
 for ((i = 0; ; i++)); do
     "${command[@]}" &
     child=$!
@@ -53,6 +61,9 @@ for ((i = 0; ; i++)); do
         wait "$child" && code=0 || code=$?
         kill -0 "$child" 2>/dev/null || break # else a signal ended the wait, not the run
     done
+    if $interrupted && [[ $code -eq 75 || $code -eq 137 ]]; then
+        exit 130
+    fi
     if [[ $code -ne 75 || $i -ge $restarts ]] || $stopped; then
         exit "$code"
     fi

@@ -19,7 +19,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' launch/tpu_pod.sh; }
 
 name="" zone="" type="" runtime="" restarts=20 spot=() keep=false dry_run=false
 while [[ $# -gt 0 ]]; do

@@ -129,6 +129,62 @@ def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
+def test_slurm_finds_the_repository_from_any_folder(tmp_path):
+    """SLURM runs a copy of the script; arguments are still relative to the folder that it is called in."""
+    (tmp_path / "spool").mkdir()
+    copy = tmp_path / "spool" / "slurm_script"
+    copy.write_text((LAUNCH / "slurm.sbatch").read_text())
+    stand_in(tmp_path, "scontrol", f'echo "JobId=$3"; echo "   Command={LAUNCH}/slurm.sbatch --config=x"')
+    path = stand_in(tmp_path, "srun", f'echo "$PWD $PYTHONPATH $XLA_FLAGS $*" > {tmp_path}/started')
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(tmp_path), "PATH": path, "PYTHONPATH": ""}
+    command = ["bash", str(copy), "--config=x", "--workdir=runs/x"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder, found, *_ = (started := (tmp_path / "started").read_text()).split()
+    assert (folder, found) == (str(tmp_path), str(ROOT))
+    assert "latency_hiding" in started and started.endswith("clipmoe_jax.main --config=x --workdir=runs/x\n")
+
+
+def test_slurm_without_the_repository_is_one_line(tmp_path):
+    copy = tmp_path / "slurm_script"
+    copy.write_text((LAUNCH / "slurm.sbatch").read_text())
+    path = stand_in(tmp_path, "scontrol", "echo Command=/elsewhere/launch/slurm.sbatch")
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(tmp_path), "PATH": path}
+    done = subprocess.run(
+        ["bash", str(copy)], cwd=tmp_path, env=os.environ | job, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "launch/xla_flags.sh is not found: call sbatch in the folder that holds launch/\n"
+
+
+def test_node_sh_runs_in_the_folder_that_it_is_called_in(tmp_path):
+    stand_in(tmp_path, "run", f'echo "$PWD $PYTHONPATH" > {tmp_path}/started')
+    command = ["bash", os.path.relpath(LAUNCH / "node.sh", tmp_path), "--platform=cpu"]
+    environment = os.environ | {"PYTHON": "./run", "PYTHONPATH": ""}
+    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 0
+    assert (tmp_path / "started").read_text() == f"{tmp_path} {ROOT}\n"
+    told = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "clipmoe_jax.main" in told
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_to_node_sh_ends_with_130(tmp_path, times):
+    """The run saves; after a second one it does not."""
+    ends = {1: "sleep 0.2; exit 75", 2: "sleep 60"}[times]
+    stand_in(
+        tmp_path, "run", f"trap '{ends}' TERM; echo started >> {tmp_path}/log; while :; do sleep 0.1; done"
+    )
+    command = ["bash", str(LAUNCH / "node.sh"), "--platform=cpu"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHON": f"{tmp_path}/run"}) as process:
+        while not (tmp_path / "log").exists():
+            time.sleep(0.05)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert process.wait(timeout=10) == 130
+    assert (tmp_path / "log").read_text() == "started\n"
+
+
 # A slice of one host, which is a folder. Calls are logged, `slice` holds the state, the first look at the run
 # is interrupted. ssh does what it is told, but for installing Python. `offline`: so many calls get no answer.
 GCLOUD = """

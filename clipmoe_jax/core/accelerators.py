@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+
 
 class Accelerator(NamedTuple):
     """One device.
@@ -51,3 +53,11 @@ DEVICE_KINDS = {
 def of_kind(device_kind: str) -> Accelerator | None:
     """Returns the accelerator with this JAX device kind; None if its figures are not known here."""
     return ACCELERATORS[DEVICE_KINDS[device_kind]] if device_kind in DEVICE_KINDS else None
+
+
+def take_none() -> None:
+    """Leaves JAX the CPU alone, whatever JAX_PLATFORMS says: for commands that have no use for accelerators.
+
+    They work where there are none, on a login node, and take no TPU from another process.
+    """
+    jax.config.update("jax_platforms", "cpu")

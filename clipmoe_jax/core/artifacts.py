@@ -52,40 +52,42 @@ def make(
     inputs: Inputs,
     build: Callable[[epath.Path], dict[str, Any]],
     upgrade: Upgrade | None = None,
-    *,
-    wait_seconds: int = distributed.BARRIER_SECONDS,
 ) -> bool:
     """Makes an artifact unless it exists. Returns whether anything was built.
 
     path: the artifact's folder. inputs: {name: value} of everything it depends on. build: fills the
     unfinished folder, continuing with what it finds there, and returns measurements for done.json. upgrade:
-    renames the inputs that an earlier version recorded, before they are compared. wait_seconds: how long
-    processes wait for each other at the end of `build`.
+    renames the inputs that an earlier version recorded, before they are compared.
     Raises ValueError naming the first input that differs if the folder, whole or unfinished, was made from
-    others, and BusyError if another process is making it.
+    others, and BusyError if another process is making it. An unfinished folder that holds nothing is no
+    obstacle.
     """
     path, inputs = epath.Path(path), _as_json(inputs)
     unfinished = _unfinished(path)
     with contextlib.ExitStack() as stack:
-        if distributed.is_main() and not is_done(path):
-            stack.enter_context(_locked(unfinished))
-            if is_done(unfinished) and not is_done(path):  # killed between the last lines below
-                _finish(unfinished, path)
-        if distributed.agree(is_done(path)):
-            if distributed.is_main():
+
+        def begin() -> bool:
+            """Returns whether there is anything to build."""
+            if not is_done(path):
+                stack.enter_context(_locked(unfinished))
+                if is_done(unfinished) and not is_done(path):  # killed between the last lines below
+                    _finish(unfinished, path)
+            if is_done(path):
                 _check_same(path, _recorded(path / DONE, upgrade), inputs)
                 _tidy(path)
                 _delete(unfinished)  # a kill may leave some of it in a bucket
-            return False
-        if distributed.is_main():
-            if (unfinished / INPUTS).exists():
+                return False
+            if _is_begun(unfinished):
                 _check_same(unfinished, _recorded(unfinished / INPUTS, upgrade), inputs)
             else:
-                _clear(unfinished)  # killed before it recorded its inputs
+                _clear(unfinished)
                 write_json(unfinished / INPUTS, inputs)
-        distributed.barrier(f"{path} begins")
+            return True
+
+        if not distributed.on_main(f"{path} begins", begin):
+            return False
         measurements = build(unfinished)
-        distributed.barrier(f"{path} is made", wait_seconds)
+        distributed.barrier(f"{path} is made")
         if distributed.is_main():
             done = {
                 "inputs": inputs,
@@ -105,20 +107,20 @@ def copy(
 ) -> epath.Path | None:
     """Copies the first of other artifacts that was made from the same inputs to `path`, unless that exists.
 
-    Returns the artifact that was copied, or None. Process 0 copies; on the others the result is None. As with
-    `make`, `path` is whole or absent: done.json is copied last, and a killed copy starts over. upgrade: as
-    for `make`. Raises ValueError if an unfinished `path` was begun from other inputs, and BusyError if
-    another process is making it.
+    Returns the artifact that was copied, or None. Only process 0 may call it. As with `make`, `path` is whole
+    or absent: done.json is copied last, and a killed copy starts over. upgrade: as for `make`. Raises
+    ValueError if an unfinished `path` was begun from other inputs, and BusyError if another process is making
+    it.
     """
     path, inputs = epath.Path(path), _as_json(inputs)
     unfinished = _unfinished(path)
-    if not distributed.is_main() or is_done(path) or is_done(unfinished):
+    if is_done(path) or is_done(unfinished):
         return None
     for other in map(epath.Path, others):
         if not is_done(other) or _differing(_recorded(other / DONE, upgrade), inputs):
             continue
         with _locked(unfinished):
-            if (unfinished / INPUTS).exists():
+            if _is_begun(unfinished):
                 _check_same(unfinished, _recorded(unfinished / INPUTS, upgrade), inputs)
             _clear(unfinished)
             _copy_folder(other, unfinished, without=NOT_COPIED)
@@ -211,6 +213,20 @@ def _locked(unfinished: epath.Path) -> Iterator[None]:
 
 def _unfinished(path: epath.Path) -> epath.Path:
     return path.parent / f"{path.name}.unfinished"
+
+
+def _is_begun(unfinished: epath.Path) -> bool:
+    """Returns whether a folder has recorded its inputs and holds any file made from them."""
+    own = {unfinished / name for name in (INPUTS, LOCK)}
+    return (unfinished / INPUTS).exists() and any(file not in own for file in _files(unfinished))
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for item in folder.iterdir():
+        if item.is_dir():
+            yield from _files(item)
+        else:
+            yield item
 
 
 def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:

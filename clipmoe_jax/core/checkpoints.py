@@ -3,6 +3,7 @@
 Training state is stored as separate items `trainable`, `opt_state` and `meta`.
 """
 
+import logging as python_logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,11 @@ from etils import epath
 
 from clipmoe_jax.core import distributed, trees
 from clipmoe_jax.core.paths import absolute
+
+# Orbax raises errors of its threads in the caller's thread. Before, it logs each with its trace, and asyncio
+# logs those that come behind the first.
+logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
 
 
 def save_params(path: epath.Path, params: trees.Params) -> None:

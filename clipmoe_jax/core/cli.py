@@ -1,6 +1,7 @@
 """The command line: parses flags, prints what a command says, and turns errors into one line."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -10,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
-from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.core import artifacts, distributed, paths
+from clipmoe_jax.core.errors import SeveralErrors
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -23,22 +26,36 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     that cannot be opened, and every ValueError or KeyError raised by this package. An error from inside a
     library keeps its stack trace, and so does every error if the environment variable CLIPMOE_DEBUG is set.
     renamed: {config field or flag of an earlier version: what it is now}, to say so where one is set. A run
-    that SIGTERM stopped says so and exits with `distributed.EXIT_PREEMPTED`.
+    that SIGTERM or Ctrl-C stopped says so and exits with the code of `distributed.Preempted`; a command that
+    Ctrl-C ends says so in one line. In flags and in strings of a config, `~` is the home folder where a path
+    begins.
     """
 
     def main_with_clear_errors(argv: list[str]) -> None:
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
         try:
+            for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
+                if isinstance(flag.value, ConfigDict):
+                    _expand_home(flag.value)
             with announced_preemption():
                 text = main(argv)
-        except (ValueError, OSError, KeyError) as error:
+        except KeyboardInterrupt:
+            print("ended by Ctrl-C", file=sys.stderr)
+            sys.exit(distributed.EXIT_INTERRUPTED)
+        except Exception as error:
+            if full := _full_disk(error):
+                print(f"error: {full}", file=sys.stderr, flush=True)
+                os._exit(1)  # at once, or what else was being written would complain at length
             if not _is_for_people(error):
                 raise
-            _fail(_one_line(error) + _fix(error))
+            _fail(*_lines(error))
         if text:
             say(text)
 
+    if "CLIPMOE_DEBUG" not in os.environ:
+        # An error that ends a write has others behind it, which nobody waits for any more.
+        sys.unraisablehook = lambda unraisable: None
     app.run(main_with_clear_errors, flags_parser=functools.partial(_parse_flags, renamed=renamed or {}))
 
 
@@ -49,7 +66,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def announced_preemption() -> Iterator[None]:
-    """Prints, on process 0, where a run stopped if SIGTERM stops it in this block."""
+    """Prints, on process 0, where a run stopped if SIGTERM or Ctrl-C stops it in this block."""
     try:
         yield
     except distributed.Preempted as stop:
@@ -70,8 +87,8 @@ def mark_flags_parsed() -> None:
 def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
     """Parses absl flags and ml_collections' config overrides; returns what is left of argv."""
     try:
-        left = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError) as error:
+        left = flags.FLAGS([paths.with_home(argument) for argument in argv])
+    except (flags.Error, AttributeError, KeyError, ValueError) as error:
         if "CLIPMOE_DEBUG" in os.environ:
             raise
         text = _one_line(error)
@@ -97,7 +114,42 @@ def _is_for_people(error: Exception) -> bool:
     if "CLIPMOE_DEBUG" in os.environ:
         return False
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, OSError) or innermost.f_code.co_filename.startswith(_PACKAGE)
+    if not isinstance(error, (ValueError, KeyError)):
+        return isinstance(error, OSError)
+    return innermost.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _expand_home(config: ConfigDict) -> None:
+    """Replaces `~` by the home folder in every string of a config."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_home(value)
+        elif isinstance(value, str):
+            config[name] = paths.with_home(value)
+        elif isinstance(value, (list, tuple)):
+            config[name] = type(value)(paths.with_home(v) if isinstance(v, str) else v for v in value)
+
+
+def _full_disk(error: BaseException | None) -> str:
+    """Returns the line that tells of a full disk, if an error comes from one: "" for others.
+
+    Libraries that write with threads of their own raise errors of any type.
+    """
+    if "CLIPMOE_DEBUG" in os.environ:
+        return ""
+    for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
+        if reason in str(error):
+            path = re.search(r"""["'](/[^"']*)""", str(error))
+            where = f": {path[1].rstrip('/')}" if path else ""
+            return f"{reason}{where}: make room, and start the same command again"
+    return _full_disk(error.__cause__ or error.__context__) if error else ""
+
+
+def _lines(error: Exception) -> list[str]:
+    """Returns the lines to print for an error, one for each thing that is wrong."""
+    if isinstance(error, SeveralErrors):
+        return [" ".join(message.split()) for message in error.messages]
+    return [_one_line(error) + _fix(error)]
 
 
 def _one_line(error: BaseException) -> str:
@@ -114,9 +166,12 @@ def _fix(error: Exception) -> str:
     """Returns the flag that mends an error, where the error itself knows no flags."""
     if isinstance(error, artifacts.MissingArtifactError) and "stage" in flags.FLAGS:
         return f"; run the same command with --stage={error.stage} first"
+    if isinstance(error, distributed.NotStartedError) and "distributed" in flags.FLAGS:
+        return ", or add --distributed=off to run it in this process alone"
     return ""
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(*messages: str) -> NoReturn:
+    for message in messages:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(1)

@@ -4,10 +4,13 @@ Process 0 alone writes.
 """
 
 import functools
+import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 from tqdm import tqdm
@@ -51,9 +54,7 @@ class Metrics:
     @functools.cached_property
     def _tensorboard(self):
         """Opens with the first numbers, so that a run with nothing left to do writes no file."""
-        from tensorboardX import SummaryWriter  # here because it is slow to import: it imports torch
-
-        return SummaryWriter(str(self._workdir / "tensorboard"))
+        return _TensorBoard(self._workdir / "tensorboard")
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers after `step` steps of a phase ("mcl_1", "router", …)."""
@@ -63,7 +64,7 @@ class Metrics:
         line = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
         self._lines.add(json.dumps(line) + "\n")
         for name, value in values.items():
-            self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
+            self._tensorboard.add(f"{phase}/{name}", value, step)
 
     def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
         """Returns a progress bar with rate and time left, refreshed less often in a log file."""
@@ -89,6 +90,32 @@ class Metrics:
         self._lines.close()
         if "_tensorboard" in vars(self):
             self._tensorboard.close()
+
+
+class _TensorBoard:
+    """A TensorBoard event file. Its numbers are written out every UPLOAD_SECONDS and on close.
+
+    Not by the library's SummaryWriter: a full disk ends its thread, and whoever adds numbers then waits.
+    """
+
+    def __init__(self, folder: epath.Path):
+        # Here because they are slow to import: they import torch.
+        from tensorboardX import event_file_writer, summary
+
+        self._event: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
+        event_file_writer.directory_check(os.fspath(folder))
+        self._file = event_file_writer.EventsWriter(os.fspath(folder / "events"))
+        self._scalar, self._written = summary.scalar, time.monotonic()
+
+    def add(self, name: str, value: float, step: int) -> None:
+        event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+        self._file.write_event(event)
+        if time.monotonic() - self._written > UPLOAD_SECONDS:
+            self._file.flush()
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Lines:

@@ -5,10 +5,30 @@ rename a folder in one step.
 """
 
 import contextlib
+import glob
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
+
+_Path = type(epath.Path())
+_glob = _Path.glob
+
+
+def _glob_in_folder(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """Yields what matches a pattern in a folder, as pathlib's `glob` does.
+
+    That of etils takes brackets in the folder's own name ("lr[1e-3]") for a pattern. Orbax and TFDS call it,
+    too, and miss their files in such a folder.
+    """
+    if in_bucket(self):
+        yield from _glob(self, pattern)
+    else:
+        yield from map(_Path, glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
+type.__setattr__(_Path, "glob", _glob_in_folder)
 
 
 def in_bucket(path: os.PathLike | str) -> bool:
@@ -23,6 +43,22 @@ def absolute(path: os.PathLike | str) -> epath.Path:
     """
     path = epath.Path(path)
     return path if in_bucket(path) else path.resolve()
+
+
+def with_home(text: str) -> str:
+    """Returns a path with a leading `~` or `~user` replaced by the home folder.
+
+    Also the paths of a line such as "folder:~/pairs?images=~/images" or "--out=~/set", which shells leave as
+    they are. Raises ValueError if the home folder is not known.
+    """
+
+    def expand(match: re.Match) -> str:
+        expanded = os.path.expanduser(match[0])
+        if expanded.startswith("~/") or expanded == "~":
+            raise ValueError(f"{text}: the home folder is not known: set HOME, or write the whole path")
+        return expanded
+
+    return re.sub(r"(?:^|(?<=[:=]))~[^/?&,:=]*(?=[/?&,]|$)", expand, text)
 
 
 @contextlib.contextmanager

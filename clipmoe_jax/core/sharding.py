@@ -6,6 +6,7 @@ leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the sam
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,11 +36,22 @@ PARAM_RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
     """Returns a mesh over all devices; `data=-1` takes what the other axes leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices.
+    Raises ValueError if the sizes do not multiply to the number of devices, or if there are none.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = all_devices() if devices is None else list(devices)
     sizes = _mesh_sizes(data, fsdp, expert, len(devices))
     return Mesh(np.asarray(devices).reshape(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def all_devices() -> list[Any]:
+    """Returns all devices of all processes. Raises ValueError where JAX finds none."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the former where JAX lacks what drives such devices
+        wanted, why = os.environ.get("JAX_PLATFORMS", ""), f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS={wanted}: JAX finds no such device here{why}: install JAX for it, or set cpu"
+        ) from error
 
 
 def make_abstract_mesh(data: int, fsdp: int, expert: int, *, num_devices: int) -> AbstractMesh:

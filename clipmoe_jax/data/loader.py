@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from clipmoe_jax.core import cli, metrics
+from clipmoe_jax.core import cli, distributed, metrics
 from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import Places, pack, place_captions
 from clipmoe_jax.data.permutation import make_key
@@ -334,7 +334,8 @@ def _read_ahead(local_batch: _LocalBatch, steps: range, num_workers: int):
     if num_workers:
         cli.mark_flags_parsed()  # grain's workers read flags
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            distributed.leave_signals_to_parent,
         )
     return iter(dataset)
 

@@ -94,7 +94,7 @@ def write_pairs(
     max_bad_fraction: float = 1e-3,
     num_shards: int | None = None,
     pixels: int | None = None,
-    after_shard: Callable[[], None] = lambda: None,
+    after_entry: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fills a folder on a local disk with the source's pairs, in their order, leaving bad records out.
 
@@ -110,7 +110,7 @@ def write_pairs(
         num_shards: files to write; None makes them of ENTRIES_PER_SHARD entries each.
         pixels: writes images preprocessed at this size, pixels·pixels·3 bytes each, and captions
             tokenised, which reads many times as fast; None writes image files as they came.
-        after_shard: called when a file is whole; it may raise to stop.
+        after_entry: called after each entry; it may raise to stop.
 
     Returns:
         The report: {"pairs", "captions", "image_bytes", "sha256" of the records, "pixels", "bad",
@@ -135,7 +135,7 @@ def write_pairs(
     paths = [data / template.format(k) for k in range(num_shards)]
 
     def make() -> tuple[list[dict[str, Any]], _BadRecords]:
-        return _make_shards(source, folder, paths, per_shard, encoder, max_bad_fraction, after_shard)
+        return _make_shards(source, folder, paths, per_shard, encoder, max_bad_fraction, after_entry)
 
     try:
         parts, bad = make()
@@ -279,7 +279,7 @@ def _make_shards(
     per_shard: int,
     encoder: _Encoder,
     max_bad_fraction: float,
-    after_shard: Callable[[], None],
+    after_entry: Callable[[], None],
 ) -> tuple[list[dict[str, Any]], _BadRecords]:
     """Writes every file, as `_make_shard` does, and the log of bad records."""
     entries, parts = iter(source), []
@@ -288,8 +288,7 @@ def _make_shards(
         bad = _BadRecords(folder, log, len(source), max_bad_fraction)
         for path in paths:
             shard = itertools.islice(entries, per_shard)
-            parts.append(_make_shard(shard, path, encoder, bad, progress))
-            after_shard()
+            parts.append(_make_shard(shard, path, encoder, bad, progress, after_entry))
     num_read = sum(part["pairs"] + len(part["bad"]) for part in parts) + sum(1 for _ in entries)
     if num_read != len(source):
         raise ValueError(
@@ -304,6 +303,7 @@ def _make_shard(
     encoder: _Encoder,
     bad: _BadRecords,
     progress: tqdm,
+    after_entry: Callable[[], None],
 ) -> dict[str, Any]:
     """Writes one file, whole or not at all, unless it is there.
 
@@ -330,6 +330,7 @@ def _make_shard(
     try:
         for record in map_decoding(encoder.decode, entries):
             progress.update()
+            after_entry()
             if isinstance(record, BadRecord):
                 part["bad"].append(record._asdict())
                 bad.add(record)

@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.data.records import Records
@@ -69,23 +69,24 @@ class Dataset:
         """Prepares it from its source unless it is there; process 0 does, the others wait.
 
         Returns whether anything was prepared. Raises what `write_pairs` and the source raise, and Preempted
-        if SIGTERM comes to a run of one process; a shard that is whole stays.
+        after SIGTERM or Ctrl-C; a shard that is whole stays.
         """
         if distributed.agree(self.is_prepared()):
             return False
         split = self.split.partition("[")[0] or WHOLE_SPLIT
 
         def build(unfinished: epath.Path) -> dict:
-            if not distributed.is_main():
-                return {}
-            source = sources.open_source(self.source)
-            return preparation.write_pairs(
-                source,
-                unfinished,
-                split=split,
-                max_bad_fraction=max_bad_fraction,
-                after_shard=_stop_if_preempted,
-            )
+            def write() -> dict:
+                source = sources.open_source(self.source)
+                return preparation.write_pairs(
+                    source,
+                    unfinished,
+                    split=split,
+                    max_bad_fraction=max_bad_fraction,
+                    after_entry=_stop_if_preempted,
+                )
+
+            return distributed.on_main(f"{self.path} is prepared", write, PREPARATION_SECONDS)
 
         inputs = {"source": self.source, "split": split, FILES: sources.source_stamp(self.source)}
 
@@ -95,7 +96,7 @@ class Dataset:
             same = sources.canonical(was) == sources.canonical(self.source)
             return recorded | {name: inputs[name] for name in ("source", FILES) if same}
 
-        return artifacts.make(epath.Path(self.path), inputs, build, upgrade, wait_seconds=PREPARATION_SECONDS)
+        return artifacts.make(epath.Path(self.path), inputs, build, upgrade)
 
     def _check_recorded(self) -> None:
         """Raises ValueError if the folder was prepared from something else. Files may have gone since, and an
@@ -114,8 +115,7 @@ class Dataset:
 
 
 def _stop_if_preempted() -> None:
-    """Ends the run if SIGTERM came. Of several processes the others wait: there the scheduler ends them."""
-    if jax.process_count() == 1 and distributed.preempted():
+    if distributed.preempted():
         raise distributed.Preempted("data")
 
 
@@ -127,7 +127,7 @@ def datasets_of(
     config: the variant's; sweep: the one it is a variant of (the same where there are none). workdir: the
     whole command's. variant: its name, or "". Raises ValueError for a source where the workdir is a bucket's.
     """
-    datasets = {}
+    datasets, errors = {}, Errors()
     for name in NAMES:
         given = config.data[name]
         if not given or (name == "base" and config.base.checkpoint):
@@ -137,18 +137,18 @@ def datasets_of(
             datasets[name] = Dataset(os.path.expanduser(given), split)
             continue
         if in_bucket(workdir):
-            raise ValueError(
+            errors.add(
                 f"data.{name}={given} is a source, and {workdir} lies in a bucket: prepare it on a disk with "
                 f"python -m clipmoe_jax.prepare, copy the folder, and set data.{name} to it"
             )
+            continue
         folder = (workdir if given == sweep.data[name] else workdir / variant) / "data"
-        try:
+        with errors.of(f"data.{name}"):
             source = sources.with_seed(given, seed)
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from error
-        if source != given and len(config.seeds) > 1:
-            folder /= f"seed_{seed}"
-        datasets[name] = Dataset(str(folder / name), split, source)
+            if source != given and len(config.seeds) > 1:
+                folder /= f"seed_{seed}"
+            datasets[name] = Dataset(str(folder / name), split, source)
+    errors.raise_all()
     return datasets
 
 

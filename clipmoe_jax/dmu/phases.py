@@ -1,12 +1,14 @@
 """The recipe table worked out for a config: each phase that trains, over which model, for how many steps."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data.loader import SHORT_LENGTH
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.recipes import Recipe
@@ -81,20 +83,21 @@ def phases_of(
     """Returns the phases of a config in order, for so many training pairs on a platform.
 
     num_base_pairs: how many pairs a base is trained on from scratch; 0 is as many as num_pairs.
-    Raises ValueError naming the section whose batch is larger than the data, or whose warm-up does not fit.
+    Raises ValueError naming each section whose batch is larger than the data, or whose warm-up does not fit.
     """
+    trained = [recipe for recipe in recipes.recipes(config).values() if _is_trained(config, recipe)]
     steps: dict[str, int] = {}
-    phases = []
-    for recipe in recipes.recipes(config).values():
-        if recipe.group == "ensemble":
-            continue
-        if recipe.group == "base" and (config.base.checkpoint or not config.data.base):
-            continue
-        hyperparameters = configs.phase_config(recipe.hyperparameters(config))
-        pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
+    errors = Errors()
+    for recipe in trained:
         if recipe.num_steps is None:
-            steps[recipe.name] = steps_of_section(recipe.section, hyperparameters, pairs)
-        else:
+            pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
+            hyperparameters = configs.phase_config(recipe.hyperparameters(config))
+            with errors.of():
+                steps[recipe.name] = steps_of_section(recipe.section, hyperparameters, pairs)
+    errors.raise_all()
+    phases = []
+    for recipe in trained:
+        if recipe.num_steps is not None:
             steps[recipe.name] = recipe.num_steps(recipes.StepCounts(config, steps.__getitem__))
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
         architecture = architecture_of(config, recipe)
@@ -105,7 +108,7 @@ def phases_of(
             architecture,
             compute,
             recipe.trains,
-            hyperparameters,
+            configs.phase_config(recipe.hyperparameters(config)),
             steps[recipe.name],
             short_length=min(SHORT_LENGTH, context_length) if weight else 0,
             frozen_dtype=frozen_dtype(config, compute),
@@ -115,6 +118,12 @@ def phases_of(
         )
         phases.append(phase)
     return phases
+
+
+def _is_trained(config: ConfigDict, recipe: Recipe) -> bool:
+    if recipe.group == "base":
+        return not config.base.checkpoint and bool(config.data.base)
+    return recipe.group != "ensemble"
 
 
 def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:
@@ -157,12 +166,18 @@ def _is_bound(config: ConfigDict, recipe: Recipe) -> bool:
     return by_stages and config.mcl.small_clusters == "drop" and not config.mcl.num_steps
 
 
-def check_mesh(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> None:
-    """Raises ValueError if a phase's batch or its parameters cannot be split over the mesh."""
-    try:
-        settings = phase.hyperparameters
-        sharding.check_batch(mesh, settings.batch_size, settings.accumulation_steps)
-        if mesh.size > mesh.shape["data"]:  # else every device holds all of them
-            sharding.param_shardings(mesh, abstract_params(phase.architecture))
-    except ValueError as error:
-        raise ValueError(f"{phase.name}: {error}") from error
+def check_mesh(mesh: Mesh | AbstractMesh, phases: Iterable[PlannedPhase]) -> None:
+    """Raises ValueError naming each phase whose batch or parameters cannot be split over the mesh; of phases
+    alike the first."""
+    errors, checked = Errors(), set()
+    for phase in phases:
+        settings, architecture = phase.hyperparameters, phase.architecture
+        key = settings.batch_size, settings.accumulation_steps, architecture
+        if key in checked:
+            continue
+        checked.add(key)
+        with errors.of(phase.name):
+            sharding.check_batch(mesh, settings.batch_size, settings.accumulation_steps)
+            if mesh.size > mesh.shape["data"]:  # else every device holds all of them
+                sharding.param_shardings(mesh, abstract_params(architecture))
+    errors.raise_all()

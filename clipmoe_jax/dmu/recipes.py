@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.errors import Errors
 
 TRAIN_EVERYTHING = [(r".*", True)]
 TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
@@ -293,14 +294,16 @@ def baseline_names() -> tuple[str, ...]:
 
 
 def check_baselines(config: ConfigDict) -> None:
-    """Raises ValueError naming a baseline that there is not, or that lacks the one it is made from."""
-    known = {row.name: row for row in BASELINES}
+    """Raises ValueError naming the baselines that there are not, or that lack the one they are made from."""
+    known, errors = {row.name: row for row in BASELINES}, Errors()
     for name in config.baselines:
         if name not in known:
-            raise ValueError(f"baselines={name!r}: choose one of {', '.join(known)}")
+            errors.add(f"baselines={name!r}: choose one of {', '.join(known)}")
+            continue
         for needed in known[name].experts(config):
             if needed in known and needed not in config.baselines:
-                raise ValueError(f"baselines: {name!r} is made from {needed!r}: add it")
+                errors.add(f"baselines: {name!r} is made from {needed!r}: add it")
+    errors.raise_all()
 
 
 def recipes(config: ConfigDict) -> dict[str, Recipe]:

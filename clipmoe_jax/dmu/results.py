@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed, trees
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.dmu import diagnostics, recipes
 from clipmoe_jax.dmu.datasets import Dataset
@@ -60,15 +61,18 @@ def lines_of(config: ConfigDict) -> tuple[str, ...]:
 
 def check_lines(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
     """Raises ValueError or FileNotFoundError for evaluations that cannot be, before data is prepared."""
+    errors = Errors()
     for line in lines_of(config):
-        evaluation = parse_evaluation(line)
-        if evaluation.path not in OWN:
-            with contextlib.suppress(NotApplicableError):
+        with errors.of(), contextlib.suppress(NotApplicableError):
+            evaluation = parse_evaluation(line)
+            if evaluation.path not in OWN:
                 _ = evaluation.data
-        elif OWN[evaluation.path] not in datasets:
-            raise ValueError(f"evaluation {line}: {evaluation.path} is empty: set it, or name a data set")
-    if config.retention and (kind := parse_evaluation(config.retention).kind) not in RETENTION:
-        raise ValueError(f"retention={config.retention}: {kind} is none of {', '.join(RETENTION)}")
+            elif OWN[evaluation.path] not in datasets:
+                raise ValueError(f"evaluation {line}: {evaluation.path} is empty: set it, or name a data set")
+            if line == config.retention and evaluation.kind not in RETENTION:
+                choices = ", ".join(RETENTION)
+                raise ValueError(f"retention={line}: {evaluation.kind} is none of {choices}")
+    errors.raise_all()
 
 
 def open_evaluations(

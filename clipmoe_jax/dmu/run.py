@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -81,9 +80,13 @@ class Run:
         if self.siblings:
             name = path.relative_to(self.workdir)
             others = [folder / name for folder in self.siblings]
-            if source := artifacts.copy(path, inputs, others, upgrade=configs.upgrade_inputs):
+
+            def copy() -> str | None:
+                source = artifacts.copy(path, inputs, others, upgrade=configs.upgrade_inputs)
+                return source and str(source)
+
+            if source := distributed.on_main(f"{path} may be copied", copy):
                 self.metrics.say(f"{name}: copied from {source}")
-            distributed.barrier(f"{path} may be copied")  # no process sees half of it
         artifacts.make(path, inputs, build, upgrade=configs.upgrade_inputs)
 
     def pairs(
@@ -106,16 +109,6 @@ class Run:
                 self.records(name), self.tokenizer(), image_size, packing_steps, short_captions=with_short
             ),
         )
-
-    def encode(
-        self,
-        name: str,
-        encoder: Encoder,
-        first: int = 0,
-        stop: int | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Returns {"image", "text": (N, embed) float32 unit features} of a range of records, in order."""
-        return encoder.pairs(self.pairs(name), first, stop, num_workers=self.config.data.num_workers)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """Returns what `make` returned when it was called under this key for the first time.

@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, phases_of
-from clipmoe_jax.dmu.recipes import Results
+from clipmoe_jax.dmu.recipes import Results, check_baselines
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
@@ -38,22 +39,26 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     Returns {variant: results of each seed}, empty lists where `stage` is another than the evaluation. Raises
     ValueError or FileNotFoundError naming what cannot work.
     """
-    configs.validate(config)
-    variants = configs.variant_configs(config)
-    datasets, checked = {}, set()
+    errors, datasets, checked = Errors(), {}, set()
+    with errors.of():
+        configs.validate(config)
+    variants = configs.variant_configs(config, errors)
     for name, variant in variants.items():
-        with _naming_variant(name):
+        with errors.of(configs.label(name)):
             check_config(variant, stage)
-            for seed in variant.seeds:
+        for seed in variant.seeds:
+            with errors.of(configs.label(name)):
                 datasets[name, seed] = datasets_of(variant, config, workdir, name, seed)
                 check_sources(variant, datasets[name, seed], checked)
                 checked |= set(datasets[name, seed].values())
+    errors.raise_all()
     for (name, _), of_run in datasets.items():
         for dataset in of_run.values():
             _prepare(dataset, variants[name], stage)
     for (name, _), of_run in datasets.items():
-        with _naming_variant(name):
+        with errors.of(configs.label(name)):
             check_data(variants[name], of_run)
+    errors.raise_all()
     results_of = {name: [] for name in variants}
     if stage != DATA_STAGE:
         for (name, seed), of_run in datasets.items():
@@ -61,17 +66,6 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
             if evaluated is not None:
                 results_of[name].append(evaluated)
     return results_of
-
-
-@contextlib.contextmanager
-def _naming_variant(name: str):
-    """Errors inside say which variant they are of."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if not name:
-            raise
-        raise ValueError(f"variants.{name}: {error}") from error
 
 
 def _prepare(dataset: Dataset, config: ConfigDict, stage: str) -> None:
@@ -122,22 +116,30 @@ def _run_seed(
 
 
 def check_config(config: ConfigDict, stage: str = "") -> None:
-    """Raises ValueError or FileNotFoundError for what would fail later and needs no data to be seen.
+    """Raises ValueError or FileNotFoundError for all that would fail later and needs no data to be seen.
 
     Fields, the stage's name, the base's checkpoint, platform and mesh.
     """
-    configs.validate(config)
-    if stage and stage not in (names := stage_names(config)):
-        raise ValueError(f"{stage!r} is not a stage of this config: choose one of {', '.join(names)}")
-    mesh = sharding.make_mesh(**config.mesh)
-    for phase in phases_of(config, sharding.platform(), ENOUGH_PAIRS):
-        if stage in ("", phase.stage):
-            check_mesh(mesh, phase)
+    errors = Errors()
+    with errors.of():
+        configs.validate(config)
+    with errors.of():
+        check_baselines(config)
+    is_valid = not errors.any()
     if config.base.checkpoint and not epath.Path(os.path.expanduser(config.base.checkpoint)).exists():
-        raise FileNotFoundError(
-            f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
-            "transformers' CLIPModel or a model folder of a run"
-        )
+        with errors.of():
+            raise FileNotFoundError(
+                f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
+                "transformers' CLIPModel or a model folder of a run"
+            )
+    if is_valid and stage and stage not in (names := stage_names(config)):
+        errors.add(f"{stage!r} is not a stage of this config: choose one of {', '.join(names)}")
+    if is_valid and stage != DATA_STAGE:  # which needs no device
+        with errors.of():
+            mesh = sharding.make_mesh(**config.mesh)
+            phases = phases_of(config, sharding.platform(), ENOUGH_PAIRS)
+            check_mesh(mesh, [phase for phase in phases if stage in ("", phase.stage)])
+    errors.raise_all()
 
 
 def check_sources(
@@ -149,26 +151,42 @@ def check_sources(
     may not see its files. checked: data sets that have been looked at, which takes seconds for a folder of a
     million files.
     """
-    if distributed.is_main():
+
+    def check() -> None:
+        errors = Errors()
         for name, dataset in datasets.items():
             if dataset in checked:
                 continue
             try:
                 dataset.check()
-            except ValueError as error:
-                field = f"data.{name}_split" if isinstance(error, NoSplitError) else f"data.{name}"
-                raise ValueError(f"{field}: {error}") from error
-    results.check_lines(config, datasets)
+            except NoSplitError as error:
+                errors.add(f"data.{name}_split: {error}")
+            except (ValueError, FileNotFoundError) as error:
+                with errors.of(f"data.{name}"):
+                    raise error
+        errors.raise_all()
+
+    errors = Errors()
+    with errors.of():
+        distributed.on_main("sources are checked", check)
+    with errors.of():
+        results.check_lines(config, datasets)
+    errors.raise_all()
 
 
 def check_data(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
-    """Raises ValueError or FileNotFoundError for what the data rules out: batches, schedules, evaluations."""
+    """Raises ValueError or FileNotFoundError for all that the data rules out: batches and so on."""
+    errors = Errors()
     records = {name: dataset.open() for name, dataset in datasets.items()}
     num_pairs = len(records["train"])
-    if config.data.packing_steps and not config.data.in_memory:
-        _ = records["train"].token_counts  # is not there in data sets of an earlier version
-    results.open_evaluations(config, datasets)
-    if distributed.is_main():
-        check_disjoint(datasets)
+    with errors.of():
+        if config.data.packing_steps and not config.data.in_memory:
+            _ = records["train"].token_counts  # is not there in data sets of an earlier version
+    with errors.of():
+        results.open_evaluations(config, datasets)
+    with errors.of():
+        distributed.on_main("rehearsal and tests are compared", lambda: check_disjoint(datasets))
     num_base_pairs = len(records["base"]) if "base" in records else 0
-    phases_of(config, sharding.platform(), num_pairs, num_base_pairs)
+    with errors.of():
+        phases_of(config, sharding.platform(), num_pairs, num_base_pairs)
+    errors.raise_all()

@@ -13,12 +13,13 @@
 A stage whose artifact is there is skipped; one whose artifact another config made is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, distributed
 from clipmoe_jax.core.paths import written_whole
@@ -29,10 +30,13 @@ from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_c
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import inputs_of, inputs_of_encoding, make_baselines, make_model, upcycle
+from clipmoe_jax.evaluation.encoder import Encoder
 
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
 PART_ROWS = 65536
 MODALITIES = ("image", "text")
+# Beside the parts: those batches of one that were done when a signal came.
+BEGUN = "begun.npz"
 
 
 def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
@@ -59,25 +63,65 @@ def embed(run: Run, stage: int) -> None:
     """Writes stage_s/features: image-*.npy, text-*.npy, (rows, embed) float16 unit vectors, in order."""
     before = _model_before(run, stage)
     source = artifacts.require(run.workdir / before.folder, before.stage)
+    name = f"embed_{stage}"
 
     def build(folder: epath.Path) -> dict:
         encoder = run.encoder(source)
         num_pairs = len(run.pairs("train"))
         starts = range(0, num_pairs, PART_ROWS)  # whatever the batch size is when a killed pass goes on
-        with run.metrics.progress(f"embed_{stage}", 0, num_pairs, unit="pair") as progress:
+        with run.metrics.progress(name, 0, num_pairs, unit="pair") as progress:
             for part, start in enumerate(starts):
                 stop = min(start + PART_ROWS, num_pairs)
                 text_file = folder / f"text-{part:05d}.npy"  # written last
                 if not distributed.agree(text_file.exists()):
-                    features = run.encode("train", encoder, start, stop)
-                    save_array(folder / f"image-{part:05d}.npy", features["image"].astype(np.float16))
-                    save_array(text_file, features["text"].astype(np.float16))
+                    features = _encode(run, encoder, folder / BEGUN, start, stop, name, progress)
+                    save_array(folder / f"image-{part:05d}.npy", features["image"])
+                    save_array(text_file, features["text"])
                 progress.update(stop - progress.n)
                 if distributed.preempted():
-                    raise distributed.Preempted(f"embed_{stage}, {stop} pairs")
+                    raise distributed.Preempted(f"{name}, {stop} pairs")
+        if distributed.is_main():
+            (folder / BEGUN).unlink(missing_ok=True)
         return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
     run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_encoding(run, before), build)
+
+
+def _encode(
+    run: Run, encoder: Encoder, begun: epath.Path, start: int, stop: int, name: str, progress: tqdm
+) -> dict[str, np.ndarray]:
+    """Returns {modality: (stop - start, embed) float16} of a part's pairs; right in process 0 alone.
+
+    Goes on with the batches that `begun` holds of it. After SIGTERM or Ctrl-C those that are done go there,
+    and it raises Preempted.
+    """
+    parts = {modality: [] for modality in MODALITIES}
+    if distributed.is_main() and begun.exists():
+        with begun.open("rb") as file, np.load(file) as arrays:
+            if (arrays["start"], arrays["stop"]) == (start, stop):
+                parts = {modality: [arrays[modality]] for modality in MODALITIES}
+    done = int(distributed.broadcast(np.asarray(start + sum(map(len, parts["text"])))))
+    workers, shards = run.config.data.num_workers, run.mesh.size
+    with encoder.open(run.pairs("train"), done, stop, workers, shards) as batches:
+        for features in encoder.stream(batches):
+            for modality, rows in features.items():
+                parts[modality].append(rows.astype(np.float16))
+            done += len(features["text"])
+            progress.update(done - progress.n)
+            if done < stop and distributed.preempted():
+                _save_begun(begun, _joined(parts), start, stop)
+                raise distributed.Preempted(f"{name}, {done} pairs")
+    return _joined(parts)
+
+
+def _joined(parts: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    return {modality: np.concatenate(arrays) for modality, arrays in parts.items()}
+
+
+def _save_begun(path: epath.Path, features: Mapping[str, np.ndarray], start: int, stop: int) -> None:
+    if distributed.is_main():
+        with written_whole(path) as where, where.open("wb") as file:
+            np.savez(file, start=start, stop=stop, image=features["image"], text=features["text"])
 
 
 def encode_rehearsal(run: Run) -> None:
@@ -86,7 +130,8 @@ def encode_rehearsal(run: Run) -> None:
     source = artifacts.require(run.workdir / base.folder, base.stage)
 
     def build(folder: epath.Path) -> dict:
-        features = run.encode("rehearsal", run.encoder(source))
+        encoder = run.encoder(source)
+        features = encoder.pairs(run.pairs("rehearsal"), num_workers=run.config.data.num_workers)
         for modality in MODALITIES:
             save_array(folder / f"{modality}.npy", features[modality])
         return {"num_pairs": len(features["image"])}

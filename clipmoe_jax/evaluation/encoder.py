@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core import distributed, sharding, trees
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.samplers import SequentialSampler
 from clipmoe_jax.models.clip import METHODS, Clip, normalize_features
@@ -47,20 +47,36 @@ class Encoder:
     def batches(
         self, batches: Iterable[Mapping[str, Any]], inputs: Sequence[str] = ("image", "text")
     ) -> dict[str, np.ndarray]:
-        """Returns {input: (N, d) float32 unit features} of a loader's batches, without rows that are not
-        "valid".
+        """Returns {input: (N, d) float32 unit features} of a loader's batches, all those of `stream`.
+
+        Raises Preempted after SIGTERM or Ctrl-C.
+        """
+        features = {name: [] for name in inputs}
+        for of_batch in self.stream(batches, inputs):
+            for name, array in of_batch.items():
+                features[name].append(array)
+            if distributed.preempted():
+                raise distributed.Preempted("encoding")
+        none = np.zeros((0, self._model.config.embed_dim), np.float32)
+        return {name: np.concatenate(parts or [none]) for name, parts in features.items()}
+
+    def stream(
+        self, batches: Iterable[Mapping[str, Any]], inputs: Sequence[str] = ("image", "text")
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields {input: (n, d) float32 unit features} of each of a loader's batches, without rows that are
+        not "valid".
 
         Each process gives its rows of a batch, and gets the features of all. A batch is read back when the
         next one is under way: the device neither waits nor piles up inputs.
         """
-        features, pending = {name: [] for name in inputs}, None
+        pending = None
         for batch in batches:
             started = self._start({name: batch[name] for name in inputs}, batch["valid"])
-            self._finish(pending, features)
+            if pending is not None:
+                yield self._finish(pending)
             pending = started
-        self._finish(pending, features)
-        none = np.zeros((0, self._model.config.embed_dim), np.float32)
-        return {name: np.concatenate(parts or [none]) for name, parts in features.items()}
+        if pending is not None:
+            yield self._finish(pending)
 
     def pairs(
         self,
@@ -130,9 +146,6 @@ class Encoder:
             return sharding.replicate(self._mesh, started)
 
     @staticmethod
-    def _finish(pending: dict[str, jax.Array] | None, features: dict[str, list[np.ndarray]]) -> None:
-        if pending is None:
-            return
+    def _finish(pending: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         valid = np.asarray(pending.pop("valid"))
-        for name, array in pending.items():
-            features[name].append(np.asarray(array)[valid])
+        return {name: np.asarray(array)[valid] for name, array in pending.items()}

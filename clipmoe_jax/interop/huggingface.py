@@ -35,7 +35,7 @@ PROCESSORS = (
 )
 # MoeConfig's, in its order, and the value of one that an older config.json leaves out.
 MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers", "router_sequence_share")
-MOE_DEFAULTS = {"router_sequence_share": 0.0}
+MOE_DEFAULTS: dict[str, Any] = {"router_sequence_share": 0.0}
 
 # Values of fields that a config.json leaves out.
 TEXT_DEFAULTS = {

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.sharding import devices_in_use
 from clipmoe_jax.models.feed_forward import ACTIVATIONS
 from clipmoe_jax.models.inputs import END_ID, MEAN, STD, PackedText
@@ -58,6 +59,21 @@ class TextConfig:
         return self.vocab_size == END_ID + 1 and self.eos_token_id in (None, END_ID)
 
 
+def _check_tower(name: str, tower: VisionConfig | TextConfig) -> None:
+    errors = Errors()
+    for field, value in dataclasses.asdict(tower).items():
+        if field != "eos_token_id" and value is not None and value < 1:
+            errors.add(f"{name}.{field}={value} must be at least 1")
+    errors.raise_all()  # what follows divides by them
+    if tower.width % tower.head_width:
+        errors.add(f"{name}.width={tower.width} is not a multiple of {name}.head_width={tower.head_width}")
+    if isinstance(tower, VisionConfig) and tower.image_size % tower.patch_size:
+        errors.add(
+            f"{name}.image_size={tower.image_size} is not a multiple of {name}.patch_size={tower.patch_size}"
+        )
+    errors.raise_all()
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
     """The architecture: everything on which the shapes and the meaning of the parameters depend.
@@ -73,23 +89,14 @@ class ClipConfig:
     moe: MoeConfig | None = None
 
     def __post_init__(self):
+        errors = Errors()
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
+            errors.add(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
         for name, tower in (("vision", self.vision), ("text", self.text)):
-            if tower is None:
-                continue
-            for field, value in dataclasses.asdict(tower).items():
-                if field != "eos_token_id" and value is not None and value < 1:
-                    raise ValueError(f"{name}.{field}={value} must be at least 1")
-            if tower.width % tower.head_width:
-                raise ValueError(
-                    f"{name}.width={tower.width} is not a multiple of {name}.head_width={tower.head_width}"
-                )
-        if self.vision.image_size % self.vision.patch_size:
-            raise ValueError(
-                f"vision.image_size={self.vision.image_size} is not a multiple of "
-                f"vision.patch_size={self.vision.patch_size}"
-            )
+            if tower is not None:
+                with errors.of():
+                    _check_tower(name, tower)
+        errors.raise_all()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain dicts and numbers, for JSON."""

@@ -67,15 +67,24 @@ class Plan:
     bounds: list[str]  # stages that may take fewer steps: small clusters are dropped
 
 
-def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float, num_pairs: int) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    accelerator: str,
+    num_devices: int,
+    mfu: float,
+    num_pairs: int,
+    num_base_pairs: int = 0,
+) -> Plan:
     """Plans a run of `num_pairs` training pairs on `num_devices` of an accelerator of ACCELERATORS.
 
-    mfu: the share of the peak that the products of the model get. Raises ValueError for a run that would be
-    refused: fewer pairs than a batch, a warm-up that does not fit, batches that do not split over the
-    devices, parameters that do not split over the mesh.
+    mfu: the share of the peak that the products of the model get. num_base_pairs: to train a base on from
+    scratch; 0 is as many. Raises ValueError for a run that would be refused: fewer pairs than a batch, a
+    warm-up that does not fit, batches or parameters that do not split over the mesh.
     """
     device = ACCELERATORS[accelerator]
     mesh = sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices)
+    phases = phases_of(config, device.platform, num_pairs, num_base_pairs)
+    check_mesh(mesh, phases)
     dense, moe = architectures_of(config)
     assert moe.moe is not None
     models = {}
@@ -91,8 +100,7 @@ def make_plan(config: ConfigDict, accelerator: str, num_devices: int, mfu: float
     steps, stages, limits, bounds = {}, [], [], []
     embedding = flops.forward(dense)
     planned: dict[tuple, StepPlan] = {}
-    for phase in phases_of(config, device.platform, num_pairs):
-        check_mesh(mesh, phase)
+    for phase in phases:
         if phase.is_bound:
             bounds.append(phase.name)
         if phase.step_key not in planned:

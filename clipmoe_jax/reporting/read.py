@@ -41,8 +41,12 @@ class Folder:
         """Returns the path of a file that `stage` makes. Raises NotThereError."""
         path = self.path / name
         if not path.exists():
-            raise NotThereError(self._shown(name), f"{MAIN} --workdir={self.workdir} --stage={stage}")
+            raise self.not_there(name, stage)
         return path
+
+    def not_there(self, name: str, stage: str) -> NotThereError:
+        """Returns the error of a file that is not there or holds nothing yet, and that `stage` makes."""
+        return NotThereError(self._shown(name), f"{MAIN} --workdir={self.workdir} --stage={stage}")
 
     def json(self, name: str, stage: str) -> Any:
         """Returns the content of a JSON file that `stage` makes. Raises NotThereError."""
@@ -116,6 +120,7 @@ def seed_folders(workdir: epath.Path) -> list[Folder]:
 def read_curves(folder: Folder) -> Curves:
     """Returns {phase: {"step" and each number: (T,) float64}} of metrics.jsonl in the order of the phases.
 
+    Raises NotThereError if no phase has written a line yet.
     A resumed run repeats steps: the later line counts. A line that a kill has cut off is left out, but not
     the one that the resumed run then wrote behind it without a line break.
     """
@@ -124,6 +129,8 @@ def read_curves(folder: Folder) -> Curves:
         if text.endswith("}"):
             line = json.loads(text[text.rindex('{"phase"') :])
             phases.setdefault(line["phase"], {})[line["step"]] = line
+    if not phases:
+        raise folder.not_there("metrics.jsonl", "base")
     curves = {}
     for phase, by_step in phases.items():
         lines = [by_step[step] for step in sorted(by_step)]

@@ -90,6 +90,24 @@ def test_unfinished_folder_of_other_inputs_is_refused(tmp_path):
         artifacts.make(tmp_path / "base", INPUTS | {"mcl.seed": 7}, never)
 
 
+def test_failed_build_that_left_nothing_is_no_obstacle(tmp_path):
+    """A config that `build` refused is corrected; folders alone, as of checkpoints to come, are nothing."""
+
+    def refuse(folder):
+        (folder / "checkpoints" / "tmp").mkdir(parents=True)
+        raise ValueError("a number is not finite")
+
+    others = make_two(tmp_path)
+    for name in ("base", "copied"):
+        with pytest.raises(ValueError, match="not finite"):
+            artifacts.make(tmp_path / name, INPUTS | {"mcl.seed": 8}, refuse)
+        assert (tmp_path / f"{name}.unfinished" / "inputs.json").exists()
+    assert artifacts.make(tmp_path / "base", INPUTS, counted([])) is True
+    assert json.loads((tmp_path / "base" / "done.json").read_text())["inputs"]["mcl.seed"] == 0
+    assert not (tmp_path / "base" / "checkpoints").exists()
+    assert artifacts.copy(tmp_path / "copied", INPUTS, others) == tmp_path / "b" / "base"
+
+
 def test_killed_build_continues_with_what_it_left(tmp_path):
     first, second = [], []
     with pytest.raises(InterruptedError):

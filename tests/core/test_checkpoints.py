@@ -1,6 +1,7 @@
 """Models and training state on disk: what comes back is what went in, on this mesh or another."""
 
 import dataclasses
+import resource
 import shutil
 
 import jax
@@ -183,6 +184,32 @@ def test_checkpoints_stay_if_none_can_be_read(saved, tmp_path):
         ):
             checkpointer.restore(saved[1])
     assert {path.name for path in folder.iterdir()} == {"2", "3"}
+
+
+def test_folder_with_brackets_is_one_like_any_other(saved, tmp_path):
+    """Orbax looks for a checkpoint's files by `glob`, which took a run's name for a pattern."""
+    folder = tmp_path / "lr[1e-3]"
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        checkpointer.save(3, saved[1], {"loss": 1.5})
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        found, meta = checkpointer.restore(saved[1])
+    assert meta == {"loss": 1.5}
+    for array, want in zip(values(found.trainable), values(saved[1].trainable), strict=True):
+        np.testing.assert_array_equal(array, want)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writes that go on
+def test_write_that_fails_is_raised_and_not_logged(saved, tmp_path, caplog):
+    """As on a full disk: by orbax's threads each error would come with hundreds of lines."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(ValueError, match="File too large"), Checkpointer(tmp_path, 2) as checkpointer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            checkpointer.save(3, saved[1], {"loss": 1.5})
+            checkpointer.latest_step()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 def test_restore_without_a_checkpoint_gives_none(tmp_path):

@@ -1,15 +1,18 @@
 """Commands: their text, their errors and their exit codes."""
 
+import errno
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 from grids import grid
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from clipmoe_jax.core import artifacts, cli, distributed
+from clipmoe_jax.core.errors import Errors
 
 
 def command(body: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -21,16 +24,6 @@ def command(body: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
 
 
-def test_returned_text_is_printed():
-    done = command("return 'made ' + flags.FLAGS.stage", "--stage=base")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "made base\n", "")
-
-
-def test_command_that_returns_nothing_prints_nothing():
-    done = command("pass")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_missing_artifact_is_completed_with_the_flag_that_makes_it():
     done = command("artifacts.require('runs/base', 'base')")
     assert (done.returncode, done.stdout) == (1, "")
@@ -40,17 +33,122 @@ def test_missing_artifact_is_completed_with_the_flag_that_makes_it():
     )
 
 
-def test_preempted_run_says_where_and_exits_with_75():
-    done = command("raise distributed.Preempted('mcl_1, step 5')")
-    assert done.returncode == 75
-    assert done.stdout == "mcl_1, step 5: stopped by SIGTERM; start the same command again to go on\n"
-
-
 def test_preemption_without_a_command_exits_with_75(capsys):
     with pytest.raises(SystemExit) as stop:
         raise distributed.Preempted("alone")
     assert stop.value.code == distributed.EXIT_PREEMPTED == 75
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs a command's main in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a command sets
+
+    def run(main):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_returned_text_is_printed(run_here):
+    assert run_here(lambda argv: "made base") == (None, "made base\n", "")
+
+
+def test_command_that_returns_nothing_prints_nothing(run_here):
+    assert run_here(lambda argv: None) == (None, "", "")
+
+
+def test_preempted_run_says_where_and_exits_with_75(run_here):
+    told = "mcl_1, step 5: stopped by SIGTERM; start the same command again to go on\n"
+    assert run_here(raising(distributed.Preempted("mcl_1, step 5"))) == (75, told, "")
+
+
+def test_every_thing_that_is_wrong_has_its_line(run_here):
+    errors = Errors()
+    errors.add("mcl.b1=2 is wrong")
+    errors.add("two\nlines")
+    done = run_here(lambda argv: errors.raise_all())
+    assert done == (1, "", "error: mcl.b1=2 is wrong\nerror: two lines\n")
+
+
+def test_ctrl_c_ends_a_command_in_one_line(run_here):
+    assert run_here(raising(KeyboardInterrupt())) == (130, "", "ended by Ctrl-C\n")
+
+
+def test_run_that_ctrl_c_stopped_says_where_and_exits_with_130(run_here, monkeypatch):
+    monkeypatch.setattr(distributed, "_interrupted", True)
+    told = "mcl_1, step 5: stopped by Ctrl-C; start the same command again to go on\n"
+    assert run_here(raising(distributed.Preempted("mcl_1, step 5"))) == (130, told, "")
+
+
+def chained(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+# As tensorstore tells orbax, which raises it in another place.
+FULL = (
+    'RESOURCE_EXHAUSTED: Error writing "proj/0.0" in OCDBT database at local file "/runs/base/4/": Failed to '
+    "write 6595 bytes to file 15: No space left on device [os_error_code='28']"
+)
+FULL_DISKS = {
+    "tensorstore": (ValueError(FULL), ": /runs/base/4"),
+    "behind another error": (chained(RuntimeError("no checkpoint"), ValueError(FULL)), ": /runs/base/4"),
+    "a file": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/x.npy"), ": /runs/x.npy"),
+    "an open file": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ""),
+    "a quota": (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/runs/x"), ": /runs/x"),
+}
+
+
+@pytest.mark.parametrize(("error", "place"), FULL_DISKS.values(), ids=FULL_DISKS)
+def test_full_disk_is_one_line(run_here, monkeypatch, error, place):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, out, told = run_here(raising(error))
+    reason = "Disk quota exceeded" if isinstance(error, OSError) and error.errno == errno.EDQUOT else None
+    reason = reason or "No space left on device"
+    assert (code, out) == (1, "")
+    assert told == f"error: {reason}{place}: make room, and start the same command again\n"
+
+
+def test_memory_that_is_exhausted_is_no_full_disk():
+    assert cli._full_disk(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")) == ""
+
+
+def test_process_that_nothing_started_is_told_the_flag_for_one(monkeypatch):
+    monkeypatch.setattr(cli, "flags", SimpleNamespace(FLAGS={"distributed": "auto"}))
+    assert "--distributed=off" in cli._fix(distributed.NotStartedError("no srun"))
+
+
+def test_home_is_expanded_in_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/mine")
+    given = []
+
+    class Parsed(list):  # of no flags
+        def __call__(self, argv):
+            given.append(argv)
+
+    monkeypatch.setattr(cli, "flags", SimpleNamespace(FLAGS=Parsed()))
+    cli._parse_flags(["command", "--out=~/set", "--source=folder:~/a?images=~/b"], {})
+    assert given == [["command", "--out=/home/mine/set", "--source=folder:/home/mine/a?images=/home/mine/b"]]
+
+
+def test_home_is_expanded_in_a_config(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/mine")
+    config = ConfigDict({"n": 1, "data": {"train": "~/train"}, "lines": ("knn:~/a?train=~/b", 2)})
+    cli._expand_home(config.lock())
+    lines = ("knn:/home/mine/a?train=/home/mine/b", 2)
+    assert config.to_dict() == {"n": 1, "data": {"train": "/home/mine/train"}, "lines": lines}
 
 
 def test_error_without_a_flag_to_add_stays_as_it_is():

@@ -1,8 +1,11 @@
 """Progress bars. tests/core/test_paths.py has metrics in a bucket."""
 
 import sys
+import threading
 
 import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
 
 from clipmoe_jax.core import distributed, metrics
 
@@ -10,6 +13,37 @@ from clipmoe_jax.core import distributed, metrics
 def work():
     with metrics.progress_bar("decoding", total=3, unit="image", initial=1) as bar:
         bar.update(2)
+
+
+def test_numbers_reach_tensorboard_from_the_callers_thread(tmp_path):
+    """A thread of its own would end on a full disk, and whoever adds numbers would wait for ever."""
+    threads = threading.active_count()
+    run = metrics.Metrics(epath.Path(tmp_path))
+    run.log("mcl_1", 3, {"loss": 0.5})
+    run.log("mcl_1", 4, {"loss": 0.25})
+    assert threading.active_count() == threads
+    run.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    events = list(tfrecords(file.read_bytes()))
+    numbers = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert numbers == [(3, "mcl_1/loss", 0.5), (4, "mcl_1/loss", 0.25)]
+
+
+def tfrecords(content: bytes):
+    """Events of a file: each 8 bytes of length, 4 of checksum, itself, 4 of checksum."""
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        yield event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
+def test_full_disk_ends_the_run_where_numbers_are_written(tmp_path, monkeypatch):
+    run = metrics.Metrics(epath.Path(tmp_path))
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", -1)  # writes all at once
+    (tmp_path / "full").symlink_to("/dev/full")
+    run._tensorboard._file._py_recordio_writer._writer = (tmp_path / "full").open("wb")
+    with pytest.raises(OSError, match="No space left on device"):
+        run.log("mcl_1", 3, {"loss": 0.5})
 
 
 def test_progress_bar_is_silent_in_a_log_file(capsys):

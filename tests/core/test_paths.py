@@ -1,6 +1,7 @@
 """Disks and buckets. What only buckets do runs here on a disk that is taken for one."""
 
 import json
+import os
 
 import pytest
 from etils import epath
@@ -14,6 +15,44 @@ def test_bucket_paths_stay_as_they_are(tmp_path, monkeypatch):
     assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)
     assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
     assert absolute("run") == epath.Path(tmp_path) / "run"
+
+
+def test_folder_with_brackets_is_no_pattern(tmp_path):
+    folder = epath.Path(tmp_path) / "lr[1e-3]"
+    folder.mkdir()
+    for name in ("image-1.npy", "image-0.npy", "text-0.npy", "image-0.npy.tmp"):
+        (folder / name).touch()
+    found = sorted(folder.glob("image-*.npy"))
+    assert found == [folder / "image-0.npy", folder / "image-1.npy"]
+    assert [path.name for path in epath.Path(tmp_path).glob("lr*")] == ["lr[1e-3]"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expanded"),
+    [
+        ("~", "HOME"),
+        ("~/x", "HOME/x"),
+        ("--out=~/x", "--out=HOME/x"),
+        ("--config=~/my.py:seeds=3", "--config=HOME/my.py:seeds=3"),
+        (
+            "coco:~/a.json?images=~/a,folder:~/b",
+            "coco:HOME/a.json?images=HOME/a,folder:HOME/b",
+        ),
+        ("~nobody-has-this-name/x", "~nobody-has-this-name/x"),
+        ("a~/x", "a~/x"),
+        ("x/~/y", "x/~/y"),
+        ("gs://bucket/~", "gs://bucket/~"),
+    ],
+)
+def test_home_is_expanded_where_a_path_begins(monkeypatch, given, expanded):
+    monkeypatch.setenv("HOME", "/home/of mine")
+    assert paths.with_home(given) == expanded.replace("HOME", "/home/of mine")
+
+
+def test_home_that_is_not_known_is_told(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry for the user
+    with pytest.raises(ValueError, match="--out=~/x: the home folder is not known: set HOME"):
+        paths.with_home("--out=~/x")
 
 
 def test_failed_write_leaves_the_file_that_was_there(tmp_path):

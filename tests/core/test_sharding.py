@@ -147,3 +147,15 @@ def test_batch_that_devices_and_accumulation_cannot_share_is_refused():
     message = "batch size 40 cannot be split over 8 devices x 3 accumulation steps: .*multiple of 24"
     with pytest.raises(ValueError, match=message):
         sharding.check_batch(mesh, 40, accumulation_steps=3)
+
+
+def test_devices_that_are_not_there_are_told_in_one_line(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda': no GPU")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(
+        ValueError, match="^JAX_PLATFORMS=cuda: JAX finds no such device here .Unable to init"
+    ):
+        sharding.make_mesh()

@@ -239,14 +239,15 @@ def test_a_source_that_is_not_there_is_told_before_anything_is_prepared(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preparation_stops_between_files_and_goes_on(tmp_path, monkeypatch):
+def test_a_preparation_stops_between_entries_and_goes_on_with_the_file(tmp_path, monkeypatch):
     write_photos(tmp_path)
     monkeypatch.setattr(preparation, "ENTRIES_PER_SHARD", 2)
-    dataset = Dataset(str(tmp_path / "train"), "train", f"folder:{tmp_path}/photos")
+    dataset, asked = Dataset(str(tmp_path / "train"), "train", f"folder:{tmp_path}/photos"), []
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "preempted", lambda: True)
-        with pytest.raises(distributed.Preempted):
+        patch.setattr(distributed, "preempted", lambda: asked.append(1) or len(asked) == 3)
+        with pytest.raises(distributed.Preempted, match="^data: stopped"):
             dataset.prepare(1e-3)
+    assert len(asked) == 3
     assert len(list((tmp_path / "train.unfinished").rglob("*.done.json"))) == 1
     assert dataset.prepare(1e-3) and len(dataset.open()) == 4
 

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from clipmoe_jax.core import sharding
+from clipmoe_jax.core import distributed, sharding
 from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
@@ -33,6 +34,9 @@ def test_captions_that_share_rows_have_the_same_features(scenes):
     for tower in ("image", "text"):
         assert expected[tower].shape == (43, 16)
         np.testing.assert_allclose(found[tower], expected[tower], atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(distributed.Preempted, match="^encoding: "):
+        patch.setattr(distributed, "preempted", lambda: True)  # an evaluation stops between batches
+        encoder.texts(np.zeros((3, 64), np.int32))
     pairs = DecodedPairs(records, Tokenizer(64), 32, packing_steps=2)
     with encoder.open(pairs, stop=43, num_text_shards=8) as batches:
         assert [len(batch["text"].tokens) for batch in batches] == [

@@ -2,8 +2,8 @@
 
 python killed_run.py WORKDIR PLACE [SIGNAL] [FIELD=VALUE ...]      SIGNAL: default SIGKILL
 
-PLACE: a key of PLACES, or "nowhere", or "nowhere, with diagnostics", which take long to compile. FIELD: of
-the tiny config, not a flag or a tuple.
+PLACE: a key of PLACES, or "nowhere", or "nowhere, with one part", or "nowhere, with diagnostics", which take
+long to compile. FIELD: of the tiny config, not a flag or a tuple.
 
 Of several processes the last is the one.
 """
@@ -55,12 +55,26 @@ def kill_at_step(phase: str, step: int) -> None:
     loop._Reporter.report = killing
 
 
+def kill_within_part(num_batches: int) -> None:
+    """Kills this process when a part has so many batches."""
+    original = stages.Encoder.stream
+
+    def killing(self, *arguments):
+        for number, features in enumerate(original(self, *arguments), 1):
+            if number == num_batches:
+                os.kill(os.getpid(), _signal)
+            yield features
+
+    stages.Encoder.stream = killing
+
+
 PLACES = {
     "data, between two data sets": lambda: kill_at_call(preparation, "write_pairs", 2, after=False),
     "base, before its first checkpoint": lambda: kill_at_step("base", 1),
     "base, while a checkpoint is written": lambda: kill_at_step("base", 5),
     "base, trained but not saved": lambda: kill_at_call(training, "save_model", 1, after=False),
     "embed, between two parts": lambda: kill_at_call(stages, "save_array", 2, after=True, match="text-"),
+    "embed, within its one part": lambda: kill_within_part(2),
     "cluster, sorted but not saved": lambda: kill_at_call(ClusterIndex, "write", 1, after=False),
     "mcl, after a checkpoint": lambda: kill_at_step("mcl_1", 4),
     "upcycle, model written, stage not done": lambda: kill_at_call(
@@ -86,7 +100,7 @@ if __name__ == "__main__":
     names = [part for part in rest if "=" not in part]
     _signal = signal.Signals[names[0]] if names else signal.SIGKILL
     distributed.initialize()
-    stages.PART_ROWS = 16  # four parts of features
+    stages.PART_ROWS = 64 if place.endswith("one part") else 16  # one part of features, or four
     if place != "nowhere, with diagnostics":
         dmu_results._diagnose = lambda run, folder: {}
     if place in PLACES and jax.process_index() == jax.process_count() - 1:

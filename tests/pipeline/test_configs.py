@@ -2,20 +2,25 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from grids import grid
+from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
-from clipmoe_jax.models.clip import Clip, abstract_params
+from clipmoe_jax.models.clip import VARIANTS, Clip, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
+from clipmoe_jax.models.transformer import MoeConfig
 from clipmoe_jax.train.step import LossConfig, TrainState, make_train_step
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
@@ -154,6 +159,95 @@ def test_bad_value_is_named_with_the_fix(field, value, message):
     with section.ignore_type():
         section[last] = value
     config.mcl.num_stages = 4 if field == "cluster.num_clusters" else 3
+    with pytest.raises(ValueError, match=message):
+        configs.validate(config)
+
+
+def test_all_that_is_wrong_with_a_config_is_told_at_once():
+    config = get_config("vit_l14_sharegpt4v")
+    config.moe.num_selected_experts, config.mcl.batch_size, config.seeds = 5, 0, ()
+    config.base.architecture.vision.patch_size, config.base.architecture.text.head_width = 15, 100
+    config.base.architecture.activation, config.data.train, config.router.balance = "relu", "", "none"
+    with pytest.raises(SeveralErrors) as refused:
+        configs.validate(config)
+    begun = [message.partition(":")[0] for message in refused.value.messages]
+    assert begun == [
+        "activation='relu'",
+        "vision.image_size=224 is not a multiple of vision.patch_size=15",
+        "text.width=768 is not a multiple of text.head_width=100",
+        "moe.num_selected_experts=5 must lie between 1 and the number of experts, 4 (mcl.num_stages + 1)",
+        "router.balance='none'",
+        "seeds=() runs nothing",
+        "data.train is empty",
+        "mcl.batch_size=0 must lie between 1 and 1000000000000",
+    ]
+
+
+def none_fields(config) -> set[str]:
+    """Dotted names of the fields that are None."""
+    flat = trees.flatten(config.to_dict())
+    return {name.replace("/", ".") for name, value in flat.items() if value is None}
+
+
+def parsed(name: str, *overrides: str):
+    """The config of a command line."""
+    given = flags.FlagValues()
+    argv = ["command", f"--config={FOLDER / name}.py", *overrides]
+    config_flags.DEFINE_config_file("config", None, flag_values=given, sys_argv=argv)
+    given(argv)
+    return given.config
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_field_that_is_none_has_its_type_and_its_flag(name):
+    """Except `moe` of the base, which is dense."""
+    config = get_config(name)
+    optional = {f"base.architecture.{field}": kind for field, kind in configs.OPTIONAL.items()}
+    assert none_fields(config) == optional.keys() | {"base.architecture.moe"}
+    config = parsed(name, *(f"--config.{field}=192" for field in optional))
+    assert none_fields(config) == {"base.architecture.moe"}
+    for field, kind in optional.items():
+        *groups, last = field.split(".")
+        section = config
+        for group in groups:
+            section = section[group]
+        assert section[last] == kind(192) and section.get_type(last) is kind
+    with pytest.raises(flags.IllegalFlagValueError, match="mlp_width=wide: invalid literal for int"):
+        parsed(name, "--config.base.architecture.text.mlp_width=wide")
+
+
+def test_variant_sets_a_field_that_is_none():
+    config = get_config("demo")
+    field = "base.architecture.text.mlp_width"
+    configs.set_variants(config, {"narrow": {field: 192}, "same": {}})
+    variants = configs.variant_configs(config)
+    assert variants["narrow"].base.architecture.text.mlp_width == 192
+    assert variants["same"].base.architecture.text.mlp_width is None
+    assert config.base.architecture.text.mlp_width is None
+    configs.set_variants(config, {"wide": {field: "192"}})
+    with pytest.raises(ValueError, match=r"variants\.wide: .*mlp_width='192' must be of type int"):
+        configs.variant_configs(config)
+
+
+def test_recorded_architecture_is_that_of_an_earlier_version():
+    """Typed fields are recorded as the None that they were, so that workdirs go on."""
+    config = configs.default_config()
+    text = dataclasses.replace(VARIANTS["ViT-L/14"].text, context_length=248)
+    expected = dataclasses.replace(VARIANTS["ViT-L/14"], text=text).to_dict()
+    assert config.base.architecture.to_dict() == expected
+    assert json.loads(json.dumps(config.to_dict()))["base"]["architecture"] == expected
+
+
+NO_BASE = {
+    "no text": ({"text": None}, "base.architecture.text=None must be a group of fields"),
+    "an MoE": ({"moe": MoeConfig(4, 2)}, "base.architecture.moe must be None, as the base is dense"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), NO_BASE.values(), ids=NO_BASE)
+def test_base_is_a_dense_clip_of_both_towers(change, message):
+    config = get_config("vit_l14_sharegpt4v")
+    configs.set_architecture(config, dataclasses.replace(configs.architecture(config), **change))
     with pytest.raises(ValueError, match=message):
         configs.validate(config)
 

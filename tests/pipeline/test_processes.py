@@ -240,6 +240,33 @@ def stopped(tmp_path_factory):
     return workdir
 
 
+@exhaustive
+def test_ctrl_c_saves_as_sigterm_does(stopped, tmp_path):
+    (done,) = run(tmp_path, "mcl, after a checkpoint", "SIGINT", num_processes=1, num_devices=8)
+    assert done.returncode == 130, done.stdout[-3000:]
+    assert "mcl_1, step 5: stopped by Ctrl-C; start the same command again to go on" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert {path.name for path in (tmp_path / "stage_1" / "params.unfinished" / "checkpoints").iterdir()} == {
+        path.name for path in (stopped / "stage_1" / "params.unfinished" / "checkpoints").iterdir()
+    }
+
+
+@exhaustive
+def test_features_of_an_embedding_that_stopped_are_those_of_one_that_did_not(uninterrupted, tmp_path):
+    """It stops within a part, and goes on with the next batch of it."""
+    (done,) = run(tmp_path, "embed, within its one part", "SIGTERM", num_processes=1, num_devices=1)
+    assert done.returncode == 75 and "embed_1, 32 pairs: stopped by SIGTERM" in done.stdout
+    assert (tmp_path / "stage_1" / "features.unfinished" / "begun.npz").exists()
+    assert_finished(run(tmp_path, "nowhere, with one part", num_processes=1, num_devices=1))
+    for modality in ("image", "text"):
+        (found,), parts = (
+            [np.load(path) for path in sorted((run / "stage_1" / "features").glob(f"{modality}-*.npy"))]
+            for run in (tmp_path, uninterrupted)
+        )
+        np.testing.assert_array_equal(found, np.concatenate(parts))
+    assert {path.suffix for path in (tmp_path / "stage_1" / "features").iterdir()} == {".npy", ".json"}
+
+
 def metrics_of(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -323,14 +350,74 @@ def test_sigterm_reaches_a_single_process_that_joined_a_cluster_of_one():
     assert "alone: stopped by SIGTERM; start the same command again" in done.stdout
 
 
-def test_half_set_cluster_variables_are_refused_by_name(monkeypatch):
-    from clipmoe_jax.core import distributed
+ON_MAIN = """
+import os, signal, sys, threading, time
+from clipmoe_jax.core import cli, distributed
+distributed.initialize()
+assert not distributed.preempted()
+number = getattr(signal, sys.argv[1])
 
-    monkeypatch.setenv("CLIPMOE_COORDINATOR", "127.0.0.1:1234")
-    with pytest.raises(
-        ValueError, match="CLIPMOE_COORDINATOR are set and CLIPMOE_NUM_PROCESSES, CLIPMOE_PRO"
-    ):
-        distributed.initialize()
+def fail():
+    raise ValueError("a source that is not there")
+
+def work():
+    while not distributed.preempted():
+        time.sleep(0.01)
+    raise distributed.Preempted("data")
+
+try:
+    distributed.on_main("a check", fail)
+except (ValueError, SystemExit) as error:
+    print(repr(error))
+print(distributed.on_main("an answer", lambda: {"pairs": 3}), flush=True)
+if os.environ["CLIPMOE_PROCESS_ID"] == "1":  # which waits
+    threading.Timer(0.5, os.kill, [os.getpid(), number]).start()
+with cli.announced_preemption():
+    distributed.on_main("data", work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "cause"),
+    grid(("SIGTERM", 75, "SIGTERM"), rest=[("SIGINT", 130, "Ctrl-C")]),
+)
+def test_signal_to_a_process_that_waits_stops_the_one_that_works(number, code, cause):
+    """As while process 0 prepares data. An error there ends the others without a word."""
+    port, started = free_port(), []
+    try:
+        for i in range(2):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", ON_MAIN, number],
+                    env=environment(1) | member(port, 2, i),
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=60)[0].splitlines() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in started] == [code, code], outputs
+    told = f"data: stopped by {cause}; start the same command again to go on"
+    assert outputs[0][:2] == ["ValueError('a source that is not there')", "{'pairs': 3}"]
+    assert outputs[0][-1] == told
+    assert outputs[1][:2] == ["SystemExit(1)", "{'pairs': 3}"] and told not in outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--processes=0", "--processes: 0 is not a whole number from 1 on"),
+        ("--devices=none", "--devices: none is not a whole number from 1 on"),
+        ("--restarts=-1", "--restarts: -1 is not a whole number from 0 on"),
+    ],
+)
+def test_numbers_that_local_py_cannot_use_are_refused(flag, message):
+    command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), flag, "--dry-run", "--", "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
 
 
 def test_dry_run_of_local_py_prints_the_command_of_each_process(tmp_path):
@@ -344,25 +431,37 @@ def test_dry_run_of_local_py_prints_the_command_of_each_process(tmp_path):
     assert len(lines) == 2 and "CLIPMOE_PROCESS_ID=1" in lines[1]
     assert lines[0].endswith("-m clipmoe_jax.main --config=configs/demo.py:small '--workdir=two words'")
     assert "JAX_NUM_CPU_DEVICES=4" in lines[0]
+    assert f"PYTHONPATH={REPOSITORY}" in lines[0]  # so that it works from any folder
 
 
-def test_ctrl_c_to_local_py_stops_the_run_with_code_75(tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "starts", "code"),
+    [
+        (["SIGTERM", "SIGTERM"], 2, 75),  # starts once more
+        (["SIGINT"], 1, 130),
+        (["SIGTERM", "SIGINT"], 2, 130),
+    ],
+    ids=str,
+)
+def test_signals_to_local_py_reach_the_run(tmp_path, sent, starts, code):
     (tmp_path / "clipmoe_jax").mkdir()
+    (tmp_path / "clipmoe_jax" / "__init__.py").touch()
     (tmp_path / "clipmoe_jax" / "main.py").write_text(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
         "pathlib.Path(sys.argv[1]).open('a').write('started ')\n"
         "time.sleep(60)\n"
     )
     (tmp_path / "began").touch()
     command = [sys.executable, str(REPOSITORY / "launch" / "local.py"), "--restarts=1", "--", "began"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
-        for started in (2, 4):
-            while (tmp_path / "began").read_text() != started * "started ":
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
+        for number, name in enumerate(sent, 1):
+            while (tmp_path / "began").read_text() != 2 * number * "started ":
                 time.sleep(0.05)
-            os.killpg(process.pid, signal.SIGINT)
-    assert process.returncode == 75
+            os.killpg(process.pid, signal.Signals[name])
+    assert process.returncode == code
+    assert (tmp_path / "began").read_text() == 2 * starts * "started "
 
 
 def test_failure_of_one_process_of_local_py_ends_the_others(tmp_path):

@@ -78,7 +78,7 @@ def test_run_on_raw_files_prepares_trains_and_evaluates(workdir):
     results = json.loads((workdir / "eval" / "results.json").read_text())
     assert list(results) == ["base", "stage 1 alone", "dense curriculum", "CLIP-MoE"]
     prepared = {path.parent.relative_to(workdir).as_posix() for path in workdir.rglob("report.json")}
-    assert prepared == {"data/train", "data/test", "data/base"}
+    assert prepared == {"data/train", "data/test", "data/base", "data/rehearsal"}
     report = json.loads((workdir / "data" / "train" / "report.json").read_text())
     assert report["pairs"] == 48 and report["bad"] == 0
 

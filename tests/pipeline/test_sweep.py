@@ -11,9 +11,11 @@ from test_configs import get_config
 from tiny_config import get_config as tiny_config
 
 from clipmoe_jax import config as configs
+from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import results as dmu_results
 from clipmoe_jax.dmu import runner
 from clipmoe_jax.models.model_folder import load_model
+from clipmoe_jax.plan import plan
 from clipmoe_jax.reporting.text_tables import format_variants
 
 VARIANTS = {"one": {"moe.num_selected_experts": 1}, "two": {"moe.num_selected_experts": 2}}
@@ -104,8 +106,8 @@ BAD_VARIANTS = {
         r"variants\.bad: mcl.num_stages=True must be of type int",
     ),
     "a value that cannot work": (
-        {"moe.num_selected_experts": 3},
-        r"variants\.bad: moe.num_selected_experts=3 must lie between 1 and the number of experts, 2",
+        {"moe.num_selected_experts": 5},
+        r"variants\.bad: moe.num_selected_experts=5 must lie between 1 and the number of experts, 4",
     ),
     "a batch that cannot be split": ({"router.batch_size": 12}, r"variants\.bad: router: batch size 12"),
 }
@@ -118,6 +120,67 @@ def test_bad_variant_is_named_before_anything_is_made(tmp_path, fields, message)
     with pytest.raises(ValueError, match=message):
         runner.run_variants(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def published_config():
+    """The tiny config without consolidation, its experts those of the paper."""
+    config = tiny_config()
+    config.moe.experts, config.consolidation.num_steps, config.consolidation.num_epochs = (), 0, 0
+    return config
+
+
+def test_all_that_is_wrong_with_a_sweep_is_told_at_once(tmp_path):
+    config = published_config()
+    config.mcl.num_stages, config.cluster.num_clusters = 0, 0
+    variants = {
+        "../up": {},
+        "typos": {"mcl.num_stage": 1, "mcl": 1},
+        "values": {"router.batch_size": 12, "data.test": "folder:/nowhere"},
+        "wrong": {"moe.dispatch": "x", "base.checkpoint": "nowhere.pt", "baselines": ("none",)},
+    }
+    configs.set_variants(config, variants)
+    config.evaluations = ("knn:x", "zero:y")
+    with pytest.raises(SeveralErrors) as refused:
+        runner.run_variants(config, epath.Path(tmp_path / "run"))
+    assert [message.partition(":")[0] for message in refused.value.messages] == [
+        "moe.num_selected_experts=2 must lie between 1 and the number of experts, 1 (mcl.num_stages + 1)",
+        "cluster.num_clusters=0 must lie between 1 and 1000",
+        "mcl.num_stages=0 must lie between 1 and 9",
+        "variants",  # '../up' must be the name of a folder
+        "variants.typos",  # 'mcl' is a group of fields
+        "variants.typos",  # 'mcl.num_stage' is not a field
+        "variants.../up, variants.typos, variants.values, variants.wrong",  # evaluation 'knn:x'
+        "variants.../up, variants.typos, variants.values, variants.wrong",  # evaluation 'zero:y'
+        "variants.values",  # data.test: source folder:/nowhere
+        "variants.wrong",  # moe.dispatch='x'
+        "variants.wrong",  # baselines='none'
+        "variants.wrong",  # base.checkpoint=nowhere.pt
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_ends_with_all_that_the_run_would_refuse():
+    """In each variant, with its own data and with the pairs that its base is trained on."""
+    config = published_config()
+    config.data.base = "digit_scenes:train?pairs=8"
+    variants = {
+        "a": {"data.train": "digit_scenes:train?pairs=15"},
+        "b": {},
+        "c": {"router.batch_size": 65, "mcl.b1": 2.0},
+        "d": {"baselines": ("base_ft_moe",), "moe.dispatch": "x"},
+    }
+    configs.set_variants(config, variants)
+    with pytest.raises(SeveralErrors) as refused:
+        plan(config, "h100", 1)
+    too_few = "training pairs: choose a smaller batch or more data"
+    assert refused.value.messages == (
+        f"variants.a, variants.b: base.train.batch_size=16 is more than the 8 {too_few}",
+        f"variants.a: mcl.batch_size=16 is more than the 15 {too_few}",
+        f"variants.a: router.batch_size=16 is more than the 15 {too_few}",
+        "variants.c: mcl.b1=2.0 must lie between 0.0 and 0.999999999",
+        "variants.d: moe.dispatch='x': choose one of ragged, dense, capacity",
+        "variants.d: baselines: 'base_ft_moe' is made from 'direct_ft': add it",
+    )
 
 
 def test_name_of_a_variant_must_be_a_folder_name():

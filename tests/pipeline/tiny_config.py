@@ -3,7 +3,7 @@
 python -m clipmoe_jax.main --config=tests/pipeline/tiny_config.py:whole --workdir=WORKDIR
 """
 
-from clipmoe_jax.config import default_config, parse_arg
+from clipmoe_jax.config import default_config, parse_arg, set_architecture
 from clipmoe_jax.dmu.recipes import baseline_names
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
@@ -21,11 +21,12 @@ def get_config(arg=""):
     config.data.base = "digit_scenes:train?pairs=64&captions=coarse"
     config.data.in_memory = True
     config.data.packing_steps = 2  # each number of rows is a program to compile
-    config.base.architecture = ClipConfig(
+    architecture = ClipConfig(
         embed_dim=16,
         vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
         text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
-    ).to_dict()
+    )
+    set_architecture(config, architecture)
     for section in (config.base.train, config.mcl, config.consolidation, config.router):
         section.update(batch_size=16, num_steps=7, warmup_steps=1, learning_rate=1e-2)
     config.mcl.num_stages = 1

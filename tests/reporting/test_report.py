@@ -5,6 +5,7 @@ import collections
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -298,6 +299,14 @@ def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
     assert curves["base"]["step"].tolist() == [10, 20]
 
 
+def test_run_that_has_written_no_line_yet_has_a_page(tmp_path):
+    """As while it imports its base."""
+    (tmp_path / "metrics.jsonl").touch()
+    page = Page(write_report(epath.Path(tmp_path)).read_text())
+    boxes = [element["text"] for element in page.all("div") if element.get("class") == "absent"]
+    assert any("metrics.jsonl" in box and f"--workdir={tmp_path} --stage=base" in box for box in boxes)
+
+
 def test_same_files_give_the_same_bytes(workdir, text):
     assert write_report(epath.Path(workdir)).read_text() == text
 
@@ -372,7 +381,10 @@ def test_workdir_without_a_run_is_refused_in_one_line(tmp_path, there):
     if there:
         (workdir / "seed_1").mkdir(parents=True)
     done = subprocess.run(
-        [sys.executable, "-m", "clipmoe_jax.report", f"--workdir={workdir}"], capture_output=True, text=True
+        [sys.executable, "-m", "clipmoe_jax.report", f"--workdir={workdir}"],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},  # no such device is there, and none is needed
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()

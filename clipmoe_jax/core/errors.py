@@ -1,0 +1,66 @@
+"""What is wrong, told all at once: the errors of several checks are collected and raised together."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+
+class SeveralErrors(ValueError):
+    """Several things that are wrong.
+
+    messages: a line for each.
+    """
+
+    def __init__(self, messages: Sequence[str]):
+        super().__init__("\n".join(messages))
+        self.messages = tuple(messages)
+
+
+class Errors:
+    """The errors of several checks, collected by `of` and raised by `raise_all`.
+
+    A message that comes again is told once, with all that it is of.
+    """
+
+    def __init__(self):
+        self._errors: dict[str, BaseException] = {}  # by message
+        self._whats: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def of(self, what: str = "") -> Iterator[None]:
+        """Collects the ValueError or FileNotFoundError that ends a block. what: goes before its message."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            for message in messages_of(error):
+                self._errors.setdefault(message, error)
+                self._whats.setdefault(message, []).append(what)
+
+    def add(self, message: str) -> None:
+        """Collects a message as a ValueError."""
+        with self.of():
+            raise ValueError(message)
+
+    def any(self) -> bool:
+        """Returns whether anything was collected."""
+        return bool(self._errors)
+
+    def raise_all(self) -> None:
+        """Raises what was collected: one error as it came, with what it is of, several as SeveralErrors."""
+        if not self._errors:
+            return
+        (message, error), *others = self._errors.items()
+        if others:
+            raise SeveralErrors(list(map(self._told, self._errors))) from error
+        if self._told(message) == message and messages_of(error) == (message,):
+            raise error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(self._told(message)) from error
+
+    def _told(self, message: str) -> str:
+        whats = dict.fromkeys(self._whats[message])
+        return message if "" in whats else f"{', '.join(whats)}: {message}"
+
+
+def messages_of(error: BaseException) -> tuple[str, ...]:
+    """Returns the lines that tell an error, one for each thing that is wrong."""
+    return error.messages if isinstance(error, SeveralErrors) else (str(error),)
