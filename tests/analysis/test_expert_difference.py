@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grids import exhaustive
+from grids import exhaustive, grid
 from scipy.spatial.distance import jensenshannon
 
 from clipmoe_jax.analysis import expert_difference as difference
@@ -154,7 +154,7 @@ def found(trained):
     return difference.expert_difference(trained.model, trained.params, trained.batches, trained.mesh)
 
 
-@pytest.mark.parametrize("tower", ["visual", "text"])
+@pytest.mark.parametrize("tower", grid("text", rest=["visual"]))
 def test_cka_js_divergence_and_weight_cosine_of_a_model_equal_numpys(trained, found, tower):
     assert found[tower]["layers"] == [0, 1]
     for layer in range(2):

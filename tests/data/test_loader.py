@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from grids import exhaustive
+from grids import exhaustive, grid
 from PIL import Image
 
 from clipmoe_jax.data.loader import CaptionTurns, DecodedPairs, StreamedPairs, batches
@@ -138,8 +138,8 @@ class ThreeSteps:
 
 @pytest.mark.parametrize(
     ("kind", "num_workers"),
-    [(StreamedPairs, 0), (StreamedPairs, 1), (DecodedPairs, 0)],
-    ids=["streamed", "worker process", "decoded"],
+    grid((StreamedPairs, 0), (DecodedPairs, 0), rest=[(StreamedPairs, 1)]),
+    ids=["streamed", "decoded", "worker process"],
 )
 def test_captions_that_share_rows_are_the_same_captions(kind, num_workers, long_records):
     """Two hosts with a shard each give the tokens of one caption a row, in as few rows as can be."""

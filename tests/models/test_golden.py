@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grids import grid
+from grids import exhaustive
 
 from clipmoe_jax.interop import released
 from clipmoe_jax.interop.load import read_model
@@ -55,7 +55,8 @@ def all_losses(model, params, inputs, kind="released"):
     return found | losses.balance_losses(outputs, text_mask(inputs[1]), 2, BALANCE, kind)
 
 
-@pytest.mark.parametrize("name", grid("moe_last1", rest=["dense", "moe_all"]))
+@exhaustive  # tests/train/test_golden_steps.py has losses and gradients of two
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_losses(computed, golden, name):
     model, params, inputs, _ = computed[name]
     found = all_losses(model, params, inputs)
@@ -66,7 +67,8 @@ def test_losses(computed, golden, name):
         assert_close(losses.total_loss(found), golden[f"{name}/total_loss"], 1e-4)
 
 
-@pytest.mark.parametrize("name", grid("moe_last1", rest=["dense", "moe_all"]))
+@exhaustive
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_gradients(computed, golden, name):
     model, params, inputs, _ = computed[name]
     gradient = jax.jit(jax.grad(lambda p: losses.total_loss(all_losses(model, p, inputs))))(params)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grids import grid, quick
+from grids import exhaustive, grid, quick
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -261,7 +261,8 @@ def test_frozen_experts_cost_no_gradient(name, kinds_of_block, train, products):
     assert compiled.count(" dot(") == kinds_of_block * products
 
 
-@pytest.mark.parametrize("name", grid("ragged", rest=sorted(EXACT.keys() - {"ragged"})))
+@exhaustive
+@pytest.mark.parametrize("name", sorted(EXACT))
 def test_routers_learn_in_half_precision_from_nearly_equal_experts(name):
     """As upcycled ones are at first: what they have in common dwarfs what the router has to see. Rounded to
     bfloat16 the gates' gradients would leave an error of 0.5 (capacity) to 1."""
