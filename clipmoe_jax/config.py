@@ -5,6 +5,7 @@ since the config is locked. Times are in steps, rates per step, batch sizes glob
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,15 +38,17 @@ OPTIONAL = {"vision.mlp_width": int, "text.mlp_width": int, "text.eos_token_id":
 # XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
 CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),)
 
+# Sections whose fields are a `PhaseConfig`'s: of the base, and of the phases that come after it.
+FINE_TUNING_SECTIONS = ("mcl", "consolidation", "router")
+PHASE_SECTIONS = ("base.train", *FINE_TUNING_SECTIONS)
+
 # Fields that change nothing while they have a value; artifacts of versions without them stay usable:
 # {field: (value, fields that change nothing then)}
 NEUTRAL = {
     "moe.experts": ((), ()),
     "moe.routing": ("token", ("moe.sequence_share",)),
-    **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in ("mcl", "consolidation", "router")},
+    **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in FINE_TUNING_SECTIONS},
 }
-PHASE_SECTIONS = ("base.train", "mcl", "consolidation", "router")  # whose fields are a `PhaseConfig`'s
-REHEARSING_SECTIONS = PHASE_SECTIONS[1:]
 
 _MANY = 10**12
 _PHASE_RANGES = {
@@ -65,7 +68,7 @@ _PHASE_RANGES = {
 RANGES = {
     **{f"{s}.{n}": r for s in PHASE_SECTIONS for n, r in _PHASE_RANGES.items()},
     "consolidation.num_epochs": (0, _MANY),
-    **{f"{s}.rehearsal_fraction": (0.0, 0.9) for s in REHEARSING_SECTIONS},
+    **{f"{s}.rehearsal_fraction": (0.0, 0.9) for s in FINE_TUNING_SECTIONS},
     "base.logit_scale": (0.0, 1e3),
     "mesh.fsdp": (1, _MANY),
     "mesh.expert": (1, _MANY),
@@ -100,7 +103,7 @@ CHOICES = {
     "mcl.small_clusters": ("backoff", "drop"),
     "moe.routing": ("token", "token_and_sequence"),
     "router.balance": ("paper", "released"),
-    **{f"{section}.rehearsal": ("pairs", "distill") for section in REHEARSING_SECTIONS},
+    **{f"{s}.rehearsal": ("pairs", "distill") for s in FINE_TUNING_SECTIONS},
 }
 
 
@@ -143,18 +146,14 @@ def default_config() -> ConfigDict:
     config.embed = ConfigDict({"batch_size": 1024})
     config.cluster = ConfigDict({"num_clusters": 3, "max_fit_pairs": 200_000})
 
-    config.mcl = _phase(
-        batch_size=800, learning_rate=1e-5, weight_decay=0.2, warmup_steps=200, label_smoothing=0.1
-    )
+    ffn = dict(batch_size=800, learning_rate=1e-5, weight_decay=0.2, warmup_steps=200, label_smoothing=0.1)
+    config.mcl = _phase(**ffn)
     config.mcl.num_stages = 3  # E - 1
     config.mcl.init_from = "base"  # or "previous"
     config.mcl.small_clusters = "backoff"  # or "drop"
 
     # After the last stage, ordinary batches: "hard clusters, then all pairs". Off without steps and epochs.
-    config.consolidation = _phase(
-        batch_size=800, learning_rate=1e-5, weight_decay=0.2, warmup_steps=200, label_smoothing=0.1
-    )
-    config.consolidation.num_epochs = 0
+    config.consolidation = _phase(**ffn, num_epochs=0)
 
     config.moe = ConfigDict()
     # Which models become experts: "base", "mcl_1", …, "last_stage", "consolidation", also several times; ()
@@ -178,9 +177,9 @@ def default_config() -> ConfigDict:
 
     # Of each phase's batches, this share is of data.rehearsal: "pairs" by the contrastive loss, or "distill",
     # by the base's similarities of their images and captions, which need not belong together.
-    for section in (config.mcl, config.consolidation, config.router):
-        section.rehearsal_fraction = 0.0
-        section.rehearsal = "pairs"
+    for section in FINE_TUNING_SECTIONS:
+        config[section].rehearsal_fraction = 0.0
+        config[section].rehearsal = "pairs"
 
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
@@ -274,8 +273,8 @@ def _set_field(config: ConfigDict, field: str, value: Any) -> None:
 def run_locally(config: ConfigDict) -> None:
     """Shrinks a config to a few small steps on 64 pairs, to see on a laptop that the full model runs."""
     config.data.train_split, config.data.test_split = "train[:64]", "test[:64]"
-    for section in (config.mcl, config.consolidation, config.router):
-        if section is config.consolidation and not consolidates(config):
+    for section in map(config.get, FINE_TUNING_SECTIONS):
+        if not (section.num_steps or section.num_epochs):  # off
             continue
         section.batch_size, section.num_steps, section.warmup_steps = 8, 4, 1
         section.accumulation_steps = 1
@@ -295,6 +294,11 @@ def phase_config(section: ConfigDict) -> PhaseConfig:
 def architecture(config: ConfigDict) -> ClipConfig:
     """Returns the dense base's architecture."""
     return ClipConfig.from_dict(config.base.architecture.to_dict())
+
+
+def base_checkpoint(config: ConfigDict) -> str:
+    """Returns the path of the base's checkpoint, "" if there is none; it may begin with `~`."""
+    return os.path.expanduser(config.base.checkpoint)
 
 
 def moe_config(config: ConfigDict) -> MoeConfig:
@@ -362,7 +366,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     for name, choices in CHOICES.items():
         if (value := _value(config, name)) not in choices:
             errors.add(f"{name}={value!r}: choose one of {', '.join(choices)}")
-    for section in REHEARSING_SECTIONS:
+    for section in FINE_TUNING_SECTIONS:
         if paths and (fraction := config[section].rehearsal_fraction) and not config.data.rehearsal:
             errors.add(
                 f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "

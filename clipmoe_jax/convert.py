@@ -85,12 +85,7 @@ def main(argv: list[str]) -> str:
         options.to,
         options.out,
         dtype=options.dtype,
-        num_selected_experts=options.num_selected_experts,
-        activation=options.activation,
-        vision_head_width=options.vision_head_width,
-        text_head_width=options.text_head_width,
-        context_length=options.context_length,
-        image_size=options.image_size,
+        **cli.model_options(),
     )
     return f"{source}: {model.source}\n{options.out}: {options.to}; its README.md says how to use it."
 
@@ -106,14 +101,7 @@ def _define_flags() -> None:
         ["float32", "float16", "bfloat16"],
         "Of the written tensors; by default each keeps its own.",
     )
-    flags.DEFINE_integer("num_selected_experts", None, "K of a CLIP-MoE whose file does not say it.")
-    flags.DEFINE_enum(
-        "activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say it."
-    )
-    flags.DEFINE_integer("vision_head_width", None, "Of a bare state dict too.")
-    flags.DEFINE_integer("text_head_width", None, "Of a bare state dict too.")
-    flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
-    flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
+    cli.define_model_flags()
     flags.mark_flags_as_required(["from", "to", "out"])
 
 

@@ -88,15 +88,7 @@ def main(argv: list[str]) -> str:
     evaluations, reasons = open_applicable([parse_evaluation(line) for line in lines])
     if given.out:
         epath.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-    model = read(
-        given.model,
-        num_selected_experts=given.num_selected_experts,
-        activation=given.activation,
-        vision_head_width=given.vision_head_width,
-        text_head_width=given.text_head_width,
-        context_length=given.context_length,
-        image_size=given.image_size,
-    )
+    model = read(given.model, **cli.model_options())
     numbers = evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size)
     if given.out:
         artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **numbers})
@@ -112,12 +104,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("experts", False, "Also each expert of a CLIP-MoE alone.")
     flags.DEFINE_string("out", None, "A JSON file for the numbers.")
     flags.DEFINE_integer("batch_size", 256, "Images or texts at a time.", lower_bound=1)
-    flags.DEFINE_integer("num_selected_experts", None, "K of a CLIP-MoE, where the file does not say it.")
-    flags.DEFINE_enum("activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say.")
-    flags.DEFINE_integer("vision_head_width", None, "Of a bare state dict too.")
-    flags.DEFINE_integer("text_head_width", None, "Of a bare state dict too.")
-    flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
-    flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
+    cli.define_model_flags()
     flags.mark_flags_as_required(["model", "data"])
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -73,6 +73,24 @@ def announced_preemption() -> Iterator[None]:
         if distributed.is_main():
             say(str(stop))
         raise
+
+
+def define_model_flags() -> None:
+    """Defines a flag for each thing that a file of a model may not say."""
+    flags.DEFINE_integer("num_selected_experts", None, "K of a CLIP-MoE whose file does not say it.")
+    flags.DEFINE_enum(
+        "activation", None, ["quick_gelu", "gelu"], "Of a bare state dict, which does not say it."
+    )
+    flags.DEFINE_integer("vision_head_width", None, "Of a bare state dict too.")
+    flags.DEFINE_integer("text_head_width", None, "Of a bare state dict too.")
+    flags.DEFINE_integer("context_length", None, "248 stretches 77 text positions.")
+    flags.DEFINE_integer("image_size", None, "Resizes the vision tower's grid of positions.")
+
+
+def model_options() -> dict[str, Any]:
+    """Returns the values of `define_model_flags` as arguments of `interop.load.read_model`."""
+    names = ("num_selected_experts", "activation", "vision_head_width", "text_head_width")
+    return {name: flags.FLAGS[name].value for name in (*names, "context_length", "image_size")}
 
 
 def mark_flags_parsed() -> None:

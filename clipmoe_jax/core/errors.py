@@ -1,4 +1,4 @@
-"""What is wrong, told all at once: the errors of several checks are collected and raised together."""
+"""Collects the errors of several checks and raises them together: all that is wrong is told at once."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -276,14 +276,12 @@ def batches(
         )
     steps = range(start_step, start_step + num_steps)
     num_text_shards = num_text_shards if pairs.packing_steps else 0
+    local_batch = _LocalBatch(pairs, sampler, caption_turns, process_index, process_count, num_text_shards)
     if isinstance(pairs, DecodedPairs):
-        yield map(
-            _LocalBatch(pairs, sampler, caption_turns, process_index, process_count, num_text_shards), steps
-        )
+        yield map(local_batch, steps)
         return
     num_threads = max(1, pairs.num_threads // max(1, num_workers))
-    pairs = dataclasses.replace(pairs, num_threads=num_threads)
-    local_batch = _LocalBatch(pairs, sampler, caption_turns, process_index, process_count, num_text_shards)
+    local_batch = dataclasses.replace(local_batch, pairs=dataclasses.replace(pairs, num_threads=num_threads))
     iterator = _read_ahead(local_batch, steps, num_workers)
     try:
         yield map(_own, iterator) if num_workers else iterator

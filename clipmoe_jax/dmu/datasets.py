@@ -9,8 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -152,26 +151,32 @@ def datasets_of(
     return datasets
 
 
-def check_disjoint(datasets: Mapping[str, Dataset]) -> None:
-    """Raises ValueError naming an image that is rehearsed and lies in data.test or data.retention too."""
-    if "rehearsal" not in datasets:
-        return
-    rehearsal = datasets["rehearsal"].open()
-    rehearsed = {_digest(rehearsal[i]): i for i in range(len(rehearsal))}
-    for name in {"test", "retention"} & datasets.keys():
-        tested = datasets[name].open()
-        for i in range(len(tested)):
-            if (digest := _digest(tested[i])) in rehearsed:
-                same = rehearsal[rehearsed[digest]]["id"]
-                raise ValueError(
-                    f"data.rehearsal: the image of {same!r} is that of {tested[i]['id']!r} in data.{name}: "
-                    "leave it out, or the test says nothing"
-                )
+def image_digests(dataset: Dataset) -> dict[bytes, str]:
+    """Returns {hash of an image: id of a record that has it} of a whole data set."""
+    records, digests = dataset.open(), {}
+    for i in range(len(records)):
+        record = records[i]
+        image = record["image"]
+        contents = image if isinstance(image, bytes) else image.tobytes()
+        digests[hashlib.blake2b(contents, digest_size=16).digest()] = record["id"]
+    return digests
 
 
-def _digest(record: Mapping[str, Any]) -> bytes:
-    image = record["image"]
-    return hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=16).digest()
+def check_disjoint(
+    datasets: Mapping[str, Dataset], digests: Callable[[Dataset], Mapping[bytes, str]] = image_digests
+) -> None:
+    """Raises ValueError naming an image of "rehearsal" that lies in "test" or "retention" too.
+
+    digests: gives what `image_digests` does.
+    """
+    rehearsed = digests(datasets["rehearsal"])
+    for name in ("test", "retention"):
+        tested = digests(datasets[name]) if name in datasets else {}
+        for digest in rehearsed.keys() & tested.keys():
+            raise ValueError(
+                f"data.rehearsal: the image of {rehearsed[digest]!r} is that of {tested[digest]!r} in "
+                f"data.{name}: leave it out, or the test says nothing"
+            )
 
 
 def describe(datasets: Mapping[str, Dataset], folder: epath.Path) -> dict[str, dict[str, str]]:

@@ -138,7 +138,7 @@ class Recipe:
 
 def rehearses(config: ConfigDict) -> bool:
     """Returns whether some phase rehearses what the base knew."""
-    return any(config[section].rehearsal_fraction for section in configs.REHEARSING_SECTIONS)
+    return any(config[section].rehearsal_fraction for section in configs.FINE_TUNING_SECTIONS)
 
 
 def from_base(config: ConfigDict) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def open_evaluations(
         evaluation = parse_evaluation(line)
         if evaluation.path in OWN:
             own = datasets[OWN[evaluation.path]]
-            options = {**({"split": own.split} if own.split else {}), **evaluation.options}
+            options = {"split": own.split, **evaluation.options}
             evaluation = dataclasses.replace(evaluation, path=own.path, options=options)
         evaluations.append(evaluation)
     applicable, reasons = open_applicable(evaluations)
@@ -181,13 +181,11 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
         inputs = made_from | {"line": evaluation.line} | contents
         with evaluation.naming_line():
             run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
-        metrics[evaluation.line] = json.loads((folder / "results.json").read_text())
+        found = metrics[evaluation.line] = json.loads((folder / "results.json").read_text())
+        if evaluation.line == run.config.retention:
+            numbers["retention"] = float(np.mean([found[name] for name in RETENTION[evaluation.kind]]))
         if evaluation.chance:
             chance[evaluation.line] = evaluation.chance
-    if run.config.retention in metrics:
-        kept = metrics[run.config.retention]
-        names = RETENTION[run.config.retention.partition(":")[0]]
-        numbers["retention"] = float(np.mean([kept[name] for name in names]))
     numbers |= {"evaluations": metrics} if metrics else {}
     numbers |= {"chance": chance} if chance else {}
     return numbers | _sizes(path) | {"expert": _expert(run, recipe)}

@@ -1,7 +1,6 @@
 """One seed's run: its config, folder, mesh, numbers and data, as all of its stages share them."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.model_folder import load_model
 
 # Fields that change no result: the gradient of a batch is the same in any number of microbatches.
-WITHOUT_EFFECT = tuple(f"{s}.accumulation_steps" for s in ("mcl", "consolidation", "router"))
+WITHOUT_EFFECT = tuple(f"{s}.accumulation_steps" for s in configs.FINE_TUNING_SECTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Run:
     """The things that the stages of one seed's run share. Data is opened once and kept as long as the run.
 
     Attributes:
-        datasets: the prepared data sets "train", "test", "base" and "rehearsal", those that the config names.
+        datasets: the prepared data sets that the config names, by their fields of `config.data`.
         siblings: the folders of this seed's runs of other variants of the config.
     """
 
@@ -63,11 +62,12 @@ class Run:
         for name in ("train", "base", "rehearsal"):
             if chosen.get(f"data.{name}"):
                 chosen[f"{artifacts.CONTENTS}data.{name}"] = self.records(name).fingerprint
-        if checkpoint := chosen.get("base.checkpoint"):
+        if chosen.get("base.checkpoint"):
+            checkpoint = configs.base_checkpoint(self.config)
             chosen[f"{artifacts.CONTENTS}base.checkpoint"] = self.once(
                 "digest of base.checkpoint",
                 # Process 0 alone compares inputs.
-                lambda: stamps.digest(os.path.expanduser(checkpoint)) if distributed.is_main() else "",
+                lambda: stamps.digest(checkpoint) if distributed.is_main() else "",
             )
         return {"seed": self.seed, **chosen}
 

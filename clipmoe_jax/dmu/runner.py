@@ -1,7 +1,7 @@
 """Runs a config: every stage, for every seed of every variant, after everything has been checked."""
 
 import contextlib
-import os
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +14,9 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.dmu import results
-from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe
+from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
 from clipmoe_jax.dmu.phases import check_mesh, phases_of
-from clipmoe_jax.dmu.recipes import Results, check_baselines
+from clipmoe_jax.dmu.recipes import Results, check_baselines, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
@@ -55,9 +55,10 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     for (name, _), of_run in datasets.items():
         for dataset in of_run.values():
             _prepare(dataset, variants[name], stage)
+    digests = functools.cache(image_digests)  # seeds and variants have most of their data in common
     for (name, _), of_run in datasets.items():
         with errors.of(configs.label(name)):
-            check_data(variants[name], of_run)
+            check_data(variants[name], of_run, digests)
     errors.raise_all()
     results_of = {name: [] for name in variants}
     if stage != DATA_STAGE:
@@ -126,7 +127,7 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
     with errors.of():
         check_baselines(config)
     is_valid = not errors.any()
-    if config.base.checkpoint and not epath.Path(os.path.expanduser(config.base.checkpoint)).exists():
+    if config.base.checkpoint and not epath.Path(configs.base_checkpoint(config)).exists():
         with errors.of():
             raise FileNotFoundError(
                 f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
@@ -159,11 +160,9 @@ def check_sources(
                 continue
             try:
                 dataset.check()
-            except NoSplitError as error:
-                errors.add(f"data.{name}_split: {error}")
             except (ValueError, FileNotFoundError) as error:
-                with errors.of(f"data.{name}"):
-                    raise error
+                with errors.of(f"data.{name}_split" if isinstance(error, NoSplitError) else f"data.{name}"):
+                    raise
         errors.raise_all()
 
     errors = Errors()
@@ -174,8 +173,15 @@ def check_sources(
     errors.raise_all()
 
 
-def check_data(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
-    """Raises ValueError or FileNotFoundError for all that the data rules out: batches and so on."""
+def check_data(
+    config: ConfigDict,
+    datasets: Mapping[str, Dataset],
+    digests: Callable[[Dataset], Mapping[bytes, str]] = image_digests,
+) -> None:
+    """Raises ValueError or FileNotFoundError for all that the data rules out: batches and so on.
+
+    digests: as for `check_disjoint`.
+    """
     errors = Errors()
     records = {name: dataset.open() for name, dataset in datasets.items()}
     num_pairs = len(records["train"])
@@ -184,8 +190,9 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
             _ = records["train"].token_counts  # is not there in data sets of an earlier version
     with errors.of():
         results.open_evaluations(config, datasets)
-    with errors.of():
-        distributed.on_main("rehearsal and tests are compared", lambda: check_disjoint(datasets))
+    if rehearses(config):
+        with errors.of():
+            distributed.on_main("rehearsal is compared", lambda: check_disjoint(datasets, digests))
     num_base_pairs = len(records["base"]) if "base" in records else 0
     with errors.of():
         phases_of(config, sharding.platform(), num_pairs, num_base_pairs)

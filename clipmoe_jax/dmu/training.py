@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -113,8 +112,7 @@ def _make_base(run: Run, recipe: Recipe) -> None:
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:
-    architecture = configs.architecture(run.config)
-    checkpoint = os.path.expanduser(run.config.base.checkpoint)
+    architecture, checkpoint = configs.architecture(run.config), configs.base_checkpoint(run.config)
     loaded = read_model(
         checkpoint,
         activation=architecture.activation,

@@ -96,9 +96,8 @@ def _read_rows(table: Path) -> list[list[str]]:
     rows = [[cell.strip() for cell in row] for row in table_rows if any(row)][1:]  # after the header
     if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
         raise ValueError(f"{table}: the row {wrong[0]} is not {', '.join(COLUMNS)}")
-    if open_rows := [
-        row for row in rows if any("\n" in cell for cell in row)
-    ]:  # it takes in the rows after it
+    # A quote that is not closed takes in the rows after it.
+    if open_rows := [row for row in rows if any("\n" in cell for cell in row)]:
         raise ValueError(f"{table}: a quote in the row {open_rows[0][0]!r} is not closed")
     if not rows or len(rows) % 2:
         raise ValueError(f"{table} has {len(rows)} rows, which are not pairs")

@@ -218,7 +218,7 @@ class Router(nn.Linear):
     """Logits of the experts, in float32 whatever the dtype of the model."""
 
     def forward(self, input):
-        """(N, D) -> (N, E) float32."""
+        """(..., D) -> (..., E) float32."""
         return functional.linear(input.float(), self.weight.float())
 
 
@@ -241,15 +241,14 @@ class MoE(nn.Module):
         """(B, L, D) -> (B, L, D), router logits (B, L, E) float32. real (B, L) bool: False for padding."""
         tokens = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
-            logits = self.router(tokens).float()
+            logits = self.router(x).float()
             if self.sequence_share:
-                of_rows = logits.view(*x.shape[:2], -1)
-                logits = (of_rows + self.sequence_share * _sequence_mean(of_rows, real)).flatten(0, 1)
-            gates, expert_ids = logits.softmax(dim=-1).topk(self.num_selected, dim=-1)
+                logits = logits + self.sequence_share * _sequence_mean(logits, real)
+            gates, expert_ids = logits.flatten(0, 1).softmax(dim=-1).topk(self.num_selected, dim=-1)
             gates = gates / gates.sum(dim=-1, keepdim=True)
         run = self._run_all if _shapes_are_static(tokens) else self._run_selected
         y = torch.bmm(gates.to(x.dtype).unsqueeze(1), run(tokens, expert_ids)).squeeze(1)
-        return y.view_as(x), logits.view(*x.shape[:2], -1)
+        return y.view_as(x), logits
 
     def _run_selected(self, x, expert_ids):
         """Runs each token's K experts: x (N, D), expert_ids (N, K) int64 -> (N, K, D).
@@ -532,7 +531,7 @@ class CLIPMoETextModel(CLIPMoEPreTrainedModel):
             x,
             mask,
             is_causal=True,
-            real=self.caption_mask(input_ids),
+            real=self.caption_mask(input_ids) if self.config.router_sequence_share else None,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_router_logits=output_router_logits,

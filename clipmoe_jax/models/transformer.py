@@ -169,9 +169,9 @@ def apply_blocks(
 ) -> tuple[Float[Array, "S*P D"], dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
-    x (B, L, D), the other arrays as in `Block` -> (S * P, D) and aux, whose leaves are stacked
-    over the MoE blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a
-    dense tower. The feed-forward layer of the last block is computed for the pooled positions alone.
+    x (B, L, D), the other arrays as in `Block` -> (S * P, D) and aux, whose leaves are stacked over the MoE
+    blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
+    The feed-forward layer of the last block is computed for the pooled positions alone.
     """
     block_class = _block_class(compute.remat)
     first_moe = first_moe_layer(num_layers, moe)

@@ -63,9 +63,7 @@ def shown_metrics(metrics: Sequence[str], models: Sequence[Mapping[str, Any]]) -
         metric
         for metric in metrics
         if not metric.endswith(RANDOM_TIES)
-        or any(
-            abs(n.get(metric, 0) - n[metric.removesuffix(RANDOM_TIES)]) > 5e-3 for n in models if metric in n
-        )
+        or any(abs(n[metric] - n[metric.removesuffix(RANDOM_TIES)]) > 5e-3 for n in models if metric in n)
     ]
 
 

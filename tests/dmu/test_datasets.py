@@ -13,7 +13,7 @@ from PIL import Image
 from clipmoe_jax.config import default_config, set_variants, variant_configs
 from clipmoe_jax.core import distributed
 from clipmoe_jax.data import preparation, sources
-from clipmoe_jax.dmu.datasets import Dataset, datasets_of
+from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of
 from clipmoe_jax.dmu.runner import check_sources, run_variants
 
 SCENES = "digit_scenes:train?pairs=8"
@@ -259,3 +259,16 @@ def test_more_bad_records_than_the_config_allows_stop_the_run(tmp_path):
     with pytest.raises(ValueError, match="max_bad_fraction"):
         dataset.prepare(1e-3)
     assert dataset.prepare(0.5) and len(dataset.open()) == 3
+
+
+@pytest.mark.parametrize("name", ["test", "retention"])
+@pytest.mark.parametrize("pixels", [None, 32], ids=["files", "pixels"])
+def test_rehearsed_image_that_is_tested_too_is_named(tmp_path, name, pixels):
+    datasets = []
+    for seed in (0, 1):
+        source = sources.open_source(f"glyphs:train?pairs=3&seed={seed}")
+        preparation.prepare(source, str(tmp_path / str(seed)), pixels=pixels)
+        datasets.append(Dataset(str(tmp_path / str(seed)), ""))
+    check_disjoint({"rehearsal": datasets[0], name: datasets[1]})
+    with pytest.raises(ValueError, match=rf"data.rehearsal: the image of '\d+' .* in data.{name}: leave"):
+        check_disjoint({"rehearsal": datasets[0], name: datasets[0]})

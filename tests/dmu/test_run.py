@@ -11,12 +11,13 @@ from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.run import Run
 
 
-def inputs(checkpoint):
-    """Those of a base that is imported from a checkpoint, in a new run."""
+def inputs(checkpoint, prefixes=recipes.BASE_FIELDS, **fields):
+    """Those of what depends on these fields and starts from a checkpoint, in a new run."""
     config = default_config()
     config.base.checkpoint = str(checkpoint)
+    config.update_from_flattened_dict(fields)
     run = Run(config, 0, epath.Path("w"), mesh=None, metrics=None, datasets={})
-    return run.fields(*recipes.BASE_FIELDS)
+    return run.fields(*prefixes)
 
 
 @pytest.fixture
@@ -70,3 +71,16 @@ def test_checkpoint_is_read_once_for_all_stages(checkpoint, monkeypatch):
     run = Run(config, 0, epath.Path("w"), mesh=None, metrics=None, datasets={})
     assert run.fields(*recipes.BASE_FIELDS) == run.fields(*recipes.BASE_FIELDS)
     assert read == [str(checkpoint / "clip.pt")]
+
+
+def test_fields_that_change_nothing_are_no_inputs(checkpoint):
+    """So that artifacts made before these fields existed stay usable."""
+
+    def names(**fields):
+        return {*inputs(checkpoint / "clip.pt", recipes.MOE_FIELDS, **fields)}
+
+    published = names()
+    assert not [name for name in published if "rehearsal" in name or "sequence" in name]
+    assert names(**{"moe.sequence_share": 3.0, "router.rehearsal": "distill"}) == published
+    assert names(**{"moe.routing": "token_and_sequence"}) - published == {"moe.routing", "moe.sequence_share"}
+    assert names(**{"moe.experts": ("base", "base")}) - published == {"moe.experts"}

@@ -62,9 +62,7 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members]
                     continue
                 stem, _, suffix = path.name.partition(".")
                 hidden = any(part.startswith(".") for part in path.parts)
-                if (
-                    member.isdir() or hidden or not (stem and suffix)
-                ):  # WebDataset too skips README and .hidden
+                if member.isdir() or hidden or not (stem and suffix):  # as WebDataset: README, .hidden
                     continue
                 place = f"{member.name}, byte {member.offset:,}"
                 here, suffix = f"{name.removesuffix('.tar')}/{path.parent / stem}", f".{suffix.lower()}"
