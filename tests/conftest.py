@@ -26,11 +26,16 @@ if jaxlib.version.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 import pathlib
+import signal
 
 import numpy as np
 import pytest
 
 pytest_plugins = ["trained_moe"]
+
+# Commands that a test starts hear Ctrl-C, also where pytest itself runs in the background of a script, whose
+# processes begin with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These take longest, in this order; workers of `pytest -n` get files in the order of the tests.
 LONGEST = (
