@@ -45,6 +45,35 @@ def test_an_images_other_captions_do_not_stand_before_its_best():
     assert found["image_to_text_r1"] == 1
 
 
+# google-research/big_vision's image_text_retrieval_test.py (0127fb6): distances of 4 images and 8 captions,
+# two of each image, and recall at 1, 5 and 10.
+ALL_FIRST = (
+    *((0.0, 0.0, 0.1, 0.5, 0.1, 0.2, 0.5, 0.1), (0.5, 0.4, 0.0, 0.0, 0.4, 0.2, 0.6, 0.4)),
+    *((0.5, 0.4, 0.1, 0.5, 0.0, 0.0, 0.8, 0.3), (0.5, 0.4, 0.1, 0.5, 0.3, 0.2, 0.0, 0.0)),
+)
+SOME_FIRST = (
+    *((0.8, 0.8, 0.1, 0.5, 0.1, 0.2, 0.5, 0.1), (0.5, 0.4, 0.0, 0.0, 0.4, 0.2, 0.6, 0.4)),
+    *((0.5, 0.4, 0.1, 0.5, 0.0, 0.8, 0.8, 0.3), (0.5, 0.4, 0.1, 0.5, 0.4, 0.2, 0.3, 0.3)),
+)
+
+
+@pytest.mark.parametrize(
+    ("direction", "distances", "changed", "expected"),
+    [
+        ("image_to_text", ALL_FIRST, {}, (1, 1, 1)),
+        ("image_to_text", SOME_FIRST, {}, (0.5, 0.75, 1)),
+        ("text_to_image", ALL_FIRST, {}, (1, 1, 1)),
+        ("text_to_image", SOME_FIRST, {(0, 6): 0.1}, (0.375, 1, 1)),
+    ],
+)
+def test_recall_equals_big_visions(direction, distances, changed, expected):
+    distances = np.array(distances, np.float32)
+    for place, value in changed.items():
+        distances[place] = value
+    found = recall_of_scores(-distances, np.arange(8) // 2)
+    assert tuple(found[f"{direction}_r{k}"] for k in (1, 5, 10)) == expected
+
+
 def test_ties_count_against():
     # All 4 x 4 scores are equal: three wrong answers stand before the right one, at position 3.
     found = recall_of_scores(np.full((4, 4), 0.5, np.float32), np.arange(4), ranks=(1, 3, 4))

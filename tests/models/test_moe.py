@@ -303,6 +303,22 @@ def test_capacity_drops_second_choices_first_and_counts_them():
     np.testing.assert_allclose(y[:, 0], [D * F, D * F, 0])
 
 
+def test_capacity_equals_v_moes_top_experts_per_item():
+    """The case of google-research/vmoe's moe_test.py (942a78b): "vanilla", three items, experts of two rows.
+
+    Items 0 and 1 choose experts 0, 2; item 2 chooses 2, 0. All first choices find room; of the second choices
+    item 0's takes the last row of expert 2, and items 1 and 2 lose theirs.
+    """
+    gates, expert_ids = jnp.array([[0.4, 0.2], [0.5, 0.4], [0.6, 0.3]]), jnp.array([[0, 2], [0, 2], [2, 0]])
+    # Each expert answers with its own axis, so that y is the weight of each expert.
+    experts = Weights(jnp.zeros((3, 3, F)), jnp.zeros((3, F)), jnp.zeros((3, F, 3)), jnp.eye(3))
+    y, dropped = dispatch.capacity(
+        jnp.ones((3, 3)), gates, expert_ids, experts, IDENTITY, capacity_factor=1.0
+    )
+    np.testing.assert_allclose(y, [[0.4, 0, 0.2], [0.5, 0, 0], [0, 0, 0.6]], rtol=1e-6)
+    np.testing.assert_array_equal(dropped, [0, 1, 1])
+
+
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("sizes", quick({"one device": ((1, 1, 1),), "eight": ((2, 1, 4),)}, "eight"))
 def test_only_pooled_tokens_visit_their_experts(params, name, sizes):

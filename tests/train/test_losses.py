@@ -92,6 +92,13 @@ def test_skewed_balance_by_hand():
     np.testing.assert_allclose(found, SKEWED_BALANCE, rtol=1e-6)
 
 
+def test_balance_of_one_expert_a_token_is_v_moes_gshard_loss():
+    """The case of google-research/vmoe's nn/routing_test.py (942a78b): 3² · mean(top-1 share · mean gate)."""
+    gates = jnp.array([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]])
+    found = losses.load_balance(jnp.log(gates)[None, None], 1)
+    np.testing.assert_allclose(found, 1.0875, rtol=1e-6)
+
+
 def test_collapse_to_one_expert_costs_e_over_k():
     # Every token goes to experts 0 and 1 of 4 with certainty: f = P = (1/2, 1/2, 0, 0); 4 * 2 * 1/4 = 2.
     logits = jnp.broadcast_to(jnp.array([50.0, 50.0, 0.0, 0.0]), (2, 3, 5, 4))

@@ -297,6 +297,23 @@ def test_learning_rates_by_hand():
     np.testing.assert_allclose(phase.learning_rates(6), [1.0, 2.0, *cosine], rtol=1e-5)
 
 
+def test_learning_rates_equal_big_visions_cosine():
+    """From google-research/big_vision's utils_test.py (0127fb6): half of the peak at step 13 of 21 with
+    5 of warm-up. (There the first step has rate 0.)"""
+    phase = PhaseConfig(batch_size=1, learning_rate=1.0, weight_decay=0.0, warmup_steps=5)
+    np.testing.assert_allclose(phase.learning_rates(21)[13], 0.5, rtol=1e-6)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_that_trains():
+    """The case of google-research/big_vision's optax_test.py (0127fb6): three leaves of ones, clip norm 1."""
+    phase = PhaseConfig(batch_size=1, learning_rate=1.0, weight_decay=0.0, clip_norm=1.0, eps=1e6)
+    params = {"Dense_0": {"kernel": jnp.float32(1), "bias": jnp.float32(2), "other": jnp.float32(3)}}
+    direction = phase.direction()
+    updates, _ = direction.update(jax.tree.map(jnp.ones_like, params), direction.init(params), params)
+    for update in jax.tree.leaves(updates):  # of so large an eps Adam leaves the gradient, divided by it
+        np.testing.assert_allclose(update * phase.eps, 1 / math.sqrt(3), rtol=1e-5)
+
+
 def test_warm_up_longer_than_the_phase_is_refused():
     with pytest.raises(ValueError, match="warmup_steps=2 does not fit into 2 steps"):
         dataclasses.replace(PHASE, num_steps=0).length(2)
