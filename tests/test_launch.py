@@ -231,7 +231,7 @@ def slice_of_one(tmp_path):
         (tmp_path / "host").mkdir()
         (tmp_path / "host" / "launch").symlink_to(LAUNCH)
         code = f"codes=({' '.join(map(str, codes))}); exit ${{codes[$(wc -l < {tmp_path}/runs) - 1]}}"
-        began = f'echo "$@" >> {tmp_path}/runs; echo loss 0.1; trap "exit 75" TERM'
+        began = f'echo "$@" >> {tmp_path}/runs; trap "exit 75" TERM; echo loss 0.1'
         text = f"{began}; /bin/sleep {seconds} & wait $!; {code}"
         stand_in(tmp_path / "host", "python", text)
         stand_in(tmp_path, "sleep", "")
@@ -277,7 +277,8 @@ STOPPED = {
 
 @pytest.mark.parametrize("interruption", quick(STOPPED, "a host boots again"))
 def test_run_stopped_by_its_host_starts_again(tmp_path, slice_of_one, interruption):
-    path = slice_of_one(f"/bin/sleep 0.5; {interruption}", seconds=2)
+    begun = "until grep -q loss clipmoe/run.log; do /bin/sleep 0.1; done"
+    path = slice_of_one(f"{begun}; {interruption}", seconds=2)
     done = run("tpu_pod.sh", *TPU_POD, "--", "--config=x", PATH=path)
     assert done.returncode == 0, done.stderr
     assert "the run was stopped" in done.stderr and changes(tmp_path) == ["create", "scp", "scp", "delete"]
