@@ -166,7 +166,7 @@ def default_config() -> ConfigDict:
     config.moe.expert_dropout_rate = 0.1  # in router training
     config.moe.router_stddev = 0.02
     config.moe.routing = "token"  # or "token_and_sequence": routers also see the mean over the sequence
-    config.moe.sequence_share = 2.0  # how often it is added to the token
+    config.moe.sequence_share = 4.0  # how often it is added to the token
 
     config.router = _phase(
         batch_size=800, learning_rate=1e-6, weight_decay=1e-2, warmup_steps=200, label_smoothing=0.1
@@ -184,6 +184,9 @@ def default_config() -> ConfigDict:
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
     config.baselines = ()  # names of baselines in dmu/recipes.py
+    # Models that are also measured blended with the base, weight by weight: names of dense ones among
+    # "mcl_1", …, "consolidation" and the baselines.
+    config.blends = ()
     config.evaluations = ()  # of each model: lines such as "zero_shot:data/imagenet?classes=imagenet"
     # One more line, of what the base knew: the column "old" beside the test set's recall.
     config.retention = ""  # such as "zero_shot:data.retention" or "zero_shot:data/imagenet?classes=imagenet"
@@ -423,6 +426,22 @@ def _check_architecture(config: ConfigDict) -> None:
             "base.architecture.moe must be None, as the base is dense: the fields of the CLIP-MoE are "
             "moe.num_selected_experts and those beside it"
         )
+
+
+def parse_seeds(arg: str) -> tuple[int, ...]:
+    """Returns the seeds of a config's argument: "3" is 1 to 3, "21-30" is 21 to 30, "" is none.
+
+    Raises ValueError for anything else.
+    """
+    if not arg:
+        return ()
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)", arg)
+    seeds = tuple(range(int(match[1] or 1), int(match[2]) + 1)) if match else ()
+    if not seeds:
+        raise ValueError(
+            f"seeds={arg!r}: give a number, 3 for seeds 1 to 3, or the first and the last, 21-30"
+        )
+    return seeds
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:

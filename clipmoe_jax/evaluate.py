@@ -22,7 +22,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import expert_as_dense
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable, parse_evaluation
-from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.subject import ModelSubject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.reporting.text_tables import format_models
@@ -58,7 +58,9 @@ def evaluate(
     numbers = {}
     for name, (architecture, params) in _models(model, experts):
         clip = Clip(architecture, configs.compute_config(config, sharding.platform()))
-        subject = Subject(Encoder(clip, params, mesh, batch_size), tokenizer, architecture.vision.image_size)
+        subject = ModelSubject(
+            Encoder(clip, params, mesh, batch_size), tokenizer, architecture.vision.image_size
+        )
         numbers[name] = {evaluation.line: evaluation.measure(subject) for evaluation in evaluations}
     return numbers
 

@@ -1,33 +1,50 @@
-"""All of CLIP-MoE on a laptop CPU in a few minutes: synthetic scenes, a tiny CLIP, DMU and its baselines.
+"""CLIP-MoE on a laptop CPU in a few minutes: new detail for a tiny CLIP that keeps all that it knew.
 
     python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m clipmoe_jax.main --config=configs/demo.py:seeds=3 --workdir=runs/demo3
-    python -m clipmoe_jax.main --config=configs/demo.py:all_baselines --workdir=runs/baselines
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=21-30 --workdir=runs/keeping
+    python -m clipmoe_jax.main --config=configs/demo.py:paper --workdir=runs/paper
+    python -m clipmoe_jax.main --config=configs/demo.py:paper,all_baselines --workdir=runs/baselines
     python -m clipmoe_jax.main --config=configs/demo.py:small --workdir=runs/small
 
-`seeds=3` runs seeds 1 to 3 and prints means, standard deviations and paired differences; `all_baselines` adds
-full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP (clipmoe_jax/dmu/recipes.py);
-`small` is a quick check of the machinery, whose numbers mean nothing.
+The base learns two worlds: scenes of real handwriting with eight attributes, of which its coarse captions
+name three, and 400 glyphs with names. Fine-tuning sees scenes alone, with detailed captions. "R@1" on test
+scenes is the new detail; "old", zero-shot accuracy over the glyphs' names, is what is left of what the base
+knew (docs/keeping.md).
 
-The scenes are real handwriting composed into 32 x 32 images with eight attributes; the base sees coarse
-captions, so that it tells random batches apart by three easy attributes, and ordinary fine-tuning saturates
-on them.
+    seeds      N runs seeds 1 to N, 21-30 those: means, standard deviations and paired differences
+    controls   all that docs/keeping.md compares: dense models that cost as much, ensembles, blends
+    paper      the published recipe on scenes alone, with the baselines of the paper
+    all_baselines  with paper: also full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP
+    small      a quick check of the machinery, whose numbers mean nothing
 """
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import default_config, parse_arg, set_architecture
-from clipmoe_jax.dmu.recipes import baseline_names
+from clipmoe_jax.config import default_config, parse_arg, parse_seeds, set_architecture
+from clipmoe_jax.dmu.recipes import OF_PAPERS
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
+SHOWN = (
+    *("direct_ft_same_pairs", "direct_ft_rehearsed_same_pairs", "curriculum_distilled_same_pairs"),
+    "base_curriculum_ensemble",
+)
+BY_BUDGET = (
+    *("direct_ft", "direct_ft_rehearsed", "full_ft", "full_ft_rehearsed"),
+    *("curriculum", "curriculum_rehearsed", "curriculum_distilled", "curriculum_rehearsed_throughout"),
+)
+CONTROLS = (
+    *(f"{name}_same_{budget}" for budget in ("pairs", "flops") for name in BY_BUDGET),
+    *("published_moe", "base_curriculum_ensemble", "base_rehearsed_ensemble"),
+)
+BLENDED = (*(name for name in CONTROLS if name.endswith("_same_pairs")), "consolidation")
 FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Arguments: seeds=N runs seeds 1 to N; all_baselines; small shrinks everything."""
-    arg = parse_arg(arg, seeds=0, small=False, all_baselines=False)
+    """Returns the demo's config; arguments as above."""
+    arg = parse_arg(arg, seeds="", small=False, controls=False, paper=False, all_baselines=False)
     config = default_config()
-    config.seeds = tuple(range(1, arg.seeds + 1)) if arg.seeds else (0,)
+    config.seeds = parse_seeds(arg.seeds) or (0,)
     num_pairs = 800 if arg.small else 8000
     config.data.train = f"digit_scenes:train?pairs={num_pairs}"
     config.data.test = f"digit_scenes:test?pairs={num_pairs // 8}"
@@ -50,12 +67,31 @@ def get_config(arg: str = "") -> ConfigDict:
     config.router.learning_rate = 1e-2
     config.moe.expert_dropout_rate = 0.0
     config.embed.batch_size = 500
-    config.baselines = baseline_names() if arg.all_baselines else FIVE
     config.checkpoint.every_steps = 100
+    config.baselines = OF_PAPERS if arg.all_baselines else FIVE
+    if not arg.paper:
+        _keep(config, num_pairs)
+        config.baselines = CONTROLS if arg.controls else SHOWN
+        config.blends = BLENDED if arg.controls else ("consolidation",)
     if arg.small:
         config.base.train.num_steps = 60
-        config.mcl.num_steps = 24
-        config.router.num_steps = 24
+        for section in (config.mcl, config.router, config.consolidation):
+            section.num_steps = 24 if section.num_steps else 0
         config.checkpoint.every_steps = 10
         config.data.packing_steps = 2
     return config
+
+
+def _keep(config: ConfigDict, num_pairs: int) -> None:
+    """What makes new detail and old knowledge one model."""
+    config.data.base += f",glyphs:train?pairs={num_pairs * 3 // 4}"
+    config.data.retention, config.retention = "glyphs:test?pairs=2000", "zero_shot:data.retention"
+    config.base.train.num_steps = 1000
+    consolidation = {name: config.mcl[name] for name in config.consolidation if name in config.mcl}
+    config.consolidation.update(consolidation, num_steps=960)
+    config.moe.experts = ("base", "base", "last_stage", "consolidation")
+    config.moe.routing = "token_and_sequence"
+    # Of what the base learned from, 500 glyphs. Scenes would teach images to be as the base has them, which
+    # contradicts the new detail.
+    config.data.rehearsal = "glyphs:train?pairs=500"
+    config.router.update(rehearsal="distill", rehearsal_fraction=0.25, balance_coefficient=0.0)

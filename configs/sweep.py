@@ -11,7 +11,7 @@
     selected    K = 1 to 4 of 4 experts for each token
     clusters    k-means into 2, 3 or 5 clusters for each modality
     init_from   whether a stage starts from the base or from the stage before
-    baselines   nothing: one run, in WORKDIR itself, with every baseline beside CLIP-MoE
+    baselines   nothing: one run, in WORKDIR itself, with every baseline of published recipes beside CLIP-MoE
 
 `seeds=3` runs seeds 1 to 3; `small` shrinks everything to a check of the machinery, whose numbers mean
 nothing. Each variant is a run in WORKDIR/VARIANT (or WORKDIR/VARIANT/seed_N), with its own table; what it has
@@ -27,7 +27,7 @@ import runpy
 from ml_collections import ConfigDict
 
 from clipmoe_jax.config import parse_arg, set_variants
-from clipmoe_jax.dmu.recipes import baseline_names
+from clipmoe_jax.dmu.recipes import OF_PAPERS
 
 ABLATIONS = {
     "experts": {f"experts_{e}": {"mcl.num_stages": e - 1} for e in (2, 3, 4)},
@@ -40,11 +40,11 @@ ABLATIONS = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """Arguments: what, a key of ABLATIONS; seeds=N runs seeds 1 to N; small shrinks everything."""
-    arg = parse_arg(arg, what="selected", seeds=0, small=False)
+    arg = parse_arg(arg, what="selected", seeds="", small=False)
     if arg.what not in ABLATIONS:
         raise ValueError(f"what={arg.what!r}: choose one of {', '.join(ABLATIONS)}")
     demo = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
-    config = demo["get_config"](f"seeds={arg.seeds}" + (",small" if arg.small else ""))
-    config.baselines = baseline_names() if arg.what == "baselines" else ()
+    config = demo["get_config"](f"paper,seeds={arg.seeds}" + (",small" if arg.small else ""))
+    config.baselines = OF_PAPERS if arg.what == "baselines" else ()
     set_variants(config, ABLATIONS[arg.what])
     return config

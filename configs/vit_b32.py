@@ -1,4 +1,4 @@
-"""ViT-B/32 as a CLIP-MoE: the recipe at a size for one GPU, with every baseline.
+"""ViT-B/32 as a CLIP-MoE: the recipe at a size for one GPU, with every baseline of published recipes.
 
     python -m clipmoe_jax.main --config=configs/vit_b32.py --workdir=runs/b32 \\
         --config.base.checkpoint=clip-vit-base-patch32 --config.data.train=data/train \\
@@ -14,7 +14,7 @@ Arguments: variant; init_from=previous (the default here: chained stages) or bas
 from ml_collections import ConfigDict
 
 from clipmoe_jax.config import default_config, parse_arg, run_locally, set_architecture
-from clipmoe_jax.dmu.recipes import baseline_names
+from clipmoe_jax.dmu.recipes import OF_PAPERS
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mcl.init_from = arg.init_from
     config.compute.remat = "dots"
     config.mcl.accumulation_steps = config.router.accumulation_steps = 8
-    config.baselines = baseline_names()
+    config.baselines = OF_PAPERS
     if arg.runlocal:
         run_locally(config)
     return config

@@ -1,7 +1,7 @@
 """The recipe table worked out for a config: each phase that trains, over which model, for how many steps."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -11,7 +11,8 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data.loader import SHORT_LENGTH
 from clipmoe_jax.dmu import recipes
-from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.dmu.recipes import Budget, Recipe
+from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.train.phase import PhaseConfig
@@ -98,7 +99,7 @@ def phases_of(
     phases = []
     for recipe in trained:
         if recipe.num_steps is not None:
-            steps[recipe.name] = recipe.num_steps(recipes.StepCounts(config, steps.__getitem__))
+            steps[recipe.name] = recipe.num_steps(budget(config, steps.__getitem__, num_pairs), recipe)
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
         architecture = architecture_of(config, recipe)
         weight = loss_config(config, recipe).short_caption_weight
@@ -114,7 +115,7 @@ def phases_of(
             frozen_dtype=frozen_dtype(config, compute),
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
-            number=recipe.number,
+            number=recipe.number if recipe.group == "stage" else 0,
         )
         phases.append(phase)
     return phases
@@ -124,6 +125,20 @@ def _is_trained(config: ConfigDict, recipe: Recipe) -> bool:
     if recipe.group == "base":
         return not config.base.checkpoint and bool(config.data.base)
     return recipe.group != "ensemble"
+
+
+def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> Budget:
+    """Returns what models cost to train on so many training pairs. steps: as in `Budget`."""
+    made = recipes.recipes(config)
+
+    def flops_of_pair(name: str) -> float:
+        architecture = architecture_of(config, made[name])
+        names = list(trees.flatten(abstract_params(architecture)))
+        trains = trees.match_rules(made[name].trains, names)
+        return flops.forward_backward(architecture, trains)
+
+    encoding = num_pairs * flops.forward(configs.architecture(config))
+    return Budget(config, steps, flops_of_pair, encoding)
 
 
 def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:

@@ -46,27 +46,69 @@ STAGE_COUNT = ("mcl.num_stages",)
 STAGES_ALONE = ("mcl.init_from", "mcl.small_clusters", "cluster.num_clusters", "cluster.max_fit_pairs")
 
 
-class StepCounts(NamedTuple):
-    """Steps that stages take. steps: from a stage's name to its steps, as made or as planned."""
+class Budget(NamedTuple):
+    """The cost of training models, as made or as planned, for rows that may cost as much as another.
+
+    Attributes:
+        steps: from the name of a recipe to its steps.
+        flops_of_pair: from the name of a recipe to the FLOPs of one pair in its training.
+        flops_of_encoding: of all training pairs, which each stage needs for its clusters.
+    """
 
     config: ConfigDict
     steps: Callable[[str], int]
+    flops_of_pair: Callable[[str], float]
+    flops_of_encoding: float
 
 
-def one_stage(counts: StepCounts) -> int:
+class Cost(NamedTuple):
+    """Pairs trained on and FLOPs after the base, for a model and all that it is made from."""
+
+    pairs: int
+    flops: float
+
+
+def cost_of(budget: Budget, names: Sequence[str]) -> Cost:
+    """Returns the cost of the models of these names and of all that they are made from, each once."""
+    made, waiting = recipes(budget.config), list(names)
+    pairs, flops, seen = 0, 0.0, {BASE_NAME}
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        recipe = made[name]
+        waiting += recipe.experts(budget.config)
+        if recipe.group == "ensemble":
+            continue
+        own = budget.steps(name) * recipe.hyperparameters(budget.config).batch_size
+        pairs, flops = pairs + own, flops + own * budget.flops_of_pair(name)
+        if recipe.sampler == "clusters":
+            flops += budget.flops_of_encoding
+            waiting += [f"mcl_{recipe.number - 1}"] if recipe.number > 1 else []  # which is clustered
+    return Cost(pairs, flops)
+
+
+Steps = Callable[[Budget, "Recipe"], int]
+
+
+def one_stage(budget: Budget, recipe: "Recipe") -> int:
     """Returns the steps of the first stage."""
-    return counts.steps("mcl_1")
+    del recipe
+    return budget.steps("mcl_1")
 
 
-def same_pairs(counts: StepCounts) -> int:
-    """Returns the steps of `mcl.batch_size` that see as many pairs as all stages and the routers together."""
-    config = counts.config
-    pairs = counts.steps(ROUTER_NAME) * config.router.batch_size
-    for stage in range(1, config.mcl.num_stages + 1):
-        pairs += counts.steps(f"mcl_{stage}") * config.mcl.batch_size
-    if configs.consolidates(config):
-        pairs += counts.steps(CONSOLIDATION) * config.consolidation.batch_size
-    return math.ceil(pairs / config.mcl.batch_size)
+def same_pairs(budget: Budget, recipe: "Recipe") -> int:
+    """Returns the steps with which a model has seen as many pairs as the CLIP-MoE and all it is made from."""
+    left = cost_of(budget, [ROUTER_NAME]).pairs - cost_of(budget, recipe.experts(budget.config)).pairs
+    return math.ceil(left / recipe.hyperparameters(budget.config).batch_size)
+
+
+def same_flops(budget: Budget, recipe: "Recipe") -> int:
+    """Returns the most steps with which a model takes no more FLOPs than the CLIP-MoE."""
+    left = cost_of(budget, [ROUTER_NAME]).flops - cost_of(budget, recipe.experts(budget.config)).flops
+    of_step = recipe.hyperparameters(budget.config).batch_size * budget.flops_of_pair(recipe.name)
+    return math.floor(left / of_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +119,8 @@ class Recipe:
         name: of its phase in metrics and, but for baselines, of the stage that trains it.
         title: of its row in tables.
         group: where it belongs in tables and reports; a "baseline" is made if `config.baselines` names it. An
-            "ensemble" trains nothing: its features are those of `experts`, joined.
+            "ensemble" trains nothing: its features are those of `experts`, joined. A "part" is made for
+            another row alone and stands in no table.
         experts: names of the models it is made from, given the config. One is trained as it is; the
             feed-forward layers of several become the experts of an MoE with random routers. None at all: the
             base, imported or initialised.
@@ -85,34 +128,44 @@ class Recipe:
         section: the group of config fields with its hyperparameters.
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
+        rehearsal: what it rehearses what the base knew by. "section": as its section says. "pairs" and
+            "distill": that, in as many steps as the routers of the CLIP-MoE do.
         losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
         reinitialize: whether half of each expert's hidden units are drawn anew (arXiv 2502.19261).
         ignores: config fields that change nothing in it, though its inputs name their group.
-        number: of an MCL stage, from 1; 0 for all others.
+        number: of an MCL stage, or of that whose clusters it is trained on, from 1; 0 for all others.
+        parts: rows that are made for this one alone, in order, given the config.
     """
 
     name: str
     title: str
-    group: Literal["base", "baseline", "stage", "ensemble", "moe"]
+    group: Literal["base", "baseline", "part", "stage", "ensemble", "moe"]
     experts: Callable[[ConfigDict], tuple[str, ...]]
     trains: trees.Rules = ()
     section: str = "mcl"
     sampler: Literal["shuffled", "clusters"] = "shuffled"
-    num_steps: Callable[[StepCounts], int] | None = None
+    num_steps: Steps | None = None
+    rehearsal: Literal["section", "none", "pairs", "distill"] = "section"
     losses: Callable[[ConfigDict], Mapping[str, float]] = lambda config: {}
     reinitialize: bool = False
     ignores: tuple[str, ...] = ()
     number: int = 0
+    parts: Callable[[ConfigDict], Sequence["Recipe"]] = lambda config: ()
+
+    @property
+    def is_baseline(self) -> bool:
+        """Returns whether it is a baseline or a part of one."""
+        return self.group in ("baseline", "part")
 
     @property
     def stage(self) -> str:
         """Returns the name of the stage that makes it; all baselines are one."""
-        return "baselines" if self.group == "baseline" else self.name
+        return "baselines" if self.is_baseline else self.name
 
     @property
     def folder(self) -> str:
         """Returns its model folder in the workdir."""
-        if self.group == "baseline":
+        if self.is_baseline:
             return f"baselines/{self.name}"
         if self.number:
             return f"stage_{self.number}/params"
@@ -134,6 +187,15 @@ class Recipe:
         for part in self.section.split("."):
             section = section[part]
         return section
+
+    def rehearsal_of(self, config: ConfigDict) -> tuple[float, str]:
+        """Returns the share of its steps that rehearse, and whether by "pairs" or to "distill"."""
+        if self.group == "base" or self.rehearsal == "none":
+            return 0.0, "pairs"
+        if self.rehearsal == "section":
+            section = self.hyperparameters(config)
+            return section.rehearsal_fraction, section.rehearsal
+        return config.router.rehearsal_fraction, self.rehearsal
 
 
 def rehearses(config: ConfigDict) -> bool:
@@ -211,10 +273,68 @@ STAGES: Sequence[Rows] = (BASE, _mcl_recipes, _consolidation, ROUTERS)
 
 ORDINARY = (*STAGE_COUNT, *STAGES_ALONE)  # ignored by a dense model that trains on ordinary batches
 
+
+def _rehearsed_stages(config: ConfigDict) -> list[Recipe]:
+    """The MCL stages with rehearsal in each, on the clusters of those without."""
+    rows: list[Recipe] = []
+    for n in range(1, config.mcl.num_stages + 1):
+        chained = config.mcl.init_from == "previous" and rows
+        row = mcl_recipe(n, rows[-1].name if chained else BASE_NAME)
+        rows.append(dataclasses.replace(row, name=f"rehearsed_{n}", group="part", rehearsal="pairs"))
+    return rows
+
+
+def _controls() -> list[Recipe]:
+    """Dense models that cost as much as the CLIP-MoE: by pairs, and by FLOPs.
+
+    From the base on ordinary batches, or from the last stage (the dense curriculum); plain, and with what
+    there is against forgetting: rehearsal of the base's pairs, or of its similarities ("distilled": learning
+    without forgetting, arXiv 1606.09282).
+    """
+    rehearsals = {"": "none", "_rehearsed": "pairs", "_distilled": "distill"}
+    curriculum = Recipe("curriculum", "dense curriculum", "baseline", last_stage, TRAIN_FFN, CONSOLIDATION)
+    direct = Recipe("direct_ft", "direct fine-tuning", "baseline", from_base, TRAIN_FFN, ignores=ORDINARY)
+    full = dataclasses.replace(direct, name="full_ft", title="full fine-tuning", trains=TRAIN_EVERYTHING)
+    rows = [
+        dataclasses.replace(
+            row,
+            name=row.name + suffix,
+            title=row.title + suffix.replace("_", ", "),
+            rehearsal=rehearsals[suffix],
+        )
+        for row, suffixes in (
+            (direct, ("", "_rehearsed")),
+            (full, ("", "_rehearsed")),
+            (curriculum, ("", "_rehearsed", "_distilled")),
+        )
+        for suffix in suffixes
+    ]
+    rows.append(
+        dataclasses.replace(
+            curriculum,
+            name="curriculum_rehearsed_throughout",
+            title="dense curriculum, rehearsed throughout",
+            experts=lambda config: (f"rehearsed_{config.mcl.num_stages}",),
+            rehearsal="pairs",
+            parts=_rehearsed_stages,
+        )
+    )
+    budgets = {"pairs": ("same total pairs", same_pairs), "flops": ("same FLOPs", same_flops)}
+    return [
+        dataclasses.replace(
+            row, name=f"{row.name}_same_{budget}", title=f"{row.title}, {of_title}", num_steps=num_steps
+        )
+        for row in rows
+        for budget, (of_title, num_steps) in budgets.items()
+    ]
+
+
+CONTROLS = _controls()
+
 # In the order of the tables. Where every parameter trains, logit_scale does too, as in Long-CLIP's code.
 # Blocks that have experts are those of `moe.num_moe_layers` for all.
 BASELINES: Sequence[Recipe] = (
-    # The base's feed-forward layers on ordinary batches, for one stage's steps, then for all stages' pairs.
+    # The base's feed-forward layers on ordinary batches.
     Recipe(
         "direct_ft",
         "direct fine-tuning, one stage's steps",
@@ -224,15 +344,7 @@ BASELINES: Sequence[Recipe] = (
         num_steps=one_stage,
         ignores=ORDINARY,
     ),
-    Recipe(
-        "direct_ft_same_pairs",
-        "direct fine-tuning, same total pairs",
-        "baseline",
-        from_base,
-        TRAIN_FFN,
-        num_steps=same_pairs,
-        ignores=ORDINARY,
-    ),
+    *CONTROLS,
     Recipe(
         "full_ft",
         "full fine-tuning, one stage's steps",
@@ -283,8 +395,38 @@ BASELINES: Sequence[Recipe] = (
         TRAIN_ROUTERS,
         "router",
     ),
-    # Every dense model that CLIP-MoE is made from, features side by side: as many times the encoding.
+    # The CLIP-MoE of the paper beside the config's own: the base and every stage, routers that see a token.
+    Recipe(
+        "published_moe",
+        "CLIP-MoE as published",
+        "baseline",
+        base_and_stages,
+        TRAIN_ROUTERS,
+        "router",
+        rehearsal="none",
+        ignores=("moe.experts", "router.rehearsal_fraction", "router.rehearsal"),
+    ),
+    # Several dense models, features side by side: as many times the encoding.
     Recipe("feature_ensemble", "feature ensemble", "ensemble", base_and_stages),
+    Recipe(
+        "base_curriculum_ensemble",
+        "feature ensemble of base and dense curriculum",
+        "ensemble",
+        lambda config: (BASE_NAME, CONSOLIDATION),
+    ),
+    Recipe(
+        "base_rehearsed_ensemble",
+        "feature ensemble of base and rehearsed curriculum",
+        "ensemble",
+        lambda config: (BASE_NAME, "curriculum_rehearsed_same_pairs"),
+    ),
+)
+
+
+# Those that papers compare with, for a run of the published recipe.
+OF_PAPERS = (
+    *("direct_ft", "direct_ft_same_pairs", "full_ft", "long_clip", "sparse_upcycling", "drop_upcycling"),
+    *("clip_up", "base_ft_moe", "feature_ensemble"),
 )
 
 
@@ -294,22 +436,30 @@ def baseline_names() -> tuple[str, ...]:
 
 
 def check_baselines(config: ConfigDict) -> None:
-    """Raises ValueError naming the baselines that there are not, or that lack the one they are made from."""
+    """Raises ValueError naming the baselines that there are not, or that lack what they are made from."""
     known, errors = {row.name: row for row in BASELINES}, Errors()
     for name in config.baselines:
         if name not in known:
             errors.add(f"baselines={name!r}: choose one of {', '.join(known)}")
             continue
-        for needed in known[name].experts(config):
+        row = known[name]
+        for needed in row.experts(config):
             if needed in known and needed not in config.baselines:
                 errors.add(f"baselines: {name!r} is made from {needed!r}: add it")
+        if CONSOLIDATION in (row.section, *row.experts(config)) and not configs.consolidates(config):
+            errors.add(f"baselines: {name!r} needs consolidation: set consolidation.num_epochs or .num_steps")
+        if row.rehearsal in ("pairs", "distill") and not config.router.rehearsal_fraction:
+            errors.add(
+                f"baselines: {name!r} rehearses as often as the routers do: set router.rehearsal_fraction"
+            )
     errors.raise_all()
 
 
 def recipes(config: ConfigDict) -> dict[str, Recipe]:
     """Returns {name: recipe} of what a config makes, each after those it is made from.
 
-    Raises ValueError as `check_baselines` does, and naming an expert that no stage makes.
+    Raises ValueError as `check_baselines` does, and naming an expert that no stage makes, or a blend of what
+    is no dense model.
     """
     check_baselines(config)
     stages = [row for rows in STAGES for row in ([rows] if isinstance(rows, Recipe) else rows(config))]
@@ -319,8 +469,14 @@ def recipes(config: ConfigDict) -> dict[str, Recipe]:
             raise ValueError(
                 f"moe.experts: {expert!r} is not made: choose among last_stage, {', '.join(names)}"
             )
-    wanted = [row for row in BASELINES if row.name in config.baselines]
-    return {row.name: row for row in [*stages, *_in_order(wanted, config)]}
+    wanted = [part for row in BASELINES if row.name in config.baselines for part in (*row.parts(config), row)]
+    made = {row.name: row for row in [*stages, *_in_order(wanted, config)]}
+    dense = [n for n, row in made.items() if row.trains and n != BASE_NAME and not row.is_moe(config)]
+    for name in config.blends:
+        if name not in dense:
+            choices = ", ".join(dense)
+            raise ValueError(f"blends: {name!r} is no dense model of this run: choose among {choices}")
+    return made
 
 
 def _in_order(rows: Sequence[Recipe], config: ConfigDict) -> list[Recipe]:

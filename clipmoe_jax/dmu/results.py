@@ -2,6 +2,7 @@
 
 evaluated/MODEL/test/   retrieval, and image.npy and text.npy, the model's features of the test set
 evaluated/MODEL/…       one folder for each of the config's evaluations
+evaluated/MODEL/blends/ blends of the model with the base, where the config wants them
 eval/                   results.json of all models, and diagnostics of the CLIP-MoE
 
 In an evaluation line the paths `data.test` and `data.retention` stand for the run's own data sets.
@@ -15,6 +16,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -28,6 +30,7 @@ from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import save_array
+from clipmoe_jax.dmu.training import budget_of
 from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import (
@@ -37,7 +40,7 @@ from clipmoe_jax.evaluation.evaluations import (
     parse_evaluation,
 )
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
-from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject, Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import load_model, read_config
@@ -46,6 +49,7 @@ from clipmoe_jax.models.model_folder import load_model, read_config
 RETENTION = {"zero_shot": ("top1",), "retrieval": ("image_to_text_r1", "text_to_image_r1")}
 # Pairs of the test set that routing and experts are diagnosed on, and examples that are shown.
 DIAGNOSED_PAIRS, EXAMPLES = 2048, 8
+BLEND_SHARES = tuple(i / 20 for i in range(1, 20))  # of the model; the rest is the base's
 OWN = {"data.test": "test", "data.retention": "retention"}  # paths that stand for the run's own data sets
 
 
@@ -107,17 +111,21 @@ def evaluate_stage(run: Run, stage: str) -> None:
 def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """Returns {title: numbers} of every model, which also go to eval/results.json.
 
-    Numbers: parameters, active_parameters, expert (which expert of the CLIP-MoE a dense model became, or
-    None); with a test set `retrieval_recall`'s; with config.retention "retention", a share; "evaluations" and
-    "chance", {line: {metric: value}}, of the config's evaluations and of retention. A feature ensemble joins
-    the features of the base and all stages.
+    Numbers: parameters, active_parameters; pairs and flops, which its training took after the base's; expert
+    (which expert of the CLIP-MoE a dense model became, or None); with a test set `retrieval_recall`'s; with
+    config.retention "retention", a share; "evaluations" and "chance", {line: {metric: value}}, of the
+    config's evaluations and of retention; "blends", {share of the model: the same numbers of its blend with
+    the base}, of those that config.blends names. A feature ensemble joins the features of its members.
     """
     results = {}
     for recipe in recipes.table_rows(run.config):
         if recipe.group != "ensemble":
             results[recipe.title] = _evaluate_model(run, recipe)
-        elif "test" in run.datasets:
+        else:
             results[recipe.title] = _evaluate_ensemble(run, recipe)
+        results[recipe.title] |= recipes.cost_of(budget_of(run), [recipe.name])._asdict()
+        if recipe.name in run.config.blends:
+            results[recipe.title]["blends"] = _evaluate_blends(run, recipe)
     clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
     inputs = _inputs(run, clip_moe) | _test_inputs(run)
     run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
@@ -158,7 +166,7 @@ def _captions(run: Run) -> Captions:
 
 def _subject(run: Run, encoder: Encoder) -> Subject:
     image_size = run.config.base.architecture.vision.image_size
-    return Subject(encoder, run.tokenizer(), image_size, run.config.data.num_workers)
+    return ModelSubject(encoder, run.tokenizer(), image_size, run.config.data.num_workers)
 
 
 def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -172,23 +180,40 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
             folder, made_from | _test_inputs(run), lambda new: _evaluate_test(run, recipe, subject(), new)
         )
         numbers |= json.loads((folder / "results.json").read_text())
-    metrics, chance = {}, {}
-    evaluations = run.once("evaluations", lambda: open_evaluations(run.config, run.datasets, run.metrics.say))
-    for evaluation in evaluations:
+    numbers |= _evaluate_lines(run, recipe, made_from, subject)
+    return numbers | _sizes(path) | {"expert": _expert(run, recipe)}
+
+
+def _evaluations(run: Run) -> list[Evaluation]:
+    return run.once("evaluations", lambda: open_evaluations(run.config, run.datasets, run.metrics.say))
+
+
+def _evaluate_lines(
+    run: Run, recipe: Recipe, made_from: Mapping[str, Any], subject: Callable[[], Subject]
+) -> dict[str, Any]:
+    """A model's numbers of the config's evaluations, from artifacts or computed now."""
+    numbers, metrics, chance = {}, {}, {}
+    for evaluation in _evaluations(run):
         digest = hashlib.sha256(evaluation.line.encode()).hexdigest()[:8]
         folder = _folder(run, recipe) / f"{evaluation.kind}-{digest}"
-        contents = {artifacts.CONTENTS + name: of_one for name, of_one in evaluation.contents.items()}
-        inputs = made_from | {"line": evaluation.line} | contents
+        inputs = {**made_from, "line": evaluation.line, **_contents(evaluation)}
         with evaluation.naming_line():
             run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
         found = metrics[evaluation.line] = json.loads((folder / "results.json").read_text())
         if evaluation.line == run.config.retention:
-            numbers["retention"] = float(np.mean([found[name] for name in RETENTION[evaluation.kind]]))
+            numbers["retention"] = _retention(evaluation, found)
         if evaluation.chance:
             chance[evaluation.line] = evaluation.chance
     numbers |= {"evaluations": metrics} if metrics else {}
-    numbers |= {"chance": chance} if chance else {}
-    return numbers | _sizes(path) | {"expert": _expert(run, recipe)}
+    return numbers | ({"chance": chance} if chance else {})
+
+
+def _contents(evaluation: Evaluation) -> dict[str, str]:
+    return {artifacts.CONTENTS + name: of_one for name, of_one in evaluation.contents.items()}
+
+
+def _retention(evaluation: Evaluation, found: Mapping[str, float]) -> float:
+    return float(np.mean([found[name] for name in RETENTION[evaluation.kind]]))
 
 
 def _expert(run: Run, recipe: Recipe) -> int | None:
@@ -230,17 +255,66 @@ def _evaluate_line(
 
 
 def _evaluate_ensemble(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """Retrieval by the joined features of several models.
+    """Numbers of the joined features of several models.
 
     The inner product of unit vectors side by side is the sum of the models' similarities.
     """
-    made = recipes.recipes(run.config)
+    made, numbers = recipes.recipes(run.config), {}
     members = [made[name] for name in recipe.experts(run.config)]
-    parts = zip(*(_features(run, member) for member in members), strict=True)
-    images, texts = (np.concatenate(of_members, axis=1) for of_members in parts)
-    numbers = retrieval_recall(images, texts, _captions(run).image_of_text)
+    if "test" in run.datasets:
+        parts = zip(*(_features(run, member) for member in members), strict=True)
+        images, texts = (np.concatenate(of_members, axis=1) for of_members in parts)
+        numbers |= retrieval_recall(images, texts, _captions(run).image_of_text)
+    made_from = {
+        f"{member.name}: {name}": value for member in members for name, value in _inputs(run, member).items()
+    }
+
+    @functools.cache
+    def subject() -> EnsembleSubject:
+        encoders = [run.encoder(run.workdir / member.folder) for member in members]
+        return EnsembleSubject([_subject(run, encoder) for encoder in encoders])
+
+    numbers |= _evaluate_lines(run, recipe, made_from, subject)
     sizes = [_sizes(run.workdir / member.folder) for member in members]
     return numbers | {key: sum(size[key] for size in sizes) for key in sizes[0]} | {"expert": None}
+
+
+def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """{share: recall@1 and retention} of the base and a dense model blended weight by weight (WiSE-FT,
+    arXiv 2109.01903)."""
+    inputs = _inputs(run, recipe) | _test_inputs(run) | {"blends": BLEND_SHARES}
+    for evaluation in _evaluations(run):
+        if evaluation.line == run.config.retention:
+            inputs |= {"line": evaluation.line, **_contents(evaluation)}
+
+    def build(folder: epath.Path) -> dict:
+        made = recipes.recipes(run.config)
+        architecture, base = run.load(run.workdir / made[recipes.BASE_NAME].folder)
+        _, params = run.load(run.workdir / recipe.folder)
+        numbers = {}
+        for share in BLEND_SHARES:
+            blend = jax.tree.map(lambda old, new, share=share: old + share * (new - old), base, params)
+            encoder = Encoder(run.model(architecture), blend, run.mesh, run.config.embed.batch_size)
+            numbers[f"{share:.2f}"] = _both_axes(run, _subject(run, encoder))
+        run.metrics.say(f"{recipe.title}: {len(numbers)} blends with the base")
+        artifacts.write_json(folder / "results.json", numbers)
+        return {}
+
+    folder = _folder(run, recipe) / "blends"
+    run.make(folder, inputs, build)
+    return json.loads((folder / "results.json").read_text())
+
+
+def _both_axes(run: Run, subject: Subject) -> dict[str, float]:
+    """A subject's recall@1 on the test set, and its retention, as far as the config has them."""
+    numbers = {}
+    if "test" in run.datasets:
+        features = retrieval_features(subject, run.records("test"))
+        numbers = retrieval_recall(features.images, features.texts, features.image_of_text, ranks=(1,))
+    for evaluation in _evaluations(run):
+        if evaluation.line == run.config.retention:
+            numbers["retention"] = _retention(evaluation, evaluation.measure(subject))
+    return numbers
 
 
 def _diagnose(run: Run, folder: epath.Path) -> dict:

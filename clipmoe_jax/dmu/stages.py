@@ -43,7 +43,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
     """Returns {name: function} of the stages that make a config's models, in order."""
     stages: dict[str, Callable[[Run], None]] = {}
     for recipe in recipes.recipes(config).values():
-        if recipe.group in ("baseline", "ensemble"):
+        if recipe.is_baseline or recipe.group == "ensemble":
             continue
         if recipe.sampler == "clusters":
             number = recipe.number

@@ -17,7 +17,7 @@ from clipmoe_jax.core import artifacts, sharding, trees
 from clipmoe_jax.data import loader, samplers
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array
-from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
@@ -49,8 +49,10 @@ def inputs_of(run: Run, recipe: Recipe) -> dict:
 
 def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
     """The fields under these prefixes that a recipe's model depends on, and consolidation's if it does."""
-    if recipes.CONSOLIDATION in (recipe.name, *recipe.experts(run.config)):
+    if recipes.CONSOLIDATION in (recipe.section, *recipe.experts(run.config)):
         prefixes = (*prefixes, "consolidation.")
+    if recipe.rehearsal in ("pairs", "distill"):
+        prefixes = (*prefixes, "router.rehearsal_fraction")
     routing = () if recipe.group == "moe" else recipes.ROUTING_FIELDS
     return run.fields(*prefixes, without=(*recipe.ignores, *routing))
 
@@ -76,14 +78,14 @@ def make_model(run: Run, recipe: Recipe) -> None:
 def make_baselines(run: Run) -> None:
     """Makes every model of the baselines that the config names."""
     for recipe in recipes.recipes(run.config).values():
-        if recipe.group == "baseline":
+        if recipe.is_baseline:
             if recipe.is_moe(run.config):
                 upcycle(run, recipe)
             make_model(run, recipe)
 
 
 def _upcycling_stage(recipe: Recipe) -> str:
-    return "baselines" if recipe.group == "baseline" else "upcycle"
+    return "baselines" if recipe.is_baseline else "upcycle"
 
 
 def _make_base(run: Run, recipe: Recipe) -> None:
@@ -178,7 +180,7 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
     """Trains a recipe's model from the one in the folder `start`."""
     inputs, num_steps = inputs_of(run, recipe), None
     if recipe.num_steps is not None:
-        num_steps = recipe.num_steps(_step_counts(run))
+        num_steps = recipe.num_steps(budget_of(run), recipe)
         inputs |= {"num_steps": num_steps}
     clusters = None
     if recipe.sampler == "clusters":
@@ -206,9 +208,13 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
     run.make(run.workdir / recipe.folder, inputs, build)
 
 
-def _step_counts(run: Run) -> recipes.StepCounts:
-    """Steps that stages took."""
-    return recipes.StepCounts(run.config, lambda name: artifacts.measured(model_path(run, name))["num_steps"])
+def budget_of(run: Run) -> recipes.Budget:
+    """Returns what the models of a run took, as far as they are made."""
+
+    def steps(name: str) -> int:
+        return artifacts.measured(model_path(run, name))["num_steps"]
+
+    return phases.budget(run.config, steps, len(run.records("train")))
 
 
 def _describe(report: dict[str, int]) -> str:
@@ -272,12 +278,13 @@ def _fit(
 
 
 def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
-    """The rehearsal of a recipe's phase, if its section asks for one."""
+    """The rehearsal of a recipe's phase, if it has one."""
     section = recipe.hyperparameters(run.config)
-    if recipe.group == "base" or not section.rehearsal_fraction:
+    fraction, kind = recipe.rehearsal_of(run.config)
+    if not fraction:
         return None
     folder, targets = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal"), None
-    if section.rehearsal == "distill":
+    if kind == "distill":
         targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
         loss = dataclasses.replace(loss, distills=True, short_caption_weight=0.0)
     pairs = run.pairs("rehearsal", short_captions=loss.short_caption_weight > 0)
@@ -285,7 +292,7 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
         sampler = samplers.ShuffledSampler(len(pairs), section.batch_size, run.seed)
     except ValueError as error:
         raise ValueError(f"data.rehearsal: {error}") from error
-    return Rehearsal(pairs, sampler, section.rehearsal_fraction, loss, targets)
+    return Rehearsal(pairs, sampler, fraction, loss, targets)
 
 
 def _epochs_before(run: Run, recipe: Recipe) -> int:
@@ -293,7 +300,7 @@ def _epochs_before(run: Run, recipe: Recipe) -> int:
 
     Stages follow each other whatever they start from; a baseline follows the models that it is made from.
     """
-    if recipe.group == "baseline":
+    if recipe.is_baseline:
         earlier = recipe.experts(run.config)
     else:
         names = [row.name for row in recipes.recipes(run.config).values() if row.group in ("stage", "moe")]

@@ -1,10 +1,11 @@
 """A model as evaluations see it: data sets, image files and sentences in, unit features out.
 
-Letters: N images, T texts, d embedding.
+Letters: N images, T texts, d embedding, M models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +17,23 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
 
 
-class Subject:
+class Subject(Protocol):
+    """A model, as far as evaluations ask."""
+
+    def images(self, records: Records) -> np.ndarray:
+        """Returns (N, d) float32 unit features of a data set's images, in order."""
+        ...
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns (T, d) float32 unit features."""
+        ...
+
+    def pictures(self, files: Sequence[Path]) -> np.ndarray:
+        """Returns (N, d) float32 unit features of image files. Raises ValueError if one is broken."""
+        ...
+
+
+class ModelSubject:
     """An encoder with the tokenizer and the image size of its model."""
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, image_size: int, num_workers: int = 0):
@@ -48,3 +65,26 @@ class Subject:
                 raise ValueError(f"{file} does not decode: {error}") from error
 
         return self.encoder.images(np.stack(list(map_decoding(decode, files))))
+
+
+class EnsembleSubject:
+    """Several models as one: their features side by side, whose similarity is the mean of the models'."""
+
+    def __init__(self, members: Sequence[Subject]):
+        self._members = members
+
+    def images(self, records: Records) -> np.ndarray:
+        """Returns (N, M * d) float32 unit features of a data set's images, in order."""
+        return self._joined(lambda member: member.images(records))
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns (T, M * d) float32 unit features."""
+        return self._joined(lambda member: member.texts(texts))
+
+    def pictures(self, files: Sequence[Path]) -> np.ndarray:
+        """Returns (N, M * d) float32 unit features of image files."""
+        return self._joined(lambda member: member.pictures(files))
+
+    def _joined(self, encode: Callable[[Subject], np.ndarray]) -> np.ndarray:
+        features = np.concatenate([encode(member) for member in self._members], axis=1)
+        return features / np.float32(np.sqrt(len(self._members)))

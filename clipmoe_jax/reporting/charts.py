@@ -109,6 +109,58 @@ def draw_paired_bars(
     return _svg(figure, name, alt)
 
 
+def draw_scatter(
+    name: str,
+    alt: str,
+    points: dict[str, tuple[float, float]],
+    curves: dict[str, np.ndarray],
+    *,
+    x: str,
+    y: str,
+    strong: str,
+) -> Markup:
+    """Draws a numbered point for each label, whose legend stands beside.
+
+    points: {label: (x, y)}. curves: {label: (T, 2)}, faint lines through a point of that label. strong: the
+    label in bold.
+    """
+    figure, axis = _panel(7.6, max(3.2, 0.6 + 0.21 * len(points)))
+    for curve in curves.values():
+        axis.plot(*curve.T, color=MUTED, linewidth=1, marker=".", markersize=3, alpha=0.6)
+    for number, (label, (left, up)) in enumerate(points.items(), 1):
+        bold = {"fontweight": "bold"} if label == strong else {}
+        size = 15 if label == strong else 12
+        axis.plot(
+            left,
+            up,
+            "o",
+            color=ACCENT if label == strong else PAGE,
+            markersize=size,
+            markeredgecolor=INK,
+            markeredgewidth=0.8,
+            label=label,
+        )
+        colour = PAGE if label == strong else INK
+        axis.annotate(
+            str(number), (left, up), fontsize=FONT - 2, color=colour, ha="center", va="center", **bold
+        )
+        axis.annotate(
+            f"{number}  {label}",
+            (1.03, 1 - (number - 0.5) / len(points)),
+            xycoords="axes fraction",
+            fontsize=FONT - 1,
+            color=INK,
+            va="center",
+            annotation_clip=False,
+            **bold,
+        )
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.margins(0.08)
+    axis.grid(axis="x", color=RULE, linewidth=0.6)
+    return _svg(figure, name, alt)
+
+
 def draw_matrix(
     name: str,
     alt: str,

@@ -14,7 +14,13 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.reporting import charts, pictures, tables
 from clipmoe_jax.reporting.read import DIAGNOSTICS, MAIN, Folder, NotThereError, read_labels
-from clipmoe_jax.reporting.text_tables import MEAN, attribute_lines, dense_experts, has_retrieval
+from clipmoe_jax.reporting.text_tables import (
+    MEAN,
+    attribute_lines,
+    dense_experts,
+    has_retention,
+    has_retrieval,
+)
 
 Context = dict[str, Any]
 EXAMPLES_OF_CLUSTER = 6
@@ -40,10 +46,20 @@ def summary(folders: Sequence[Folder]) -> Context:
         "times_active": active[CLIP_MOE] / active["base"],
         "num_ahead": sum(all(r[CLIP_MOE][key] > r["base"][key] for key in FIRST) for r in seeds),
         "num_seeds": len(seeds),
+        "old": _old(seeds, best) if has_retention(seeds) else None,
         "best": None if best == CLIP_MOE else best,
         "best_scores": mean[best],
         "best_times_active": active[best] / active["base"],
         "num_images": folders[0].measured("eval").get("num_images"),
+    }
+
+
+def _old(seeds: Sequence[Results], best: str) -> dict[str, float]:
+    """Returns retention of the base, CLIP-MoE and the model with the highest recall: per cent, mean over
+    seeds."""
+    titles = {"base": "base", "moe": CLIP_MOE, "best": best}
+    return {
+        name: 100 * float(np.mean([r[title]["retention"] for r in seeds])) for name, title in titles.items()
     }
 
 
@@ -54,6 +70,7 @@ def results(folders: Sequence[Folder]) -> Context:
     return {
         "table": tables.recall_table(seeds),
         "differences": tables.difference_table(seeds) if with_recall and len(seeds) > 1 else None,
+        "both_axes": _both_axes(seeds) if with_recall and has_retention(seeds) else None,
         "bars": _recall_bars(seeds) if with_recall else None,
         "attributes": _attributes(seeds),
         "further": tables.evaluation_tables(seeds),
@@ -71,6 +88,26 @@ def _recall_bars(seeds: Sequence[Results]) -> charts.Markup:
     )
     alt = f"Bars of recall at 1 in per cent, image to text and text to image: {'; '.join(numbers)}."
     return charts.draw_paired_bars("recall", alt, titles, pairs, x="recall@1 (%)", strong=CLIP_MOE)
+
+
+def _both_axes(seeds: Sequence[Results]) -> charts.Markup:
+    """New detail against old knowledge, a point for each model, means over seeds; curves of blends."""
+
+    def place(numbers: Sequence[dict[str, Any]]) -> tuple[float, float]:
+        """Retention and recall@1, both in per cent."""
+        new = [np.mean([n[key] for key in FIRST]) for n in numbers]
+        return 100 * float(np.mean([n["retention"] for n in numbers])), 100 * float(np.mean(new))
+
+    points = {title: place([r[title] for r in seeds]) for title in seeds[0]}
+    curves = {}
+    for title, numbers in seeds[0].items():
+        if shares := list(numbers.get("blends", {})):
+            between = [place([r[title]["blends"][share] for r in seeds]) for share in shares]
+            curves[title] = np.array([points["base"], *between, points[title]])
+    told = (f"{title} {old:.1f} and {new:.1f}" for title, (old, new) in points.items())
+    alt = f"Old knowledge and new detail in per cent: {'; '.join(told)}."
+    axes = {"x": "old: what the base knew (%)", "y": "new: mean recall@1 (%)"}
+    return charts.draw_scatter("both-axes", alt, points, curves, **axes, strong=CLIP_MOE)
 
 
 def read_results(folders: Sequence[Folder]) -> list[Results]:

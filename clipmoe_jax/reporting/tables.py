@@ -11,8 +11,11 @@ import numpy as np
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANKS
 from clipmoe_jax.reporting.text_tables import (
+    COST,
     differences,
     further_lines,
+    has_cost,
+    has_retention,
     has_retrieval,
     recall_with_ties,
     short_count,
@@ -45,26 +48,30 @@ class Table(NamedTuple):
 
 
 def recall_table(seeds: Sequence[Results]) -> Table:
-    """Returns recall by model in per cent, mean ± standard deviation over seeds, and the models' sizes."""
-    if not has_retrieval(seeds):
-        rows = {
-            title: [Cell(short_count(numbers[key])) for key in ("parameters", "active_parameters")]
-            for title, numbers in seeds[0].items()
-        }
-        return Table("Models. There was no test set for recall.", {"parameters": ["all", "active"]}, rows)
-    keys, ties = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RANKS], recall_with_ties(seeds)
-    keys += ties.values()
-    scores = 100 * np.array([[[r[title][key] for key in keys] for title in seeds[0]] for r in seeds])
+    """Returns recall by model and retention, in per cent, mean ± standard deviation over seeds; the models'
+    sizes, and the cost of training them."""
+    sizes = {"all": "parameters", "active": "active_parameters"}
+    groups = {"parameters": list(sizes)}
+    if has_cost(seeds):
+        groups["training"], sizes = list(COST), sizes | COST
     rows = {
-        title: cells
-        + [Cell(short_count(seeds[0][title][key])) for key in ("parameters", "active_parameters")]
-        for title, cells in zip(seeds[0], score_cells(scores), strict=True)
+        title: [Cell(short_count(numbers[key])) for key in sizes.values()]
+        for title, numbers in seeds[0].items()
     }
-    groups = {heading: [f"R@{k}" for k in RANKS] for heading in DIRECTIONS.values()}
-    groups |= {"ties in random order": [name.removesuffix(" ties") for name in ties]} if ties else {}
+    if not has_retrieval(seeds):
+        return Table("Models. There was no test set for recall.", groups, rows)
+    keys, ties = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RANKS], recall_with_ties(seeds)
+    headings = {heading: [f"R@{k}" for k in RANKS] for heading in DIRECTIONS.values()}
+    keys += ties.values()
+    headings |= {"ties in random order": [name.removesuffix(" ties") for name in ties]} if ties else {}
+    if has_retention(seeds):
+        keys.append("retention")
+        headings["what the base knew"] = ["old"]
+    scores = 100 * np.array([[[r[title][key] for key in keys] for title in rows] for r in seeds])
+    cells = dict(zip(rows, score_cells(scores), strict=True))
     spread = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
     caption = f"Recall in per cent{spread}. Bold: the best of a column."
-    return Table(caption, groups | {"parameters": ["all", "active"]}, rows)
+    return Table(caption, headings | groups, {title: cells[title] + rows[title] for title in rows})
 
 
 def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:

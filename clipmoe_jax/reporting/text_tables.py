@@ -21,6 +21,8 @@ HOW_TO_READ = (
 )
 TIES = "Equal scores count as misses; in the columns of ties they stand in random order."
 OLD = "Old: what the base knew, per cent (config.retention)."
+COST = {"pairs": "pairs", "FLOPs": "flops"}
+HOW_TO_READ_COST = "Pairs, FLOPs: of training after the base, all that a model is made from among them."
 ATTRIBUTES = "attributes"  # the kind of evaluation that has a table of its own
 MEAN = "mean"  # over the attributes
 
@@ -72,24 +74,32 @@ def has_retention(seeds: Sequence[Results]) -> bool:
     return all(any("retention" in numbers for numbers in results.values()) for results in seeds)
 
 
+def has_cost(seeds: Sequence[Results]) -> bool:
+    """Returns whether it is known what each model took to train; earlier versions did not say."""
+    return all(key in numbers for results in seeds for numbers in results.values() for key in COST.values())
+
+
 def format_table(seeds: Sequence[Results]) -> str:
-    """Returns one row a model: recall if there is any (mean ± standard deviation over seeds), parameters,
-    active parameters."""
+    """Returns one row a model: recall if there is any, retention (mean ± standard deviation over seeds),
+    parameters, active parameters, cost of training."""
     ties = recall_with_ties(seeds)
     columns = {**COLUMNS, **ties} if has_retrieval(seeds) else {}
     if has_retention(seeds):
         columns["old"] = "retention"
     widths = {name: max(7 if len(seeds) == 1 else 11, len(name)) for name in columns}
-    widths |= {"params": 8, "active": 8}
+    sizes = {"params": "parameters", "active": "active_parameters", **(COST if has_cost(seeds) else {})}
+    widths |= dict.fromkeys(sizes, 8)
     rows = {}
     for title, numbers in seeds[0].items():
         recall = [
             _mean_and_spread([r[title][key] for r in seeds], 100, 1) if key in numbers else ""
             for key in columns.values()
         ]
-        sizes = [short_count(numbers[key]) for key in ("parameters", "active_parameters")]
-        rows[title] = [*recall, *sizes]
-    notes = [HOW_TO_READ, *([TIES] if ties else []), *([OLD] if "old" in columns else [])]
+        rows[title] = [*recall, *(short_count(numbers[key]) for key in sizes.values())]
+    notes = [
+        *(HOW_TO_READ, *([TIES] if ties else []), *([OLD] if "old" in columns else [])),
+        *([HOW_TO_READ_COST] if has_cost(seeds) else []),
+    ]
     return "\n".join([*_lines(widths, rows), "", " ".join(notes)])
 
 
@@ -187,8 +197,8 @@ def format_differences(seeds: Sequence[Results]) -> str:
 
 
 def short_count(count: float) -> str:
-    """Returns a count in thousands, millions or billions: 3,562,000 -> 3.56M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """Returns a count in thousands, millions and so on: 3,562,000 -> 3.56M."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.2f}{unit}"
     return str(count)

@@ -18,8 +18,15 @@ def config_of(*baselines: str, num_stages: int = 3):
     return config
 
 
+def keeping_config(*baselines: str, num_stages: int = 3):
+    """With what controls need: consolidation and rehearsal."""
+    config = config_of(*baselines, num_stages=num_stages)
+    config.consolidation.num_epochs, config.router.rehearsal_fraction = 1, 0.25
+    return config
+
+
 def test_recipes_come_after_those_they_are_made_from():
-    config = config_of(*reversed(recipes.baseline_names()))
+    config = keeping_config(*reversed(recipes.baseline_names()))
     made: set[str] = set()
     for recipe in recipes.recipes(config).values():
         assert set(recipe.experts(config)) <= made, recipe.name
@@ -29,8 +36,11 @@ def test_recipes_come_after_those_they_are_made_from():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["lora"], "baselines='lora': choose one of direct_ft, "),
+        (["ia3"], "baselines='ia3': choose one of direct_ft, "),
         (["base_ft_moe"], "made from 'direct_ft': add"),
+        (["base_curriculum_ensemble"], "needs consolidation: set consolidation.num_epochs or .num_steps"),
+        (["curriculum_same_flops"], "needs consolidation: set consolidation.num_epochs or .num_steps"),
+        (["full_ft_rehearsed_same_pairs"], "as often as the routers do: set router.rehearsal_fraction"),
     ],
 )
 def test_baseline_that_cannot_be_made_is_refused(names, message):
@@ -39,35 +49,112 @@ def test_baseline_that_cannot_be_made_is_refused(names, message):
 
 
 def test_tables_have_base_baselines_stages_ensemble_and_clip_moe_in_this_order():
-    titles = [row.title for row in recipes.table_rows(config_of(*recipes.baseline_names(), num_stages=2))]
+    names = ("clip_up", "direct_ft", "curriculum_rehearsed_throughout_same_pairs", "feature_ensemble")
+    titles = [row.title for row in recipes.table_rows(keeping_config(*names, num_stages=2))]
     assert titles == [
         "base",
         "direct fine-tuning, one stage's steps",
-        "direct fine-tuning, same total pairs",
-        "full fine-tuning, one stage's steps",
-        "Long-CLIP's recipe",
-        "sparse upcycling",
-        "Drop-Upcycling",
+        "dense curriculum, rehearsed throughout, same total pairs",
         "CLIP-UP's recipe",
-        "base + FT MoE",
         "stage 1 alone",
         "stage 2 alone",
+        "dense curriculum",
         "feature ensemble",
         "CLIP-MoE",
     ]
 
 
-def test_same_pairs_counts_the_pairs_of_all_stages_and_the_routers():
+# What a pair of 1 FLOP encoded, an MCL or consolidation pair of 3, and a router pair of 5 would cost, with
+# batches of 10 and 8 and 100 training pairs.
+def budget_by_hand(config):
+    config.mcl.batch_size = config.consolidation.batch_size = 10
+    config.router.batch_size = 8
+    steps = {"mcl_1": 5, "mcl_2": 7, "consolidation": 6, "router": 4}
+    flops = {"router": 5.0}
+    return recipes.Budget(config, steps.__getitem__, lambda name: flops.get(name, 3.0), 100.0)
+
+
+def rows_by_name():
+    return {row.name: row for row in recipes.BASELINES}
+
+
+def test_a_stage_costs_the_one_whose_features_it_clusters_too():
     config = config_of(num_stages=2)
-    config.mcl.batch_size, config.router.batch_size = 10, 8
-    steps = {"mcl_1": 5, "mcl_2": 7, "router": 4}
-    # 5 * 10 + 7 * 10 + 4 * 8 = 152 pairs, 15.2 batches of 10.
-    assert recipes.same_pairs(recipes.StepCounts(config, steps.__getitem__)) == 16
-    assert recipes.one_stage(recipes.StepCounts(config, steps.__getitem__)) == 5
+    assert config.mcl.init_from == "base"
+    assert recipes.cost_of(budget_by_hand(config), ["mcl_2"]) == (120, 200 + 360)
+
+
+def test_cost_counts_each_model_that_another_is_made_from_once():
+    config = config_of("feature_ensemble", num_stages=2)
+    config.mcl.init_from = "previous"
+    budget = budget_by_hand(config)
+    assert recipes.cost_of(budget, ["base"]) == (0, 0)
+    # A stage encodes all pairs once and trains on its batches.
+    assert recipes.cost_of(budget, ["mcl_1"]) == (50, 100 + 150)
+    assert recipes.cost_of(budget, ["mcl_2"]) == (120, 200 + 360)
+    assert recipes.cost_of(budget, ["feature_ensemble"]) == recipes.cost_of(budget, ["mcl_2"])
+    assert recipes.cost_of(budget, ["router"]) == (120 + 32, 560 + 160)
+
+
+def test_steps_of_the_same_pairs_and_the_same_flops_by_hand():
+    config, rows = config_of(num_stages=2), rows_by_name()
+    config.mcl.init_from = "previous"
+    budget = budget_by_hand(config)
+    assert recipes.one_stage(budget, rows["direct_ft"]) == 5
+    # 5 * 10 + 7 * 10 + 4 * 8 = 152 pairs, 15.2 batches of 10; 720 FLOPs are 24 batches of 30.
+    assert recipes.same_pairs(budget, rows["direct_ft_same_pairs"]) == 16
+    assert recipes.same_flops(budget, rows["direct_ft_same_flops"]) == 24
+
+
+def test_a_curriculum_has_what_its_stages_leave_of_the_budget():
+    config, rows = keeping_config(num_stages=2), rows_by_name()
+    config.mcl.init_from, config.moe.experts = "previous", ("base", "consolidation")
+    budget = budget_by_hand(config)
+    assert recipes.cost_of(budget, ["router"]) == (120 + 60 + 32, 560 + 180 + 160)
+    # The stages took 120 of 212 pairs, 9.2 batches, and 560 of 900 FLOPs, 11.3 batches of 30.
+    assert recipes.same_pairs(budget, rows["curriculum_same_pairs"]) == 10
+    assert recipes.same_flops(budget, rows["curriculum_same_flops"]) == 11
+
+
+def test_stages_with_rehearsal_are_made_for_the_row_that_wants_them():
+    config = keeping_config("curriculum_rehearsed_throughout_same_flops", num_stages=2)
+    config.mcl.init_from = "previous"
+    made = recipes.recipes(config)
+    parts = [row for row in made.values() if row.group == "part"]
+    assert [(row.name, row.experts(config), row.number) for row in parts] == [
+        ("rehearsed_1", ("base",), 1),
+        ("rehearsed_2", ("rehearsed_1",), 2),
+    ]
+    assert made["curriculum_rehearsed_throughout_same_flops"].experts(config) == ("rehearsed_2",)
+    assert all(row.rehearsal_of(config) == (0.25, "pairs") for row in parts)
+    assert not {"rehearsed_1", "rehearsed_2"} & recipes.recipes(keeping_config()).keys()
+
+
+def test_rows_rehearse_as_they_say_and_others_as_their_section():
+    config = keeping_config("published_moe", "direct_ft", "curriculum_distilled_same_pairs")
+    config.router.rehearsal, config.mcl.rehearsal_fraction = "distill", 0.5
+    made = recipes.recipes(config)
+    assert made["router"].rehearsal_of(config) == (0.25, "distill")
+    assert made["published_moe"].rehearsal_of(config)[0] == 0
+    assert made["direct_ft"].rehearsal_of(config) == (0.5, "pairs")
+    assert made["curriculum_distilled_same_pairs"].rehearsal_of(config) == (0.25, "distill")
+    assert made["base"].rehearsal_of(config)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["router", "base", "feature_ensemble", "nothing"])
+def test_only_dense_models_of_the_run_are_blended(name):
+    config = config_of("feature_ensemble", "direct_ft")
+    config.blends = ("mcl_1", "direct_ft")
+    recipes.recipes(config)
+    config.blends = (name,)
+    with pytest.raises(
+        ValueError, match=f"blends: '{name}' is no dense model of this run: choose among mcl_1"
+    ):
+        recipes.recipes(config)
 
 
 def test_phases_have_the_steps_of_their_recipes():
-    config = config_of(*recipes.baseline_names(), num_stages=2)
+    config = config_of("direct_ft", "direct_ft_same_pairs", "feature_ensemble", num_stages=2)
     for section in (config.base.train, config.mcl, config.router):
         section.batch_size, section.warmup_steps = 10, 1
     config.router.batch_size, config.base.train.num_steps = 25, 3
@@ -91,7 +178,7 @@ def test_steps_are_a_bound_where_small_clusters_are_dropped():
 @pytest.mark.parametrize("name", recipes.baseline_names())
 def test_names_of_baselines_stand_in_the_recipe_table_alone(name):
     files = [path.name for path in PACKAGE.rglob("*.py") if f'"{name}"' in path.read_text()]
-    assert files == ["recipes.py"]
+    assert set(files) <= {"recipes.py"}  # those of controls are put together
 
 
 @pytest.mark.parametrize("name", ["base", "mcl_2", "router", "clip_up", "feature_ensemble"])

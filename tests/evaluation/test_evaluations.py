@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from grids import exhaustive
@@ -23,7 +24,7 @@ from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import NotApplicableError, parse_evaluation
 from clipmoe_jax.evaluation.mmvp import mmvp_accuracy
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
-from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject
 from clipmoe_jax.evaluation.zero_shot import class_embeddings, classification_metrics
 from clipmoe_jax.models.model_folder import save_model
 
@@ -66,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(trained):
-    return Subject(Encoder(trained.model, trained.params, trained.mesh, 4), Tokenizer(64), 32)
+    return ModelSubject(Encoder(trained.model, trained.params, trained.mesh, 4), Tokenizer(64), 32)
 
 
 def images_of(root, name):
@@ -84,6 +85,23 @@ def test_zero_shot_is_classification_by_prompts(folder, subject):
         subject.encoder.images(pixels), class_embeddings(texts, range(3)), labels
     )
     assert numbers == pytest.approx(expected) and numbers["top5"] == 1.0
+
+
+def test_similarities_of_an_ensemble_are_the_means_of_its_members(folder, subject, trained):
+    """Of two models that differ in their image tower alone."""
+    params = {**trained.params, "visual": jax.tree.map(lambda leaf: 1.1 * leaf, trained.params["visual"])}
+    other = ModelSubject(Encoder(trained.model, params, trained.mesh, 4), Tokenizer(64), 32)
+    ensemble = EnsembleSubject([subject, other])
+    records, texts = Records(folder / "test_set"), ["a red square", "something green"]
+    files = sorted((folder / "test").rglob("*.png"))
+
+    def similarities(model):
+        return model.images(records) @ model.texts(texts).T, model.pictures(files) @ model.texts(texts).T
+
+    for joined, *parts in zip(*map(similarities, (ensemble, subject, other)), strict=True):
+        assert not np.allclose(*parts)
+        np.testing.assert_allclose(joined, np.mean(parts, axis=0), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(ensemble.texts(texts), axis=1), 1, rtol=1e-6)
 
 
 def test_a_slice_has_the_classes_of_its_split(folder):

@@ -12,7 +12,7 @@ def get_config(arg=""):
     """One stage and consolidation, a handful of steps of each phase, a checkpoint every other step.
 
     Arguments: `whole` adds a second stage, a dense and an upcycled baseline, an evaluation and retention;
-    `baselines` is `whole` with every baseline.
+    `baselines` is `whole` with every baseline but those that differ from others in their length alone.
     """
     arg = parse_arg(arg, whole=False, baselines=False)
     config = default_config()
@@ -42,7 +42,9 @@ def get_config(arg=""):
     config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
     if arg.whole or arg.baselines:
         config.mcl.num_stages = 2
-        config.baselines = baseline_names() if arg.baselines else ("long_clip", "clip_up", "feature_ensemble")
+        every = tuple(name for name in baseline_names() if not name.endswith("_same_flops"))
+        config.baselines = every if arg.baselines else ("long_clip", "clip_up", "feature_ensemble")
+        config.blends = ("consolidation",)
         config.evaluations = ("attributes:data.test",)
         config.data.retention, config.retention = "glyphs:test?pairs=16", "zero_shot:data.retention"
     return config

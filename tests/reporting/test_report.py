@@ -180,6 +180,47 @@ def test_summary_states_the_numbers_of_the_results(page, workdir):
     assert "feature ensemble" in lead and "at 4.03 times" in lead  # 13.7 / 3.4
 
 
+@pytest.fixture
+def keeping_page(workdir, tmp_path):
+    """The page of the run with retention, costs, and two blends of its last stage with the base."""
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    file = folder / "eval" / "results.json"
+    results = json.loads(file.read_text())
+    for row, numbers in enumerate(results.values()):
+        numbers |= {"retention": 0.7 - 0.1 * row, "pairs": 1000 * row, "flops": 2.5e12 * row}
+    both = {"image_to_text_r1": 0.3, "text_to_image_r1": 0.2, "retention": 0.6}
+    results["stage 2 alone"]["blends"] = {"0.25": both, "0.75": both | {"retention": 0.4}}
+    file.write_text(json.dumps(results))
+    return Page(write_report(epath.Path(folder)).read_text())
+
+
+def test_what_the_base_knew_is_a_column_and_a_sentence(keeping_page):
+    rows = table_rows(keeping_page, "Recall in per cent")
+    assert [cells[6] for cells in rows.values()] == [
+        *(("70.0", True), ("60.0", False), ("50.0", False), ("40.0", False), ("30.0", False))
+    ]
+    [lead] = [element["text"] for element in keeping_page.all("p") if element.get("class") == "lead"]
+    assert "Of what the base knew (70.0\u202f% right) CLIP-MoE keeps 30.0\u202f%" in lead
+    assert "the model with the highest recall 40.0\u202f%" in lead
+
+
+def test_training_costs_are_columns(keeping_page, page):
+    rows = table_rows(keeping_page, "Recall in per cent")
+    assert [cell for cell, _ in rows["CLIP-MoE"][-2:]] == ["4.00k", "10.00T"]
+    assert [cell for cell, _ in table_rows(page, "Recall in per cent")["base"][-2:]] == ["3.40M", "3.40M"]
+
+
+def test_both_axes_are_a_chart_with_a_point_for_each_model(keeping_page, page):
+    [chart] = [e for e in keeping_page.all("svg") if e["aria-label"].startswith("Old knowledge and new")]
+    for number, title in enumerate(synthetic_run.TITLES, 1):
+        assert (
+            f"{number}  {title}" in chart["text"]
+            and f"{title} {70 - 10 * (number - 1)}.0" in chart["aria-label"]
+        )
+    assert not [e for e in page.all("svg") if e["aria-label"].startswith("Old knowledge")]
+
+
 def test_several_seeds_are_means_with_deviations(seeds):
     page = Page(write_report(epath.Path(seeds)).read_text())
     first, second = (

@@ -71,3 +71,14 @@ def test_recall_with_ties_in_random_order_stands_beside_where_it_differs():
     assert "ties" not in text_tables.format_table([make_recall(0)])
     older = {title: {k: v for k, v in n.items() if "ties" not in k} for title, n in make_recall(0).items()}
     assert "ties" not in text_tables.format_table([older])  # results of an earlier version
+
+
+def test_cost_of_training_is_two_columns_where_it_is_known():
+    results = make_recall(ties=0)
+    assert "FLOPs" not in text_tables.format_table([results])
+    for row, numbers in enumerate(results.values()):
+        numbers |= {"pairs": 15_360 * row, "flops": 2.25e11 * row}
+    lines = text_tables.format_table([results]).splitlines()
+    assert lines[0].split()[-2:] == ["pairs", "FLOPs"]
+    assert [line.split()[-2:] for line in lines[1:3]] == [["0", "0.0"], ["15.36k", "225.00B"]]
+    assert text_tables.HOW_TO_READ_COST in lines[-1]
