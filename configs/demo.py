@@ -12,7 +12,8 @@ scenes is the new detail; "old", zero-shot accuracy over the glyphs' names, is w
 knew (docs/keeping.md).
 
     seeds      N runs seeds 1 to N, 21-30 those: means, standard deviations and paired differences
-    controls   all that docs/keeping.md compares: dense models that cost as much, ensembles, blends
+    controls   what docs/keeping.md compares: dense models of as many pairs, ensembles, blends
+    flops      with controls: also dense models of as many FLOPs
     paper      the published recipe on scenes alone, with the baselines of the paper
     all_baselines  with paper: also full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP
     small      a quick check of the machinery, whose numbers mean nothing
@@ -29,20 +30,17 @@ SHOWN = (
     "base_curriculum_ensemble",
 )
 BY_BUDGET = (
-    *("direct_ft", "direct_ft_rehearsed", "full_ft", "full_ft_rehearsed"),
+    *("direct_ft", "direct_ft_rehearsed", "full_ft", "full_ft_rehearsed", "lora", "lora_rehearsed"),
     *("curriculum", "curriculum_rehearsed", "curriculum_distilled", "curriculum_rehearsed_throughout"),
 )
-CONTROLS = (
-    *(f"{name}_same_{budget}" for budget in ("pairs", "flops") for name in BY_BUDGET),
-    *("published_moe", "base_curriculum_ensemble", "base_rehearsed_ensemble"),
-)
-BLENDED = (*(name for name in CONTROLS if name.endswith("_same_pairs")), "consolidation")
+OF_PAIRS, OF_FLOPS = (tuple(f"{name}_same_{budget}" for name in BY_BUDGET) for budget in ("pairs", "flops"))
+OTHERS = ("published_moe", "base_curriculum_ensemble", "base_rehearsed_ensemble")
 FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the demo's config; arguments as above."""
-    arg = parse_arg(arg, seeds="", small=False, controls=False, paper=False, all_baselines=False)
+    arg = parse_arg(arg, seeds="", small=False, controls=False, flops=False, paper=False, all_baselines=False)
     config = default_config()
     config.seeds = parse_seeds(arg.seeds) or (0,)
     num_pairs = 800 if arg.small else 8000
@@ -71,8 +69,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.baselines = OF_PAPERS if arg.all_baselines else FIVE
     if not arg.paper:
         _keep(config, num_pairs)
-        config.baselines = CONTROLS if arg.controls else SHOWN
-        config.blends = BLENDED if arg.controls else ("consolidation",)
+        config.baselines, config.blends = SHOWN, ("consolidation",)
+        if arg.controls:
+            config.baselines = (*OF_PAIRS, *(OF_FLOPS if arg.flops else ()), *OTHERS)
+            config.blends = (*OF_PAIRS, "consolidation")
     if arg.small:
         config.base.train.num_steps = 60
         for section in (config.mcl, config.router, config.consolidation):

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
@@ -15,6 +16,7 @@ from clipmoe_jax.dmu.recipes import Budget, Recipe
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.train.lora import add_adapters
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig
 
@@ -35,6 +37,7 @@ class PlannedPhase:
         frozen_dtype: the type that frozen matrices are held in.
         is_bound: whether it may take fewer steps: mcl.small_clusters=drop leaves pairs out of an epoch.
         number: of an MCL stage, 0 for other phases.
+        adapter_rank: of the low-rank adapters that train, 0 for none.
     """
 
     name: str
@@ -48,13 +51,14 @@ class PlannedPhase:
     stage: str = ""
     is_bound: bool = False
     number: int = 0
+    adapter_rank: int = 0
 
     @property
     def step_key(self) -> tuple:
         """Returns what the compiled step depends on: phases with equal keys share one."""
         any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
         model = self.architecture, self.compute, tuple(self.rules)
-        return *model, any_length, self.short_length, self.frozen_dtype
+        return *model, any_length, self.short_length, self.frozen_dtype, self.adapter_rank
 
 
 def architectures_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
@@ -116,9 +120,18 @@ def phases_of(
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
             number=recipe.number if recipe.group == "stage" else 0,
+            adapter_rank=recipe.adapter_rank,
         )
         phases.append(phase)
     return phases
+
+
+def trained_params(config: ClipConfig, adapter_rank: int) -> dict:
+    """Returns a model's params while it trains, as ShapeDtypeStructs: with adapters of a rank above 0."""
+    params = abstract_params(config)
+    if not adapter_rank:
+        return params
+    return jax.eval_shape(lambda tree: add_adapters(tree, jax.random.key(0), adapter_rank), params)
 
 
 def _is_trained(config: ConfigDict, recipe: Recipe) -> bool:
@@ -133,7 +146,7 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
 
     def flops_of_pair(name: str) -> float:
         architecture = architecture_of(config, made[name])
-        names = list(trees.flatten(abstract_params(architecture)))
+        names = list(trees.flatten(trained_params(architecture, made[name].adapter_rank)))
         trains = trees.match_rules(made[name].trains, names)
         return flops.forward_backward(architecture, trains)
 

@@ -21,6 +21,7 @@ from clipmoe_jax.core.errors import Errors
 TRAIN_EVERYTHING = [(r".*", True)]
 TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
 TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
+TRAIN_ADAPTERS = [(r".*/lora_[ab]", True), (r".*", False)]
 TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
 Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/results.json holds them
@@ -28,6 +29,7 @@ Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/
 BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
 CONSOLIDATION = "consolidation"
 REHEARSAL_FOLDER = "rehearsal/features"
+ADAPTER_RANK = 8
 Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
 # Config fields, by prefix, that an artifact depends on.
@@ -85,7 +87,8 @@ def cost_of(budget: Budget, names: Sequence[str]) -> Cost:
         pairs, flops = pairs + own, flops + own * budget.flops_of_pair(name)
         if recipe.sampler == "clusters":
             flops += budget.flops_of_encoding
-            waiting += [f"mcl_{recipe.number - 1}"] if recipe.number > 1 else []  # which is clustered
+            if recipe.group == "stage" and recipe.number > 1:
+                waiting.append(f"mcl_{recipe.number - 1}")  # whose features it clusters
     return Cost(pairs, flops)
 
 
@@ -131,6 +134,8 @@ class Recipe:
         rehearsal: what it rehearses what the base knew by. "section": as its section says. "pairs" and
             "distill": that, in as many steps as the routers of the CLIP-MoE do.
         losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
+        adapter_rank: of the low-rank adapters that train (arXiv 2106.09685) and are folded in at the end; 0
+            for none.
         reinitialize: whether half of each expert's hidden units are drawn anew (arXiv 2502.19261).
         ignores: config fields that change nothing in it, though its inputs name their group.
         number: of an MCL stage, or of that whose clusters it is trained on, from 1; 0 for all others.
@@ -147,6 +152,7 @@ class Recipe:
     num_steps: Steps | None = None
     rehearsal: Literal["section", "none", "pairs", "distill"] = "section"
     losses: Callable[[ConfigDict], Mapping[str, float]] = lambda config: {}
+    adapter_rank: int = 0
     reinitialize: bool = False
     ignores: tuple[str, ...] = ()
     number: int = 0
@@ -275,7 +281,7 @@ ORDINARY = (*STAGE_COUNT, *STAGES_ALONE)  # ignored by a dense model that trains
 
 
 def _rehearsed_stages(config: ConfigDict) -> list[Recipe]:
-    """The MCL stages with rehearsal in each, on the clusters of those without."""
+    """The MCL stages with rehearsal in each, on the clusters of those without, whose cost is not counted."""
     rows: list[Recipe] = []
     for n in range(1, config.mcl.num_stages + 1):
         chained = config.mcl.init_from == "previous" and rows
@@ -295,6 +301,9 @@ def _controls() -> list[Recipe]:
     curriculum = Recipe("curriculum", "dense curriculum", "baseline", last_stage, TRAIN_FFN, CONSOLIDATION)
     direct = Recipe("direct_ft", "direct fine-tuning", "baseline", from_base, TRAIN_FFN, ignores=ORDINARY)
     full = dataclasses.replace(direct, name="full_ft", title="full fine-tuning", trains=TRAIN_EVERYTHING)
+    lora = dataclasses.replace(
+        direct, name="lora", title="LoRA", trains=TRAIN_ADAPTERS, adapter_rank=ADAPTER_RANK
+    )
     rows = [
         dataclasses.replace(
             row,
@@ -305,6 +314,7 @@ def _controls() -> list[Recipe]:
         for row, suffixes in (
             (direct, ("", "_rehearsed")),
             (full, ("", "_rehearsed")),
+            (lora, ("", "_rehearsed")),
             (curriculum, ("", "_rehearsed", "_distilled")),
         )
         for suffix in suffixes

@@ -27,6 +27,7 @@ from clipmoe_jax.models.clip import ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.train.loop import LoopConfig, fit
+from clipmoe_jax.train.lora import add_adapters, fold_adapters
 from clipmoe_jax.train.rehearsal import Rehearsal, Targets
 from clipmoe_jax.train.step import LossConfig
 
@@ -244,6 +245,8 @@ def _fit(
     phase = configs.phase_config(section)
     if num_steps is not None:
         phase = dataclasses.replace(phase, num_steps=num_steps)
+    if recipe.adapter_rank:
+        params = _with_adapters(run, recipe, params)
     params, measured = fit(
         recipe.name,
         model,
@@ -269,12 +272,22 @@ def _fit(
         ),
         rehearsal=rehearsal,
     )
-    save_model(folder, architecture, params)
+    save_model(folder, architecture, jax.jit(fold_adapters)(params) if recipe.adapter_rank else params)
     if recipe.group != "base":
         num_steps = int(measured["num_steps"])
         own_steps = num_steps - (rehearsal.before(num_steps) if rehearsal else 0)
         measured[EPOCHS] = first_epoch + math.ceil(own_steps / sampler.num_steps)
     return measured
+
+
+def _with_adapters(run: Run, recipe: Recipe, params: dict[str, Any]) -> dict[str, Any]:
+    """The params with low-rank adapters, which are drawn by the seed alone."""
+
+    def add(params: dict[str, Any]) -> dict[str, Any]:
+        return add_adapters(params, jax.random.key(run.seed), recipe.adapter_rank)
+
+    where = sharding.param_shardings(run.mesh, jax.eval_shape(add, params))
+    return jax.jit(add, out_shardings=where)(params)
 
 
 def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:

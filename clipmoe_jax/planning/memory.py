@@ -23,6 +23,7 @@ from clipmoe_jax.planning.abstract import (
     text_config,
     traceable,
 )
+from clipmoe_jax.train.lora import fold_adapters
 from clipmoe_jax.train.step import abstract_state
 
 # Of the similarity matrix the loss holds at once the logits and the gradients through its two log-sums.
@@ -48,7 +49,7 @@ class Memory(NamedTuple):
 def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     """Returns the bytes that a step of a phase holds on each device."""
     config, compute = phase.architecture, phase.compute
-    params = placed_params(mesh, config)
+    params = placed_params(mesh, config, phase.adapter_rank)
     trainable, frozen = held_params(mesh, phase)
     state = abstract_state(mesh, phase.hyperparameters, trainable)
     pairs_of_device = (
@@ -107,7 +108,7 @@ def kept_bytes(
     encode = _encoder(config, compute, tower)
 
     def residuals(trainable, frozen, inputs):
-        return jax.vjp(lambda t: encode(trees.merge(t, frozen), inputs), trainable)[1]
+        return jax.vjp(lambda t: encode(fold_adapters(trees.merge(t, frozen)), inputs), trainable)[1]
 
     def total(num_pairs: int) -> int:
         inputs = abstract_batch(mesh, config, num_pairs)[tower]

@@ -120,7 +120,9 @@ def make_plan(
 def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
     """Returns FLOPs, memory and transfers of one training step."""
     config, compute = phase.architecture, phase.compute
-    trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config))))
+    trains = trees.match_rules(
+        phase.rules, list(trees.flatten(placed_params(mesh, config, phase.adapter_rank)))
+    )
     model_flops = flops.forward_backward(config, trains)
     experts = experts_of_token(config, compute, mesh)
     computed = flops.forward_backward(config, trains, slots=experts)

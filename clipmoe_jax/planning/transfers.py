@@ -67,7 +67,7 @@ def _features(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
 
 
 def _parameters_and_gradients(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
-    leaves = trees.flatten(placed_params(mesh, phase.architecture))
+    leaves = trees.flatten(placed_params(mesh, phase.architecture, phase.adapter_rank))
     trains = trees.match_rules(phase.rules, list(leaves))
     itemsize = jnp.dtype(phase.compute.dtype).itemsize
     microbatches = phase.hyperparameters.accumulation_steps

@@ -128,32 +128,14 @@ def draw_scatter(
     for curve in curves.values():
         axis.plot(*curve.T, color=MUTED, linewidth=1, marker=".", markersize=3, alpha=0.6)
     for number, (label, (left, up)) in enumerate(points.items(), 1):
-        bold = {"fontweight": "bold"} if label == strong else {}
-        size = 15 if label == strong else 12
-        axis.plot(
-            left,
-            up,
-            "o",
-            color=ACCENT if label == strong else PAGE,
-            markersize=size,
-            markeredgecolor=INK,
-            markeredgewidth=0.8,
-            label=label,
-        )
-        colour = PAGE if label == strong else INK
-        axis.annotate(
-            str(number), (left, up), fontsize=FONT - 2, color=colour, ha="center", va="center", **bold
-        )
-        axis.annotate(
-            f"{number}  {label}",
-            (1.03, 1 - (number - 0.5) / len(points)),
-            xycoords="axes fraction",
-            fontsize=FONT - 1,
-            color=INK,
-            va="center",
-            annotation_clip=False,
-            **bold,
-        )
+        weight, fill, ink, size = "normal", PAGE, INK, 12
+        if label == strong:
+            weight, fill, ink, size = "bold", ACCENT, PAGE, 15
+        axis.plot(left, up, "o", color=fill, markersize=size, markeredgecolor=INK, markeredgewidth=0.8)
+        look = {"fontweight": weight, "va": "center", "annotation_clip": False}
+        axis.annotate(str(number), (left, up), None, fontsize=FONT - 2, color=ink, ha="center", **look)
+        beside, where = (1.03, 1 - (number - 0.5) / len(points)), {"xycoords": "axes fraction"}
+        axis.annotate(f"{number}  {label}", beside, None, fontsize=FONT - 1, color=INK, **where, **look)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.margins(0.08)

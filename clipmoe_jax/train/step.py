@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import Clip, text_mask
 from clipmoe_jax.train import losses
+from clipmoe_jax.train.lora import fold_adapters
 from clipmoe_jax.train.phase import PhaseConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound
@@ -71,7 +72,7 @@ def _make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.s
     eos_token_id = model.config.text.eos_token_id if model.config.text else None
 
     def encode(trainable, frozen, batch, key):
-        params = trees.merge(trainable, frozen)
+        params = fold_adapters(trees.merge(trainable, frozen))
         apply = functools.partial(model.apply, {"params": params}, deterministic=False)
         outputs = cast(dict[str, Any], apply(batch["image"], batch["text"], rngs={"dropout": key}))
         if loss.short_caption_weight:

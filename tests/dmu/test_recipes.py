@@ -125,7 +125,11 @@ def test_stages_with_rehearsal_are_made_for_the_row_that_wants_them():
         ("rehearsed_1", ("base",), 1),
         ("rehearsed_2", ("rehearsed_1",), 2),
     ]
-    assert made["curriculum_rehearsed_throughout_same_flops"].experts(config) == ("rehearsed_2",)
+    row = made["curriculum_rehearsed_throughout_same_flops"]
+    assert row.experts(config) == ("rehearsed_2",)
+    steps = {"rehearsed_1": 5, "rehearsed_2": 7}
+    budget = budget_by_hand(config)._replace(steps=steps.__getitem__)
+    assert recipes.cost_of(budget, row.experts(config)) == (120, 200 + 360)  # as the stages themselves
     assert all(row.rehearsal_of(config) == (0.25, "pairs") for row in parts)
     assert not {"rehearsed_1", "rehearsed_2"} & recipes.recipes(keeping_config()).keys()
 

@@ -1,0 +1,180 @@
+"""New detail and old knowledge, seed by seed: the tables of docs/keeping.md.
+
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=21-30 --workdir=runs/keeping
+    python -m benchmarks.keeping --name=demo --workdir=runs/keeping
+    python -m benchmarks.keeping --name=demo
+
+The second command copies the numbers of each seed that has been evaluated to benchmarks/results/keeping/demo,
+a file a seed; the third prints the table and what it shows from these files alone. "new" is the mean of both
+R@1 on the test set, "old" the retention, both in per cent. Intervals: bootstrap over seeds, 95 %.
+
+Letters: S seeds, B blends.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "keeping"
+MIXTURE, CURRICULUM, BASE = "CLIP-MoE", "dense curriculum", "base"
+DIRECT_SAME_PAIRS = "direct fine-tuning, same total pairs"
+CURRICULUM_SAME_PAIRS = "dense curriculum, same total pairs"
+RECALL = ("image_to_text_r1", "text_to_image_r1")
+AXES = ("new", "old")
+CLOSE, APART = 1.0, 4.0  # points: of new that is as good, of old that is clearly less
+
+Numbers = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the measurement: a folder of results/keeping")
+    parser.add_argument("--workdir", type=pathlib.Path, help="of a run of several seeds, to copy from")
+    flags = parser.parse_args()
+    folder = RESULTS / flags.name
+    if flags.workdir:
+        collect(flags.workdir, folder)
+        return
+    seeds = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
+    if not seeds:
+        raise SystemExit(f"{folder} has no seed: --workdir copies them there")
+    print(format_table(seeds))
+    print()
+    print("\n".join(findings(seeds)))
+
+
+def collect(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes a file for each seed of a run that has its results."""
+    files = sorted(workdir.glob("seed_*/eval/results.json"))
+    if not files:
+        raise SystemExit(f"{workdir}/seed_*/eval/results.json: no such file, so no seed is evaluated")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        models = {title: _summary(numbers) for title, numbers in json.loads(file.read_text()).items()}
+        out = folder / f"{file.parents[1].name}.json"
+        out.write_text(json.dumps(models, indent=1) + "\n")
+        print(out)
+
+
+def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Both axes in per cent, recall by direction, and costs; of blends both axes by share."""
+    summary = {name: round(100 * numbers[name], 2) for name in RECALL} | _both_axes(numbers)
+    summary |= {name: numbers[name] for name in ("pairs", "flops", "active_parameters")}
+    if blends := numbers.get("blends"):
+        summary["blends"] = {share: _both_axes(of_share) for share, of_share in blends.items()}
+    return summary
+
+
+def _both_axes(numbers: dict[str, Any]) -> dict[str, float]:
+    new = np.mean([numbers[name] for name in RECALL])
+    return {"new": round(100 * float(new), 2), "old": round(100 * numbers["retention"], 2)}
+
+
+def of(seeds: list[Numbers], title: str, name: str) -> np.ndarray:
+    """Returns one number of one model in each seed, (S,)."""
+    return np.array([seed[title][name] for seed in seeds])
+
+
+def format_table(seeds: list[Numbers]) -> str:
+    """Returns a row a model: both axes, their differences from the mixture's, costs."""
+    header = (
+        "",
+        "new",
+        "old",
+        "new, less the mixture's",
+        "old, less the mixture's",
+        "pairs",
+        "FLOPs",
+        "active",
+    )
+    rows = [header]
+    for title in seeds[0]:
+        axes = [f"{of(seeds, title, a).mean():.1f} ± {of(seeds, title, a).std(ddof=1):.1f}" for a in AXES]
+        paired = [_difference(seeds, title, axis) if title != MIXTURE else "" for axis in AXES]
+        pairs, flops, active = (
+            float(of(seeds, title, n).mean()) for n in ("pairs", "flops", "active_parameters")
+        )
+        rows.append(
+            (title, *axes, *paired, f"{pairs / 1e3:.1f}k", f"{flops / 1e12:.2f}T", f"{active / 1e6:.2f}M")
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows
+    )
+
+
+def _difference(seeds: list[Numbers], title: str, axis: str) -> str:
+    points = of(seeds, title, axis) - of(seeds, MIXTURE, axis)
+    if len(points) < 2 or np.ptp(points) == 0:
+        return f"{points.mean():+.1f}"
+    interval = scipy.stats.bootstrap((points,), np.mean, method="percentile", rng=0).confidence_interval
+    return f"{points.mean():+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+
+
+def findings(seeds: list[Numbers]) -> list[str]:
+    """Returns the sentences that the table is for, each with its count of seeds."""
+    new, old = of(seeds, MIXTURE, "new"), of(seeds, MIXTURE, "old")
+    count = len(seeds)
+    near = new >= of(seeds, CURRICULUM, "new") - CLOSE
+    kept = old / of(seeds, BASE, "old")
+    lines = [
+        f"(a) The mixture's new is at most {CLOSE:g} point below the dense curriculum's in {near.sum()} of "
+        f"{count} seeds; on average {np.mean(new - of(seeds, CURRICULUM, 'new')):+.2f} points.",
+        f"    It keeps {100 * kept.mean():.1f} % of the base's old, at least {100 * kept.min():.1f} %.",
+    ]
+    for budget in ("pairs", "flops"):
+        lines += _against_dense(seeds, budget)
+    lines += _against_blends(seeds)
+    if CURRICULUM_SAME_PAIRS in seeds[0]:
+        gain = of(seeds, CURRICULUM_SAME_PAIRS, "new") - of(seeds, DIRECT_SAME_PAIRS, "new")
+        lines.append(
+            f"(d) The dense curriculum is above direct fine-tuning at equal pairs in {(gain > 0).sum()} of "
+            f"{count} seeds; on average {gain.mean():+.1f} points, {gain.min():+.1f} at least."
+        )
+    return lines
+
+
+def _against_dense(seeds: list[Numbers], budget: str) -> list[str]:
+    """(b): dense controls within the mixture's budget."""
+    dense = of(seeds, BASE, "active_parameters")[0]
+    most = 1.001 * of(seeds, MIXTURE, budget).mean()  # a batch is rounded up
+    lines = []
+    for title in seeds[0]:
+        costs = of(seeds, title, budget).mean()
+        if title == BASE or of(seeds, title, "active_parameters")[0] != dense or costs > most:
+            continue
+        new = of(seeds, title, "new") - of(seeds, MIXTURE, "new")
+        old = of(seeds, title, "old") - of(seeds, MIXTURE, "old")
+        if new.mean() >= -CLOSE:
+            worse = f"{np.sum(old <= -APART)} of {len(seeds)} seeds keep {APART:g} less"
+            lines.append(f"    {title}: new {new.mean():+.1f}, old {old.mean():+.1f}; {worse}")
+    told = f"    none reaches the mixture's new less {CLOSE:g} point" if not lines else ""
+    return [
+        f"(b) Dense models with at most the mixture's {budget} whose new is at most {CLOSE:g} point below:",
+        *filter(None, [told, *lines]),
+    ]
+
+
+def _against_blends(seeds: list[Numbers]) -> list[str]:
+    """(c): blends of the base with a dense model."""
+    lines, any_seed = [], 0
+    for title, numbers in seeds[0].items():
+        for share in numbers.get("blends", {}):
+            points = np.array(
+                [[seed[title]["blends"][share][a] - seed[MIXTURE][a] for a in AXES] for seed in seeds]
+            )
+            if (points.mean(axis=0) >= 0).all():
+                lines.append(f"    {share} of {title} is as good on both axes")
+            any_seed += np.sum((points >= 0).all(axis=1))
+    good = (
+        "No blend is as good as the mixture on both axes on average" if not lines else "As good on both axes:"
+    )
+    return [f"(c) {good}; in single seeds {any_seed} blends are.", *lines]
+
+
+if __name__ == "__main__":
+    main()
