@@ -1,15 +1,26 @@
-"""A model on disk: a folder with `model.json` (the architecture) and `params/`."""
+"""A model on disk: a folder with `model.json` (the architecture) and `params/`.
+
+Experts that are equal in every block are stored once: then `experts.json` has, for each expert of the model,
+the number of the stored one. Letters: E experts, U stored ones.
+"""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from clipmoe_jax.core import artifacts, checkpoints, trees
+from clipmoe_jax.core import artifacts, checkpoints, distributed, trees
 from clipmoe_jax.core.paths import absolute
+from clipmoe_jax.core.sharding import replicated
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 
-MODEL_FILE, PARAMS = "model.json", "params"
+MODEL_FILE, EXPERTS_FILE, PARAMS = "model.json", "experts.json", "params"
+EXPERT_LEAF = re.compile(r".+/moe/c_(fc|proj)/\w+")
 
 
 def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
@@ -17,6 +28,12 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
     path = absolute(path)
     path.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(path / MODEL_FILE, config.to_dict())
+    stored = _stored_experts(params)
+    if len(set(stored)) < len(stored):
+        artifacts.write_json(path / EXPERTS_FILE, stored)
+        params = _take_experts(params, [stored.index(u) for u in range(len(set(stored)))], _whole_experts)
+    elif distributed.is_main():
+        (path / EXPERTS_FILE).unlink(missing_ok=True)
     checkpoints.save_params(path / PARAMS, params)
 
 
@@ -35,5 +52,71 @@ def load_model(
     place: maps a tree of ShapeDtypeStructs to shardings; None loads numpy arrays.
     Raises FileNotFoundError if the folder holds no model.
     """
-    config = read_config(absolute(path))
-    return config, checkpoints.load_params(absolute(path) / PARAMS, abstract_params(config), place)
+    path = absolute(path)
+    config = read_config(path)
+    abstract = abstract_params(config)
+    if not (path / EXPERTS_FILE).exists():
+        return config, checkpoints.load_params(path / PARAMS, abstract, place)
+    stored: list[int] = json.loads((path / EXPERTS_FILE).read_text())
+    of_stored = jax.eval_shape(lambda tree: _taken(tree, range(len(set(stored)))), abstract)
+    if place is None:
+        return config, _taken(checkpoints.load_params(path / PARAMS, of_stored), stored)
+    shardings = trees.flatten(place(abstract))
+
+    def place_stored(tree: trees.Params) -> dict:
+        return trees.unflatten({name: _whole_experts(name, shardings[name]) for name in trees.flatten(tree)})
+
+    params = checkpoints.load_params(path / PARAMS, of_stored, place_stored)
+    return config, _take_experts(params, stored, lambda name, _: shardings[name])
+
+
+def _stored_experts(params: trees.Params) -> list[int]:
+    """Returns, for each expert, the number of the first that equals it, counted without gaps; a dense model
+    has none."""
+    leaves = {name: leaf for name, leaf in trees.flatten(params).items() if EXPERT_LEAF.fullmatch(name)}
+    if not leaves:
+        return []
+    first = next(iter(leaves.values()))
+    num_experts, where = first.shape[0], getattr(first, "sharding", None)
+
+    def equal(leaves: dict[str, jax.Array]) -> jax.Array:
+        """Returns which experts are the same, (E, E) bool; the lower triangle alone."""
+        rows = [
+            [jnp.all(jnp.stack([jnp.all(a[e] == a[f]) for a in leaves.values()])) for f in range(e)]
+            for e in range(num_experts)
+        ]
+        return jnp.stack([jnp.stack(row + [jnp.bool_(False)] * (num_experts - len(row))) for row in rows])
+
+    everywhere = replicated(where.mesh) if isinstance(where, NamedSharding) else None
+    same, stored = np.asarray(jax.jit(equal, out_shardings=everywhere)(leaves)), []
+    for e in range(num_experts):
+        before = np.flatnonzero(same[e])
+        stored.append(stored[before[0]] if len(before) else len(set(stored)))
+    return stored
+
+
+def _taken(params: trees.Params, experts: Sequence[int]) -> dict:
+    """Returns the params with these experts; numpy arrays stay such."""
+    index = np.asarray(experts)
+    leaves = trees.flatten(params)
+    return trees.unflatten(
+        {name: leaf[index] if EXPERT_LEAF.fullmatch(name) else leaf for name, leaf in leaves.items()}
+    )
+
+
+def _take_experts(
+    params: trees.Params, experts: Sequence[int], place: Callable[[str, Sharding], Sharding]
+) -> dict:
+    """Returns the params with these experts, on the devices. place: from a leaf's name and sharding to that
+    of the result."""
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        return _taken(params, experts)
+    where = {name: place(name, leaf.sharding) for name, leaf in trees.flatten(params).items()}
+    return jax.jit(lambda tree: _taken(tree, experts), out_shardings=trees.unflatten(where))(params)
+
+
+def _whole_experts(name: str, sharding: Sharding) -> Sharding:
+    """Returns a sharding that does not split experts: their number may not divide."""
+    if not EXPERT_LEAF.fullmatch(name) or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
