@@ -46,6 +46,7 @@ PHASE_SECTIONS = ("base.train", *FINE_TUNING_SECTIONS)
 # {field: (value, fields that change nothing then)}
 NEUTRAL = {
     "moe.experts": ((), ()),
+    "data.rehearsal_captions": ("", ()),
     "moe.routing": ("token", ("moe.sequence_share",)),
     **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in FINE_TUNING_SECTIONS},
 }
@@ -125,6 +126,8 @@ def default_config() -> ConfigDict:
     config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
     config.data.retention = ""  # what config.retention calls data.retention
     config.data.rehearsal = ""  # what the base knew, some hundreds of pairs or more, not to be forgotten
+    # To distill: captions that need not belong to the images of data.rehearsal; "" is its own.
+    config.data.rehearsal_captions = ""
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
     config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
     config.data.max_caption_tokens = 0  # cuts captions, start and end counted; 0 is the context length
@@ -375,6 +378,13 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
                 f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "
                 "base knows"
             )
+    if config.data.rehearsal_captions and not any(
+        config[s].rehearsal_fraction and config[s].rehearsal == "distill" for s in FINE_TUNING_SECTIONS
+    ):
+        errors.add(
+            "data.rehearsal_captions is for phases that distill: set rehearsal=distill and "
+            "rehearsal_fraction of one, or leave it empty"
+        )
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "

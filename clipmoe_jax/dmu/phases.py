@@ -1,7 +1,7 @@
 """The recipe table worked out for a config: each phase that trains, over which model, for how many steps."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -186,6 +186,24 @@ def steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int)
         return hyperparameters.length(num_pairs // hyperparameters.batch_size)
     except ValueError as error:
         raise ValueError(f"{section}: {error}") from error
+
+
+def check_rehearsal(config: ConfigDict, num_records: Mapping[str, int]) -> None:
+    """Raises ValueError naming a section whose batches are larger than what it rehearses.
+
+    num_records: of each data set of the run, by its name.
+    """
+    errors = Errors()
+    for recipe in recipes.recipes(config).values():
+        fraction, kind = recipe.rehearsal_of(config)
+        batch_size = recipe.hyperparameters(config).batch_size
+        for name in ("rehearsal", *(["rehearsal_captions"] if kind == "distill" else [])):
+            if fraction and num_records.get(name, batch_size) < batch_size:
+                errors.add(
+                    f"{recipe.section}.batch_size={batch_size} is more than the {num_records[name]} records "
+                    f"of data.{name}: choose a smaller batch or more data"
+                )
+    errors.raise_all()
 
 
 def _is_bound(config: ConfigDict, recipe: Recipe) -> bool:

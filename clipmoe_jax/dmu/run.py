@@ -58,8 +58,9 @@ class Run:
             if values[field] == neutral:
                 chosen = {n: v for n, v in chosen.items() if n not in (field, *dependent)}
         if any(name.endswith(".rehearsal_fraction") for name in chosen):
-            chosen["data.rehearsal"] = values["data.rehearsal"]
-        for name in ("train", "base", "rehearsal"):
+            names = ("data.rehearsal", "data.rehearsal_captions")
+            chosen |= {name: values[name] for name in names if values[name]}
+        for name in ("train", "base", "rehearsal", "rehearsal_captions"):
             if chosen.get(f"data.{name}"):
                 chosen[f"{artifacts.CONTENTS}data.{name}"] = self.records(name).fingerprint
         if chosen.get("base.checkpoint"):

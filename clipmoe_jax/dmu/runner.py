@@ -15,7 +15,7 @@ from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
-from clipmoe_jax.dmu.phases import check_mesh, phases_of
+from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
 from clipmoe_jax.dmu.recipes import Results, check_baselines, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
@@ -193,6 +193,8 @@ def check_data(
     if rehearses(config):
         with errors.of():
             distributed.on_main("rehearsal is compared", lambda: check_disjoint(datasets, digests))
+        with errors.of():
+            check_rehearsal(config, {name: len(of_name) for name, of_name in records.items()})
     num_base_pairs = len(records["base"]) if "base" in records else 0
     with errors.of():
         phases_of(config, sharding.platform(), num_pairs, num_base_pairs)

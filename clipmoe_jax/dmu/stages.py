@@ -29,7 +29,14 @@ from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.dmu.training import inputs_of, inputs_of_encoding, make_baselines, make_model, upcycle
+from clipmoe_jax.dmu.training import (
+    inputs_of,
+    inputs_of_encoding,
+    make_baselines,
+    make_model,
+    rehearsal_datasets,
+    upcycle,
+)
 from clipmoe_jax.evaluation.encoder import Encoder
 
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
@@ -125,16 +132,22 @@ def _save_begun(path: epath.Path, features: Mapping[str, np.ndarray], start: int
 
 
 def encode_rehearsal(run: Run) -> None:
-    """Writes rehearsal/features: image.npy and text.npy, (N, embed) float32 unit vectors of the base."""
+    """Writes rehearsal/features: image.npy and text.npy, (N, embed) float32 unit vectors of the base.
+
+    The captions are those of the images, or N others.
+    """
     base = recipes.recipes(run.config)[recipes.BASE_NAME]
     source = artifacts.require(run.workdir / base.folder, base.stage)
 
     def build(folder: epath.Path) -> dict:
         encoder = run.encoder(source)
-        features = encoder.pairs(run.pairs("rehearsal"), num_workers=run.config.data.num_workers)
-        for modality in MODALITIES:
-            save_array(folder / f"{modality}.npy", features[modality])
-        return {"num_pairs": len(features["image"])}
+        numbers = {}
+        for modality, name in zip(MODALITIES, rehearsal_datasets(run), strict=True):
+            pairs, workers = run.pairs(name), run.config.data.num_workers
+            features = encoder.pairs(pairs, inputs=[modality], num_workers=workers)[modality]
+            save_array(folder / f"{modality}.npy", features)
+            numbers[f"num_{modality}s"] = len(features)
+        return numbers
 
     inputs = inputs_of(run, base) | run.fields("data.rehearsal")
     run.make(run.workdir / recipes.REHEARSAL_FOLDER, inputs, build)

@@ -28,7 +28,7 @@ from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.train.loop import LoopConfig, fit
 from clipmoe_jax.train.lora import add_adapters, fold_adapters
-from clipmoe_jax.train.rehearsal import Rehearsal, Targets
+from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets
 from clipmoe_jax.train.step import LossConfig
 
 EPOCHS = "epochs_of_train"  # in a model's done.json: epochs of the training pairs up to its last step
@@ -290,22 +290,33 @@ def _with_adapters(run: Run, recipe: Recipe, params: dict[str, Any]) -> dict[str
     return jax.jit(add, out_shardings=where)(params)
 
 
+def rehearsal_datasets(run: Run) -> tuple[str, str]:
+    """Returns the names of the data sets that images and captions of a rehearsal that distills come from."""
+    return "rehearsal", "rehearsal_captions" if "rehearsal_captions" in run.datasets else "rehearsal"
+
+
 def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
     """The rehearsal of a recipe's phase, if it has one."""
     section = recipe.hyperparameters(run.config)
     fraction, kind = recipe.rehearsal_of(run.config)
     if not fraction:
         return None
-    folder, targets = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal"), None
-    if kind == "distill":
-        targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
-        loss = dataclasses.replace(loss, distills=True, short_caption_weight=0.0)
-    pairs = run.pairs("rehearsal", short_captions=loss.short_caption_weight > 0)
-    try:
-        sampler = samplers.ShuffledSampler(len(pairs), section.batch_size, run.seed)
-    except ValueError as error:
-        raise ValueError(f"data.rehearsal: {error}") from error
-    return Rehearsal(pairs, sampler, fraction, loss, targets)
+    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
+
+    def drawn(name: str, seed: int) -> Drawn:
+        pairs = run.pairs(name, short_captions=loss.short_caption_weight > 0)
+        try:
+            return Drawn(pairs, samplers.ShuffledSampler(len(pairs), section.batch_size, seed))
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
+
+    if kind == "pairs":
+        return Rehearsal(drawn("rehearsal", run.seed), fraction, loss)
+    loss = dataclasses.replace(loss, distills=True, short_caption_weight=0.0)
+    targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
+    images, captions = rehearsal_datasets(run)
+    others = drawn(captions, run.seed + 1) if captions != images else None
+    return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)
 
 
 def _epochs_before(run: Run, recipe: Recipe) -> int:

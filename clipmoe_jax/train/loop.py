@@ -162,7 +162,7 @@ def _describe_step(step: int, sampler: loader.Sampler, rehearsal: Rehearsal | No
     """Returns where a step's records come from, and the first of them."""
     rehearsed = rehearsal.before(step) if rehearsal else 0
     if rehearsal and rehearsal.rehearses(step):
-        sampler, step = rehearsal.sampler, rehearsed
+        sampler, step = rehearsal.records.sampler, rehearsed
         origin = f"rehearsal, {sampler.origin(step)}"
     else:
         step -= rehearsed

@@ -6,7 +6,7 @@ Letters: N records, B pairs of this process's rows of a batch, f the share of a 
 import contextlib
 import dataclasses
 import fractions
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,23 +22,30 @@ class Targets(NamedTuple):
     texts: np.ndarray
 
 
+class Drawn(NamedTuple):
+    """Records, and which of them a rehearsing step uses: the sampler counts these steps alone."""
+
+    pairs: loader.StreamedPairs | loader.DecodedPairs
+    sampler: loader.Sampler
+
+
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
     """Which steps of a phase rehearse, on what, by which loss.
 
     Attributes:
-        pairs: the records.
-        sampler: which of them a rehearsing step uses; its step counts these alone.
+        records: the images, and their captions where there are no others.
         fraction: f. Step s rehearses where the whole part of (s + 1) f is above that of s f: evenly spread.
         loss: of these steps.
-        targets: for a loss that distills.
+        targets: for a loss that distills; the texts are those of `captions` where there are such.
+        captions: of other records, for a loss that distills: images and captions then do not belong together.
     """
 
-    pairs: loader.StreamedPairs | loader.DecodedPairs
-    sampler: loader.Sampler
+    records: Drawn
     fraction: float
     loss: LossConfig
     targets: Targets | None = None
+    captions: Drawn | None = None
 
     def before(self, step: int) -> int:
         """Returns how many of the steps before this one rehearse."""
@@ -78,29 +85,35 @@ def open_batches(
         if rehearsal is None:
             yield ((False, batch) for batch in own)
             return
-        rehearsed = stack.enter_context(
-            loader.batches(
-                rehearsal.pairs,
-                rehearsal.sampler,
-                start_step=first,
-                num_steps=count,
-                caption_turns=None if rehearsal.targets else loader.CaptionTurns(caption_turns.seed),
-                **options,
+        rehearsed = [
+            stack.enter_context(
+                loader.batches(
+                    *drawn,
+                    start_step=first,
+                    num_steps=count,
+                    caption_turns=None if rehearsal.targets else loader.CaptionTurns(caption_turns.seed),
+                    **options,
+                )
             )
-        )
+            for drawn in filter(None, (rehearsal.records, rehearsal.captions))
+        ]
         yield _in_turn(own, rehearsed, rehearsal, range(start_step, start_step + num_steps))
 
 
 def _in_turn(
-    own: Iterator[loader.Batch], rehearsed: Iterator[loader.Batch], rehearsal: Rehearsal, steps: range
+    own: Iterator[loader.Batch],
+    rehearsed: Sequence[Iterator[loader.Batch]],
+    rehearsal: Rehearsal,
+    steps: range,
 ) -> Iterator[tuple[bool, loader.Batch]]:
+    """rehearsed: batches of the records, and those of the captions if they are others."""
     for step in steps:
         if not rehearsal.rehearses(step):
             yield False, next(own)
             continue
-        batch = next(rehearsed)
+        drawn = [next(batches) for batches in rehearsed]
+        batch = drawn[0] | {"text": drawn[-1]["text"]}
         if rehearsal.targets is not None:
-            index = batch["index"]
-            targets = {"target_images": rehearsal.targets.images, "target_texts": rehearsal.targets.texts}
-            batch = batch | {name: features[index] for name, features in targets.items()}
+            batch["target_images"] = rehearsal.targets.images[drawn[0]["index"]]
+            batch["target_texts"] = rehearsal.targets.texts[drawn[-1]["index"]]
         yield True, batch

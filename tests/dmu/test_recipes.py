@@ -6,7 +6,7 @@ import pytest
 
 from clipmoe_jax.config import default_config
 from clipmoe_jax.dmu import recipes
-from clipmoe_jax.dmu.phases import phases_of
+from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
 
 PACKAGE = pathlib.Path(recipes.__file__).parents[1]
 
@@ -143,6 +143,18 @@ def test_rows_rehearse_as_they_say_and_others_as_their_section():
     assert made["direct_ft"].rehearsal_of(config) == (0.5, "pairs")
     assert made["curriculum_distilled_same_pairs"].rehearsal_of(config) == (0.25, "distill")
     assert made["base"].rehearsal_of(config)[0] == 0
+
+
+def test_batches_larger_than_what_is_rehearsed_are_refused_before_anything_runs():
+    config = keeping_config()
+    config.router.rehearsal = "distill"
+    check_rehearsal(config, {"rehearsal": 800, "rehearsal_captions": 800})
+    with pytest.raises(ValueError, match="router.batch_size=800 is more than the 799 records"):
+        check_rehearsal(config, {"rehearsal": 799})
+    with pytest.raises(ValueError, match="than the 500 records of data.rehearsal_captions: choose"):
+        check_rehearsal(config, {"rehearsal": 800, "rehearsal_captions": 500})
+    config.router.rehearsal = "pairs"
+    check_rehearsal(config, {"rehearsal": 800, "rehearsal_captions": 500})
 
 
 @pytest.mark.parametrize("name", ["router", "base", "feature_ensemble", "nothing"])

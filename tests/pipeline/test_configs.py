@@ -145,6 +145,8 @@ BAD_FIELDS = {
     "no patch": ("base.architecture.vision.patch_size", 0, "vision.patch_size=0 must be at least 1"),
     "no head": ("base.architecture.text.head_width", 0, "text.head_width=0 must be at least 1"),
     "no seed": ("seeds", (), "give at least one"),
+    "rehearsal of nothing": ("router.rehearsal_fraction", 0.25, "needs data.rehearsal: set it"),
+    "captions that no phase distills": ("data.rehearsal_captions", "x", "set rehearsal=distill"),
     "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
 }
 
@@ -281,6 +283,19 @@ def test_config_argument_is_given_once():
     assert configs.parse_arg("seeds=3,small", seeds=1, small=False).to_dict() == {"seeds": 3, "small": True}
     with pytest.raises(ValueError, match="config argument 'seeds' is given twice: give it once"):
         configs.parse_arg("seeds=3,small,seeds=2", seeds=1, small=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"), [("", ()), ("3", (1, 2, 3)), ("21-23", (21, 22, 23)), ("0-0", (0,))], ids=repr
+)
+def test_seeds_are_a_number_or_a_range(given, seeds):
+    assert configs.parse_seeds(given) == seeds
+
+
+@pytest.mark.parametrize("given", ["x", "0", "3-1", "1,2", "-1"])
+def test_seeds_that_are_none_say_how_to_give_them(given):
+    with pytest.raises(ValueError, match=f"seeds='{given}': give a number, 3 for seeds 1 to 3, or"):
+        configs.parse_seeds(given)
 
 
 def test_renamed_fields_name_fields_of_today():

@@ -11,7 +11,8 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 def get_config(arg=""):
     """One stage and consolidation, a handful of steps of each phase, a checkpoint every other step.
 
-    Arguments: `whole` adds a second stage, a dense and an upcycled baseline, an evaluation and retention;
+    Arguments: `whole` adds a second stage, a dense and an upcycled baseline, an evaluation, retention, a
+    blend, and captions of their own for what is distilled;
     `baselines` is `whole` with every baseline but those that differ from others in their length alone.
     """
     arg = parse_arg(arg, whole=False, baselines=False)
@@ -45,6 +46,7 @@ def get_config(arg=""):
         every = tuple(name for name in baseline_names() if not name.endswith("_same_flops"))
         config.baselines = every if arg.baselines else ("long_clip", "clip_up", "feature_ensemble")
         config.blends = ("consolidation",)
+        config.data.rehearsal_captions = "glyphs:train?pairs=20"
         config.evaluations = ("attributes:data.test",)
         config.data.retention, config.retention = "glyphs:test?pairs=16", "zero_shot:data.retention"
     return config

@@ -10,7 +10,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.train import losses
-from clipmoe_jax.train.rehearsal import Rehearsal, Targets, open_batches
+from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets, open_batches
 from clipmoe_jax.train.step import LossConfig
 
 TURNS = loader.CaptionTurns(3)
@@ -21,8 +21,12 @@ def pairs(scenes):
     return loader.DecodedPairs(Records(scenes), Tokenizer(32), 32)
 
 
-def make_rehearsal(pairs, fraction=0.25, targets=None):
-    return Rehearsal(pairs, ShuffledSampler(len(pairs), 8, seed=9), fraction, LossConfig(), targets)
+def drawn(pairs, seed=9):
+    return Drawn(pairs, ShuffledSampler(len(pairs), 8, seed=seed))
+
+
+def make_rehearsal(pairs, fraction=0.25, targets=None, captions=None):
+    return Rehearsal(drawn(pairs), fraction, LossConfig(), targets, captions)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 0.5, 0.7, 0.9])
@@ -69,6 +73,21 @@ def test_hosts_share_rehearsing_batches_and_their_targets(pairs):
         joined = [np.concatenate([a[name], b[name]]) for a, b in zip(*parts, strict=True)]
         np.testing.assert_array_equal(joined, [batch[name] for batch in whole])
     np.testing.assert_array_equal(whole[0]["target_texts"], features[1][whole[0]["index"]])
+
+
+def test_captions_may_come_from_other_records_than_images(pairs, scenes):
+    other = loader.DecodedPairs(Records(scenes, "train[5:20]"), Tokenizer(32), 32)
+    images, texts = (np.random.default_rng(0).normal(size=(len(p), 4)) for p in (pairs, other))
+    rehearsal = make_rehearsal(pairs, targets=Targets(images, texts), captions=drawn(other, seed=4))
+    own = make_rehearsal(pairs, targets=Targets(images, images))
+    sampler = ShuffledSampler(len(other), 8, seed=4)
+    batches = [[b for rehearses, b in take(pairs, r) if rehearses] for r in (rehearsal, own)]
+    for step, (batch, of_own) in enumerate(zip(*batches, strict=True)):
+        indices = sampler.indices(step)
+        np.testing.assert_array_equal(batch["image"], of_own["image"])
+        np.testing.assert_array_equal(batch["target_images"], of_own["target_images"])
+        np.testing.assert_array_equal(batch["text"], other.gather(indices)["text"])
+        np.testing.assert_array_equal(batch["target_texts"], texts[indices])
 
 
 def unit(key, shape=(6, 8)):
