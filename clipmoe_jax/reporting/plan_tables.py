@@ -21,30 +21,31 @@ def format_plan(plan: Plan) -> str:
         f"{mesh.size} × {device.name}: {device.peak_flops / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{device.memory / 1e9:.0f} GB each; mesh {axes}; {plan.num_pairs:,} pairs; MFU {plan.mfu:.2f}"
     )
+    width = max(26, *(len(stage.name) + 1 for stage in plan.stages))  # of the first column
     tables = [
-        _parameters(plan),
-        _timetable(plan),
-        _memory(plan),
+        _parameters(plan, width),
+        _timetable(plan, width),
+        _memory(plan, width),
         *(_step(plan, name) for name in plan.steps),
-        _batch_sizes(plan.limits),
+        _batch_sizes(plan.limits, width),
     ]
     return "\n\n".join([head, *("\n".join(lines) for lines in tables), FOOTNOTE])
 
 
-def _parameters(plan: Plan) -> list[str]:
-    lines = [f"{'parameters':<26}{'total':>12}{'active':>12}{'per device':>12}"]
+def _parameters(plan: Plan, width: int) -> list[str]:
+    lines = [f"{'parameters':<{width}}{'total':>12}{'active':>12}{'per device':>12}"]
     for name, counts in plan.models.items():
-        lines.append(f"{name:<26}" + "".join(f"{count / 1e6:>10.1f} M" for count in counts))
+        lines.append(f"{name:<{width}}" + "".join(f"{count / 1e6:>10.1f} M" for count in counts))
     return lines
 
 
-def _timetable(plan: Plan) -> list[str]:
-    lines = [f"{'stage':<26}{'pairs':>14}{'GFLOP/pair':>12}{'time':>12}{'device-hours':>14}"]
+def _timetable(plan: Plan, width: int) -> list[str]:
+    lines = [f"{'stage':<{width}}{'pairs':>14}{'GFLOP/pair':>12}{'time':>12}{'device-hours':>14}"]
     for stage in [*plan.stages, _total(plan.stages)]:
         of_pair = f"{stage.flops / 1e9:.1f}" if stage.flops else ""
         hours = stage.seconds * plan.mesh.size / 3600
         lines.append(
-            f"{stage.name:<26}{stage.num_pairs:>14,}{of_pair:>12}{_time(stage.seconds):>12}{hours:>14.2f}"
+            f"{stage.name:<{width}}{stage.num_pairs:>14,}{of_pair:>12}{_time(stage.seconds):>12}{hours:>14.2f}"
         )
     if plan.bounds:
         lines.append(
@@ -54,16 +55,16 @@ def _timetable(plan: Plan) -> list[str]:
     return lines
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: Plan, width: int) -> list[str]:
     available = plan.accelerator.memory
     head = "".join(f"{field:>13}" for field in Memory._fields)
-    lines = [f"{'GB on each device':<26}{head}{'sum':>9}"]
+    lines = [f"{'GB on each device':<{width}}{head}{'sum':>9}"]
     for name, (_, step) in plan.steps.items():
         row = "".join(f"{size / 1e9:>13.2f}" for size in step.memory)
         total = sum(step.memory)
         fits = total < USABLE_MEMORY * available
         remark = "" if fits else f"  does not fit into {available / 1e9:.0f} GB"
-        lines.append(f"{name:<26}{row}{total / 1e9:>9.2f}{remark}")
+        lines.append(f"{name:<{width}}{row}{total / 1e9:>9.2f}{remark}")
     return lines
 
 
@@ -84,11 +85,13 @@ def _step(plan: Plan, name: str) -> list[str]:
     return lines if step.transfers else [*lines, "  nothing"]
 
 
-def _batch_sizes(limits: Sequence[Limit]) -> list[str]:
-    lines = [f"{'batch sizes':<26}{'config':>10}{'largest':>12}  in a larger batch"]
+def _batch_sizes(limits: Sequence[Limit], width: int) -> list[str]:
+    lines = [f"{'batch sizes':<{width}}{'config':>10}{'largest':>12}  in a larger batch"]
     for limit in limits:
         remark = " (so here)" if limit.exceeded else ""
-        lines.append(f"{limit.stage:<26}{limit.batch_size:>10,}{limit.largest:>12,}  {limit.effect}{remark}")
+        lines.append(
+            f"{limit.stage:<{width}}{limit.batch_size:>10,}{limit.largest:>12,}  {limit.effect}{remark}"
+        )
     return lines
 
 

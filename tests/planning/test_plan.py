@@ -281,6 +281,10 @@ def test_printed_plan_marks_steps_that_do_not_fit():
     # 4,096 pairs a device are too many for 16 GB when nothing is computed again.
     tight = [line.split()[0] for line in lines if line.endswith("does not fit into 16 GB")]
     assert tight == ["mcl_1", "router"]
+    # The longest names leave the columns where they are.
+    long = [dataclasses.replace(stage, name=f"{stage.name}_{30 * 'x'}") for stage in whole.stages]
+    table = format_plan(dataclasses.replace(whole, stages=long)).split("\n\n")[2].splitlines()
+    assert len({len(line) for line in table}) == 1 and len(table) == len(long) + 2
 
 
 def test_remat_and_accumulation_are_not_mfu():
