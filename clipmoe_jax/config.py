@@ -47,6 +47,7 @@ PHASE_SECTIONS = ("base.train", *FINE_TUNING_SECTIONS)
 NEUTRAL = {
     "moe.experts": ((), ()),
     "data.rehearsal_captions": ("", ()),
+    "router.loss": ("contrastive", ()),
     "moe.routing": ("token", ("moe.sequence_share",)),
     **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in FINE_TUNING_SECTIONS},
 }
@@ -104,6 +105,7 @@ CHOICES = {
     "mcl.small_clusters": ("backoff", "drop"),
     "moe.routing": ("token", "token_and_sequence"),
     "router.balance": ("paper", "released"),
+    "router.loss": ("contrastive", "features"),
     **{f"{s}.rehearsal": ("pairs", "distill") for s in FINE_TUNING_SECTIONS},
 }
 
@@ -174,6 +176,9 @@ def default_config() -> ConfigDict:
     config.router = _phase(
         batch_size=800, learning_rate=1e-6, weight_decay=1e-2, warmup_steps=200, label_smoothing=0.1
     )
+    # Or "features": routers learn to encode new pairs as the last of moe.experts does, and what they rehearse
+    # to "distill" as the base does.
+    config.router.loss = "contrastive"
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
     config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
@@ -385,6 +390,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             "data.rehearsal_captions is for phases that distill: set rehearsal=distill and "
             "rehearsal_fraction of one, or leave it empty"
         )
+    if config.router.loss == "features" and config.router.rehearsal_fraction:
+        if config.router.rehearsal != "distill":
+            errors.add("router.loss=features has no loss for rehearsal=pairs: set router.rehearsal=distill")
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "

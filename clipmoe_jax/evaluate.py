@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.dmu.upcycling import expert_as_dense
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable, parse_evaluation
 from clipmoe_jax.evaluation.subject import ModelSubject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.reporting.text_tables import format_models
 
 

@@ -95,3 +95,4 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     # contradicts the new detail.
     config.data.rehearsal = "glyphs:train?pairs=500"
     config.router.update(rehearsal="distill", rehearsal_fraction=0.25, balance_coefficient=0.0)
+    config.router.loss = "features"

@@ -38,6 +38,7 @@ class PlannedPhase:
         is_bound: whether it may take fewer steps: mcl.small_clusters=drop leaves pairs out of an epoch.
         number: of an MCL stage, 0 for other phases.
         adapter_rank: of the low-rank adapters that train, 0 for none.
+        teacher: the expert whose features it learns, None for none.
     """
 
     name: str
@@ -52,13 +53,15 @@ class PlannedPhase:
     is_bound: bool = False
     number: int = 0
     adapter_rank: int = 0
+    teacher: int | None = None
 
     @property
     def step_key(self) -> tuple:
         """Returns what the compiled step depends on: phases with equal keys share one."""
         any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
         model = self.architecture, self.compute, tuple(self.rules)
-        return *model, any_length, self.short_length, self.frozen_dtype, self.adapter_rank
+        shapes = self.short_length, self.frozen_dtype, self.adapter_rank
+        return *model, any_length, *shapes, self.teacher
 
 
 def architectures_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
@@ -106,7 +109,7 @@ def phases_of(
             steps[recipe.name] = recipe.num_steps(budget(config, steps.__getitem__, num_pairs), recipe)
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
         architecture = architecture_of(config, recipe)
-        weight = loss_config(config, recipe).short_caption_weight
+        loss = loss_config(config, recipe)
         context_length = config.base.architecture.text.context_length
         phase = PlannedPhase(
             recipe.name,
@@ -115,12 +118,13 @@ def phases_of(
             recipe.trains,
             configs.phase_config(recipe.hyperparameters(config)),
             steps[recipe.name],
-            short_length=min(SHORT_LENGTH, context_length) if weight else 0,
+            short_length=min(SHORT_LENGTH, context_length) if loss.short_caption_weight else 0,
             frozen_dtype=frozen_dtype(config, compute),
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
             number=recipe.number if recipe.group == "stage" else 0,
             adapter_rank=recipe.adapter_rank,
+            teacher=loss.teacher,
         )
         phases.append(phase)
     return phases
@@ -148,7 +152,9 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
         architecture = architecture_of(config, made[name])
         names = list(trees.flatten(trained_params(architecture, made[name].adapter_rank)))
         trains = trees.match_rules(made[name].trains, names)
-        return flops.forward_backward(architecture, trains)
+        own = flops.forward_backward(architecture, trains)
+        is_taught = loss_config(config, made[name]).teacher is not None
+        return own + (flops.forward(configs.architecture(config)) if is_taught else 0)
 
     encoding = num_pairs * flops.forward(configs.architecture(config))
     return Budget(config, steps, flops_of_pair, encoding)
@@ -164,6 +170,8 @@ def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:
         z_loss_coefficient=router.z_loss_coefficient if has_routers else 0.0,
         short_caption_weight=0.0 if recipe.group == "base" else config.loss.short_caption_weight,
     )
+    if recipe.group == "moe" and router.loss == "features":
+        losses = dataclasses.replace(losses, imitates="features", teacher=configs.num_experts(config) - 1)
     return dataclasses.replace(losses, **recipe.losses(config))
 
 

@@ -37,6 +37,7 @@ BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
 ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
+OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss")
 UPCYCLED_FIELDS = (
     *(*STAGE_FIELDS, *ROUTING_FIELDS),
     *("moe.experts", "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev"),

@@ -54,8 +54,8 @@ def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
         prefixes = (*prefixes, "consolidation.")
     if recipe.rehearsal in ("pairs", "distill"):
         prefixes = (*prefixes, "router.rehearsal_fraction")
-    routing = () if recipe.group == "moe" else recipes.ROUTING_FIELDS
-    return run.fields(*prefixes, without=(*recipe.ignores, *routing))
+    of_others = () if recipe.group == "moe" else recipes.OF_CLIP_MOE
+    return run.fields(*prefixes, without=(*recipe.ignores, *of_others))
 
 
 def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
@@ -312,7 +312,8 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
 
     if kind == "pairs":
         return Rehearsal(drawn("rehearsal", run.seed), fraction, loss)
-    loss = dataclasses.replace(loss, distills=True, short_caption_weight=0.0)
+    imitates = "features" if loss.imitates == "features" else "similarities"
+    loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
     targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
     images, captions = rehearsal_datasets(run)
     others = drawn(captions, run.seed + 1) if captions != images else None

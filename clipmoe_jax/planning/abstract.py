@@ -37,7 +37,12 @@ def abstract_step(
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """Returns the jitted step of a phase, and its arguments as shapes with their shardings."""
     trainable, frozen = held_params(mesh, phase)
-    loss = LossConfig(0.1, 0.01, short_caption_weight=float(phase.short_length > 0))
+    loss = LossConfig(
+        *(0.1, 0.01),
+        short_caption_weight=float(phase.short_length > 0),
+        imitates="" if phase.teacher is None else "features",
+        teacher=phase.teacher,
+    )
     model = Clip(phase.architecture, phase.compute)
     # A Linen module has a hash, which its type does not tell.
     step = make_train_step(model, loss, phase.hyperparameters)

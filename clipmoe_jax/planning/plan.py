@@ -131,6 +131,9 @@ def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
             flops.forward_backward, config, trains, phase.short_length, towers=["text"]
         )
         model_flops, computed = model_flops + of_text(), computed + of_text(slots=experts)
+    if phase.teacher is not None:
+        of_teacher = flops.forward(dataclasses.replace(config, moe=None))
+        model_flops, computed = model_flops + of_teacher, computed + of_teacher
     again = (compute.remat == "full") + (phase.hyperparameters.accumulation_steps > 1)
     computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
         compute.remat == "dots"

@@ -60,6 +60,27 @@ def distillation_loss(
     return {"distillation_loss": (divergence(0) + divergence(1)) / 2}
 
 
+def feature_distance(
+    image_features: Float[Array, "B embed"],
+    text_features: Float[Array, "B embed"],
+    target_images: Float[Array, "B embed"],
+    target_texts: Float[Array, "B embed"],
+    logit_scale: Float[Array, ""],
+) -> dict[str, Float[Array, ""]]:
+    """Computes how far a model's features are from another's, whose unit features are the targets.
+
+    scale · (1 - cosine), mean over images and captions: the distance in the unit of logits. Arguments as of
+    `distillation_loss`. Returns distillation_loss, 0 where the features are equal.
+    """
+
+    def distance(features: Array, targets: Array) -> Array:
+        targets = jax.lax.stop_gradient(targets)
+        return 1 - jnp.mean(jnp.sum(normalize_features(features) * targets, axis=-1))
+
+    both = distance(image_features, target_images) + distance(text_features, target_texts)
+    return {"distillation_loss": jnp.exp(logit_scale) * both / 2}
+
+
 def short_caption_loss(
     image_features: Float[Array, "B embed"],
     short_text_features: Float[Array, "B embed"],

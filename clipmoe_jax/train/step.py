@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import flax.struct
 import jax
@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.models.clip import Clip, text_mask
+from clipmoe_jax.models.clip import Clip, normalize_features, text_mask
+from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.train import losses
 from clipmoe_jax.train.lora import fold_adapters
 from clipmoe_jax.train.phase import PhaseConfig
@@ -33,8 +34,9 @@ class LossConfig:
 
     label_smoothing: of the contrastive losses. balance, balance_coefficient, z_loss_coefficient: kind and
     weight of the load balance and weight of the router z-loss, which only a MoE has. short_caption_weight: of
-    Long-CLIP's second loss, which takes short_text from the batch. distills: instead of the contrastive loss,
-    the distance from another model's similarities, whose features are target_images and target_texts.
+    Long-CLIP's second loss, which takes short_text from the batch. imitates: instead of the contrastive loss,
+    the distance from another model's "similarities" or "features". Its features are target_images and
+    target_texts of the batch; with a teacher those of that expert, as the dense model that it came from.
     """
 
     label_smoothing: float = 0.0
@@ -42,7 +44,8 @@ class LossConfig:
     balance: str = "paper"
     z_loss_coefficient: float = 0.0
     short_caption_weight: float = 0.0
-    distills: bool = False
+    imitates: Literal["", "similarities", "features"] = ""
+    teacher: int | None = None
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -80,14 +83,29 @@ def _make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.s
             outputs["short_text_features"], _ = apply(
                 batch["short_text"], method="encode_text", rngs={"dropout": key}
             )
+        if loss.teacher is not None:
+            outputs |= teach(params, batch, loss.teacher)
         return outputs
+
+    def teach(params, batch, teacher):
+        """Returns the teacher's unit features of a batch, as outputs of the step."""
+        config, of_teacher = expert_as_dense(params, model.config, teacher)
+        features = Clip(config, model.compute).apply({"params": of_teacher}, batch["image"], batch["text"])
+        features = jax.lax.stop_gradient(cast(dict[str, Any], features))
+        names = {"target_images": "image_features", "target_texts": "text_features"}
+        return {target: normalize_features(features[name]) for target, name in names.items()}
 
     def loss_of(trainable, outputs, frozen, batch):
         params = trees.merge(trainable, frozen)
         features = outputs["image_features"], outputs["text_features"]
-        if loss.distills:
-            targets = batch["target_images"], batch["target_texts"]
-            terms = losses.distillation_loss(*features, *targets, params["logit_scale"])
+        if loss.imitates:
+            source = batch if loss.teacher is None else outputs
+            targets = source["target_images"], source["target_texts"]
+            imitate = {"similarities": losses.distillation_loss, "features": losses.feature_distance}
+            terms = imitate[loss.imitates](*features, *targets, params["logit_scale"])
+            if loss.teacher is not None:  # of pairs: how well they match is told all the same
+                matched = losses.contrastive_loss(*features, params["logit_scale"])
+                terms["batch_accuracy"] = matched["batch_accuracy"]
         else:
             terms = losses.contrastive_loss(*features, params["logit_scale"], loss.label_smoothing)
         if loss.short_caption_weight:

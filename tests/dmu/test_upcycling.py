@@ -9,8 +9,9 @@ import pytest
 from grids import grid, quick
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.upcycling import expert_as_dense, reinitialize_experts, stack_experts
+from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 

@@ -146,6 +146,7 @@ BAD_FIELDS = {
     "no head": ("base.architecture.text.head_width", 0, "text.head_width=0 must be at least 1"),
     "no seed": ("seeds", (), "give at least one"),
     "rehearsal of nothing": ("router.rehearsal_fraction", 0.25, "needs data.rehearsal: set it"),
+    "features of pairs": ("router.loss", "mse", "router.loss='mse': choose one of contrastive, features"),
     "captions that no phase distills": ("data.rehearsal_captions", "x", "set rehearsal=distill"),
     "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
 }

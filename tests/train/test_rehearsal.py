@@ -112,6 +112,15 @@ def test_distillation_is_the_divergence_from_the_targets_similarities():
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_distance_of_features_by_hand():
+    # Cosines 1 and 0 of the images, 0 and 0.6 of the captions: scale · (1 - (0.5 + 0.3) / 2).
+    axes = jnp.eye(2)
+    texts = jnp.array([[0.0, 2.0], [0.8, 0.6]])
+    arguments = (3 * axes, texts, jnp.array([[1.0, 0.0], [1.0, 0.0]]), axes)
+    found = losses.feature_distance(*arguments, jnp.log(10.0))["distillation_loss"]
+    assert float(found) == pytest.approx(10 * (1 - 0.4), rel=1e-6)
+
+
 def test_distillation_of_a_model_from_itself_is_nothing():
     images, texts = unit(0), unit(1)
 

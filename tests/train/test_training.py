@@ -21,7 +21,8 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, normalize_features
+from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import step as step_module
@@ -409,3 +410,44 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(pairs, tmp_path,
     message = r"router: gradient_norm is nan at step 1 .*; the last good checkpoint is step 0"
     with pytest.raises(ValueError, match=message):
         fit_routers(pairs, tmp_path, phase=dataclasses.replace(PHASE, num_steps=3, clip_norm=0.5))
+
+
+TAUGHT = LossConfig(imitates="features", teacher=3)
+
+
+@pytest.fixture(scope="module")
+def taught(batches):
+    return run_steps(MOE, TRAIN_ROUTERS, one_device(), batches, loss=TAUGHT)
+
+
+def test_the_loss_of_a_taught_step_is_the_distance_from_the_teachers_features(batches, taught):
+    """Expert 3 as the dense model that it came from; scale · (1 - cosine), mean over both towers."""
+    params = init_params(MOE, one_device())
+    config, of_teacher = expert_as_dense(params, MOE, 3)
+    inputs = batches[0]["image"], batches[0]["text"]
+    features = [Clip(c).apply({"params": p}, *inputs) for c, p in ((MOE, params), (config, of_teacher))]
+    cosines = [
+        np.sum(normalize_features(features[0][name]) * normalize_features(features[1][name]), axis=1)
+        for name in ("image_features", "text_features")
+    ]
+    expected = math.exp(float(params["logit_scale"])) * (1 - np.mean(cosines))
+    assert expected > 0.01 and taught[1][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_routers_come_nearer_to_their_teacher(batches):
+    repeated = 40 * batches[:1]
+    _, losses = run_steps(MOE, TRAIN_ROUTERS, one_device(), repeated, loss=TAUGHT)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_teacher_on_a_mesh_and_in_microbatches_is_that_of_one_device(batches, taught):
+    mesh, phase = sharding.make_mesh(2, 1, 4), dataclasses.replace(PHASE, accumulation_steps=2)
+    for found in (
+        run_steps(MOE, TRAIN_ROUTERS, mesh, batches, loss=TAUGHT),
+        run_steps(MOE, TRAIN_ROUTERS, one_device(), batches, phase, loss=TAUGHT),
+    ):
+        np.testing.assert_allclose(found[1], taught[1], rtol=1e-4)
+        for name, leaf in trees.flatten(taught[0]).items():
+            np.testing.assert_allclose(
+                trees.flatten(found[0])[name], leaf, rtol=1e-4, atol=1e-5, err_msg=name
+            )
