@@ -75,40 +75,46 @@ def _both_axes(numbers: dict[str, Any]) -> dict[str, float]:
 
 
 def of(seeds: list[Numbers], title: str, name: str) -> np.ndarray:
-    """Returns one number of one model in each seed, (S,)."""
-    return np.array([seed[title][name] for seed in seeds])
+    """Returns one number of one model in each seed that has the model, (S,)."""
+    return np.array([seed[title][name] for seed in seeds if title in seed])
+
+
+def with_model(seeds: list[Numbers], title: str) -> list[Numbers]:
+    """Returns the seeds that have a model: of a measurement that goes on some may not yet."""
+    return [seed for seed in seeds if title in seed]
+
+
+def titles_of(seeds: list[Numbers]) -> list[str]:
+    """Returns the models of all seeds, in the order of the seed that has most of them."""
+    return list(max(seeds, key=len))
 
 
 def format_table(seeds: list[Numbers]) -> str:
-    """Returns a row a model: both axes, their differences from the mixture's, costs."""
-    header = (
-        "",
-        "new",
-        "old",
-        "new, less the mixture's",
-        "old, less the mixture's",
-        "pairs",
-        "FLOPs",
-        "active",
-    )
+    """Returns a row a model: both axes, their differences from the mixture's, costs, number of seeds."""
+    differences = ("new, less the mixture's", "old, less the mixture's")
+    header = ("", *AXES, *differences, "pairs", "FLOPs", "active", "seeds")
     rows = [header]
-    for title in seeds[0]:
-        axes = [f"{of(seeds, title, a).mean():.1f} ± {of(seeds, title, a).std(ddof=1):.1f}" for a in AXES]
+    for title in titles_of(seeds):
+        count = len(with_model(seeds, title))
+        axes = [_mean_and_spread(of(seeds, title, axis)) for axis in AXES]
         paired = [_difference(seeds, title, axis) if title != MIXTURE else "" for axis in AXES]
-        pairs, flops, active = (
-            float(of(seeds, title, n).mean()) for n in ("pairs", "flops", "active_parameters")
-        )
-        rows.append(
-            (title, *axes, *paired, f"{pairs / 1e3:.1f}k", f"{flops / 1e12:.2f}T", f"{active / 1e6:.2f}M")
-        )
+        pairs, flops, active = (of(seeds, title, n).mean() for n in ("pairs", "flops", "active_parameters"))
+        costs = f"{pairs / 1e3:.1f}k", f"{flops / 1e12:.2f}T", f"{active / 1e6:.2f}M"
+        rows.append((title, *axes, *paired, *costs, str(count)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return "\n".join(
         "  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows
     )
 
 
+def _mean_and_spread(values: np.ndarray) -> str:
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"
+
+
 def _difference(seeds: list[Numbers], title: str, axis: str) -> str:
-    points = of(seeds, title, axis) - of(seeds, MIXTURE, axis)
+    there = with_model(seeds, title)
+    points = of(there, title, axis) - of(there, MIXTURE, axis)
     if len(points) < 2 or np.ptp(points) == 0:
         return f"{points.mean():+.1f}"
     interval = scipy.stats.bootstrap((points,), np.mean, method="percentile", rng=0).confidence_interval
@@ -129,11 +135,12 @@ def findings(seeds: list[Numbers]) -> list[str]:
     for budget in ("pairs", "flops"):
         lines += _against_dense(seeds, budget)
     lines += _against_blends(seeds)
-    if CURRICULUM_SAME_PAIRS in seeds[0]:
-        gain = of(seeds, CURRICULUM_SAME_PAIRS, "new") - of(seeds, DIRECT_SAME_PAIRS, "new")
+    if CURRICULUM_SAME_PAIRS in titles_of(seeds):
+        there = with_model(seeds, CURRICULUM_SAME_PAIRS)
+        gain = of(there, CURRICULUM_SAME_PAIRS, "new") - of(there, DIRECT_SAME_PAIRS, "new")
         lines.append(
             f"(d) The dense curriculum is above direct fine-tuning at equal pairs in {(gain > 0).sum()} of "
-            f"{count} seeds; on average {gain.mean():+.1f} points, {gain.min():+.1f} at least."
+            f"{len(there)} seeds; on average {gain.mean():+.1f} points, {gain.min():+.1f} at least."
         )
     return lines
 
@@ -142,38 +149,35 @@ def _against_dense(seeds: list[Numbers], budget: str) -> list[str]:
     """(b): dense controls within the mixture's budget."""
     dense = of(seeds, BASE, "active_parameters")[0]
     most = 1.001 * of(seeds, MIXTURE, budget).mean()  # a batch is rounded up
-    lines = []
-    for title in seeds[0]:
-        costs = of(seeds, title, budget).mean()
-        if title == BASE or of(seeds, title, "active_parameters")[0] != dense or costs > most:
-            continue
-        new = of(seeds, title, "new") - of(seeds, MIXTURE, "new")
-        old = of(seeds, title, "old") - of(seeds, MIXTURE, "old")
-        if new.mean() >= -CLOSE:
-            worse = f"{np.sum(old <= -APART)} of {len(seeds)} seeds keep {APART:g} less"
-            lines.append(f"    {title}: new {new.mean():+.1f}, old {old.mean():+.1f}; {worse}")
-    told = f"    none reaches the mixture's new less {CLOSE:g} point" if not lines else ""
-    return [
-        f"(b) Dense models with at most the mixture's {budget} whose new is at most {CLOSE:g} point below:",
-        *filter(None, [told, *lines]),
+    lines = [
+        f"(b) Dense models of at most the mixture's {budget} whose new is at most {CLOSE:g} point below its:"
     ]
+    for title in titles_of(seeds):
+        there = with_model(seeds, title)
+        is_dense = of(seeds, title, "active_parameters")[0] == dense and title != BASE
+        if not is_dense or of(seeds, title, budget).mean() > most:
+            continue
+        new, old = (of(there, title, axis) - of(there, MIXTURE, axis) for axis in AXES)
+        if new.mean() >= -CLOSE:
+            worse = f"{np.sum(old <= -APART)} of {len(there)} seeds keep {APART:g} points less"
+            lines.append(f"    {title}: new {new.mean():+.1f}, old {old.mean():+.1f}; {worse}")
+    return lines if len(lines) > 1 else [*lines, "    none"]
 
 
 def _against_blends(seeds: list[Numbers]) -> list[str]:
     """(c): blends of the base with a dense model."""
-    lines, any_seed = [], 0
-    for title, numbers in seeds[0].items():
-        for share in numbers.get("blends", {}):
+    as_good, in_single, count = [], 0, 0
+    for title in titles_of(seeds):
+        there = [seed for seed in with_model(seeds, title) if "blends" in seed[title]]
+        for share in there[0][title]["blends"] if there else ():
             points = np.array(
-                [[seed[title]["blends"][share][a] - seed[MIXTURE][a] for a in AXES] for seed in seeds]
+                [[seed[title]["blends"][share][a] - seed[MIXTURE][a] for a in AXES] for seed in there]
             )
             if (points.mean(axis=0) >= 0).all():
-                lines.append(f"    {share} of {title} is as good on both axes")
-            any_seed += np.sum((points >= 0).all(axis=1))
-    good = (
-        "No blend is as good as the mixture on both axes on average" if not lines else "As good on both axes:"
-    )
-    return [f"(c) {good}; in single seeds {any_seed} blends are.", *lines]
+                as_good.append(f"    {share} of {title}")
+            in_single, count = in_single + np.sum((points >= 0).all(axis=1)), count + len(there)
+    told = "As good on both axes on average:" if as_good else "No blend is as good on both axes on average"
+    return [f"(c) {told}; in single seeds {in_single} of {count} are.", *as_good]
 
 
 if __name__ == "__main__":
