@@ -33,8 +33,8 @@ pairs and a few steps of small batches, so that a laptop can try the machinery o
 data/web holds some thousand images and short captions of the kind that the base was trained on, prepared
 from img2dataset's output, say; data/imagenet is ImageNet's validation set, prepared from classes:DIR. The
 routers' rate is not the paper's 1e-6, at which an epoch of Adam moves a weight by at most 0.0016, where
-routers begin at 0.02: here they have to learn. Planned for 8 H100 at 40 % of their peak: 22 minutes, with
-both controls 46 (clipmoe_jax.plan). It has not been tried at this size.
+routers begin at 0.02: here they have to learn. Planned for 8 H100 at 40 % of their peak: 23 minutes, with
+both controls 47 (clipmoe_jax.plan). It has not been tried at this size.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.moe.experts = ("base", "base", "last_stage", "consolidation")
         config.moe.routing = "token_and_sequence"
         config.router.update(learning_rate=1e-3, rehearsal="distill", rehearsal_fraction=0.25)
-        config.router.balance_coefficient = 0.0
+        config.router.update(loss="features", balance_coefficient=0.0)
         config.baselines = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs")
     if arg.runlocal:
         run_locally(config)
