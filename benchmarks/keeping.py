@@ -2,11 +2,12 @@
 
     python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=21-30 --workdir=runs/keeping
     python -m benchmarks.keeping --name=demo --workdir=runs/keeping
-    python -m benchmarks.keeping --name=demo
+    python -m benchmarks.keeping --name=demo --picture=docs/keeping.png
 
 The second command copies the numbers of each seed that has been evaluated to benchmarks/results/keeping/demo,
-a file a seed; the third prints the table and what it shows from these files alone. "new" is the mean of both
-R@1 on the test set, "old" the retention, both in per cent. Intervals: bootstrap over seeds, 95 %.
+a file a seed; the third prints the table and what it shows from these files alone, and draws both axes. "new"
+is the mean of both R@1 on the test set, "old" the retention, both in per cent. Intervals: bootstrap over
+seeds, 95 %.
 
 Letters: S seeds, B blends.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "keeping"
 MIXTURE, CURRICULUM, BASE = "CLIP-MoE", "dense curriculum", "base"
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--name", required=True, help="of the measurement: a folder of results/keeping")
     parser.add_argument("--workdir", type=pathlib.Path, help="of a run of several seeds, to copy from")
+    parser.add_argument("--picture", type=pathlib.Path, help="a PNG of both axes to draw")
     flags = parser.parse_args()
     folder = RESULTS / flags.name
     if flags.workdir:
@@ -45,6 +48,41 @@ def main() -> None:
     print(format_table(seeds))
     print()
     print("\n".join(findings(seeds)))
+    if flags.picture:
+        draw(seeds, flags.picture)
+
+
+def draw(seeds: list[Numbers], picture: pathlib.Path) -> None:
+    """Draws each model's means of both axes, numbered, and its blends with the base as a curve."""
+    figure = Figure((9.2, 4.6), layout="constrained", dpi=150)
+    axis = figure.add_subplot()
+    titles = [title for title in titles_of(seeds) if "alone" not in title]
+    base = [of(seeds, BASE, a).mean() for a in ("old", "new")]
+    for number, title in enumerate(titles, 1):
+        there = with_model(seeds, title)
+        x, y = (of(there, title, a).mean() for a in ("old", "new"))
+        with_blends = [seed[title]["blends"] for seed in there if "blends" in seed[title]]
+        if with_blends:
+            between = [
+                [np.mean([blends[share][a] for blends in with_blends]) for a in ("old", "new")]
+                for share in with_blends[0]
+            ]
+            axis.plot(*np.transpose([base, *between, (x, y)]), color="0.6", linewidth=0.8, zorder=1)
+        is_mixture = title == MIXTURE
+        fill, ink = ("tab:blue", "white") if is_mixture else ("white", "black")
+        axis.plot(
+            x, y, "o", color=fill, markeredgecolor="black", markersize=14 if is_mixture else 11, zorder=2
+        )
+        axis.annotate(str(number), (x, y), ha="center", va="center", fontsize=7, color=ink)
+        place = (1.02, 1 - (number - 0.5) / len(titles))
+        weight = "bold" if is_mixture else "normal"
+        axis.annotate(f"{number}  {title}", place, xycoords="axes fraction", fontsize=8, fontweight=weight)
+    axis.set_xlabel("old: zero-shot accuracy on what the base knew (%)")
+    axis.set_ylabel("new: mean recall@1 (%)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    figure.savefig(picture)
 
 
 def collect(workdir: pathlib.Path, folder: pathlib.Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import keeping
 
@@ -83,3 +85,11 @@ def test_seeds_of_a_run_are_copied_in_per_cent(tmp_path):
     assert copied["CLIP-MoE"]["blends"] == {"0.05": {"new": 15, "old": 50}}
     with pytest.raises(SystemExit, match="no seed is evaluated"):
         keeping.collect(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_picture_has_a_point_for_each_model_and_curves_of_blends(tmp_path):
+    keeping.draw(SEEDS, tmp_path / "both.png")
+    with Image.open(tmp_path / "both.png") as picture:
+        assert picture.width > 1000
+        blue = np.all(np.abs(np.asarray(picture.convert("RGB"), int) - (31, 119, 180)) < 3, axis=-1)
+    assert 100 < blue.sum() < 5000  # the mixture's point alone
