@@ -176,8 +176,8 @@ def default_config() -> ConfigDict:
     config.router = _phase(
         batch_size=800, learning_rate=1e-6, weight_decay=1e-2, warmup_steps=200, label_smoothing=0.1
     )
-    # Or "features": routers learn to encode new pairs as the last of moe.experts does, and what they rehearse
-    # to "distill" as the base does.
+    # Or "features": routers learn to encode new pairs as the last of moe.experts, in the blocks that have
+    # experts, and what they rehearse to "distill" as the base does.
     config.router.loss = "contrastive"
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
@@ -383,16 +383,13 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
                 f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "
                 "base knows"
             )
-    if config.data.rehearsal_captions and not any(
-        config[s].rehearsal_fraction and config[s].rehearsal == "distill" for s in FINE_TUNING_SECTIONS
-    ):
-        errors.add(
-            "data.rehearsal_captions is for phases that distill: set rehearsal=distill and "
-            "rehearsal_fraction of one, or leave it empty"
-        )
     if config.router.loss == "features" and config.router.rehearsal_fraction:
         if config.router.rehearsal != "distill":
             errors.add("router.loss=features has no loss for rehearsal=pairs: set router.rehearsal=distill")
+    if config.router.loss == "features" and tuple(config.moe.experts)[-1:] == ("base",):
+        errors.add(
+            "router.loss=features: the last of moe.experts teaches, and it is 'base': put another last"
+        )
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "

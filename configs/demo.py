@@ -41,6 +41,8 @@ FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the demo's config; arguments as above."""
     arg = parse_arg(arg, seeds="", small=False, controls=False, flops=False, paper=False, all_baselines=False)
+    if (arg.all_baselines and not arg.paper) or (arg.paper and arg.controls) or (arg.flops > arg.controls):
+        raise ValueError("all_baselines goes with paper, flops with controls, and paper not with controls")
     config = default_config()
     config.seeds = parse_seeds(arg.seeds) or (0,)
     num_pairs = 800 if arg.small else 8000

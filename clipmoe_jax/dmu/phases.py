@@ -39,6 +39,7 @@ class PlannedPhase:
         number: of an MCL stage, 0 for other phases.
         adapter_rank: of the low-rank adapters that train, 0 for none.
         teacher: the expert whose features it learns, None for none.
+        rehearsed: the share of its steps that rehearse.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PlannedPhase:
     number: int = 0
     adapter_rank: int = 0
     teacher: int | None = None
+    rehearsed: float = 0.0
 
     @property
     def step_key(self) -> tuple:
@@ -91,7 +93,8 @@ def phases_of(
     """Returns the phases of a config in order, for so many training pairs on a platform.
 
     num_base_pairs: how many pairs a base is trained on from scratch; 0 is as many as num_pairs.
-    Raises ValueError naming each section whose batch is larger than the data, or whose warm-up does not fit.
+    Raises ValueError naming each section whose batch is larger than the data, or whose warm-up does not fit,
+    and each baseline for which a budget leaves too few steps.
     """
     trained = [recipe for recipe in recipes.recipes(config).values() if _is_trained(config, recipe)]
     steps: dict[str, int] = {}
@@ -107,10 +110,11 @@ def phases_of(
     for recipe in trained:
         if recipe.num_steps is not None:
             steps[recipe.name] = recipe.num_steps(budget(config, steps.__getitem__, num_pairs), recipe)
+            with errors.of():
+                check_steps(config, recipe, steps[recipe.name])
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
         architecture = architecture_of(config, recipe)
         loss = loss_config(config, recipe)
-        context_length = config.base.architecture.text.context_length
         phase = PlannedPhase(
             recipe.name,
             architecture,
@@ -118,16 +122,44 @@ def phases_of(
             recipe.trains,
             configs.phase_config(recipe.hyperparameters(config)),
             steps[recipe.name],
-            short_length=min(SHORT_LENGTH, context_length) if loss.short_caption_weight else 0,
+            short_length=short_length_of(config) if loss.short_caption_weight else 0,
             frozen_dtype=frozen_dtype(config, compute),
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
             number=recipe.number if recipe.group == "stage" else 0,
             adapter_rank=recipe.adapter_rank,
             teacher=loss.teacher,
+            rehearsed=recipe.rehearsal_of(config)[0],
         )
         phases.append(phase)
+    errors.raise_all()
     return phases
+
+
+def short_length_of(config: ConfigDict) -> int:
+    """Returns the tokens of short captions."""
+    return min(SHORT_LENGTH, config.base.architecture.text.context_length)
+
+
+def flops_of_training(
+    config: ClipConfig,
+    trains: Mapping[str, bool],
+    short_length: int = 0,
+    is_taught: bool = False,
+    rehearsed: float = 0.0,
+    slots: float = 0,
+) -> float:
+    """Returns the FLOPs of a pair in a training step, mean over steps.
+
+    trains, slots: as of `flops.forward_backward`. short_length: of short captions, 0 for none. is_taught:
+    whether a dense teacher encodes the pairs too, but for the share of steps that rehearse.
+    """
+    total = flops.forward_backward(config, trains, slots=slots)
+    if short_length:
+        total += flops.forward_backward(config, trains, short_length, slots, ["text"])
+    if is_taught:
+        total += (1 - rehearsed) * flops.forward(dataclasses.replace(config, moe=None))
+    return total
 
 
 def trained_params(config: ClipConfig, adapter_rank: int) -> dict:
@@ -144,6 +176,15 @@ def _is_trained(config: ConfigDict, recipe: Recipe) -> bool:
     return recipe.group != "ensemble"
 
 
+def check_steps(config: ConfigDict, recipe: Recipe, num_steps: int) -> None:
+    """Raises ValueError for a baseline whose length, worked out from other models, is that of its warm-up."""
+    if num_steps <= (warmup := recipe.hyperparameters(config).warmup_steps):
+        raise ValueError(
+            f"baselines: {recipe.name!r} gets {num_steps} steps, and {recipe.section}.warmup_steps={warmup}: "
+            "leave it out, or train what its length comes from for longer"
+        )
+
+
 def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> Budget:
     """Returns what models cost to train on so many training pairs. steps: as in `Budget`."""
     made = recipes.recipes(config)
@@ -152,9 +193,9 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
         architecture = architecture_of(config, made[name])
         names = list(trees.flatten(trained_params(architecture, made[name].adapter_rank)))
         trains = trees.match_rules(made[name].trains, names)
-        own = flops.forward_backward(architecture, trains)
-        is_taught = loss_config(config, made[name]).teacher is not None
-        return own + (flops.forward(configs.architecture(config)) if is_taught else 0)
+        loss, (rehearsed, _) = loss_config(config, made[name]), made[name].rehearsal_of(config)
+        short_length = short_length_of(config) if loss.short_caption_weight else 0
+        return flops_of_training(architecture, trains, short_length, loss.teacher is not None, rehearsed)
 
     encoding = num_pairs * flops.forward(configs.architecture(config))
     return Budget(config, steps, flops_of_pair, encoding)

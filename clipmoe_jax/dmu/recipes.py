@@ -30,6 +30,7 @@ BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
 CONSOLIDATION = "consolidation"
 REHEARSAL_FOLDER = "rehearsal/features"
 ADAPTER_RANK = 8
+BALANCE_COEFFICIENT = 0.01  # the paper's, where the config has none
 Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
 # Config fields, by prefix, that an artifact depends on.
@@ -132,8 +133,8 @@ class Recipe:
         section: the group of config fields with its hyperparameters.
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
-        rehearsal: what it rehearses what the base knew by. "section": as its section says. "pairs" and
-            "distill": that, in as many steps as the routers of the CLIP-MoE do.
+        rehearsal: how it rehearses what the base knew. "section": as its section says. "pairs" and "distill":
+            that, in the share of its steps that `router.rehearsal_fraction` is.
         losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
         adapter_rank: of the low-rank adapters that train (arXiv 2106.09685) and are folded in at the end; 0
             for none.
@@ -208,6 +209,12 @@ class Recipe:
 def rehearses(config: ConfigDict) -> bool:
     """Returns whether some phase rehearses what the base knew."""
     return any(config[section].rehearsal_fraction for section in configs.FINE_TUNING_SECTIONS)
+
+
+def distills(config: ConfigDict) -> bool:
+    """Returns whether some model of a config rehearses by distillation."""
+    rehearsals = [row.rehearsal_of(config) for row in recipes(config).values() if row.trains]
+    return any(fraction and kind == "distill" for fraction, kind in rehearsals)
 
 
 def from_base(config: ConfigDict) -> tuple[str, ...]:
@@ -414,6 +421,9 @@ BASELINES: Sequence[Recipe] = (
         base_and_stages,
         TRAIN_ROUTERS,
         "router",
+        losses=lambda config: {
+            "balance_coefficient": config.router.balance_coefficient or BALANCE_COEFFICIENT
+        },
         rehearsal="none",
         ignores=("moe.experts", "router.rehearsal_fraction", "router.rehearsal"),
     ),
@@ -482,7 +492,11 @@ def recipes(config: ConfigDict) -> dict[str, Recipe]:
             )
     wanted = [part for row in BASELINES if row.name in config.baselines for part in (*row.parts(config), row)]
     made = {row.name: row for row in [*stages, *_in_order(wanted, config)]}
-    dense = [n for n, row in made.items() if row.trains and n != BASE_NAME and not row.is_moe(config)]
+    dense = [
+        name
+        for name, row in made.items()
+        if row.group in ("stage", "baseline") and row.trains and not row.is_moe(config)
+    ]
     for name in config.blends:
         if name not in dense:
             choices = ", ".join(dense)

@@ -2,7 +2,7 @@
 
 evaluated/MODEL/test/   retrieval, and image.npy and text.npy, the model's features of the test set
 evaluated/MODEL/…       one folder for each of the config's evaluations
-evaluated/MODEL/blends/ blends of the model with the base, where the config wants them
+evaluated/MODEL/blends-…  blends of the model with the base, where the config wants them
 eval/                   results.json of all models, and diagnostics of the CLIP-MoE
 
 In an evaluation line the paths `data.test` and `data.retention` stand for the run's own data sets.
@@ -283,6 +283,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
     """{share: recall@1 and retention} of the base and a dense model blended weight by weight (WiSE-FT,
     arXiv 2109.01903)."""
     inputs = _inputs(run, recipe) | _test_inputs(run) | {"blends": BLEND_SHARES}
+    digest = hashlib.sha256(run.config.retention.encode()).hexdigest()[:8]
     for evaluation in _evaluations(run):
         if evaluation.line == run.config.retention:
             inputs |= {"line": evaluation.line, **_contents(evaluation)}
@@ -300,7 +301,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
         artifacts.write_json(folder / "results.json", numbers)
         return {}
 
-    folder = _folder(run, recipe) / "blends"
+    folder = _folder(run, recipe) / f"blends-{digest}"
     run.make(folder, inputs, build)
     return json.loads((folder / "results.json").read_text())
 

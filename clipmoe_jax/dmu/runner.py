@@ -16,7 +16,7 @@ from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
-from clipmoe_jax.dmu.recipes import Results, check_baselines, rehearses
+from clipmoe_jax.dmu.recipes import Results, check_baselines, distills, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 
@@ -190,6 +190,10 @@ def check_data(
             _ = records["train"].token_counts  # is not there in data sets of an earlier version
     with errors.of():
         results.open_evaluations(config, datasets)
+    if config.data.rehearsal_captions and not distills(config):
+        errors.add(
+            "data.rehearsal_captions: nothing distills: set router.rehearsal=distill, or leave it empty"
+        )
     if rehearses(config):
         with errors.of():
             distributed.on_main("rehearsal is compared", lambda: check_disjoint(datasets, digests))

@@ -182,6 +182,7 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
     inputs, num_steps = inputs_of(run, recipe), None
     if recipe.num_steps is not None:
         num_steps = recipe.num_steps(budget_of(run), recipe)
+        phases.check_steps(run.config, recipe, num_steps)
         inputs |= {"num_steps": num_steps}
     clusters = None
     if recipe.sampler == "clusters":
@@ -287,7 +288,7 @@ def _with_adapters(run: Run, recipe: Recipe, params: dict[str, Any]) -> dict[str
         return add_adapters(params, jax.random.key(run.seed), recipe.adapter_rank)
 
     where = sharding.param_shardings(run.mesh, jax.eval_shape(add, params))
-    return jax.jit(add, out_shardings=where)(params)
+    return jax.jit(add, out_shardings=where, donate_argnums=0)(params)
 
 
 def rehearsal_datasets(run: Run) -> tuple[str, str]:

@@ -29,9 +29,10 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
     path.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(path / MODEL_FILE, config.to_dict())
     stored = _stored_experts(params)
-    if len(set(stored)) < len(stored):
+    num_stored = len(set(stored))
+    if num_stored < len(stored) and _divides(num_stored, params):
         artifacts.write_json(path / EXPERTS_FILE, stored)
-        params = _take_experts(params, [stored.index(u) for u in range(len(set(stored)))], _whole_experts)
+        params = _take_experts(params, [stored.index(u) for u in range(num_stored)], lambda _, where: where)
     elif distributed.is_main():
         (path / EXPERTS_FILE).unlink(missing_ok=True)
     checkpoints.save_params(path / PARAMS, params)
@@ -64,10 +65,22 @@ def load_model(
     shardings = trees.flatten(place(abstract))
 
     def place_stored(tree: trees.Params) -> dict:
-        return trees.unflatten({name: _whole_experts(name, shardings[name]) for name in trees.flatten(tree)})
+        leaves = trees.flatten(tree)
+        return trees.unflatten(
+            {name: _fitting(name, leaf.shape[:1], shardings[name]) for name, leaf in leaves.items()}
+        )
 
     params = checkpoints.load_params(path / PARAMS, of_stored, place_stored)
     return config, _take_experts(params, stored, lambda name, _: shardings[name])
+
+
+def _divides(num_stored: int, params: trees.Params) -> bool:
+    """Returns whether so many experts are split evenly where experts are: else each device would hold all."""
+    return all(
+        _fitting(name, (num_stored,), where) == where
+        for name, leaf in trees.flatten(params).items()
+        if (where := getattr(leaf, "sharding", None)) is not None
+    )
 
 
 def _stored_experts(params: trees.Params) -> list[int]:
@@ -107,16 +120,25 @@ def _taken(params: trees.Params, experts: Sequence[int]) -> dict:
 def _take_experts(
     params: trees.Params, experts: Sequence[int], place: Callable[[str, Sharding], Sharding]
 ) -> dict:
-    """Returns the params with these experts, on the devices. place: from a leaf's name and sharding to that
-    of the result."""
-    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+    """Returns the params with these experts, on the devices; all other leaves are the same arrays.
+
+    place: from a leaf's name and sharding to that of the result.
+    """
+    leaves = trees.flatten(params)
+    of_experts = {name: leaf for name, leaf in leaves.items() if EXPERT_LEAF.fullmatch(name)}
+    if not all(isinstance(leaf, jax.Array) for leaf in of_experts.values()):
         return _taken(params, experts)
-    where = {name: place(name, leaf.sharding) for name, leaf in trees.flatten(params).items()}
-    return jax.jit(lambda tree: _taken(tree, experts), out_shardings=trees.unflatten(where))(params)
+    where = {name: place(name, leaf.sharding) for name, leaf in of_experts.items()}
+    index = np.asarray(experts)
+    take = jax.jit(lambda tree: {name: leaf[index] for name, leaf in tree.items()}, out_shardings=where)
+    return trees.unflatten(leaves | take(of_experts))
 
 
-def _whole_experts(name: str, sharding: Sharding) -> Sharding:
-    """Returns a sharding that does not split experts: their number may not divide."""
-    if not EXPERT_LEAF.fullmatch(name) or not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+def _fitting(name: str, num_experts: tuple[int, ...], where: Sharding) -> Sharding:
+    """Returns a leaf's sharding; one that does not split experts if their number does not divide."""
+    if not EXPERT_LEAF.fullmatch(name) or not isinstance(where, NamedSharding) or not where.spec:
+        return where
+    axis = where.spec[0]
+    if axis is None or num_experts[0] % where.mesh.shape[axis] == 0:
+        return where
+    return NamedSharding(where.mesh, PartitionSpec(None, *where.spec[1:]))

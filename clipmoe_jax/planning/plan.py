@@ -17,6 +17,7 @@ from clipmoe_jax.dmu.phases import (
     PlannedPhase,
     architectures_of,
     check_mesh,
+    flops_of_training,
     phases_of,
 )
 from clipmoe_jax.models import flops
@@ -123,17 +124,14 @@ def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
     trains = trees.match_rules(
         phase.rules, list(trees.flatten(placed_params(mesh, config, phase.adapter_rank)))
     )
-    model_flops = flops.forward_backward(config, trains)
+    of_training = functools.partial(
+        flops_of_training,
+        *(config, trains, phase.short_length),
+        is_taught=phase.teacher is not None,
+        rehearsed=phase.rehearsed,
+    )
     experts = experts_of_token(config, compute, mesh)
-    computed = flops.forward_backward(config, trains, slots=experts)
-    if phase.short_length:
-        of_text = functools.partial(
-            flops.forward_backward, config, trains, phase.short_length, towers=["text"]
-        )
-        model_flops, computed = model_flops + of_text(), computed + of_text(slots=experts)
-    if phase.teacher is not None:
-        of_teacher = flops.forward(dataclasses.replace(config, moe=None))
-        model_flops, computed = model_flops + of_teacher, computed + of_teacher
+    model_flops, computed = of_training(), of_training(slots=experts)
     again = (compute.remat == "full") + (phase.hyperparameters.accumulation_steps > 1)
     computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
         compute.remat == "dots"

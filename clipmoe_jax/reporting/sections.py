@@ -20,6 +20,7 @@ from clipmoe_jax.reporting.text_tables import (
     dense_experts,
     has_retention,
     has_retrieval,
+    titles_with_retention,
 )
 
 Context = dict[str, Any]
@@ -58,6 +59,7 @@ def _old(seeds: Sequence[Results], best: str) -> dict[str, float]:
     """Returns retention of the base, CLIP-MoE and the model with the highest recall: per cent, mean over
     seeds."""
     titles = {"base": "base", "moe": CLIP_MOE, "best": best}
+    titles = {name: title for name, title in titles.items() if title in titles_with_retention(seeds)}
     return {
         name: 100 * float(np.mean([r[title]["retention"] for r in seeds])) for name, title in titles.items()
     }
@@ -98,7 +100,7 @@ def _both_axes(seeds: Sequence[Results]) -> charts.Markup:
         new = [np.mean([n[key] for key in FIRST]) for n in numbers]
         return 100 * float(np.mean([n["retention"] for n in numbers])), 100 * float(np.mean(new))
 
-    points = {title: place([r[title] for r in seeds]) for title in seeds[0]}
+    points = {title: place([r[title] for r in seeds]) for title in titles_with_retention(seeds)}
     curves = {}
     for title, numbers in seeds[0].items():
         if shares := list(numbers.get("blends", {})):

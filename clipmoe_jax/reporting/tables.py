@@ -67,7 +67,7 @@ def recall_table(seeds: Sequence[Results]) -> Table:
     if has_retention(seeds):
         keys.append("retention")
         headings["what the base knew"] = ["old"]
-    scores = 100 * np.array([[[r[title][key] for key in keys] for title in rows] for r in seeds])
+    scores = 100 * np.array([[[r[title].get(key, np.nan) for key in keys] for title in rows] for r in seeds])
     cells = dict(zip(rows, score_cells(scores), strict=True))
     spread = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
     caption = f"Recall in per cent{spread}. Bold: the best of a column."
@@ -92,14 +92,16 @@ def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
 
 def score_cells(scores: np.ndarray, lower_is_better: Sequence[bool] | None = None) -> list[list[Cell]]:
     """Returns the cells of numbers (S, M, C), per cent or as they are: mean ± standard deviation over seeds,
-    the best mean of each column marked."""
+    the best mean of each column marked; empty for NaN."""
     means = scores.mean(axis=0)
     sign = np.where(lower_is_better, -1, 1) if lower_is_better is not None else 1
-    best = sign * means >= (sign * means).max(axis=0) - 1e-12
+    best = sign * means >= np.nanmax(sign * means, axis=0) - 1e-12
     spread = scores.std(axis=0, ddof=1) if len(scores) > 1 else None
     return [
         [
-            Cell(
+            Cell("")
+            if np.isnan(means[row, column])
+            else Cell(
                 f"{means[row, column]:.1f}",
                 "" if spread is None else f"± {spread[row, column]:.1f}",
                 bool(best[row, column]),

@@ -74,6 +74,11 @@ def has_retention(seeds: Sequence[Results]) -> bool:
     return all(any("retention" in numbers for numbers in results.values()) for results in seeds)
 
 
+def titles_with_retention(seeds: Sequence[Results]) -> list[str]:
+    """Returns the models that have retention; ensembles of earlier versions have none."""
+    return [title for title in seeds[0] if all("retention" in results[title] for results in seeds)]
+
+
 def has_cost(seeds: Sequence[Results]) -> bool:
     """Returns whether it is known what each model took to train; earlier versions did not say."""
     return all(key in numbers for results in seeds for numbers in results.values() for key in COST.values())

@@ -181,6 +181,20 @@ def test_phases_have_the_steps_of_their_recipes():
     assert "feature_ensemble" not in phases and not any(phase.is_bound for phase in phases.values())
 
 
+def test_baseline_that_a_budget_leaves_too_few_steps_is_refused():
+    """The mixture is made without consolidation: routers alone leave the curriculum pairs."""
+    config = keeping_config("curriculum_same_pairs", num_stages=1)
+    config.base.checkpoint, config.moe.experts = "clip.pt", ("base", "last_stage")
+    for section in (config.mcl, config.consolidation, config.router):
+        section.batch_size, section.warmup_steps, section.num_steps = 10, 5, 6
+    assert phases_of(config, "cpu", 100)[-1].num_steps == 6
+    config.router.batch_size = 8  # 48 pairs, 4.8 batches
+    with pytest.raises(
+        ValueError, match="'curriculum_same_pairs' gets 5 steps, and consolidation.warmup_steps=5"
+    ):
+        phases_of(config, "cpu", 100)
+
+
 def test_steps_are_a_bound_where_small_clusters_are_dropped():
     """Which clusters are smaller than a batch is known after clustering alone."""
     config = config_of("direct_ft_same_pairs", "sparse_upcycling")

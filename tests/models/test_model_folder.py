@@ -55,7 +55,7 @@ def test_a_folder_with_equal_experts_is_smaller(tmp_path):
         sizes.append(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     leaves = trees.flatten(make_params([0])).items()
     of_one = sum(leaf.nbytes for name, leaf in leaves if "/moe/c_" in name)
-    assert sizes[0] - sizes[1] > 0.8 * 3 * of_one  # drawn numbers hardly compress
+    assert sizes[0] - sizes[1] > 0.5 * 3 * of_one  # the rest is what the format adds
 
 
 def test_experts_that_differ_in_one_number_are_all_stored(tmp_path):
@@ -68,16 +68,28 @@ def test_experts_that_differ_in_one_number_are_all_stored(tmp_path):
     assert_equal(load_model(epath.Path(tmp_path / "moe"))[1], trees.unflatten(leaves))
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4), (2, 2, 2)], ids=str)
-def test_equal_experts_are_placed_as_others_are(tmp_path, sizes):
-    """Three stored experts do not divide over two devices or four."""
-    mesh, params = sharding.make_mesh(*sizes), make_params([0, 0, 1, 2])
+@pytest.mark.parametrize(
+    ("saved_on", "sizes", "stored"),
+    [((2, 2, 2), (2, 2, 2), [0, 1, 0, 1]), ((8, 1, 1), (1, 2, 4), [0, 0, 1, 2])],
+    ids=["two on two", "three of one device on four"],
+)
+def test_equal_experts_are_placed_as_others_are(tmp_path, saved_on, sizes, stored):
+    mesh, params = sharding.make_mesh(*sizes), make_params(stored)
     place = functools.partial(sharding.param_shardings, mesh)
     where = place(abstract_params(CONFIG))
-    placed = jax.tree.map(jax.device_put, params, where)
-    save_model(epath.Path(tmp_path / "moe"), CONFIG, placed)
-    assert json.loads((tmp_path / "moe" / EXPERTS_FILE).read_text()) == [0, 0, 1, 2]
+    before = sharding.param_shardings(sharding.make_mesh(*saved_on), abstract_params(CONFIG))
+    save_model(epath.Path(tmp_path / "moe"), CONFIG, jax.tree.map(jax.device_put, params, before))
+    assert json.loads((tmp_path / "moe" / EXPERTS_FILE).read_text()) == stored
     _, loaded = load_model(epath.Path(tmp_path / "moe"), place)
     assert_equal(loaded, params)
     for name, leaf in trees.flatten(loaded).items():
         assert leaf.sharding.is_equivalent_to(trees.flatten(where)[name], leaf.ndim), name
+
+
+def test_all_experts_are_stored_where_fewer_do_not_divide_over_the_devices(tmp_path):
+    """Three of four over two devices: each would have to hold all."""
+    params = make_params([0, 0, 1, 2])
+    where = sharding.param_shardings(sharding.make_mesh(2, 2, 2), abstract_params(CONFIG))
+    save_model(epath.Path(tmp_path / "moe"), CONFIG, jax.tree.map(jax.device_put, params, where))
+    assert not (tmp_path / "moe" / EXPERTS_FILE).exists()
+    assert_equal(load_model(epath.Path(tmp_path / "moe"))[1], params)

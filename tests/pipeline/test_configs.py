@@ -147,7 +147,6 @@ BAD_FIELDS = {
     "no seed": ("seeds", (), "give at least one"),
     "rehearsal of nothing": ("router.rehearsal_fraction", 0.25, "needs data.rehearsal: set it"),
     "features of pairs": ("router.loss", "mse", "router.loss='mse': choose one of contrastive, features"),
-    "captions that no phase distills": ("data.rehearsal_captions", "x", "set rehearsal=distill"),
     "patch does not divide the image": ("base.architecture.vision.patch_size", 15, "not a multiple"),
 }
 
@@ -163,6 +162,18 @@ def test_bad_value_is_named_with_the_fix(field, value, message):
         section[last] = value
     config.mcl.num_stages = 4 if field == "cluster.num_clusters" else 3
     with pytest.raises(ValueError, match=message):
+        configs.validate(config)
+
+
+def test_taught_routers_need_a_teacher_and_a_loss_for_what_they_rehearse():
+    config = get_config("vit_l14_sharegpt4v", "keep")
+    config.base.checkpoint = config.data.train = config.data.rehearsal = "x"
+    configs.validate(config)
+    config.router.rehearsal = "pairs"
+    with pytest.raises(ValueError, match="has no loss for rehearsal=pairs: set router.rehearsal=distill"):
+        configs.validate(config)
+    config.router.rehearsal, config.moe.experts = "distill", ("consolidation", "base")
+    with pytest.raises(ValueError, match="the last of moe.experts teaches, and it is 'base'"):
         configs.validate(config)
 
 

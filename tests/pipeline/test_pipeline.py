@@ -52,6 +52,8 @@ ROWS = {
         "direct fine-tuning, rehearsed, same total pairs",
         "full fine-tuning, same total pairs",
         "full fine-tuning, rehearsed, same total pairs",
+        "LoRA, same total pairs",
+        "LoRA, rehearsed, same total pairs",
         "dense curriculum, same total pairs",
         "dense curriculum, rehearsed, same total pairs",
         "dense curriculum, distilled, same total pairs",
