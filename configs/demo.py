@@ -25,10 +25,7 @@ from clipmoe_jax.config import default_config, parse_arg, parse_seeds, set_archi
 from clipmoe_jax.dmu.recipes import OF_PAPERS
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
-SHOWN = (
-    *("direct_ft_same_pairs", "direct_ft_rehearsed_same_pairs", "curriculum_distilled_same_pairs"),
-    "base_curriculum_ensemble",
-)
+SHOWN = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs", "base_curriculum_ensemble")
 BY_BUDGET = (
     *("direct_ft", "direct_ft_rehearsed", "full_ft", "full_ft_rehearsed", "lora", "lora_rehearsed"),
     *("curriculum", "curriculum_rehearsed", "curriculum_distilled", "curriculum_rehearsed_throughout"),
@@ -71,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.baselines = OF_PAPERS if arg.all_baselines else FIVE
     if not arg.paper:
         _keep(config, num_pairs)
-        config.baselines, config.blends = SHOWN, ("consolidation",)
+        config.baselines = SHOWN
         if arg.controls:
             config.baselines = (*OF_PAIRS, *(OF_FLOPS if arg.flops else ()), *OTHERS)
             config.blends = (*OF_PAIRS, "consolidation")

@@ -76,7 +76,6 @@ ROWS = {
     DEMO: [
         "base",
         "direct fine-tuning, same total pairs",
-        "direct fine-tuning, rehearsed, same total pairs",
         "dense curriculum, distilled, same total pairs",
         "stage 1 alone",
         "stage 2 alone",
