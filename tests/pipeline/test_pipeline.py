@@ -272,7 +272,7 @@ def test_table_of_several_seeds_has_means_and_paired_differences(finished):
     better = json.loads(json.dumps(results))
     better["CLIP-MoE"]["image_to_text_r1"] = results["CLIP-MoE"]["image_to_text_r1"] + 0.02
     mean = 100 * results["CLIP-MoE"]["image_to_text_r1"] + 1
-    row = next(line for line in format_table([results, better]).splitlines() if line.startswith("CLIP-MoE"))
+    row = next(line for line in format_table([results, better]).splitlines() if line.startswith("CLIP-MoE  "))
     assert f"{mean:.1f} ± 1.4" in row  # two values 2 apart: standard deviation sqrt(2)
     first, second = (
         100 * (r["CLIP-MoE"]["image_to_text_r1"] - r["base"]["image_to_text_r1"]) for r in (results, better)
