@@ -383,13 +383,13 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
                 f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "
                 "base knows"
             )
-    if config.router.loss == "features" and config.router.rehearsal_fraction:
-        if config.router.rehearsal != "distill":
+    if config.router.loss == "features":
+        if config.router.rehearsal_fraction and config.router.rehearsal != "distill":
             errors.add("router.loss=features has no loss for rehearsal=pairs: set router.rehearsal=distill")
-    if config.router.loss == "features" and tuple(config.moe.experts)[-1:] == ("base",):
-        errors.add(
-            "router.loss=features: the last of moe.experts teaches, and it is 'base': put another last"
-        )
+        if tuple(config.moe.experts)[-1:] == ("base",):
+            errors.add(
+                "router.loss=features: the last of moe.experts teaches, and it is 'base': put another last"
+            )
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "

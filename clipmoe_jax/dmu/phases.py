@@ -1,6 +1,7 @@
 """The recipe table worked out for a config: each phase that trains, over which model, for how many steps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -106,10 +107,10 @@ def phases_of(
             with errors.of():
                 steps[recipe.name] = steps_of_section(recipe.section, hyperparameters, pairs)
     errors.raise_all()
-    phases = []
+    phases, planned = [], budget(config, steps.__getitem__, num_pairs)
     for recipe in trained:
         if recipe.num_steps is not None:
-            steps[recipe.name] = recipe.num_steps(budget(config, steps.__getitem__, num_pairs), recipe)
+            steps[recipe.name] = recipe.num_steps(planned, recipe)
             with errors.of():
                 check_steps(config, recipe, steps[recipe.name])
         compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
@@ -189,6 +190,7 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
     """Returns what models cost to train on so many training pairs. steps: as in `Budget`."""
     made = recipes.recipes(config)
 
+    @functools.cache  # every row asks for those of the rows before it
     def flops_of_pair(name: str) -> float:
         architecture = architecture_of(config, made[name])
         names = list(trees.flatten(trained_params(architecture, made[name].adapter_rank)))

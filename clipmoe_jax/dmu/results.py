@@ -117,13 +117,13 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     config's evaluations and of retention; "blends", {share of the model: the same numbers of its blend with
     the base}, of those that config.blends names. A feature ensemble joins the features of its members.
     """
-    results = {}
+    results, budget = {}, budget_of(run)
     for recipe in recipes.table_rows(run.config):
         if recipe.group != "ensemble":
             results[recipe.title] = _evaluate_model(run, recipe)
         else:
             results[recipe.title] = _evaluate_ensemble(run, recipe)
-        results[recipe.title] |= recipes.cost_of(budget_of(run), [recipe.name])._asdict()
+        results[recipe.title] |= recipes.cost_of(budget, [recipe.name])._asdict()
         if recipe.name in run.config.blends:
             results[recipe.title]["blends"] = _evaluate_blends(run, recipe)
     clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
@@ -188,14 +188,21 @@ def _evaluations(run: Run) -> list[Evaluation]:
     return run.once("evaluations", lambda: open_evaluations(run.config, run.datasets, run.metrics.say))
 
 
+def _retention_line(run: Run) -> Evaluation | None:
+    return next((e for e in _evaluations(run) if e.line == run.config.retention), None)
+
+
+def _digest(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:8]
+
+
 def _evaluate_lines(
     run: Run, recipe: Recipe, made_from: Mapping[str, Any], subject: Callable[[], Subject]
 ) -> dict[str, Any]:
     """A model's numbers of the config's evaluations, from artifacts or computed now."""
     numbers, metrics, chance = {}, {}, {}
     for evaluation in _evaluations(run):
-        digest = hashlib.sha256(evaluation.line.encode()).hexdigest()[:8]
-        folder = _folder(run, recipe) / f"{evaluation.kind}-{digest}"
+        folder = _folder(run, recipe) / f"{evaluation.kind}-{_digest(evaluation.line)}"
         inputs = {**made_from, "line": evaluation.line, **_contents(evaluation)}
         with evaluation.naming_line():
             run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
@@ -283,10 +290,8 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
     """{share: recall@1 and retention} of the base and a dense model blended weight by weight (WiSE-FT,
     arXiv 2109.01903)."""
     inputs = _inputs(run, recipe) | _test_inputs(run) | {"blends": BLEND_SHARES}
-    digest = hashlib.sha256(run.config.retention.encode()).hexdigest()[:8]
-    for evaluation in _evaluations(run):
-        if evaluation.line == run.config.retention:
-            inputs |= {"line": evaluation.line, **_contents(evaluation)}
+    if evaluation := _retention_line(run):
+        inputs |= {"line": evaluation.line, **_contents(evaluation)}
 
     def build(folder: epath.Path) -> dict:
         made = recipes.recipes(run.config)
@@ -301,7 +306,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
         artifacts.write_json(folder / "results.json", numbers)
         return {}
 
-    folder = _folder(run, recipe) / f"blends-{digest}"
+    folder = _folder(run, recipe) / f"blends-{_digest(run.config.retention)}"
     run.make(folder, inputs, build)
     return json.loads((folder / "results.json").read_text())
 
@@ -312,9 +317,8 @@ def _both_axes(run: Run, subject: Subject) -> dict[str, float]:
     if "test" in run.datasets:
         features = retrieval_features(subject, run.records("test"))
         numbers = retrieval_recall(features.images, features.texts, features.image_of_text, ranks=(1,))
-    for evaluation in _evaluations(run):
-        if evaluation.line == run.config.retention:
-            numbers["retention"] = _retention(evaluation, evaluation.measure(subject))
+    if evaluation := _retention_line(run):
+        numbers["retention"] = _retention(evaluation, evaluation.measure(subject))
     return numbers
 
 

@@ -306,10 +306,7 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
 
     def drawn(name: str, seed: int) -> Drawn:
         pairs = run.pairs(name, short_captions=loss.short_caption_weight > 0)
-        try:
-            return Drawn(pairs, samplers.ShuffledSampler(len(pairs), section.batch_size, seed))
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from error
+        return Drawn(pairs, samplers.ShuffledSampler(len(pairs), section.batch_size, seed))
 
     if kind == "pairs":
         return Rehearsal(drawn("rehearsal", run.seed), fraction, loss)

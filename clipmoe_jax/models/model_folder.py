@@ -5,7 +5,6 @@ the number of the stored one. Letters: E experts, U stored ones.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,9 +17,9 @@ from clipmoe_jax.core import artifacts, checkpoints, distributed, trees
 from clipmoe_jax.core.paths import absolute
 from clipmoe_jax.core.sharding import replicated
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
+from clipmoe_jax.models.expert_params import EXPERT_LEAF
 
 MODEL_FILE, EXPERTS_FILE, PARAMS = "model.json", "experts.json", "params"
-EXPERT_LEAF = re.compile(r".+/moe/c_(fc|proj)/\w+")
 
 
 def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
@@ -67,7 +66,7 @@ def load_model(
     def place_stored(tree: trees.Params) -> dict:
         leaves = trees.flatten(tree)
         return trees.unflatten(
-            {name: _fitting(name, leaf.shape[:1], shardings[name]) for name, leaf in leaves.items()}
+            {name: _fitting(name, leaf.shape, shardings[name]) for name, leaf in leaves.items()}
         )
 
     params = checkpoints.load_params(path / PARAMS, of_stored, place_stored)
@@ -134,11 +133,11 @@ def _take_experts(
     return trees.unflatten(leaves | take(of_experts))
 
 
-def _fitting(name: str, num_experts: tuple[int, ...], where: Sharding) -> Sharding:
+def _fitting(name: str, shape: tuple[int, ...], where: Sharding) -> Sharding:
     """Returns a leaf's sharding; one that does not split experts if their number does not divide."""
     if not EXPERT_LEAF.fullmatch(name) or not isinstance(where, NamedSharding) or not where.spec:
         return where
     axis = where.spec[0]
-    if axis is None or num_experts[0] % where.mesh.shape[axis] == 0:
+    if axis is None or shape[0] % where.mesh.shape[axis] == 0:
         return where
     return NamedSharding(where.mesh, PartitionSpec(None, *where.spec[1:]))
