@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from grids import exhaustive, grid, quick
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
@@ -37,7 +38,7 @@ def assert_equal(params, others):
         np.testing.assert_array_equal(leaf, trees.flatten(others)[name], err_msg=name)
 
 
-@pytest.mark.parametrize("stored", [[0, 0, 1, 2], [0, 1, 0, 1], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("stored", grid([0, 0, 1, 2], rest=[[0, 1, 0, 1], [0, 0, 0, 0]]), ids=str)
 def test_equal_experts_are_stored_once(tmp_path, stored):
     params = make_params(stored)
     save_model(epath.Path(tmp_path / "moe"), CONFIG, params)
@@ -47,6 +48,7 @@ def test_equal_experts_are_stored_once(tmp_path, stored):
     assert_equal(loaded, params)
 
 
+@exhaustive
 def test_a_folder_with_equal_experts_is_smaller(tmp_path):
     sizes = []
     for stored in ([0, 1, 2, 3], [0, 0, 0, 0]):
@@ -70,8 +72,13 @@ def test_experts_that_differ_in_one_number_are_all_stored(tmp_path):
 
 @pytest.mark.parametrize(
     ("saved_on", "sizes", "stored"),
-    [((2, 2, 2), (2, 2, 2), [0, 1, 0, 1]), ((8, 1, 1), (1, 2, 4), [0, 0, 1, 2])],
-    ids=["two on two", "three of one device on four"],
+    quick(
+        {
+            "two on two": ((2, 2, 2), (2, 2, 2), [0, 1, 0, 1]),
+            "three of one device on four": ((8, 1, 1), (1, 2, 4), [0, 0, 1, 2]),
+        },
+        "three of one device on four",
+    ),
 )
 def test_equal_experts_are_placed_as_others_are(tmp_path, saved_on, sizes, stored):
     mesh, params = sharding.make_mesh(*sizes), make_params(stored)

@@ -180,10 +180,10 @@ def test_summary_states_the_numbers_of_the_results(page, workdir):
     assert "feature ensemble" in lead and "at 4.03 times" in lead  # 13.7 / 3.4
 
 
-@pytest.fixture
-def keeping_page(workdir, tmp_path):
+@pytest.fixture(scope="module")
+def keeping_page(workdir, tmp_path_factory):
     """The page of the run with retention, costs, and two blends of its last stage with the base."""
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("runs") / "keeping"
     shutil.copytree(workdir, folder)
     file = folder / "eval" / "results.json"
     results = json.loads(file.read_text())

@@ -121,6 +121,16 @@ def test_distance_of_features_by_hand():
     assert float(found) == pytest.approx(10 * (1 - 0.4), rel=1e-6)
 
 
+def test_distance_of_features_keeps_its_digits_where_they_are_close():
+    """1 - cosine in float32 has no digit left here."""
+    targets = np.asarray(unit(0), np.float64)
+    images = targets + 1e-4 * np.asarray(unit(1), np.float64)
+    cosines = np.sum(images * targets, axis=1) / np.linalg.norm(images, axis=1) / np.linalg.norm(targets, axis=1)
+    arguments = (jnp.float32(images), *map(jnp.float32, [targets] * 3), jnp.float32(0.0))
+    found = losses.feature_distance(*arguments)["distillation_loss"]
+    assert float(found) == pytest.approx(np.mean(1 - cosines) / 2, rel=1e-2)
+
+
 def test_distillation_of_a_model_from_itself_is_nothing():
     images, texts = unit(0), unit(1)
 

@@ -440,6 +440,7 @@ def test_routers_come_nearer_to_their_teacher(batches):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@exhaustive
 def test_a_teacher_on_a_mesh_and_in_microbatches_is_that_of_one_device(batches, taught):
     mesh, phase = sharding.make_mesh(2, 1, 4), dataclasses.replace(PHASE, accumulation_steps=2)
     for found in (
