@@ -192,6 +192,8 @@ def default_config() -> ConfigDict:
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
     config.loss = ConfigDict({"short_caption_weight": 0.0})
     config.baselines = ()  # names of baselines in dmu/recipes.py
+    # {name of a baseline: {field: value}}: hyperparameters in place of its section's, such as "batch_size"
+    config.baseline_settings = ConfigDict()
     # Models that are also measured blended with the base, weight by weight: names of dense ones among
     # "mcl_1", …, "consolidation" and the baselines.
     config.blends = ()
@@ -414,6 +416,7 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     for name, (least, most) in RANGES.items():
         if not least <= (value := _value(config, name)) <= most:
             errors.add(f"{name}={value} must lie between {least} and {most}")
+    _check_settings(config, errors)
     errors.raise_all()
 
 
@@ -433,6 +436,19 @@ def _check_fields(config: ConfigDict, known: ConfigDict, errors: Errors, prefix:
                 errors.add(f"config field {prefix}{name}={value!r} must be a group of fields")
             elif known[name]:
                 _check_fields(value, known[name], errors, f"{prefix}{name}.")
+
+
+def _check_settings(config: ConfigDict, errors: Errors) -> None:
+    kinds = {name: config.mcl.get_type(name) for name in _PHASE_RANGES}
+    for baseline, settings in config.baseline_settings.items():
+        for name, value in settings.items():
+            field = f"baseline_settings.{baseline}.{name}"
+            if name not in kinds:
+                errors.add(f"config field {field} does not exist; there are {sorted(kinds)}")
+            elif (type(value), kinds[name]) not in ((kinds[name], kinds[name]), (int, float)):
+                errors.add(f"{field}={value!r} must be of type {kinds[name].__name__}")
+            elif not _PHASE_RANGES[name][0] <= value <= _PHASE_RANGES[name][1]:
+                errors.add("{}={} must lie between {} and {}".format(field, value, *_PHASE_RANGES[name]))
 
 
 def _check_architecture(config: ConfigDict) -> None:

@@ -67,14 +67,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.every_steps = 100
     config.baselines = OF_PAPERS if arg.all_baselines else FIVE
     if not arg.paper:
+        published_routers = {name: config.router[name] for name in ("batch_size", "num_steps")}
         _keep(config, num_pairs)
         config.baselines = SHOWN
         if arg.controls:
             config.baselines = (*OF_PAIRS, *(OF_FLOPS if arg.flops else ()), *OTHERS)
             config.blends = (*OF_PAIRS, "consolidation")
+            # Its loss compares the pairs of a batch: routers as of the recipe for scenes alone.
+            config.baseline_settings = ConfigDict({"published_moe": published_routers})
     if arg.small:
         config.base.train.num_steps = 60
-        for section in (config.mcl, config.router, config.consolidation):
+        for section in (config.mcl, config.router, config.consolidation, *config.baseline_settings.values()):
             section.num_steps = 24 if section.num_steps else 0
         config.checkpoint.every_steps = 10
         config.data.packing_steps = 2
@@ -94,4 +97,5 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     # contradicts the new detail.
     config.data.rehearsal = "glyphs:train?pairs=500"
     config.router.update(rehearsal="distill", rehearsal_fraction=0.25, balance_coefficient=0.0)
-    config.router.loss = "features"
+    # Each pair has a target of its own, so that many small batches teach routers more than few large ones.
+    config.router.update(loss="features", batch_size=16, num_steps=480)

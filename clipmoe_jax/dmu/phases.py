@@ -101,11 +101,13 @@ def phases_of(
     steps: dict[str, int] = {}
     errors = Errors()
     for recipe in trained:
-        if recipe.num_steps is None:
-            pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
-            hyperparameters = configs.phase_config(recipe.hyperparameters(config))
-            with errors.of():
-                steps[recipe.name] = steps_of_section(recipe.section, hyperparameters, pairs)
+        pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
+        fields, hyperparameters = recipe.fields(config), configs.phase_config(recipe.hyperparameters(config))
+        with errors.of():
+            if recipe.num_steps is None:
+                steps[recipe.name] = steps_of_section(fields, hyperparameters, pairs)
+            else:
+                _check_batch(fields, hyperparameters, pairs)
     errors.raise_all()
     phases, planned = [], budget(config, steps.__getitem__, num_pairs)
     for recipe in trained:
@@ -181,8 +183,8 @@ def check_steps(config: ConfigDict, recipe: Recipe, num_steps: int) -> None:
     """Raises ValueError for a baseline whose length, worked out from other models, is that of its warm-up."""
     if num_steps <= (warmup := recipe.hyperparameters(config).warmup_steps):
         raise ValueError(
-            f"baselines: {recipe.name!r} gets {num_steps} steps, and {recipe.section}.warmup_steps={warmup}: "
-            "leave it out, or train what its length comes from for longer"
+            f"baselines: {recipe.name!r} gets {num_steps} steps, and {recipe.fields(config)}.warmup_steps="
+            f"{warmup}: leave it out, or train what its length comes from for longer"
         )
 
 
@@ -228,15 +230,19 @@ def steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int)
 
     Raises ValueError naming the section if its batch is larger than the data, or its warm-up does not fit.
     """
+    _check_batch(section, hyperparameters, num_pairs)
+    try:
+        return hyperparameters.length(num_pairs // hyperparameters.batch_size)
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def _check_batch(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> None:
     if num_pairs < hyperparameters.batch_size:
         raise ValueError(
             f"{section}.batch_size={hyperparameters.batch_size} is more than the {num_pairs} training pairs: "
             "choose a smaller batch or more data"
         )
-    try:
-        return hyperparameters.length(num_pairs // hyperparameters.batch_size)
-    except ValueError as error:
-        raise ValueError(f"{section}: {error}") from error
 
 
 def check_rehearsal(config: ConfigDict, num_records: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 One row is one model. The runner makes it, the plan predicts it, evaluation, tables and report show it; a
 further baseline or stage is a further row here and nothing elsewhere. Recipes of baselines follow their
 papers in what trains and by which losses. Data, batches and learning rates are the run's own, so that rows
-compare.
+compare; `config.baseline_settings` changes those of one baseline.
 """
 
 import dataclasses
@@ -189,11 +189,17 @@ class Recipe:
         """Returns whether it is stacked from several models."""
         return self.group != "ensemble" and len(self.experts(config)) > 1
 
+    def fields(self, config: ConfigDict) -> str:
+        """Returns the name of the config fields with its hyperparameters, for errors."""
+        return f"baseline_settings.{self.name}" if self.name in config.baseline_settings else self.section
+
     def hyperparameters(self, config: ConfigDict) -> ConfigDict:
-        """Returns its section of the config."""
+        """Returns its section of the config, with what `config.baseline_settings` has for it."""
         section: Any = config
         for part in self.section.split("."):
             section = section[part]
+        if self.name in config.baseline_settings:
+            section = ConfigDict(section.to_dict() | config.baseline_settings[self.name].to_dict())
         return section
 
     def rehearsal_of(self, config: ConfigDict) -> tuple[float, str]:
@@ -473,6 +479,11 @@ def check_baselines(config: ConfigDict) -> None:
             errors.add(
                 f"baselines: {name!r} rehearses as often as the routers do: set router.rehearsal_fraction"
             )
+    for name, settings in config.baseline_settings.items():
+        if name not in config.baselines or not (row := known[name]).trains:
+            errors.add(f"baseline_settings.{name}: the run trains no baseline {name!r}: add it to baselines")
+        elif row.num_steps and (fixed := {"num_steps", "num_epochs"}.intersection(settings)):
+            errors.add(f"baseline_settings.{name}.{fixed.pop()}: the length follows from other models'")
     errors.raise_all()
 
 

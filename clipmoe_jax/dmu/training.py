@@ -55,7 +55,10 @@ def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
     if recipe.rehearsal in ("pairs", "distill"):
         prefixes = (*prefixes, "router.rehearsal_fraction")
     of_others = () if recipe.group == "moe" else recipes.OF_CLIP_MOE
-    return run.fields(*prefixes, without=(*recipe.ignores, *of_others))
+    settings = run.config.baseline_settings.get(recipe.name, {})
+    replaced = [f"{recipe.section}.{field}" for field in settings]
+    prefixes = (*prefixes, f"baseline_settings.{recipe.name}.")
+    return run.fields(*prefixes, without=(*recipe.ignores, *of_others, *replaced))
 
 
 def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:

@@ -1,10 +1,13 @@
 """The recipe table: order, dependencies, steps by hand, and names in one place."""
 
+import dataclasses
 import pathlib
 
 import pytest
+from ml_collections import ConfigDict
 
-from clipmoe_jax.config import default_config
+from clipmoe_jax import config as configs
+from clipmoe_jax.config import default_config, validate
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
 
@@ -179,6 +182,45 @@ def test_phases_have_the_steps_of_their_recipes():
     expected = {"base": 3, "mcl_1": 10, "mcl_2": 10, "router": 4, "direct_ft": 10, "direct_ft_same_pairs": 30}
     assert {name: phases[name].num_steps for name in expected} == expected
     assert "feature_ensemble" not in phases and not any(phase.is_bound for phase in phases.values())
+
+
+def test_settings_of_a_baseline_replace_those_of_its_section():
+    config = config_of("direct_ft", "direct_ft_same_pairs", num_stages=1)
+    for section in (config.base.train, config.mcl, config.router):
+        section.batch_size, section.warmup_steps, section.num_steps = 10, 1, 6
+    config.baseline_settings = ConfigDict({"direct_ft_same_pairs": {"batch_size": 5, "learning_rate": 3e-3}})
+    validate(config, paths=False)
+    phases = {phase.name: phase for phase in phases_of(config, "cpu", 100)}
+    assert phases["direct_ft"].hyperparameters == configs.phase_config(config.mcl)
+    found = phases["direct_ft_same_pairs"]
+    assert found.num_steps == 24  # (6 * 10 + 6 * 10) / 5
+    assert found.hyperparameters == dataclasses.replace(
+        configs.phase_config(config.mcl), batch_size=5, learning_rate=3e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"direct_fit": {"batch_size": 5}}, "baseline_settings.direct_fit: the run trains no baseline"),
+        ({"full_ft": {"batch_size": 5}}, "baseline_settings.full_ft: the run trains no baseline"),
+        ({"feature_ensemble": {"batch_size": 5}}, "settings.feature_ensemble: the run trains no baseline"),
+        ({"direct_ft_same_pairs": {"num_steps": 5}}, "same_pairs.num_steps: the length follows from"),
+        ({"direct_ft": {"batchsize": 5}}, r"direct_ft.batchsize does not exist; there are \['accum"),
+        ({"direct_ft": {"batch_size": "5"}}, "direct_ft.batch_size='5' must be of type int"),
+        ({"direct_ft": {"learning_rate": -1}}, "direct_ft.learning_rate=-1 must lie between 0.0 and"),
+        ({"direct_ft": {"batch_size": 101}}, "baseline_settings.direct_ft"),
+    ],
+    ids=lambda settings: str(settings),
+)
+def test_settings_of_a_baseline_that_cannot_work_are_refused(settings, message):
+    config = config_of("direct_ft", "direct_ft_same_pairs", "feature_ensemble")
+    for section in (config.base.train, config.mcl, config.router):
+        section.batch_size, section.warmup_steps, section.num_steps = 10, 1, 6
+    config.baseline_settings = ConfigDict(settings)
+    with pytest.raises(ValueError, match=message):
+        validate(config, paths=False)
+        phases_of(config, "cpu", 100)
 
 
 def test_baseline_that_a_budget_leaves_too_few_steps_is_refused():

@@ -123,9 +123,10 @@ def test_distance_of_features_by_hand():
 
 def test_distance_of_features_keeps_its_digits_where_they_are_close():
     """1 - cosine in float32 has no digit left here."""
-    targets = np.asarray(unit(0), np.float64)
-    images = targets + 1e-4 * np.asarray(unit(1), np.float64)
-    cosines = np.sum(images * targets, axis=1) / np.linalg.norm(images, axis=1) / np.linalg.norm(targets, axis=1)
+    targets, direction = (np.asarray(unit(key), np.float64) for key in range(2))
+    images = targets + 1e-4 * direction
+    lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(targets, axis=1)
+    cosines = np.sum(images * targets, axis=1) / lengths
     arguments = (jnp.float32(images), *map(jnp.float32, [targets] * 3), jnp.float32(0.0))
     found = losses.feature_distance(*arguments)["distillation_loss"]
     assert float(found) == pytest.approx(np.mean(1 - cosines) / 2, rel=1e-2)
