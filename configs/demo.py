@@ -12,8 +12,8 @@ scenes is the new detail; "old", zero-shot accuracy over the glyphs' names, is w
 knew (docs/keeping.md).
 
     seeds      N runs seeds 1 to N, 21-30 those: means, standard deviations and paired differences
-    controls   what docs/keeping.md compares: dense models of as many pairs, ensembles, blends
-    flops      with controls: also dense models of as many FLOPs
+    controls   what docs/keeping.md compares: models of as many pairs, ensembles, blends of dense ones
+    flops      with controls: also models of as many FLOPs
     paper      the published recipe on scenes alone, with the baselines of the paper
     all_baselines  with paper: also full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP
     small      a quick check of the machinery, whose numbers mean nothing
@@ -26,11 +26,11 @@ from clipmoe_jax.dmu.recipes import OF_PAPERS
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
 SHOWN = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs", "base_curriculum_ensemble")
-BY_BUDGET = (
+DENSE = (
     *("direct_ft", "direct_ft_rehearsed", "full_ft", "full_ft_rehearsed", "lora", "lora_rehearsed"),
     *("curriculum", "curriculum_rehearsed", "curriculum_distilled", "curriculum_rehearsed_throughout"),
 )
-OF_PAIRS, OF_FLOPS = (tuple(f"{name}_same_{budget}" for name in BY_BUDGET) for budget in ("pairs", "flops"))
+UPCYCLED = ("sparse_upcycling", "drop_upcycling")
 OTHERS = ("published_moe", "base_curriculum_ensemble", "base_rehearsed_ensemble")
 FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
 
@@ -71,8 +71,10 @@ def get_config(arg: str = "") -> ConfigDict:
         _keep(config, num_pairs)
         config.baselines = SHOWN
         if arg.controls:
-            config.baselines = (*OF_PAIRS, *(OF_FLOPS if arg.flops else ()), *OTHERS)
-            config.blends = (*OF_PAIRS, "consolidation")
+            budgets = ("pairs", "flops") if arg.flops else ("pairs",)
+            names = (*DENSE, *UPCYCLED)
+            config.baselines = (*(f"{name}_same_{budget}" for budget in budgets for name in names), *OTHERS)
+            config.blends = (*(f"{name}_same_pairs" for name in DENSE), "consolidation")
             # Its loss compares the pairs of a batch: routers as of the recipe for scenes alone.
             config.baseline_settings = ConfigDict({"published_moe": published_routers})
     if arg.small:

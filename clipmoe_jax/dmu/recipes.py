@@ -287,6 +287,14 @@ BASE = Recipe(BASE_NAME, "base", "base", from_nothing, TRAIN_EVERYTHING, "base.t
 CONSOLIDATED = Recipe(CONSOLIDATION, "dense curriculum", "stage", last_stage, TRAIN_FFN, CONSOLIDATION)
 ROUTERS = Recipe(ROUTER_NAME, CLIP_MOE, "moe", chosen_experts, TRAIN_ROUTERS, "router")
 
+# An MoE of copies of the base, routers and experts trained (arXiv 2212.05055).
+SPARSE_UPCYCLING = Recipe(
+    "sparse_upcycling", "sparse upcycling", "baseline", base_copies, TRAIN_MOE, ignores=STAGES_ALONE
+)
+DROP_UPCYCLING = dataclasses.replace(
+    SPARSE_UPCYCLING, name="drop_upcycling", title="Drop-Upcycling", reinitialize=True
+)
+
 # In the order they run; a function gives the rows that depend on the config.
 Rows = Recipe | Callable[[ConfigDict], list[Recipe]]
 STAGES: Sequence[Rows] = (BASE, _mcl_recipes, _consolidation, ROUTERS)
@@ -305,11 +313,11 @@ def _rehearsed_stages(config: ConfigDict) -> list[Recipe]:
 
 
 def _controls() -> list[Recipe]:
-    """Dense models that cost as much as the CLIP-MoE: by pairs, and by FLOPs.
+    """Models that cost as much as the CLIP-MoE: by pairs, and by FLOPs.
 
-    From the base on ordinary batches, or from the last stage (the dense curriculum); plain, and with what
-    there is against forgetting: rehearsal of the base's pairs, or of its similarities ("distilled": learning
-    without forgetting, arXiv 1606.09282).
+    Dense ones, from the base on ordinary batches, or from the last stage (the dense curriculum); plain, and
+    with what there is against forgetting: rehearsal of the base's pairs, or of its similarities ("distilled":
+    learning without forgetting, arXiv 1606.09282). And mixtures of copies of the base.
     """
     rehearsals = {"": "none", "_rehearsed": "pairs", "_distilled": "distill"}
     curriculum = Recipe("curriculum", "dense curriculum", "baseline", last_stage, TRAIN_FFN, CONSOLIDATION)
@@ -343,6 +351,7 @@ def _controls() -> list[Recipe]:
             parts=_rehearsed_stages,
         )
     )
+    rows += [dataclasses.replace(row, rehearsal="none") for row in (SPARSE_UPCYCLING, DROP_UPCYCLING)]
     budgets = {"pairs": ("same total pairs", same_pairs), "flops": ("same FLOPs", same_flops)}
     return [
         dataclasses.replace(
@@ -389,17 +398,8 @@ BASELINES: Sequence[Recipe] = (
         losses=lambda config: {"short_caption_weight": config.loss.short_caption_weight or 1.0},
         ignores=ORDINARY,
     ),
-    # An MoE of copies of the base, routers and experts trained (arXiv 2212.05055).
-    Recipe("sparse_upcycling", "sparse upcycling", "baseline", base_copies, TRAIN_MOE, ignores=STAGES_ALONE),
-    Recipe(
-        "drop_upcycling",
-        "Drop-Upcycling",
-        "baseline",
-        base_copies,
-        TRAIN_MOE,
-        reinitialize=True,
-        ignores=STAGES_ALONE,
-    ),
+    SPARSE_UPCYCLING,
+    DROP_UPCYCLING,
     # Sparse upcycling with every parameter trained and the routers' z-loss (arXiv 2502.00965).
     Recipe(
         "clip_up",

@@ -77,6 +77,7 @@ PLACES = {
     "embed, within its one part": lambda: kill_within_part(2),
     "cluster, sorted but not saved": lambda: kill_at_call(ClusterIndex, "write", 1, after=False),
     "mcl, after a checkpoint": lambda: kill_at_step("mcl_1", 4),
+    "consolidation, after a checkpoint": lambda: kill_at_step("consolidation", 5),
     "upcycle, model written, stage not done": lambda: kill_at_call(
         training, "save_model", 1, after=True, match="upcycled"
     ),

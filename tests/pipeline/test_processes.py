@@ -282,14 +282,37 @@ def test_run_resumes_with_other_processes_and_devices(tmp_path, uninterrupted, s
     before = losses_of(workdir)
     assert max(step for phase, step in before if phase == "mcl_1") == 5
     assert_finished(run(workdir, "nowhere", num_processes=2, num_devices=2))
+    assert {("mcl_1", 6), ("mcl_1", 7), ("router", 7)} <= losses_of(workdir).keys() - before.keys()
+    assert_same_numbers(workdir, uninterrupted)
+
+
+def assert_same_numbers(workdir, uninterrupted):
+    """But for what the number of devices changes: the order of sums."""
     expected, found = losses_of(uninterrupted), losses_of(workdir)
-    after = expected.keys() - before.keys()
-    assert {("mcl_1", 6), ("mcl_1", 7), ("router", 7)} <= after and found.keys() == expected.keys()
-    for step in after:
-        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), step
     expected = params_of(uninterrupted, "moe/params")
     for name, leaf in params_of(workdir, "moe/params").items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module", params=["consolidation, after a checkpoint", "router, after a checkpoint"])
+def killed_on_four(request, tmp_path_factory):
+    """The workdir of one process with four devices that was killed in a phase of training."""
+    workdir = tmp_path_factory.mktemp("killed_on_four")
+    (done,) = run(workdir, request.param, num_processes=1, num_devices=4)
+    assert done.returncode == -signal.SIGKILL, done.stdout[-3000:]
+    return workdir
+
+
+@exhaustive
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_killed_run_resumes_on_any_number_of_devices(tmp_path, uninterrupted, killed_on_four, num_devices):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(killed_on_four, workdir)
+    assert_finished(run(workdir, "nowhere", num_processes=1, num_devices=num_devices))
+    assert_same_numbers(workdir, uninterrupted)
 
 
 BARRIER = """

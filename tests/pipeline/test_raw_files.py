@@ -83,6 +83,7 @@ def test_run_on_raw_files_prepares_trains_and_evaluates(workdir):
     assert report["pairs"] == 48 and report["bad"] == 0
 
 
+@exhaustive
 def test_run_starts_from_the_base_of_another_run(workdir, tmp_path):
     """As from any checkpoint: the base is imported, nothing of it trains again."""
     fields = {"base.checkpoint": workdir / "base", "base.logit_scale": 0.0, "data.base": "", "data.test": ""}

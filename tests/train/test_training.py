@@ -269,6 +269,7 @@ def test_microbatches_stay_on_their_devices(short_captions):
     assert not re.search("all-to-all|collective-permute|reduce-scatter", compiled)
 
 
+@exhaustive
 def test_expert_dropout_is_random_by_step_and_repeatable(batches):
     run = ComputeConfig(expert_dropout_rate=0.5)
     first = run_steps(MOE, TRAIN_ROUTERS, one_device(), [batches[0]] * 2, run=run)
