@@ -169,6 +169,7 @@ def default_config() -> ConfigDict:
     config.moe.dispatch = "ragged"  # or "dense", exact too, or "capacity"
     config.moe.capacity_factor = 1.25  # for dispatch = "capacity"
     config.moe.expert_dropout_rate = 0.1  # in router training
+    # Of the CLIP-MoE's initial routers. 0: all tokens begin with the first experts, as many as are selected.
     config.moe.router_stddev = 0.02
     config.moe.routing = "token"  # or "token_and_sequence": routers also see the mean over the sequence
     config.moe.sequence_share = 4.0  # how often it is added to the token

@@ -52,7 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg.keep:
         config.mcl.init_from = "previous"
         config.consolidation.num_epochs = 1
-        config.moe.experts = ("base", "base", "last_stage", "consolidation")
+        config.moe.experts = ("base", "last_stage", "base", "consolidation")
+        config.moe.router_stddev = 0.0
         config.moe.routing = "token_and_sequence"
         config.router.update(learning_rate=1e-3, rehearsal="distill", rehearsal_fraction=0.25)
         config.router.update(loss="features", balance_coefficient=0.0)

@@ -31,6 +31,7 @@ CONSOLIDATION = "consolidation"
 REHEARSAL_FOLDER = "rehearsal/features"
 ADAPTER_RANK = 8
 BALANCE_COEFFICIENT = 0.01  # the paper's, where the config has none
+ROUTER_STDDEV = 0.02  # of a baseline's initial routers
 Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
 # Config fields, by prefix, that an artifact depends on.
@@ -188,6 +189,10 @@ class Recipe:
     def is_moe(self, config: ConfigDict) -> bool:
         """Returns whether it is stacked from several models."""
         return self.group != "ensemble" and len(self.experts(config)) > 1
+
+    def router_stddev(self, config: ConfigDict) -> float:
+        """Returns the standard deviation of its initial routers."""
+        return config.moe.router_stddev if self.group == "moe" else ROUTER_STDDEV
 
     def fields(self, config: ConfigDict) -> str:
         """Returns the name of the config fields with its hyperparameters, for errors."""

@@ -58,7 +58,8 @@ def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
     settings = run.config.baseline_settings.get(recipe.name, {})
     replaced = [f"{recipe.section}.{field}" for field in settings]
     prefixes = (*prefixes, f"baseline_settings.{recipe.name}.")
-    return run.fields(*prefixes, without=(*recipe.ignores, *of_others, *replaced))
+    fields = run.fields(*prefixes, without=(*recipe.ignores, *of_others, *replaced))
+    return {n: recipe.router_stddev(run.config) if n == "moe.router_stddev" else v for n, v in fields.items()}
 
 
 def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
@@ -164,7 +165,7 @@ def upcycle(run: Run, recipe: Recipe) -> None:
             experts,
             key,
             num_moe_layers=moe.num_moe_layers,
-            router_stddev=run.config.moe.router_stddev,
+            router_stddev=recipe.router_stddev(run.config),
             place=place,
         )
         if recipe.reinitialize:

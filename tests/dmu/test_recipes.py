@@ -184,6 +184,14 @@ def test_phases_have_the_steps_of_their_recipes():
     assert "feature_ensemble" not in phases and not any(phase.is_bound for phase in phases.values())
 
 
+def test_routers_of_baselines_begin_at_random_whatever_those_of_the_clip_moe_do():
+    config = config_of("sparse_upcycling")
+    config.moe.router_stddev = 0.0
+    made = recipes.recipes(config)
+    assert made["router"].router_stddev(config) == 0
+    assert made["sparse_upcycling"].router_stddev(config) == 0.02
+
+
 def test_settings_of_a_baseline_replace_those_of_its_section():
     config = config_of("direct_ft", "direct_ft_same_pairs", num_stages=1)
     for section in (config.base.train, config.mcl, config.router):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from grids import grid, quick
@@ -13,6 +14,7 @@ from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.flops import count_active_parameters
+from clipmoe_jax.models.moe import route
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 E, K = 4, 2
@@ -116,6 +118,15 @@ def test_dense_blocks_and_shared_leaves_are_those_of_the_base(dense):
     for name, leaf in trees.flatten(dense).items():
         if "resblocks_1/mlp" not in name:
             np.testing.assert_array_equal(params[name], leaf, err_msg=name)
+
+
+def test_routers_of_deviation_0_send_all_tokens_to_the_first_experts(dense):
+    params = stack_experts([dense] * E, KEY, router_stddev=0.0)
+    for name, leaf in trees.flatten(params).items():
+        if "router" in name:
+            gates, expert_ids = route(jnp.ones((2, 3, 16)) @ leaf, 2)
+            np.testing.assert_array_equal(expert_ids, np.broadcast_to([0, 1], expert_ids.shape))
+            np.testing.assert_allclose(gates, 0.5)
 
 
 def test_routers_are_drawn_by_the_key(dense):
