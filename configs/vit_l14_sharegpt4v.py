@@ -32,8 +32,8 @@ pairs and a few steps of small batches, so that a laptop can try the machinery o
 
 data/web holds some thousand images and short captions of the kind that the base was trained on, prepared
 from img2dataset's output, say; data/imagenet is ImageNet's validation set, prepared from classes:DIR. The
-routers' rate is not the paper's 1e-6, at which an epoch of Adam moves a weight by at most 0.0016, where
-routers begin at 0.02: here they have to learn. Planned for 8 H100 at 40 % of their peak: 23 minutes, with
+routers' rate is not the paper's 1e-6, at which an epoch of Adam moves a weight by at most 0.0016: here they
+begin at zero and have to learn. Planned for 8 H100 at 40 % of their peak: 23 minutes, with
 both controls 47 (clipmoe_jax.plan). It has not been tried at this size.
 """
 
