@@ -3,6 +3,7 @@
 Exported models carry this file: it needs numpy and Pillow alone. Axis letters: H, W image height and width.
 """
 
+import functools
 import io
 
 import numpy as np
@@ -11,6 +12,12 @@ from PIL import Image, UnidentifiedImageError
 MAX_ASPECT_RATIO = 500  # a line of 1x100,000 pixels would take gigabytes once its short side is 224
 # Pillow opens 16-bit grey as I;16, in these formats (PNG in older Pillows) as I, which has 32 bits.
 FORMATS_OF_16_BITS = ("PPM", "PNG")
+# Of Pillow's formats those that it decodes itself: for EPS, whatever the file's name, it runs Ghostscript.
+# HEIF is there where pillow-heif has registered it.
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
+    *("TGA", "TIFF", "WEBP"),
+)
 
 
 class UnreadableImageError(ValueError):
@@ -54,12 +61,12 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
     palette).
 
     Raises:
-        UnreadableImageError: broken, truncated, of an unknown format, so many pixels that PIL takes it for
+        UnreadableImageError: broken, truncated, of none of `FORMATS`, so many pixels that PIL takes it for
             a decompression bomb, or of a mode without a known range (I and F: 32 bits a pixel).
     """
     size = f" ({len(image):,} bytes)" if isinstance(image, bytes) else ""
     try:
-        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        opened = Image.open(io.BytesIO(image), formats=_formats()) if isinstance(image, bytes) else image
         opened.load()
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"not an image file{size}") from error
@@ -72,6 +79,13 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
             f"pixels of mode {opened.mode} have no known range: scale them to 0 to 255 and make them mode L"
         )
     return opened.convert("RGBA") if opened.mode == "PA" else opened
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Returns those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:

@@ -18,6 +18,7 @@ from etils import epath
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec
+from clipmoe_jax.data.tfds_folders import tfds_features_alone
 
 NAME = "pairs"
 VERSION = "1.0.0"
@@ -54,6 +55,7 @@ class Records:
         Raises:
             FileNotFoundError: there is no data set.
             NoSplitError: there is no such split, or the parts are of several.
+            ValueError: the data set has features that are none of TFDS's.
         """
         import tensorflow_datasets as tfds  # here because it takes longest to import
 
@@ -63,7 +65,11 @@ class Records:
             raise FileNotFoundError(
                 f"{path} is not a prepared data set: make one with python -m clipmoe_jax.prepare"
             )
-        builder: Any = tfds.builder_from_directory(folder)
+        try:
+            with tfds_features_alone():
+                builder: Any = tfds.builder_from_directory(folder)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if not split and len(builder.info.splits) == 1:
             (split,) = builder.info.splits
         splits = builder.info.splits

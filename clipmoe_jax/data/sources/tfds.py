@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.sources.base import BadRecord, Pair, as_text, make_pair
+from clipmoe_jax.data.tfds_folders import tfds_features_alone
 
 CAPTION_FEATURES = ("captions", "caption", "text")
 
@@ -42,7 +43,7 @@ class Tfds:
 
         Raises:
             FileNotFoundError: it is not prepared.
-            ValueError: it has no such split or feature.
+            ValueError: it has no such split or feature, or features that are none of TFDS's.
         """
         import tensorflow_datasets as tfds  # slow to import
         from tensorflow_datasets.core import read_only_builder
@@ -51,15 +52,18 @@ class Tfds:
         self._decoders = {image: tfds.decode.SkipDecoding()}
         builder: Any  # the methods of TFDS's own type lose their parameters to its decorators
         try:
-            if epath.Path(path).exists():
-                builder = tfds.builder_from_directory(path)
-            else:
-                builder = read_only_builder.builder_from_files(path, data_dir=data_dir)
+            with tfds_features_alone():
+                if epath.Path(path).exists():
+                    builder = tfds.builder_from_directory(path)
+                else:
+                    builder = read_only_builder.builder_from_files(path, data_dir=data_dir)
         except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(
                 f"source tfds:{path}: no prepared data set of that name or folder: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"source tfds:{path}: {error}") from error
         features = builder.info.features
         self._caption = caption or next((name for name in CAPTION_FEATURES if name in features), "")
         known = _names(features)

@@ -1,0 +1,35 @@
+"""Opening a data set that TFDS has prepared, without running code that it names."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+FEATURES = "tensorflow_datasets.core.features."
+
+
+@contextlib.contextmanager
+def tfds_features_alone() -> Iterator[None]:
+    """Lets a data set that TFDS opens meanwhile have no features but TFDS's own.
+
+    TFDS imports the module of each class that the data set's `features.json` names, wherever it lies: also
+    one in the working directory, which `python -m` has on its path. Raises ValueError naming the class
+    before anything of it is imported.
+    """
+    from tensorflow_datasets.core.features import feature  # slow to import
+
+    connector: Any = feature.FeatureConnector
+    original = connector.__dict__["cls_from_name"]
+
+    def cls_from_name(cls: Any, python_class_name: str) -> Any:
+        if not python_class_name.startswith(FEATURES):
+            raise ValueError(
+                f"its features.json names the class {python_class_name!r}, which is none of TFDS's: reading "
+                "the data set would run code that came with it, so it is not opened"
+            )
+        return original.__get__(None, cls)(python_class_name)
+
+    connector.cls_from_name = classmethod(cls_from_name)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = original
