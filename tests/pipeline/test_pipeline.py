@@ -58,6 +58,8 @@ ROWS = {
         "dense curriculum, rehearsed, same total pairs",
         "dense curriculum, distilled, same total pairs",
         "dense curriculum, rehearsed throughout, same total pairs",
+        "sparse upcycling, same total pairs",
+        "Drop-Upcycling, same total pairs",
         "full fine-tuning, one stage's steps",
         "Long-CLIP's recipe",
         "sparse upcycling",
