@@ -9,9 +9,8 @@ import json
 import os
 import pickle
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import ml_dtypes
@@ -20,6 +19,7 @@ import safetensors.numpy
 from etils import epath
 
 from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.interop import torchscript
 
 SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
 SHARD_BYTES = 5 * 10**9  # other libraries too write several files past this size
@@ -163,14 +163,16 @@ def _open_local(path: epath.Path) -> Any:
 
 
 def _open_torch(path: epath.Path) -> Tensors:
+    if torchscript.is_torchscript(path):  # as OpenAI's own files are
+        stored = torchscript.stored_tensors(path)
+        return {
+            name: Tensor(tensor.shape, functools.partial(torchscript.read_tensor, path, tensor))
+            for name, tensor in stored.items()
+        }
     torch = _import_torch(path)
     try:
         with path.open("rb") as file:
-            # OpenAI's own files are TorchScript archives, which hold no pickled Python.
-            if _is_torchscript(file):
-                state = dict(torch.jit.load(file, map_location="cpu").state_dict())
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = ". Only tensors are read, no pickled code: save the model's state_dict() alone"
@@ -206,15 +208,6 @@ def _import_torch(path: epath.Path) -> Any:
             f"{path} is a PyTorch file and PyTorch is not installed: pip install torch"
         ) from error
     return torch
-
-
-def _is_torchscript(file: IO[bytes]) -> bool:
-    has_code = False
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            has_code = any("/code/" in name for name in archive.namelist())
-    file.seek(0)
-    return has_code
 
 
 def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:

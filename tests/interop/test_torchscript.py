@@ -1,0 +1,149 @@
+"""TorchScript archives: the tensors that torch.jit.load gives, and none of their code runs."""
+
+import pathlib
+import shutil
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from etils import epath
+
+from clipmoe_jax.interop.tensor_files import open_tensors
+
+
+class Inner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        whole = torch.arange(24.0).reshape(4, 6)
+        self.weight = torch.nn.Parameter(whole)
+        self.register_buffer("transposed", whole.half().t())
+        self.register_buffer("part", whole.to(torch.bfloat16)[1:3, 2:5])
+        self.register_buffer("number", torch.tensor(7))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("nothing", torch.zeros(0, 3))
+        self.sizes = [1, 2, 3]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.sizes[0]
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Inner(), Inner()
+        self.blocks = torch.nn.Sequential(Inner(), Inner())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("archive") / "model.pt"
+    torch.jit.script(Outer()).save(str(path))
+    return path
+
+
+def test_tensors_are_those_of_torch(archive):
+    found = open_tensors(epath.Path(archive))
+    expected = torch.jit.load(str(archive)).state_dict()
+    assert found.keys() == expected.keys() and "blocks.1.part" in found
+    for name, tensor in expected.items():
+        array = found[name].read()
+        assert array.shape == found[name].shape == tuple(tensor.shape), name
+        assert (array.dtype == ml_dtypes.bfloat16) == (tensor.dtype == torch.bfloat16), name
+        np.testing.assert_array_equal(np.float64(array), tensor.detach().double().numpy(), err_msg=name)
+
+
+def test_code_of_the_archive_does_not_run(tmp_path):
+    trace = str(tmp_path / "it_ran")
+
+    class Hostile(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.path = trace
+
+        @torch.jit.export
+        def __getstate__(self):
+            return self.weight, self.path, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
+            self.weight, self.path, self.training = state
+            torch.save(self.weight, self.path)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.script(Hostile()).save(str(tmp_path / "hostile.pt"))
+    torch.jit.load(str(tmp_path / "hostile.pt"))  # runs it
+    pathlib.Path(trace).unlink()
+    with pytest.raises(ValueError, match="hostile.pt is a TorchScript archive .*: it holds no tensors"):
+        open_tensors(epath.Path(tmp_path / "hostile.pt"))
+    assert not pathlib.Path(trace).exists()
+
+
+def changed(archive, path, name, contents, compress=zipfile.ZIP_STORED):
+    """Copies an archive with other contents of one of its files."""
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            is_it = entry.filename == f"model/{name}"
+            kind = compress if is_it else zipfile.ZIP_STORED
+            new.writestr(entry.filename, contents(old.read(entry)) if is_it else old.read(entry), kind)
+    return epath.Path(path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (
+            lambda old: b"cos\nsystem\n(S'touch it_ran'\ntR.",
+            "it wants os.system, which no model's state needs",
+        ),
+        (lambda old: b"cbuiltins\neval\n(S'1'\ntR.", "it wants builtins.eval"),
+        (lambda old: b"ctorch\nload\n(S'1'\ntR.", "it wants torch.load"),
+        (lambda old: old[: len(old) // 2], "cannot be read"),
+        (lambda old: b"", "cannot be read"),
+        (lambda old: b"\x80\x02}.", "it holds no tensors"),
+        # A module that holds itself: NEWOBJ, its state {"a": it}.
+        (
+            lambda old: b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
+            "more than 20,000 names",
+        ),
+        (
+            lambda old: old.replace(b"_rebuild_tensor_v2", b"_rebuild_qtensor_x"),
+            "it wants torch._utils._rebuild_q",
+        ),
+    ],
+    ids=["system", "eval", "load", "cut", "empty", "a dict", "no end", "another tensor"],
+)
+def test_damaged_and_hostile_pickles_are_refused_in_one_line(archive, tmp_path, contents, message):
+    path = changed(archive, tmp_path / "other.pt", "data.pkl", contents)
+    with pytest.raises(ValueError, match=message):
+        open_tensors(path)
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_compressed_storage_is_refused(archive, tmp_path):
+    path = changed(archive, tmp_path / "bomb.pt", "data/0", lambda old: bytes(10**8), zipfile.ZIP_DEFLATED)
+    assert path.stat().length < 10**6
+    tensors = open_tensors(path)
+    with pytest.raises(ValueError, match="data/0 is compressed"):
+        for tensor in tensors.values():
+            tensor.read()
+
+
+def test_a_tensor_outside_its_storage_is_refused(archive, tmp_path):
+    path = changed(archive, tmp_path / "short.pt", "data/0", lambda old: old[:8])
+    with pytest.raises(ValueError, match="data/0 holds 2 numbers, too few for shape"):
+        for tensor in open_tensors(path).values():
+            tensor.read()
+
+
+def test_pytorch_is_not_needed(archive, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    shutil.copy(archive, tmp_path / "model.pt")
+    assert len(open_tensors(epath.Path(tmp_path / "model.pt"))) == 24
