@@ -93,7 +93,12 @@ def _address() -> dict[str, Any] | None:
                 f"CLIPMOE_NUM_PROCESSES={count} and CLIPMOE_PROCESS_ID={process} must be whole numbers, the "
                 "second from 0 and less than the first"
             )
-        return dict(coordinator_address=coordinator, num_processes=int(count), process_id=int(process))
+        return dict(
+            coordinator_address=coordinator,
+            num_processes=int(count),
+            process_id=int(process),
+            coordinator_bind_address=_bind_address(coordinator) if int(process) == 0 else None,
+        )
     # In an allocation SLURM_NTASKS is that of the job; srun sets both for what it starts.
     slurm, step, mpi = (
         int(os.environ.get(name, 1))
@@ -109,6 +114,21 @@ def _address() -> dict[str, Any] | None:
             f"{', '.join(names)}"
         )
     return {} if slurm > 1 or mpi > 1 or _has_tpu() else None
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """Returns where process 0 listens: at the coordinator's address, if it is one of this machine.
+
+    Returns None, JAX's default of all addresses, where it is none, as that of a service before the machine.
+    """
+    host, _, port = coordinator.rpartition(":")
+    with contextlib.suppress(OSError):
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.bind(address)
+        numeric = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
+        return f"{numeric}:{port}"
+    return None
 
 
 def _has_tpu() -> bool:

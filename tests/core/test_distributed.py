@@ -4,6 +4,7 @@ several."""
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ FOUND = {
     "mpirun": (dict(OMPI_COMM_WORLD_SIZE=2, OMPI_MCA_orte_hnp_uri="x"), {}),
     "told": (
         dict(zip(VARIABLES, ("host:12", 2, 1), strict=True)),
-        dict(coordinator_address="host:12", num_processes=2, process_id=1),
+        dict(coordinator_address="host:12", num_processes=2, process_id=1, coordinator_bind_address=None),
     ),
 }
 
@@ -84,6 +85,50 @@ def test_variables_that_cannot_be_are_refused_by_name(environment, values, messa
     environment(**dict(zip(VARIABLES, values, strict=True)))
     with pytest.raises(ValueError, match=message):
         distributed.initialize()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("127.0.0.1:12", "127.0.0.1:12"),
+        ("localhost:12", "127.0.0.1:12"),
+        ("192.0.2.1:12", None),  # of no machine (RFC 5737)
+        ("no-such-host.invalid:12", None),
+    ],
+)
+def test_coordinator_listens_where_its_address_says(coordinator, address, monkeypatch):
+    known = {"localhost": "127.0.0.1"}
+    getaddrinfo = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **kw: getaddrinfo(known.get(host, host), *a, **kw)
+    )
+    assert distributed._bind_address(coordinator) == address
+
+
+LISTEN = """
+import os, pathlib, socket
+from clipmoe_jax.core import distributed
+distributed.initialize()
+port = f"{int(os.environ['CLIPMOE_COORDINATOR'].rpartition(':')[2]):04X}"
+for table in ("tcp", "tcp6"):
+    for line in pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+        address, state = line.split()[1], line.split()[3]
+        if address.endswith(f":{port}") and state == "0A":
+            print("listens", address.partition(":")[0])
+"""
+
+
+def test_coordinator_on_this_machine_is_not_heard_from_others():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    variables = dict(zip(VARIABLES, (f"127.0.0.1:{port}", "1", "0"), strict=True))
+    done = subprocess.run(
+        [sys.executable, "-c", LISTEN], env=os.environ | variables, capture_output=True, text=True
+    )
+    heard = [line for line in done.stdout.splitlines() if line.startswith("listens")]
+    assert len(heard) == 1, done.stderr[-2000:]
+    assert heard[0].endswith("0100007F")  # 127.0.0.1, in IPv6 too
 
 
 def test_processes_reach_each_other_without_a_proxy(environment, monkeypatch):

@@ -191,8 +191,8 @@ def test_experts_are_the_models_that_the_config_names(finished):
     """By default the base and the stages."""
     folders = ["base", *(f"stage_{i + 1}/params" for i in range(finished.config.mcl.num_stages))]
     if finished.config.moe.experts:
-        assert finished.config.moe.experts == ("base", "base", "last_stage", "consolidation")
-        folders = ["base", "base", folders[-1], "dense/params"]
+        named = {"base": "base", "last_stage": folders[-1], "consolidation": "dense/params"}
+        folders = [named[name] for name in finished.config.moe.experts]
     models = [clipmoe_jax.load(str(finished.workdir / folder)) for folder in folders]
     base, moe = models[0], clipmoe_jax.load(str(finished.workdir / "moe" / "params"))
     for e, dense in enumerate(models):
