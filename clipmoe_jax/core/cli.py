@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
+from clipmoe_jax.core.terminal import printable
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -45,7 +46,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
             sys.exit(distributed.EXIT_INTERRUPTED)
         except Exception as error:
             if full := _full_disk(error):
-                print(f"error: {full}", file=sys.stderr, flush=True)
+                print(f"error: {printable(full)}", file=sys.stderr, flush=True)
                 os._exit(1)  # at once, or what else was being written would complain at length
             if not _is_for_people(error):
                 raise
@@ -61,7 +62,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
 
 def say(text: str) -> None:
     """Prints text on the console at once, even if stdout is a file."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 @contextlib.contextmanager
@@ -191,5 +192,5 @@ def _fix(error: Exception) -> str:
 
 def _fail(*messages: str) -> NoReturn:
     for message in messages:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(1)

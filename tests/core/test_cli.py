@@ -82,6 +82,28 @@ def test_every_thing_that_is_wrong_has_its_line(run_here):
     assert done == (1, "", "error: mcl.b1=2 is wrong\nerror: two lines\n")
 
 
+HOSTILE = "photo\x1b[2J\u202egnp.\x07\udcff"
+ESCAPED = r"photo\x1b[2J\u202egnp.\x07\udcff"
+
+
+@pytest.mark.parametrize("messages", [(HOSTILE,), (HOSTILE, "other")], ids=["one", "several"])
+def test_control_characters_reach_no_terminal_as_they_are(run_here, messages):
+    """Of a stranger's file name: it could clear the screen, or show another name than it is."""
+
+    def main(argv):
+        errors = Errors()
+        for message in messages:
+            errors.add(message)
+        errors.raise_all()
+
+    code, out, err = run_here(main)
+    assert (code, out) == (1, "") and f"error: {ESCAPED}\n" in err
+
+
+def test_text_of_a_command_is_escaped_too(run_here):
+    assert run_here(lambda argv: f"1\t{HOSTILE}\nä 東京 👩‍🚀") == (None, f"1\t{ESCAPED}\nä 東京 👩‍🚀\n", "")
+
+
 def test_ctrl_c_ends_a_command_in_one_line(run_here):
     assert run_here(raising(KeyboardInterrupt())) == (130, "", "ended by Ctrl-C\n")
 

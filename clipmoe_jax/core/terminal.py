@@ -1,0 +1,14 @@
+"""Text for a terminal."""
+
+import re
+
+# What moves a terminal's cursor, changes its colours or turns the direction of text, and what is no text.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Returns a text for a terminal: control characters, as of strangers' file names, become escapes.
+
+    Line breaks and tabs stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
