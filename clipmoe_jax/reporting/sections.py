@@ -113,8 +113,17 @@ def _both_axes(seeds: Sequence[Results]) -> charts.Markup:
 
 
 def read_results(folders: Sequence[Folder]) -> list[Results]:
-    """Returns eval/results.json of each seed."""
-    return [folder.json("eval/results.json", "evaluate") for folder in folders]
+    """Returns eval/results.json of each seed: the models and the kinds of numbers that all of them have.
+
+    Seeds differ where a run goes on with more baselines and has not come to the last seed yet.
+    """
+    seeds: list[Results] = [folder.json("eval/results.json", "evaluate") for folder in folders]
+    kinds = {
+        title: [kind for kind in seeds[0][title] if all(kind in seed[title] for seed in seeds)]
+        for title in seeds[0]
+        if all(title in seed for seed in seeds)
+    }
+    return [{title: {kind: seed[title][kind] for kind in kinds[title]} for title in kinds} for seed in seeds]
 
 
 def _attributes(seeds: Sequence[Results]) -> dict[str, charts.Markup]:

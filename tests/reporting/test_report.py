@@ -240,6 +240,22 @@ def test_several_seeds_are_means_with_deviations(seeds):
     assert "Of seed_1 alone." in {element["text"] for element in page.all("p")}
 
 
+def test_seeds_that_lack_models_of_others_are_compared_in_what_all_have(seeds, tmp_path):
+    """As of a run that goes on with more baselines."""
+    folder = tmp_path / "two"
+    shutil.copytree(seeds, folder)
+    file = folder / "seed_1" / "eval" / "results.json"
+    results = json.loads(file.read_text())
+    more = {"more": results["base"], **results}
+    more["base"] = results["base"] | {"blends": {"0.5": results["base"]}}
+    file.write_text(json.dumps(more))
+    caption = "Recall in per cent, mean ± standard deviation of 2 seeds"
+    rows, expected = (
+        table_rows(Page(write_report(epath.Path(path)).read_text()), caption) for path in (folder, seeds)
+    )
+    assert rows == expected and "more" not in rows
+
+
 def test_captions_are_escaped(page, text):
     assert "<script" not in text and not page.all("script")
     shown = [element for element in page.all("p", "dd") if element["text"].strip() == synthetic_run.SCRIPT]
