@@ -163,11 +163,10 @@ def _open_local(path: epath.Path) -> Any:
 
 
 def _open_torch(path: epath.Path) -> Tensors:
-    if torchscript.is_torchscript(path):  # as OpenAI's own files are
-        stored = torchscript.stored_tensors(path)
+    if archive := torchscript.open_archive(path):  # as OpenAI's own files are
         return {
-            name: Tensor(tensor.shape, functools.partial(torchscript.read_tensor, path, tensor))
-            for name, tensor in stored.items()
+            name: Tensor(tensor.shape, functools.partial(archive.read, name))
+            for name, tensor in archive.tensors.items()
         }
     torch = _import_torch(path)
     try:

@@ -6,11 +6,12 @@ those bytes of the zip file to which it points.
 """
 
 import collections
-import functools
+import contextlib
 import io
 import math
 import pickle
 import zipfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -42,53 +43,66 @@ class StoredTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def is_torchscript(path: epath.Path) -> bool:
-    """Returns whether a file is a zip archive with code, as TorchScript writes."""
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            return False
-        with zipfile.ZipFile(file) as archive:
-            return any("/code/" in name for name in archive.namelist())
-
-
-def stored_tensors(path: epath.Path) -> dict[str, StoredTensor]:
-    """Returns {name: tensor} of an archive's modules, `visual.conv1.weight`, without reading their data.
+def open_archive(path: epath.Path) -> "Archive | None":
+    """Opens a zip archive with code, as TorchScript writes; returns None for any other file.
 
     Raises ValueError if it is damaged, or holds what no model's state has.
     """
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            root = _root(archive)
-            if f"{root}/byteorder" in archive.namelist() and _contents(archive, "byteorder") != b"little":
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(path.open("rb"))
+        if not zipfile.is_zipfile(file):
+            return None
+        archive = opened.enter_context(zipfile.ZipFile(file))
+        if not any("/code/" in name for name in archive.namelist()):
+            return None
+        found = Archive(path, archive)
+        opened.pop_all()  # it stays open for its tensors
+        return found
+
+
+class Archive:
+    """A TorchScript archive.
+
+    tensors: {name: tensor} of its modules, `visual.conv1.weight`; their data has not been read.
+    """
+
+    def __init__(self, path: epath.Path, archive: zipfile.ZipFile):
+        self._path, self._archive = path, archive
+        with self._told():
+            self._root = _root(archive)
+            if f"{self._root}/byteorder" in archive.namelist() and self._contents("byteorder") != b"little":
                 raise ValueError("its numbers are big-endian")
-            module = _Unpickler(io.BytesIO(_contents(archive, "data.pkl"))).load()
-        if not (tensors := _named_tensors(module)):
-            raise ValueError("it holds no tensors")
-        return tensors
-    except Exception as error:  # a damaged pickle raises anything
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} is a TorchScript archive that cannot be read: {reason}") from error
+            self.tensors = _named_tensors(_Unpickler(io.BytesIO(self._contents("data.pkl"))).load())
+            if not self.tensors:
+                raise ValueError("it holds no tensors")
 
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor. Raises ValueError if it is damaged, or does not lie within its storage."""
+        _, key, offset, shape, strides = tensor = self.tensors[name]
+        with self._told():
+            storage = np.frombuffer(self._contents(f"data/{key}"), tensor.dtype)
+            steps = zip(shape, strides, strict=True)
+            end = offset + 1 + sum((size - 1) * stride for size, stride in steps)
+            if max(end, math.prod(shape)) > len(storage) and 0 not in shape:
+                raise ValueError(f"data/{key} holds {len(storage):,} numbers, too few for shape {shape}")
+        in_bytes = [stride * storage.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(storage[offset:], shape, in_bytes, writeable=False)
 
-def read_tensor(path: epath.Path, tensor: StoredTensor) -> np.ndarray:
-    """Reads one tensor. Raises ValueError if it does not lie within its storage."""
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        storage = np.frombuffer(_contents(archive, f"data/{tensor.key}"), tensor.dtype)
-    steps = zip(tensor.shape, tensor.strides, strict=True)
-    end = tensor.offset + 1 + sum((size - 1) * stride for size, stride in steps)
-    if max(end, math.prod(tensor.shape)) > len(storage) and 0 not in tensor.shape:
-        raise ValueError(
-            f"{path}: data/{tensor.key} holds {len(storage):,} numbers, too few for shape {tensor.shape}"
-        )
-    strides = [stride * storage.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
+    def _contents(self, name: str) -> bytes:
+        entry = self._archive.getinfo(f"{self._root}/{name}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed, as PyTorch never writes it")
+        return self._archive.read(entry)
 
-
-def _contents(archive: zipfile.ZipFile, name: str) -> bytes:
-    entry = archive.getinfo(f"{_root(archive)}/{name}")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed, as PyTorch never writes it")
-    return archive.read(entry)
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a damaged archive raises anything
+            reason = str(error) or type(error).__name__
+            raise ValueError(
+                f"{self._path} is a TorchScript archive that cannot be read: {reason}"
+            ) from error
 
 
 def _root(archive: zipfile.ZipFile) -> str:
@@ -109,31 +123,6 @@ class _Module:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes modules, tensors and containers; whatever else a pickle names is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
-        if module == "torch" and name in DTYPES:
-            return functools.partial(np.dtype, DTYPES[name])
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _stored,
-            **{("torch.jit._pickle", kind): _first for kind in LISTS},
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no model's state needs")
-        return allowed[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, _, _ = pid
-        return dtype(), str(key)
-
-
-LISTS = ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
-
-
 def _stored(storage: tuple[Any, str], offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
@@ -144,6 +133,32 @@ def _stored(storage: tuple[Any, str], offset: int, shape: Any, strides: Any, *_:
 
 def _first(content: Any, *_: Any) -> Any:
     return content
+
+
+LISTS = ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
+ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _stored,
+    **{("torch.jit._pickle", kind): _first for kind in LISTS},
+    **{("torch", storage): dtype for storage, dtype in DTYPES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes modules, tensors and containers; whatever else a pickle names is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no model's state needs")
+        return ALLOWED[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, _, _ = pid
+        if dtype not in DTYPES.values():
+            raise pickle.UnpicklingError(f"a storage of {dtype}")
+        return dtype, str(key)
 
 
 def _named_tensors(module: Any) -> dict[str, StoredTensor]:

@@ -143,6 +143,25 @@ def test_a_tensor_outside_its_storage_is_refused(archive, tmp_path):
             tensor.read()
 
 
+@pytest.mark.parametrize("damage", ["a flipped bit", "no storage"])
+def test_a_damaged_storage_is_told_in_one_line(archive, tmp_path, damage):
+    path = tmp_path / "damaged.pt"
+    if damage == "no storage":
+        with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
+            for entry in old.infolist():
+                if entry.filename != "model/data/0":
+                    new.writestr(entry.filename, old.read(entry))
+    else:
+        contents = archive.read_bytes()
+        with zipfile.ZipFile(archive) as old:
+            storage = old.read("model/data/0")
+        start = contents.index(storage)
+        path.write_bytes(contents[:start] + bytes([storage[0] ^ 1]) + contents[start + 1 :])
+    with pytest.raises(ValueError, match="damaged.pt is a TorchScript archive that cannot be read: .*data/0"):
+        for tensor in open_tensors(epath.Path(path)).values():
+            tensor.read()
+
+
 def test_pytorch_is_not_needed(archive, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     shutil.copy(archive, tmp_path / "model.pt")
