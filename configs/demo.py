@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
             config.baseline_settings = ConfigDict({"published_moe": published_routers})
     if arg.small:
         config.base.train.num_steps = 60
-        for section in (config.mcl, config.router, config.consolidation, *config.baseline_settings.values()):
+        for section in (config.mcl, config.router, config.consolidation):
             section.num_steps = 24 if section.num_steps else 0
         config.checkpoint.every_steps = 10
         config.data.packing_steps = 2

@@ -17,6 +17,7 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu.phases import phases_of
 from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import VARIANTS, Clip, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
@@ -105,6 +106,15 @@ def test_arguments_of_config_files_reach_their_fields():
     assert get_config("vit_l14_sharegpt4v", "init_from=previous").mcl.init_from == "previous"
     with pytest.raises(ValueError, match="config argument 'sedes' does not exist; there are seeds, small"):
         get_config("demo", "sedes=3")
+
+
+@pytest.mark.parametrize("name", ["demo", "drawings"])
+@pytest.mark.parametrize("switches", ["controls", "controls,flops"])
+def test_controls_can_be_tried_on_the_small_settings(name, switches):
+    whole, small = (get_config(name, f"{switches}{more}") for more in ("", ",small"))
+    configs.validate(small)
+    assert small.baselines == whole.baselines and small.router.num_steps < whole.router.num_steps
+    phases_of(small, "cpu", 800)
 
 
 @pytest.mark.parametrize(
