@@ -276,12 +276,22 @@ def _set_field(config: ConfigDict, field: str, value: Any) -> None:
         section = section.get(group) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or last not in section or field in ("seeds", "variants"):
         raise ValueError(f"{field!r} is not a field that a variant can set, such as 'mcl.num_stages'")
-    kind, given = section.get_type(last), list if isinstance(value, tuple) else type(value)
+    kind = section.get_type(last)
     if kind is ConfigDict:
         raise ValueError(f"{field!r} is a group of fields: set them one by one")
+    _check_type(field, value, kind)
+    section[last] = value
+
+
+def _check_type(field: str, value: Any, kind: type) -> None:
+    given = list if isinstance(value, tuple) else type(value)
     if given is not (list if kind is tuple else kind) and (given, kind) != (int, float):
         raise ValueError(f"{field}={value!r} must be of type {kind.__name__}")
-    section[last] = value
+
+
+def _check_range(field: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{field}={value} must lie between {least} and {most}")
 
 
 def run_locally(config: ConfigDict) -> None:
@@ -414,9 +424,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             "base.checkpoint is empty: set it to the dense CLIP to start from, or data.base to the pairs to "
             "train one on"
         )
-    for name, (least, most) in RANGES.items():
-        if not least <= (value := _value(config, name)) <= most:
-            errors.add(f"{name}={value} must lie between {least} and {most}")
+    for name, limits in RANGES.items():
+        with errors.of():
+            _check_range(name, _value(config, name), *limits)
     _check_settings(config, errors)
     errors.raise_all()
 
@@ -440,16 +450,15 @@ def _check_fields(config: ConfigDict, known: ConfigDict, errors: Errors, prefix:
 
 
 def _check_settings(config: ConfigDict, errors: Errors) -> None:
-    kinds = {name: config.mcl.get_type(name) for name in _PHASE_RANGES}
     for baseline, settings in config.baseline_settings.items():
         for name, value in settings.items():
             field = f"baseline_settings.{baseline}.{name}"
-            if name not in kinds:
-                errors.add(f"config field {field} does not exist; there are {sorted(kinds)}")
-            elif (type(value), kinds[name]) not in ((kinds[name], kinds[name]), (int, float)):
-                errors.add(f"{field}={value!r} must be of type {kinds[name].__name__}")
-            elif not _PHASE_RANGES[name][0] <= value <= _PHASE_RANGES[name][1]:
-                errors.add("{}={} must lie between {} and {}".format(field, value, *_PHASE_RANGES[name]))
+            if name not in _PHASE_RANGES:
+                errors.add(f"config field {field} does not exist; there are {sorted(_PHASE_RANGES)}")
+                continue
+            with errors.of():
+                _check_type(field, value, config.mcl.get_type(name))
+                _check_range(field, value, *_PHASE_RANGES[name])
 
 
 def _check_architecture(config: ConfigDict) -> None:

@@ -485,7 +485,8 @@ def check_baselines(config: ConfigDict) -> None:
                 f"baselines: {name!r} rehearses as often as the routers do: set router.rehearsal_fraction"
             )
     for name, settings in config.baseline_settings.items():
-        if name not in config.baselines or not (row := known[name]).trains:
+        row = known.get(name) if name in config.baselines else None
+        if row is None or not row.trains:
             errors.add(f"baseline_settings.{name}: the run trains no baseline {name!r}: add it to baselines")
         elif row.num_steps and (fixed := {"num_steps", "num_epochs"}.intersection(settings)):
             errors.add(f"baseline_settings.{name}.{fixed.pop()}: the length follows from other models'")

@@ -106,7 +106,7 @@ def test_coordinator_listens_where_its_address_says(coordinator, address, monkey
 
 
 LISTEN = """
-import os, pathlib, socket
+import os, pathlib
 from clipmoe_jax.core import distributed
 distributed.initialize()
 port = f"{int(os.environ['CLIPMOE_COORDINATOR'].rpartition(':')[2]):04X}"

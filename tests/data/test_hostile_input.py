@@ -46,7 +46,7 @@ def test_a_data_set_of_tfds_runs_no_code(tmp_path, module_in_working_directory, 
 
 
 def test_a_prepared_set_runs_no_code(tmp_path, module_in_working_directory):
-    _, (_, _, _) = prepared_by_tfds(tmp_path / "data", "array_record")
+    prepared_by_tfds(tmp_path / "data", "array_record")
     (features,) = (tmp_path / "data").rglob("features.json")
     (tmp_path / "set" / "pairs").mkdir(parents=True)
     features.parent.rename(tmp_path / "set" / "pairs" / "1.0.0")

@@ -231,6 +231,13 @@ def test_settings_of_a_baseline_that_cannot_work_are_refused(settings, message):
         phases_of(config, "cpu", 100)
 
 
+def test_settings_of_an_unknown_baseline_hide_no_other_error():
+    config = config_of("ia3")
+    config.baseline_settings = ConfigDict({"ia3": {"batch_size": 5}})
+    with pytest.raises(ValueError, match="baselines='ia3': choose one of direct_ft, "):
+        recipes.recipes(config)
+
+
 def test_baseline_that_a_budget_leaves_too_few_steps_is_refused():
     """The mixture is made without consolidation: routers alone leave the curriculum pairs."""
     config = keeping_config("curriculum_same_pairs", num_stages=1)

@@ -191,6 +191,10 @@ def test_experts_are_the_models_that_the_config_names(finished):
     """By default the base and the stages."""
     folders = ["base", *(f"stage_{i + 1}/params" for i in range(finished.config.mcl.num_stages))]
     if finished.config.moe.experts:
+        first_three = (
+            ("base", "last_stage", "base") if finished.config_file == DEMO else ("base", "base", "last_stage")
+        )
+        assert finished.config.moe.experts == (*first_three, "consolidation")
         named = {"base": "base", "last_stage": folders[-1], "consolidation": "dense/params"}
         folders = [named[name] for name in finished.config.moe.experts]
     models = [clipmoe_jax.load(str(finished.workdir / folder)) for folder in folders]
