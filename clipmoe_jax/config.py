@@ -48,6 +48,7 @@ NEUTRAL = {
     "moe.experts": ((), ()),
     "data.rehearsal_captions": ("", ()),
     "router.loss": ("contrastive", ()),
+    "router.gradient": ("chosen", ()),
     "moe.routing": ("token", ("moe.sequence_share",)),
     **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in FINE_TUNING_SECTIONS},
 }
@@ -106,6 +107,7 @@ CHOICES = {
     "moe.routing": ("token", "token_and_sequence"),
     "router.balance": ("paper", "released"),
     "router.loss": ("contrastive", "features"),
+    "router.gradient": ("chosen", "all"),
     **{f"{s}.rehearsal": ("pairs", "distill") for s in FINE_TUNING_SECTIONS},
 }
 
@@ -180,6 +182,9 @@ def default_config() -> ConfigDict:
     # Or "features": routers learn to encode new pairs as the last of moe.experts, in the blocks that have
     # experts, and what they rehearse to "distill" as the base does.
     config.router.loss = "contrastive"
+    # Experts whose gates get a gradient: those that a token chose, or "all", so that a router learns what it
+    # missed. All then run on every token of a step; outputs are those of the chosen ones either way.
+    config.router.gradient = "chosen"
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
     config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
@@ -345,7 +350,9 @@ def consolidates(config: ConfigDict) -> bool:
     return bool(config.consolidation.num_steps or config.consolidation.num_epochs)
 
 
-def compute_config(config: ConfigDict, platform: str, *, training_routers: bool = False) -> ComputeConfig:
+def compute_config(
+    config: ConfigDict, platform: str, *, training_routers: bool = False, router_gradient: str = "chosen"
+) -> ComputeConfig:
     """Returns how models are computed on a platform.
 
     platform: "cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention. It decides how attention and the
@@ -362,6 +369,7 @@ def compute_config(config: ConfigDict, platform: str, *, training_routers: bool 
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
+        router_gradient=router_gradient,
         compiler_options=CPU_OPTIONS if platform == "cpu" else (),
     )
 

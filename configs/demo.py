@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.every_steps = 100
     config.baselines = OF_PAPERS if arg.all_baselines else FIVE
     if not arg.paper:
-        published_routers = {"batch_size": config.router.batch_size}
+        published_routers = {name: config.router[name] for name in ("batch_size", "num_steps")}
         _keep(config, num_pairs)
         config.baselines = SHOWN
         if arg.controls:
@@ -93,8 +93,9 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     config.base.train.num_steps = 1000
     consolidation = {name: config.mcl[name] for name in config.consolidation if name in config.mcl}
     config.consolidation.update(consolidation, num_steps=960)
-    # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new.
-    # From random ones a block may send all tokens to the two of the new, and then nothing pulls them back.
+    # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new. From
+    # there a block may still come to send all tokens to the two of the new; gradients that reach the experts
+    # that were not chosen lead it back.
     config.moe.experts = ("base", "last_stage", "base", "consolidation")
     config.moe.router_stddev = 0.0
     config.moe.routing = "token_and_sequence"
@@ -103,4 +104,4 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     config.data.rehearsal = "glyphs:train?pairs=500"
     config.router.update(rehearsal="distill", rehearsal_fraction=0.25, balance_coefficient=0.0)
     # Each pair has a target of its own, so that small batches teach routers as much as large ones.
-    config.router.update(loss="features", batch_size=16)
+    config.router.update(loss="features", batch_size=16, num_steps=480, gradient="all")

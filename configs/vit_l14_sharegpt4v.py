@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.moe.router_stddev = 0.0
         config.moe.routing = "token_and_sequence"
         config.router.update(learning_rate=1e-3, rehearsal="distill", rehearsal_fraction=0.25)
-        config.router.update(loss="features", balance_coefficient=0.0)
+        config.router.update(loss="features", gradient="all", balance_coefficient=0.0)
         config.baselines = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs")
     if arg.runlocal:
         run_locally(config)

@@ -16,7 +16,7 @@ from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.recipes import Budget, Recipe
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
 from clipmoe_jax.train.lora import add_adapters
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig
@@ -115,7 +115,7 @@ def phases_of(
             steps[recipe.name] = recipe.num_steps(planned, recipe)
             with errors.of():
                 check_steps(config, recipe, steps[recipe.name])
-        compute = configs.compute_config(config, platform, training_routers=recipe.is_moe(config))
+        compute = compute_of(config, recipe, platform)
         architecture = architecture_of(config, recipe)
         loss = loss_config(config, recipe)
         phase = PlannedPhase(
@@ -199,10 +199,22 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
         trains = trees.match_rules(made[name].trains, names)
         loss, (rehearsed, _) = loss_config(config, made[name]), made[name].rehearsal_of(config)
         short_length = short_length_of(config) if loss.short_caption_weight else 0
-        return flops_of_training(architecture, trains, short_length, loss.teacher is not None, rehearsed)
+        slots = num_visited_experts(architecture.moe, made[name].router_gradient(config))
+        is_taught = loss.teacher is not None
+        return flops_of_training(architecture, trains, short_length, is_taught, rehearsed, slots)
 
     encoding = num_pairs * flops.forward(configs.architecture(config))
     return Budget(config, steps, flops_of_pair, encoding)
+
+
+def compute_of(config: ConfigDict, recipe: Recipe, platform: str) -> ComputeConfig:
+    """Returns how a recipe's model is computed while it trains."""
+    return configs.compute_config(
+        config,
+        platform,
+        training_routers=recipe.is_moe(config),
+        router_gradient=recipe.router_gradient(config),
+    )
 
 
 def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:

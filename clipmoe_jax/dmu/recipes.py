@@ -39,7 +39,7 @@ BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
 ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
-OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss")
+OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient")
 UPCYCLED_FIELDS = (
     *(*STAGE_FIELDS, *ROUTING_FIELDS),
     *("moe.experts", "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev"),
@@ -193,6 +193,10 @@ class Recipe:
     def router_stddev(self, config: ConfigDict) -> float:
         """Returns the standard deviation of its initial routers."""
         return config.moe.router_stddev if self.group == "moe" else ROUTER_STDDEV
+
+    def router_gradient(self, config: ConfigDict) -> str:
+        """Returns which experts the gradient of its routers reaches."""
+        return config.router.gradient if self.group == "moe" else "chosen"
 
     def fields(self, config: ConfigDict) -> str:
         """Returns the name of the config fields with its hyperparameters, for errors."""

@@ -129,10 +129,9 @@ class Run:
         most = self.config.data.max_caption_tokens or context_length
         return Tokenizer(min(most, context_length), parse_special_tokens=False)
 
-    def model(self, architecture: ClipConfig, *, training_routers: bool = False) -> Clip:
+    def model(self, architecture: ClipConfig) -> Clip:
         """Returns a module that computes in this platform's way (`configs.compute_config`)."""
-        compute = configs.compute_config(self.config, sharding.platform(), training_routers=training_routers)
-        return Clip(architecture, compute)
+        return Clip(architecture, configs.compute_config(self.config, sharding.platform()))
 
     def load(self, path: epath.Path) -> tuple[ClipConfig, dict]:
         """Returns architecture and params of a model folder, placed on the mesh."""

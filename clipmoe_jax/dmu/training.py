@@ -23,7 +23,7 @@ from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.models.clip import ClipConfig, check_params
+from clipmoe_jax.models.clip import Clip, ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.train.loop import LoopConfig, fit
@@ -246,7 +246,7 @@ def _fit(
     config, section = run.config, recipe.hyperparameters(run.config)
     loss = loss_config(config, recipe)
     first_epoch, rehearsal = _epochs_before(run, recipe), _rehearsal(run, recipe, loss)
-    model = run.model(architecture, training_routers=recipe.is_moe(config))
+    model = Clip(architecture, phases.compute_of(config, recipe, sharding.platform()))
     phase = configs.phase_config(section)
     if num_steps is not None:
         phase = dataclasses.replace(phase, num_steps=num_steps)

@@ -44,6 +44,24 @@ def route(
     return chosen_gates / chosen_gates.sum(axis=-1, keepdims=True), jnp.stack(expert_ids, axis=-1)
 
 
+def straight_through(
+    router_logits: Float[Array, "*N E"], gates: Float[Array, "*N K"], expert_ids: Int[Array, "*N K"]
+) -> tuple[Float[Array, "*N E"], Int[Array, "*N E"]]:
+    """Lets the gradient reach the experts that were not chosen, with which a router learns what it missed.
+
+    A straight-through estimator (arXiv 1308.3432): the gates' values are those of the chosen experts, 0 for
+    the others, and their gradient is that of the softmax over all. Every expert then runs on every token.
+    router_logits (..., E) float32, gates and expert_ids (..., K) as of `route` -> gates (..., E) float32,
+    expert_ids (..., E) int32.
+    """
+    num_experts = router_logits.shape[-1]
+    chosen = jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype)
+    values = jnp.einsum("...k,...ke->...e", gates, chosen, precision=lax.Precision.HIGHEST)
+    probabilities = jax.nn.softmax(router_logits, axis=-1)
+    all_ids = jnp.broadcast_to(jnp.arange(num_experts, dtype=expert_ids.dtype), router_logits.shape)
+    return lax.stop_gradient(values - probabilities) + probabilities, all_ids
+
+
 def add_sequence_mean(
     router_logits: Float[Array, "B L E"], sequences: Int[Array, "B L"] | None, share: float
 ) -> Float[Array, "B L E"]:
@@ -95,7 +113,8 @@ class MoeMlp(nn.Module):
       dropped_slots (B,) int32: how many of the L*K routed slots were dropped.
     With pooled_positions as in `gather` every token is routed, but only the pooled ones visit their experts,
     and y is (S, P, D). With a sequence_share above 0 routers see their token and its sequence
-    (`add_sequence_mean`).
+    (`add_sequence_mean`). router_gradient: which experts a gradient reaches, "chosen" or "all"
+    (`straight_through`).
     """
 
     num_experts: int
@@ -105,6 +124,7 @@ class MoeMlp(nn.Module):
     dispatch: str = "ragged"
     grouped_mlp: str = "blocks"
     sequence_share: float = 0.0
+    router_gradient: str = "chosen"
     capacity_factor: float = 1.25
     dropout_rate: float = 0.0
     deterministic: bool = True
@@ -129,8 +149,10 @@ class MoeMlp(nn.Module):
         if self.sequence_share:
             router_logits = add_sequence_mean(router_logits, sequences, self.sequence_share)
         router_logits = checkpoint_name(router_logits, dispatch.ROUTING)
-        tokens = gather(x, pooled_positions)
-        gates, expert_ids = route(gather(router_logits, pooled_positions), self.num_selected_experts)
+        tokens, of_tokens = gather(x, pooled_positions), gather(router_logits, pooled_positions)
+        gates, expert_ids = route(of_tokens, self.num_selected_experts)
+        if self.router_gradient == "all":
+            gates, expert_ids = straight_through(of_tokens, gates, expert_ids)
 
         fc_stddev, proj_stddev = (2 * width) ** -0.5, self.hidden_dim**-0.5
         experts = Weights(
@@ -142,8 +164,8 @@ class MoeMlp(nn.Module):
         dropping = self.dropout_rate > 0 and not self.deterministic
         y, dropped = _run_experts(
             tokens.reshape(-1, width).astype(self.dtype),
-            gates.reshape(-1, self.num_selected_experts),
-            expert_ids.reshape(-1, self.num_selected_experts),
+            gates.reshape(-1, gates.shape[-1]),
+            expert_ids.reshape(-1, gates.shape[-1]),
             experts,
             dropout_key=self.make_rng("dropout") if dropping else None,
             dropout_rate=self.dropout_rate if dropping else 0.0,

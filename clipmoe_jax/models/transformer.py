@@ -65,6 +65,7 @@ class ComputeConfig:
     mlp_chunk_rows: how many rows of a dense feed-forward layer are computed at a time on one device, for CPUs
       (models/feed_forward.py); 0 is all.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
+    router_gradient: "chosen" or "all" experts (`moe.straight_through`, which runs all on every token).
     compiler_options: of XLA, (name, value), for a training step.
     """
 
@@ -76,7 +77,15 @@ class ComputeConfig:
     mlp_chunk_rows: int = 0
     capacity_factor: float = 1.25
     expert_dropout_rate: float = 0.0
+    router_gradient: str = "chosen"
     compiler_options: tuple[tuple[str, str], ...] = ()
+
+
+def num_visited_experts(moe: MoeConfig | None, router_gradient: str) -> int:
+    """Returns how many experts run on a token in a step with this gradient, 0 in a dense model."""
+    if moe is None:
+        return 0
+    return moe.num_experts if router_gradient == "all" else moe.num_selected_experts
 
 
 class Attention(nn.Module):
@@ -142,6 +151,7 @@ class Block(nn.Module):
             dispatch=self.compute.dispatch,
             grouped_mlp=self.compute.grouped_mlp,
             sequence_share=self.moe.sequence_share,
+            router_gradient=self.compute.router_gradient,
             capacity_factor=self.compute.capacity_factor,
             dropout_rate=self.compute.expert_dropout_rate,
             deterministic=self.deterministic,

@@ -23,7 +23,7 @@ from clipmoe_jax.dmu.phases import (
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
-from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step, placed_params
 from clipmoe_jax.planning.limits import Limit, cluster_limit, memory_limit, warmup_limit
 from clipmoe_jax.planning.memory import Memory, plan_memory
@@ -131,7 +131,8 @@ def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
         rehearsed=phase.rehearsed,
     )
     experts = experts_of_token(config, compute, mesh)
-    model_flops, computed = of_training(), of_training(slots=experts)
+    model_flops = of_training(slots=num_visited_experts(config.moe, compute.router_gradient))
+    computed = of_training(slots=experts)
     again = (compute.remat == "full") + (phase.hyperparameters.accumulation_steps > 1)
     computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
         compute.remat == "dots"
@@ -149,9 +150,10 @@ def experts_of_token(config: ClipConfig, compute: ComputeConfig, mesh: AbstractM
     quarter, do not count."""
     if config.moe is None:
         return 0
-    num_experts, num_selected = config.moe.num_experts, config.moe.num_selected_experts
+    num_experts = config.moe.num_experts
+    num_visited = num_visited_experts(config.moe, compute.router_gradient)
     if compute.dispatch == "capacity":
-        return min(num_experts, compute.capacity_factor * num_selected)
+        return min(num_experts, compute.capacity_factor * num_visited)
     if compute.grouped_mlp == "fixed_blocks":  # on all slots of the tokens that are gathered
-        num_selected = min(num_experts, num_selected * mesh.shape["expert"])
-    return num_experts if compute.dispatch == "dense" else num_selected
+        num_visited = min(num_experts, num_visited * mesh.shape["expert"])
+    return num_experts if compute.dispatch == "dense" else num_visited

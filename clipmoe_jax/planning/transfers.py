@@ -18,7 +18,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import Accelerator
 from clipmoe_jax.dmu.phases import PlannedPhase
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.transformer import first_moe_layer
+from clipmoe_jax.models.transformer import first_moe_layer, num_visited_experts
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, placed_params, text_config
 
 # Parameters that are not cast to the type of activations where they are used. (Nor are vectors, mostly.)
@@ -110,6 +110,7 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
     itemsize = jnp.dtype(compute.dtype).itemsize
     passes, recomputes = _num_forward_passes(phase), compute.remat != "none"
     pairs_of_group = phase.hyperparameters.batch_size // mesh.size * mesh.shape["expert"]
+    num_visited = num_visited_experts(moe, compute.router_gradient)
     text = text_config(config)
     num_patches = (config.vision.image_size // config.vision.patch_size) ** 2
     for what, tower, length in (
@@ -124,7 +125,7 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
         to_inputs = slice(0 if shared_train else 1, None)
         if compute.dispatch == "capacity":
             own = tokens / mesh.shape["expert"]
-            slots = compute.capacity_factor * moe.num_selected_experts * own
+            slots = compute.capacity_factor * num_visited * own
             rows = np.minimum(np.ceil(slots / moe.num_experts), own)
             buffers = moe.num_experts * rows * tower.width * itemsize
             to_outputs = slice(0 if shared_train or experts_train else 1, None)
@@ -132,7 +133,7 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
             size += buffers[to_inputs].sum() + buffers[to_outputs].sum()
             yield from _on_rings(mesh, ["expert"], f"{what} to experts and back", "all-to-all", size)
             continue
-        gates = tokens.sum() * moe.num_selected_experts * FLOAT_BYTES
+        gates = tokens.sum() * num_visited * FLOAT_BYTES
         for name, operation, size, times in (
             (f"{what}, gates, ids", "all-gather", x.sum() + 2 * gates, passes),
             (f"{what}' outputs", "reduce-scatter", x.sum(), passes - recomputes),

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.config import default_config, validate
-from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
 
 PACKAGE = pathlib.Path(recipes.__file__).parents[1]
@@ -190,6 +190,25 @@ def test_routers_of_baselines_begin_at_random_whatever_those_of_the_clip_moe_do(
     made = recipes.recipes(config)
     assert made["router"].router_stddev(config) == 0
     assert made["sparse_upcycling"].router_stddev(config) == 0.02
+
+
+def test_a_gradient_of_all_experts_is_the_clip_moes_alone_and_counts():
+    config = config_of("direct_ft", "base_ft_moe", num_stages=2)
+    made = recipes.recipes(config)
+
+    def flops():
+        of_pair = phases.budget(config, lambda name: 1, 100).flops_of_pair
+        return {name: of_pair(name) for name in ("router", "base_ft_moe")}
+
+    before = flops()
+    config.router.gradient = "all"
+    after = flops()
+    assert after["base_ft_moe"] == before["base_ft_moe"]
+    # Three experts of which a token chooses two; most of a pair's FLOPs are theirs.
+    assert 1.15 * before["router"] < after["router"] < 1.5 * before["router"]
+    computed = {name: phases.compute_of(config, made[name], "cpu") for name in ("router", "base_ft_moe")}
+    assert computed["router"].router_gradient == "all"
+    assert computed["base_ft_moe"].router_gradient == "chosen"
 
 
 def test_settings_of_a_baseline_replace_those_of_its_section():

@@ -109,6 +109,51 @@ def test_gradients_equal_the_dense_dispatch(params, x, name):
     chex.assert_trees_all_close(gradients(name), gradients("dense"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", grid("ragged", rest=[name for name in EXACT if name != "ragged"]))
+def test_straight_through_keeps_values_and_takes_the_gradient_of_all_experts(params, x, name):
+    """The router's gradient is that of the softmax over all, at the output of the chosen ones."""
+    target = jax.random.normal(jax.random.key(2), x.shape)
+
+    def value_and_gradients(layer):
+        def loss(params, x):
+            return jnp.sum(layer.apply({"params": params}, x)[0] * target)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    chosen, (of_chosen, _) = value_and_gradients(make_layer(**EXACT[name]))
+    value, (gradients, _) = value_and_gradients(make_layer(router_gradient="all", **EXACT[name]))
+    of_all = value_and_gradients(MoeMlp(E, E, F, quick_gelu, **EXACT[name]))[1][0]
+    np.testing.assert_allclose(value, chosen, rtol=1e-5)
+    chex.assert_trees_all_close(gradients["router"], of_all["router"], rtol=1e-4, atol=1e-4)
+    assert np.abs(of_chosen["router"]["kernel"] - of_all["router"]["kernel"]).max() > 0.1
+    experts = {name: gradients[name] for name in ("c_fc", "c_proj")}
+    expected = {name: of_chosen[name] for name in ("c_fc", "c_proj")}
+    chex.assert_trees_all_close(experts, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_leaves_experts_of_one_kind_by_straight_through_alone():
+    """Two experts are wrong and two right; every token begins with the wrong ones."""
+    sign = jnp.array([-1.0, -1.0, 1.0, 1.0])
+    params = {
+        "router": {"kernel": jnp.tile(jnp.array([4.0, 4.0, 0.0, 0.0]), (D, 1))},
+        "c_fc": {"kernel": jnp.zeros((E, D, F)), "bias": jnp.ones((E, F))},
+        "c_proj": {"kernel": jnp.zeros((E, F, D)), "bias": jnp.tile(sign[:, None], (1, D))},
+    }
+    x = jnp.full((2, 13, D), 1 / D)
+
+    def trained(layer, steps=300):
+        def loss(kernel):
+            y = layer.apply({"params": params | {"router": {"kernel": kernel}}}, x)[0]
+            return jnp.mean(jnp.square(y - 1))
+
+        step = jax.jit(lambda kernel: kernel - jax.grad(loss)(kernel))
+        kernel = lax.fori_loop(0, steps, lambda _, kernel: step(kernel), params["router"]["kernel"])
+        return loss(kernel)
+
+    assert trained(make_layer()) == 4
+    assert trained(make_layer(router_gradient="all")) < 1e-3
+
+
 GROUPS = {
     "balanced": [100, 100, 100, 100],
     "one group takes all, in wide and narrow blocks": [0, 0, 400, 0],
@@ -399,11 +444,12 @@ def nan_where_undefined(monkeypatch):
     "name", grid("dense", "ragged", "capacity", rest=["ragged by fixed blocks", "ragged by ragged_dot"])
 )
 @pytest.mark.parametrize("sizes", grid(((2, 1, 4),), rest=[((8, 1, 1),), ((2, 2, 2),)]))
-def test_sharded_equals_one_device(params, name, sizes):
+@pytest.mark.parametrize("router_gradient", grid("chosen", rest=["all"]))
+def test_sharded_equals_one_device(params, name, sizes, router_gradient):
     """Values and gradients, with the batch over every device and the experts over their axis: so many tokens
     that no block of rows runs over all of those whose expert is elsewhere."""
     x = jax.random.normal(jax.random.key(1), (8, 50, D))
-    layer = make_layer(**EXACT[name])
+    layer = make_layer(router_gradient=router_gradient, **EXACT[name])
 
     def loss(params, x):
         return jnp.mean(jnp.sin(layer.apply({"params": params}, x)[0]).sum(-1))

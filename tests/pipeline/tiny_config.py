@@ -36,7 +36,7 @@ def get_config(arg=""):
     config.moe.routing = "token_and_sequence"
     config.data.rehearsal = "digit_scenes:test?pairs=16&captions=coarse&seed=1"
     config.consolidation.rehearsal_fraction, config.router.rehearsal_fraction = 0.3, 0.3
-    config.router.rehearsal, config.router.loss = "distill", "features"
+    config.router.update(rehearsal="distill", loss="features", gradient="all")
     config.embed.batch_size = 16
     config.checkpoint.every_steps = 2
     config.log_every = 1

@@ -295,6 +295,17 @@ def test_remat_and_accumulation_are_not_mfu():
     assert again.memory.activations < plain.memory.activations / 2
 
 
+def test_a_step_whose_gradient_reaches_all_experts_runs_them_all():
+    mesh = sharding.make_abstract_mesh(4, 1, 2, num_devices=8)
+    steps = [plan.plan_step(mesh, phase_of("routers", router_gradient=which)) for which in ("chosen", "all")]
+    dense = plan.plan_step(mesh, phase_of("routers", dispatch="dense"))
+    chosen, of_all = steps
+    assert of_all.flops == pytest.approx(dense.flops * dense.computed) and of_all.computed == 1
+    assert of_all.flops > 1.2 * chosen.flops and of_all.memory.activations > chosen.memory.activations
+    gates = [sum(t.num_bytes for t in step.transfers if t.what == "words, gates, ids") for step in steps]
+    assert gates[1] > gates[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
