@@ -93,9 +93,9 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     config.base.train.num_steps = 1000
     consolidation = {name: config.mcl[name] for name in config.consolidation if name in config.mcl}
     config.consolidation.update(consolidation, num_steps=960)
-    # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new. From
-    # there a block may still come to send all tokens to the two of the new; gradients that reach the experts
-    # that were not chosen lead it back.
+    # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new. A
+    # block may still come to send all tokens to the two of the new: gradients for the experts that were not
+    # chosen lead it back.
     config.moe.experts = ("base", "last_stage", "base", "consolidation")
     config.moe.router_stddev = 0.0
     config.moe.routing = "token_and_sequence"
