@@ -24,7 +24,9 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed, trees
 from clipmoe_jax.core.errors import Errors
+from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.npy import load_array
+from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import diagnostics, recipes
 from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Recipe
@@ -165,8 +167,15 @@ def _captions(run: Run) -> Captions:
 
 
 def _subject(run: Run, encoder: Encoder) -> Subject:
-    image_size = run.config.base.architecture.vision.image_size
-    return ModelSubject(encoder, run.tokenizer(), image_size, run.config.data.num_workers)
+    """A model as evaluations see it. With data.in_memory all models share the decoded data sets."""
+    tokenizer, image_size = run.tokenizer(), run.config.base.architecture.vision.image_size
+
+    def decoded(records: Records) -> DecodedPairs:
+        key = f"decoded {records.path}, {records.split}"
+        return run.once(key, lambda: DecodedPairs(records, tokenizer, image_size))
+
+    open_pairs = decoded if run.config.data.in_memory else None
+    return ModelSubject(encoder, tokenizer, image_size, run.config.data.num_workers, open_pairs)
 
 
 def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -239,7 +248,7 @@ def _sizes(path: epath.Path) -> dict[str, int]:
 
 
 def _evaluate_test(run: Run, recipe: Recipe, subject: Subject, folder: epath.Path) -> dict:
-    features = retrieval_features(subject, run.records("test"))
+    features = retrieval_features(subject, run.records("test"), _captions(run))
     save_array(folder / "image.npy", features.images)
     save_array(folder / "text.npy", features.texts)
     numbers = retrieval_recall(features.images, features.texts, features.image_of_text)
@@ -315,7 +324,7 @@ def _both_axes(run: Run, subject: Subject) -> dict[str, float]:
     """A subject's recall@1 on the test set, and its retention, as far as the config has them."""
     numbers = {}
     if "test" in run.datasets:
-        features = retrieval_features(subject, run.records("test"))
+        features = retrieval_features(subject, run.records("test"), _captions(run))
         numbers = retrieval_recall(features.images, features.texts, features.image_of_text, ranks=(1,))
     if evaluation := _retention_line(run):
         numbers["retention"] = _retention(evaluation, evaluation.measure(subject))

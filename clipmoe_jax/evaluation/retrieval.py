@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.evaluation.captions import read_captions
+from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.subject import Subject
 
 RANKS = (1, 5, 10)
@@ -46,9 +46,11 @@ class RetrievalFeatures(NamedTuple):
     image_of_text: np.ndarray
 
 
-def retrieval_features(subject: Subject, records: Records) -> RetrievalFeatures:
-    """Encodes every image and every caption of a data set."""
-    captions = read_captions(records)
+def retrieval_features(
+    subject: Subject, records: Records, captions: Captions | None = None
+) -> RetrievalFeatures:
+    """Encodes every image and every caption of a data set. captions: of the data set; None reads them."""
+    captions = captions or read_captions(records)
     return RetrievalFeatures(subject.images(records), subject.texts(captions.texts), captions.image_of_text)
 
 

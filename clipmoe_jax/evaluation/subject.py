@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from clipmoe_jax.data.decoding import map_decoding
-from clipmoe_jax.data.loader import StreamedPairs
+from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
@@ -36,17 +36,26 @@ class Subject(Protocol):
 class ModelSubject:
     """An encoder with the tokenizer and the image size of its model."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, image_size: int, num_workers: int = 0):
-        """num_workers: processes that decode data sets, as of `loader.batches`."""
+    def __init__(
+        self,
+        encoder: Encoder,
+        tokenizer: Tokenizer,
+        image_size: int,
+        num_workers: int = 0,
+        open_pairs: Callable[[Records], StreamedPairs | DecodedPairs] | None = None,
+    ):
+        """num_workers: processes that decode data sets, as of `loader.batches`. open_pairs: opens a data set
+        at the image size; None streams it, decoded anew by each subject."""
         self.encoder = encoder
         self._tokenizer, self._image_size, self._num_workers = tokenizer, image_size, num_workers
+        self._open_pairs = open_pairs or (lambda records: StreamedPairs(records, tokenizer, image_size))
         self._image_features: dict[tuple[str, str], np.ndarray] = {}  # several evaluations share a data set
 
     def images(self, records: Records) -> np.ndarray:
         """Returns (N, d) float32 unit features of a data set's images, in order. Encodes each once."""
         key = records.path, records.split
         if key not in self._image_features:
-            pairs = StreamedPairs(records, self._tokenizer, self._image_size)
+            pairs = self._open_pairs(records)
             features = self.encoder.pairs(pairs, inputs=["image"], num_workers=self._num_workers)
             self._image_features[key] = features["image"]
         return self._image_features[key]

@@ -13,6 +13,7 @@ from grids import exhaustive
 from PIL import Image
 
 from clipmoe_jax import evaluate
+from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
@@ -85,6 +86,14 @@ def test_zero_shot_is_classification_by_prompts(folder, subject):
         subject.encoder.images(pixels), class_embeddings(texts, range(3)), labels
     )
     assert numbers == pytest.approx(expected) and numbers["top5"] == 1.0
+
+
+def test_subjects_may_share_decoded_images(folder, subject, trained):
+    tokenizer, records = Tokenizer(64), Records(folder / "test_set")
+    decoded = DecodedPairs(records, tokenizer, 32)
+    encoder = Encoder(trained.model, trained.params, trained.mesh, 4)
+    other = ModelSubject(encoder, tokenizer, 32, open_pairs=lambda _: decoded)
+    np.testing.assert_array_equal(other.images(records), subject.images(records))
 
 
 def test_similarities_of_an_ensemble_are_the_means_of_its_members(folder, subject, trained):
