@@ -402,6 +402,30 @@ def test_damaged_records_of_tfds_are_bad_records(tmp_path):
     assert "damaged record" in kinds(open_source(spec))
 
 
+def flipped(path, byte):
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def test_flipped_bits_of_a_tfrecord_are_told(tmp_path):
+    """In the data and its checksum one record is bad; in a length the rest of the file cannot be found."""
+    _, (spec, _, _) = prepared_by_tfds(tmp_path, "tfrecord")
+    path = next(tmp_path.rglob("*.tfrecord-*"))
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    for byte in (12, 11 + length, 12 + length, 15 + length):
+        flipped(path, byte)
+        bad = next(iter(open_source(spec)))
+        assert bad.kind == "damaged record" and f"{length:,} bytes from 12 in {path}" in bad.detail
+        flipped(path, byte)
+    for byte in (0, 7, 8, 11):
+        flipped(path, byte)
+        with pytest.raises(ValueError, match="tfrecord-.* is damaged at byte 0: fetch or prepare it again"):
+            open_source(spec)
+        flipped(path, byte)
+    assert len(kinds(open_source(spec))) == 3
+
+
 def labelled(folder, numbers, **names):
     """A data set of TFDS whose images have the labels of these numbers."""
     features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(**names)}

@@ -5,13 +5,13 @@ What is bad about them is counted.
 import io
 import json
 import os
-import struct
 import tarfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorboardX.record_writer import RecordWriter
 
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
@@ -191,7 +191,10 @@ def write_tfds(folder, features, examples, form="array_record"):
     data.mkdir(parents=True)
     path = data / f"my_captions-val.{form}-00000-of-00001"
     if form == "tfrecord":
-        path.write_bytes(b"".join(struct.pack("<Q", len(r)) + b"crc1" + r + b"crc2" for r in records))
+        writer = RecordWriter(str(path))
+        for record in records:
+            writer.write(record)
+        writer.close()
     else:
         from array_record.python import array_record_module
 

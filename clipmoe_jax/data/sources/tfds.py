@@ -4,6 +4,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import google_crc32c
 from etils import epath
 from google.protobuf.message import DecodeError
 
@@ -12,6 +13,7 @@ from clipmoe_jax.data.sources.base import BadRecord, Pair, as_text, make_pair
 from clipmoe_jax.data.tfds_folders import tfds_features_alone
 
 CAPTION_FEATURES = ("captions", "caption", "text")
+LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 
 class Tfds:
@@ -116,11 +118,11 @@ class Tfds:
 class _TfRecords:
     """The serialized records of TFRecord files by index; their places are looked up once, at the start.
 
-    A record is its length (uint64, little endian), a checksum (4 bytes), the data and another checksum.
+    A record is its length (uint64, little endian), the length's checksum, the data and its checksum.
     """
 
     def __init__(self, files: Iterable[Any]):
-        """files: as for `ArrayRecords`. Raises ValueError if one lacks records."""
+        """files: as for `ArrayRecords`. Raises ValueError if one lacks records or a length is damaged."""
         self._places = []
         for part in files:
             places = list(_offsets(epath.Path(part.filename)))
@@ -135,24 +137,38 @@ class _TfRecords:
         return len(self._places)
 
     def __getitem__(self, i: int) -> bytes:
+        """Returns a record. Raises ValueError if it is damaged."""
         filename, offset, length = self._places[i]
         with epath.Path(filename).open("rb") as file:
             file.seek(offset)
-            return file.read(length)
+            data, checksum = file.read(length), file.read(CHECKSUM.size)
+        if checksum != _checksum(data):
+            raise ValueError(f"its checksum is not that of {length:,} bytes from {offset:,} in {filename}")
+        return data
 
 
 def _offsets(path: epath.Path) -> Iterator[tuple[int, int]]:
-    """Yields (first byte, length) of each record of a file. Raises ValueError if it is cut off."""
+    """Yields (first byte, length) of each record of a file. Raises ValueError if it is cut off or a length is
+    damaged."""
     size, offset = path.stat().length, 0
     with path.open("rb") as file:
         while offset < size:
             file.seek(offset)
-            head = file.read(8)
-            end = offset + 16 + struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
+            head, checksum = file.read(LENGTH.size), file.read(CHECKSUM.size)
+            if len(checksum) == CHECKSUM.size and checksum != _checksum(head):
+                raise ValueError(f"{path} is damaged at byte {offset:,}: fetch or prepare it again")
+            start = offset + LENGTH.size + CHECKSUM.size
+            end = start + LENGTH.unpack(head)[0] + CHECKSUM.size if len(head) == LENGTH.size else size + 1
             if end > size:
                 raise ValueError(f"{path} is cut off at byte {offset:,} of {size:,}")
-            yield offset + 12, end - offset - 16
+            yield start, end - CHECKSUM.size - start
             offset = end
+
+
+def _checksum(data: bytes) -> bytes:
+    """Returns the checksum of a TFRecord's part: CRC32C turned by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _walk(value: Any, name: str) -> Iterator[Any]:
