@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -169,6 +170,7 @@ def _open_torch(path: epath.Path) -> Tensors:
             for name, tensor in archive.tensors.items()
         }
     torch = _import_torch(path)
+    _check_zip(path)
     try:
         with path.open("rb") as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -189,6 +191,29 @@ def _open_torch(path: epath.Path) -> Tensors:
     if not tensors:
         raise ValueError(f"{path} is not a state dict: it holds {list(state)[:10]} and no tensors")
     return tensors
+
+
+def _check_zip(path: epath.Path) -> None:
+    """Raises ValueError if a part of a zip archive is not what its checksum says. PyTorch does not look.
+
+    Files of before PyTorch 1.6 are no archives and have no checksums.
+    """
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            return
+        try:
+            archive = zipfile.ZipFile(file)
+            parts = archive.infolist()
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            if compressed or sum(part.file_size for part in parts) > path.stat().length:
+                raise zipfile.BadZipFile("parts are compressed or overlap, as PyTorch never writes them")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        except Exception as error:  # a damaged archive raises anything
+            raise ValueError(
+                f"{path} is damaged ({error}): fetch it again; if it was saved with "
+                "set_crc32_options(False), save it again without"
+            ) from error
 
 
 def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """Files of named tensors, apart from any model."""
 
 import json
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -67,3 +68,24 @@ def test_shards_are_filled_in_order_and_a_large_tensor_is_alone(tmp_path):
     assert set(tensor_files.open_sharded(epath.Path(tmp_path / "model.safetensors.index.json"))) == set(
         "abcd"
     )
+
+
+def test_a_flipped_bit_of_a_pytorch_file_is_told(tmp_path):
+    """PyTorch reads past the checksums of its own files."""
+    path = epath.Path(tmp_path / "model.pt")
+    weights = np.arange(64, dtype=np.float32)
+    tensor_files.write_torch(path, {"visual.proj": weights})
+    content = bytearray(path.read_bytes())
+    content[content.index(weights.tobytes()) + 33] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.pt is damaged .model/data/0 has another checksum.: fetch it"):
+        tensor_files.open_tensors(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_compressed_pytorch_file_is_refused_before_it_is_expanded(tmp_path, compression):
+    path = epath.Path(tmp_path / "model.pt")
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("model/data.pkl", bytes(1 << 20))
+    with pytest.raises(ValueError, match="model.pt is damaged .parts are compressed or overlap"):
+        tensor_files.open_tensors(path)
