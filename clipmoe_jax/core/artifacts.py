@@ -1,10 +1,10 @@
 """Folders that a run makes: whole or absent, and recording the inputs they were made from.
 
 A finished artifact has a `done.json`: the inputs it depends on (config fields, mostly), a hash of them,
-package versions, and what was measured while it was made. Inputs that name data or files agree if the
-contents do, under any path. It is built as `NAME.unfinished` and renamed once it is whole. A killed run
-leaves that folder, and the next run continues in it. Its `checkpoints/` serve until then and are deleted
-last.
+package versions, and what was measured while it was made; `checksums.json` has the checksums of its files.
+Inputs that name data or files agree if the contents do, under any path. It is built as `NAME.unfinished` and
+renamed once it is whole. A killed run leaves that folder, and the next run continues in it. Its
+`checkpoints/` serve until then and are deleted last.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 from etils import epath
 
-from clipmoe_jax.core import distributed
+from clipmoe_jax.core import checksums, distributed
 from clipmoe_jax.core.paths import in_bucket, written_whole
 from clipmoe_jax.core.stamps import canonical
 
@@ -82,6 +82,7 @@ def make(
             else:
                 _clear(unfinished)
                 write_json(unfinished / INPUTS, inputs)
+            (unfinished / checksums.CHECKSUMS).unlink(missing_ok=True)  # of a build that was killed behind it
             return True
 
         if not distributed.on_main(f"{path} begins", begin):
@@ -95,7 +96,7 @@ def make(
                 "measured": measurements,
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
-            write_json(unfinished / DONE, done)
+            _write_done(unfinished, done)
             _finish(unfinished, path)
             _tidy(path)
     distributed.barrier(f"{path} is whole")
@@ -123,8 +124,10 @@ def copy(
             if _is_begun(unfinished):
                 _check_same(unfinished, _recorded(unfinished / INPUTS, upgrade), inputs)
             _clear(unfinished)
+            recorded = checksums.read(other)
+            checksums.verify(other, *dict.fromkeys(name.partition("/")[0] for name in recorded))
             _copy_folder(other, unfinished, without=NOT_COPIED)
-            write_json(unfinished / DONE, {**_read_json(other / DONE), "copied_from": str(other)})
+            _write_done(unfinished, {**read_done(other), "copied_from": str(other)}, recorded)
             _finish(unfinished, path)
             _tidy(path)
         return other
@@ -138,7 +141,14 @@ def is_done(path: epath.Path) -> bool:
 
 def measured(path: epath.Path) -> dict[str, Any]:
     """Returns the measurements that were taken while the artifact was made."""
-    return _read_json(epath.Path(path) / DONE)["measured"]
+    return read_done(path)["measured"]
+
+
+def read_done(path: epath.Path) -> dict[str, Any]:
+    """Returns the done.json of a whole artifact. Raises ValueError if it is damaged."""
+    path = epath.Path(path)
+    checksums.verify(path, DONE)
+    return _read_json(path / DONE)
 
 
 def require(path: epath.Path, stage: str) -> epath.Path:
@@ -153,13 +163,13 @@ def require(path: epath.Path, stage: str) -> epath.Path:
 
 @contextlib.contextmanager
 def new_folder(
-    path: epath.Path, *, keep_failed: bool = False, inputs: Inputs | None = None
+    path: epath.Path, *, keep_failed: bool = False, inputs: Inputs | None = None, with_checksums: bool = False
 ) -> Iterator[epath.Path]:
     """Yields a folder to fill, `path`.unfinished, which becomes `path` when the block ends without an error.
 
     Deletes what a killed process left of an earlier attempt, unless it has the same `inputs`, and what an
-    error leaves, unless keep_failed. Raises ValueError if `path` exists, and BusyError if another process is
-    making it.
+    error leaves, unless keep_failed. with_checksums: writes checksums.json beside the files. Raises
+    ValueError if `path` exists, and BusyError if another process is making it.
     """
     path = epath.Path(path)
     if path.exists():
@@ -178,6 +188,8 @@ def new_folder(
                 _delete(unfinished)
             raise
         made_from.unlink(missing_ok=True)
+        if with_checksums:
+            checksums.write(unfinished, checksums.of_folder(unfinished))
         unfinished.rename(path)
         (path / LOCK).unlink(missing_ok=True)
 
@@ -187,7 +199,7 @@ def write_json(path: epath.Path, content: Any) -> None:
     if not distributed.is_main():
         return
     with written_whole(path) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(_as_text(content))
 
 
 @contextlib.contextmanager
@@ -231,8 +243,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:
     """Returns the inputs in a done.json or inputs.json, named as this version names them."""
-    content = _read_json(path)
-    inputs = content["inputs"] if path.name == DONE else content
+    inputs = read_done(path.parent)["inputs"] if path.name == DONE else _read_json(path)
     try:
         return _as_json(upgrade(inputs)) if upgrade else inputs
     except ValueError as error:
@@ -271,6 +282,17 @@ def _copy_folder(source: epath.Path, target: epath.Path, without: Sequence[str] 
 
 def _read_json(path: epath.Path) -> Any:
     return json.loads(path.read_text())
+
+
+def _write_done(folder: epath.Path, done: Inputs, recorded: Mapping[str, str] | None = None) -> None:
+    """Writes checksums.json, and done.json last. recorded: the files' checksums; None computes them."""
+    of_files = recorded or checksums.of_folder(folder, without=(INPUTS, CHECKPOINTS))
+    checksums.write(folder, {**of_files, DONE: checksums.of_text(_as_text(done))})
+    write_json(folder / DONE, done)
+
+
+def _as_text(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _as_json(inputs: Inputs) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def digest(*paths: os.PathLike | str) -> str:
 
     Copies and renamed folders have the same. All of it is read.
     """
-    files = [file for path in paths for file in _named_files(epath.Path(path))]
+    files = [file for path in paths for file in named_files(epath.Path(path))]
     if not files:
         return ""
     whole = hashlib.sha256()
@@ -75,7 +75,7 @@ def digest(*paths: os.PathLike | str) -> str:
     return whole.hexdigest()[:16]
 
 
-def _named_files(path: epath.Path) -> list[tuple[str, epath.Path]]:
+def named_files(path: epath.Path) -> list[tuple[str, epath.Path]]:
     """Returns (name below the path, file) of a file or of all files in a folder, in the order of names."""
     if not path.is_dir():
         return [("", path)] if path.exists() else []
@@ -83,7 +83,7 @@ def _named_files(path: epath.Path) -> list[tuple[str, epath.Path]]:
         files = (entry for entry in files_under(path) if entry.is_file())  # no link to nothing
         return sorted((_name_below(path, entry), epath.Path(entry.path)) for entry in files)
     shown = sorted(item for item in path.iterdir() if not item.name.startswith("."))
-    return [(f"{item.name}/{name}", file) for item in shown for name, file in _named_files(item)]
+    return [(f"{item.name}/{name}", file) for item in shown for name, file in named_files(item)]
 
 
 def _name_below(folder: os.PathLike | str, entry: os.DirEntry) -> str:

@@ -3,6 +3,8 @@
 Letters: N records, C clusters.
 """
 
+import functools
+import os
 from collections import Counter
 
 import numpy as np
@@ -59,17 +61,33 @@ class ClusterIndex:
                 np.save(file, array)
 
     @classmethod
-    def open(cls, folder: epath.Path) -> "ClusterIndex":
-        """Opens what `write` wrote; `order` stays on a local disk."""
+    def open(cls, folder: epath.Path, *, verify: bool = True) -> "ClusterIndex":
+        """Opens what `write` wrote; `order` stays on a local disk. Raises ValueError if it is damaged.
+
+        verify: False leaves out the checksum of `order`.
+        """
         labels, sizes = load_array(folder / SIZES)
-        index = cls(labels, sizes, map_array(folder / ORDER))
+        index = cls(labels, sizes, map_array(folder / ORDER, verify=verify))
+        if sizes.sum() != len(index) or (sizes < 1).any() or (np.diff(labels, prepend=-1) < 1).any():
+            raise _damaged(folder / SIZES, f"its {len(sizes)} clusters do not make {len(index):,} records")
         index._folder = folder
         return index
+
+    def records(self, places: np.ndarray) -> np.ndarray:
+        """Returns the records at places of `order`, int64. Raises ValueError if one does not exist."""
+        records = self.order[places].astype(np.int64)
+        if records.min() < 0 or records.max() >= len(self):
+            raise _damaged(f"{self._folder}/{ORDER}", f"it names records outside the {len(self):,} there are")
+        return records
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __reduce__(self):
         if self._folder is not None:
-            return ClusterIndex.open, (self._folder,)
+            return functools.partial(ClusterIndex.open, verify=False), (self._folder,)
         return ClusterIndex, (self.labels, self.sizes, self.order)
+
+
+def _damaged(path: os.PathLike | str, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}): delete its folder and start the same command again")

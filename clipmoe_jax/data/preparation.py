@@ -75,7 +75,9 @@ def prepare(
     _check_arguments(split, max_bad_fraction, num_shards, pixels)
     inputs = {"name": name, "split": split, "num_shards": num_shards, "pixels": pixels}
     # A folder that an error leaves has a log that tells why.
-    with artifacts.new_folder(epath.Path(out), keep_failed=True, inputs=inputs if name else None) as folder:
+    with artifacts.new_folder(
+        epath.Path(out), keep_failed=True, inputs=inputs if name else None, with_checksums=True
+    ) as folder:
         return write_pairs(
             source,
             folder,
@@ -158,7 +160,7 @@ def write_pairs(
         artifacts.write_json(
             folder / records.ATTRIBUTES, {name: attribute._asdict() for name, attribute in table.items()}
         )
-    artifacts.write_json(folder / "report.json", report)
+    artifacts.write_json(folder / records.REPORT, report)
     for path in data.glob("*.done.json"):
         path.unlink()
     (folder / PLAN).unlink()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.core import checksums
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec
@@ -22,7 +23,7 @@ from clipmoe_jax.data.tfds_folders import tfds_features_alone
 
 NAME = "pairs"
 VERSION = "1.0.0"
-ATTRIBUTES = "attributes.json"
+ATTRIBUTES, REPORT = "attributes.json", "report.json"
 CAPTION_END = 49407  # separates captions in `tokens`: CLIP's end token, which no word has
 
 
@@ -55,7 +56,7 @@ class Records:
         Raises:
             FileNotFoundError: there is no data set.
             NoSplitError: there is no such split, or the parts are of several.
-            ValueError: the data set has features that are none of TFDS's.
+            ValueError: the data set has features that are none of TFDS's, or a damaged file.
         """
         import tensorflow_datasets as tfds  # here because it takes longest to import
 
@@ -65,6 +66,8 @@ class Records:
             raise FileNotFoundError(
                 f"{path} is not a prepared data set: make one with python -m clipmoe_jax.prepare"
             )
+        info = [f"{NAME}/{VERSION}/{name}" for name in ("dataset_info.json", "features.json")]
+        checksums.verify(epath.Path(path), REPORT, ATTRIBUTES, *info)
         try:
             with tfds_features_alone():
                 builder: Any = tfds.builder_from_directory(folder)
@@ -86,7 +89,7 @@ class Records:
         self.path = path
         self.split = split
         # The report has a hash of the records.
-        report = (epath.Path(path) / "report.json").read_text()
+        report = (epath.Path(path) / REPORT).read_text()
         self.attribute_table, described = None, f"{split} {report}"
         if (epath.Path(path) / ATTRIBUTES).exists():
             attributes = (epath.Path(path) / ATTRIBUTES).read_text()

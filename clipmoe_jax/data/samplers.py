@@ -97,7 +97,7 @@ class ClusterSampler:
             pool, below = self._pool_places(epoch, depth, nodes, places), self._levels[depth - 1]
             nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
             places = below.used[nodes] + pool - below.left_starts[nodes]
-        return self._clusters.order[self._pool_places(epoch, 0, nodes, places)].astype(np.int64)
+        return self._clusters.records(self._pool_places(epoch, 0, nodes, places))
 
     def _pool_places(self, epoch: int, depth: int, nodes: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Returns places among all pools of a level, (B,), of places in the epoch's orders of its nodes."""

@@ -7,7 +7,6 @@ several seeds. A source that a variant sets otherwise than the config lies in WO
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 
@@ -100,7 +99,7 @@ class Dataset:
     def _check_recorded(self) -> None:
         """Raises ValueError if the folder was prepared from something else. Files may have gone since, and an
         earlier version has not recorded a folder's."""
-        recorded = json.loads((epath.Path(self.path) / "done.json").read_text())["inputs"]
+        recorded = artifacts.read_done(epath.Path(self.path))["inputs"]
         advice = "choose another workdir, or delete that folder and what was made from it"
         was = recorded["source"]
         if sources.canonical(was) != sources.canonical(self.source):

@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.core import artifacts, distributed, trees
+from clipmoe_jax.core import artifacts, checksums, distributed, trees
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.npy import load_array
@@ -137,8 +137,7 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
 
 def _inputs(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The inputs that a model was made from."""
-    done = json.loads((run.workdir / recipe.folder / "done.json").read_text())
-    return configs.upgrade_inputs(done["inputs"])
+    return configs.upgrade_inputs(artifacts.read_done(run.workdir / recipe.folder)["inputs"])
 
 
 def _test_inputs(run: Run) -> dict[str, Any]:
@@ -147,6 +146,11 @@ def _test_inputs(run: Run) -> dict[str, Any]:
     if "test" in run.datasets:
         inputs[f"{artifacts.CONTENTS}data.test"] = run.records("test").fingerprint
     return inputs
+
+
+def _read_results(folder: epath.Path) -> dict[str, Any]:
+    checksums.verify(folder, "results.json")
+    return json.loads((folder / "results.json").read_text())
 
 
 def _folder(run: Run, recipe: Recipe) -> epath.Path:
@@ -188,7 +192,7 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
         run.make(
             folder, made_from | _test_inputs(run), lambda new: _evaluate_test(run, recipe, subject(), new)
         )
-        numbers |= json.loads((folder / "results.json").read_text())
+        numbers |= _read_results(folder)
     numbers |= _evaluate_lines(run, recipe, made_from, subject)
     return numbers | _sizes(path) | {"expert": _expert(run, recipe)}
 
@@ -215,7 +219,7 @@ def _evaluate_lines(
         inputs = {**made_from, "line": evaluation.line, **_contents(evaluation)}
         with evaluation.naming_line():
             run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
-        found = metrics[evaluation.line] = json.loads((folder / "results.json").read_text())
+        found = metrics[evaluation.line] = _read_results(folder)
         if evaluation.line == run.config.retention:
             numbers["retention"] = _retention(evaluation, found)
         if evaluation.chance:
@@ -317,7 +321,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
 
     folder = _folder(run, recipe) / f"blends-{_digest(run.config.retention)}"
     run.make(folder, inputs, build)
-    return json.loads((folder / "results.json").read_text())
+    return _read_results(folder)
 
 
 def _both_axes(run: Run, subject: Subject) -> dict[str, float]:

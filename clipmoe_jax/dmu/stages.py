@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.core import artifacts, checksums, distributed
 from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array, map_array
@@ -206,12 +206,18 @@ def _label(run: Run, features: epath.Path, modality: str, out: epath.Path) -> li
     Returns the parts' sizes. Process 0 finds the centres; every process labels parts of its own.
     """
     settings = run.config.cluster
-    parts = [map_array(part) for part in sorted(features.glob(f"{modality}-*.npy"))]
-    centres = np.zeros((settings.num_clusters, parts[0].shape[1]), np.float32)
-    if distributed.is_main():
-        centres = fit_centres(parts, settings.num_clusters, seed=run.seed, max_fit=settings.max_fit_pairs)
+    files = sorted(features.glob(f"{modality}-*.npy"))
+    try:
+        parts = [map_array(file, verify=False) for file in files]
+        centres = np.zeros((settings.num_clusters, parts[0].shape[1]), np.float32)
+        if distributed.is_main():
+            centres = fit_centres(parts, settings.num_clusters, seed=run.seed, max_fit=settings.max_fit_pairs)
+    except ValueError:
+        checksums.verify(features, *(file.name for file in files))  # names the file, if one is damaged
+        raise
     centres = distributed.broadcast(centres)
     for part in range(jax.process_index(), len(parts), jax.process_count()):
+        checksums.verify(features, files[part].name)  # here, where all of it is read
         with _labels_file(out, modality, part).open("wb") as file:
             np.save(file, nearest_centre(parts[part], centres))
     distributed.barrier(f"labels of {modality}s")
@@ -223,6 +229,7 @@ def _write_pseudo_labels(
 ) -> None:
     """Writes pseudo_labels.npy part by part: the stage before's labels and both modalities' accumulated."""
     num_clusters, num_pairs = run.config.cluster.num_clusters, sum(part_sizes)
+    num_labels = num_clusters ** (2 * stage - 2)  # of the stage before
     previous = map_array(before / "pseudo_labels.npy") if stage > 1 else np.zeros(num_pairs, np.int8)
     dtype = np.dtype(np.int32 if num_clusters ** (2 * stage) <= 2**31 else np.int64)
     with (out / "pseudo_labels.npy").open("wb") as file:
@@ -230,10 +237,14 @@ def _write_pseudo_labels(
         np.lib.format.write_array_header_1_0(file, header)
         start = 0
         for part, size in enumerate(part_sizes):
+            of_part = previous[start : start + size]
+            if of_part.min() < 0 or of_part.max() >= num_labels:
+                raise ValueError(
+                    f"{before}/pseudo_labels.npy is damaged (a label is not from 0 to {num_labels - 1}): "
+                    f"delete {before} and start the same command again"
+                )
             image_labels, text_labels = (load_array(_labels_file(out, m, part)) for m in MODALITIES)
-            labels = accumulate_labels(
-                previous[start : start + size], image_labels, text_labels, num_clusters
-            )
+            labels = accumulate_labels(of_part, image_labels, text_labels, num_clusters)
             file.write(labels.astype(dtype).tobytes())
             start += size
 

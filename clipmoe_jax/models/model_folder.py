@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from clipmoe_jax.core import artifacts, checkpoints, distributed, trees
+from clipmoe_jax.core import artifacts, checkpoints, checksums, distributed, trees
 from clipmoe_jax.core.paths import absolute
 from clipmoe_jax.core.sharding import replicated
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
@@ -38,9 +38,13 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
 
 
 def read_config(path: epath.Path) -> ClipConfig:
-    """Returns the architecture of a model folder. Raises FileNotFoundError if the folder holds no model."""
+    """Returns the architecture of a model folder.
+
+    Raises FileNotFoundError if the folder holds no model, ValueError if the file is damaged.
+    """
     if not (path / MODEL_FILE).exists():
         raise FileNotFoundError(f"{path} is not a model folder: it has no {MODEL_FILE}")
+    checksums.verify(path, MODEL_FILE)
     return ClipConfig.from_dict(json.loads((path / MODEL_FILE).read_text()))
 
 
@@ -50,10 +54,11 @@ def load_model(
     """Returns the architecture and the params of a model folder.
 
     place: maps a tree of ShapeDtypeStructs to shardings; None loads numpy arrays.
-    Raises FileNotFoundError if the folder holds no model.
+    Raises FileNotFoundError if the folder holds no model, ValueError if a file is damaged.
     """
     path = absolute(path)
     config = read_config(path)
+    checksums.verify(path, EXPERTS_FILE, PARAMS)
     abstract = abstract_params(config)
     if not (path / EXPERTS_FILE).exists():
         return config, checkpoints.load_params(path / PARAMS, abstract, place)

@@ -202,7 +202,7 @@ def _provenance(source: epath.Path) -> list[str]:
     folders = [source, *list(source.parents)[:2]]
     sections = []
     if (made := next((f for f in folders if artifacts.is_done(f)), None)) is not None:
-        done = json.loads((made / "done.json").read_text())
+        done = artifacts.read_done(made)
         versions = ", ".join(f"{name} {version}" for name, version in done["versions"].items())
         sections += [
             "## Training",

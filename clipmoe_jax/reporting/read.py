@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.core import artifacts, checksums
 from clipmoe_jax.data.records import Records
 
 Curves = dict[str, dict[str, np.ndarray]]
@@ -38,10 +39,11 @@ class Folder:
         return (self.path / name).exists()
 
     def file(self, name: str, stage: str) -> epath.Path:
-        """Returns the path of a file that `stage` makes. Raises NotThereError."""
+        """Returns the path of a file that `stage` makes. Raises NotThereError, ValueError if damaged."""
         path = self.path / name
         if not path.exists():
             raise self.not_there(name, stage)
+        checksums.verify(path.parent, path.name)
         return path
 
     def not_there(self, name: str, stage: str) -> NotThereError:
@@ -66,8 +68,8 @@ class Folder:
 
     def measured(self, name: str) -> dict[str, Any]:
         """Returns what was measured while an artifact was made; {} if it is not there."""
-        path = self.path / name / "done.json"
-        return json.loads(path.read_text())["measured"] if path.exists() else {}
+        path = self.path / name
+        return artifacts.measured(path) if artifacts.is_done(path) else {}
 
     def records(self, name: str) -> Records:
         """Returns the data set "train" or "test". Raises NotThereError where it has gone."""

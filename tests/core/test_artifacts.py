@@ -50,7 +50,7 @@ def test_done_json_records_inputs_measurements_and_versions(tmp_path):
     assert artifacts.measured(tmp_path / "base") == {"loss": 0.5}
     assert "jax" in done["versions"]
     files = {path.name for path in (tmp_path / "base").iterdir()}
-    assert files == {"done.json", "part_0", "part_1", "part_2"}
+    assert files == {"checksums.json", "done.json", "part_0", "part_1", "part_2"}
 
 
 def test_hash_depends_on_inputs_and_not_on_their_order(tmp_path):
@@ -219,6 +219,7 @@ def test_killed_copy_is_not_whole(tmp_path, monkeypatch):
     # The other is gone meanwhile: it is built anew, without what the copy left.
     artifacts.make(tmp_path / "base", INPUTS, counted([]))
     assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        "checksums.json",
         "done.json",
         "part_0",
         "part_1",
@@ -354,6 +355,7 @@ def test_lock_ends_with_the_process_that_held_it(tmp_path):
         process.kill()
     assert artifacts.make(tmp_path / "base", {}, counted([])) is True
     assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        "checksums.json",
         "done.json",
         "part_0",
         "part_1",

@@ -105,7 +105,7 @@ def test_artifact_in_a_bucket_is_done_when_its_last_object_is_copied(tmp_path, m
     assert not artifacts.make(path, {"seed": 0}, never)
     assert artifacts.measured(path) == {"loss": 0.5}
     assert (path / "params" / "deep" / "leaf").read_text() == "1.5"
-    assert {found.name for found in path.iterdir()} == {"params", "done.json"}
+    assert {found.name for found in path.iterdir()} == {"params", "checksums.json", "done.json"}
     assert {found.name for found in tmp_path.iterdir()} == {"base"}
 
 

@@ -50,3 +50,22 @@ def test_an_array_of_a_relative_workdir_is_mapped(tmp_path, monkeypatch):
     np.save("order.npy", np.arange(6.0))
     found = map_array(epath.Path("order.npy"))
     assert isinstance(found, np.memmap) and found.tolist() == list(range(6))
+
+
+DAMAGE = {
+    "a record that is none": ("order.npy", (3,), 900, "order.npy is damaged .it names records outside the 6"),
+    "a size": ("sizes.npy", (1, 0), 3, "sizes.npy is damaged .its 3 clusters do not make 6 records"),
+    "an empty cluster": ("sizes.npy", (1,), [3, 0, 3], "sizes.npy is damaged"),
+    "labels out of order": ("sizes.npy", (0,), [3, 0, 7], "sizes.npy is damaged"),
+    "a negative label": ("sizes.npy", (0, 0), -1, "sizes.npy is damaged"),
+}
+
+
+@pytest.mark.parametrize(("name", "place", "value", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_numbers_out_of_range_are_told_without_checksums_too(tmp_path, name, place, value, message):
+    ClusterIndex.sort(np.array([7, 0, 7, 3, 0, 7])).write(epath.Path(tmp_path))
+    array = np.load(tmp_path / name)
+    array[place] = value
+    np.save(tmp_path / name, array)
+    with pytest.raises(ValueError, match=message):
+        ClusterIndex.open(epath.Path(tmp_path)).records(np.arange(6))

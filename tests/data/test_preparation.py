@@ -68,7 +68,7 @@ def test_prepared_records_come_back_in_order(source, out, tmp_path):
     of_shard = hashlib.sha256(contents).hexdigest()
     expected |= {"bad": 0, "bad_by_kind": {}, "sha256": hashlib.sha256(of_shard.encode()).hexdigest()}
     assert report == expected == json.loads((out / "report.json").read_text())
-    files = ["bad_records.jsonl", "pairs", "report.json", "token_counts-train.npy"]
+    files = ["bad_records.jsonl", "checksums.json", "pairs", "report.json", "token_counts-train.npy"]
     assert sorted(os.listdir(out)) == files
     assert os.listdir(out.parent) == ["out"]
 
@@ -417,6 +417,7 @@ def test_write_pairs_goes_on_with_whole_files(out, tmp_path):
     report = write_pairs(Interrupted(6, 7), folder, num_shards=3)
     assert first.stat().st_ino == inode
     assert report == prepare(Interrupted(6, 7), str(whole), num_shards=3)
+    (whole / "checksums.json").unlink()  # `prepare` writes it
     assert contents(out) == contents(whole)
     write_pairs(Interrupted(6, 7), folder, num_shards=2)
     assert len(list(out.rglob("*array_record-*"))) == 2 and len(Records(str(out))) == 6
@@ -433,6 +434,11 @@ def test_attributes_come_back_with_their_table(out, tmp_path, pixels):
     fingerprint = records.fingerprint
     table = (out / "attributes.json").read_text()
     (out / "attributes.json").write_text(table.replace("mark {}", "a mark in the {}"))
+    with pytest.raises(
+        ValueError, match="attributes.json is damaged .*; if you changed it, delete .*checksums"
+    ):
+        Records(str(out))
+    (out / "checksums.json").unlink()
     assert Records(str(out)).fingerprint != fingerprint
 
 

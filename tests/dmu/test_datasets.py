@@ -161,6 +161,7 @@ def test_folder_whose_files_an_earlier_version_did_not_look_at_is_used(tmp_path)
     done = json.loads((tmp_path / "train" / "done.json").read_text())
     done["inputs"]["source files"] = ""
     (tmp_path / "train" / "done.json").write_text(json.dumps(done))
+    (tmp_path / "train" / "checksums.json").unlink()
     dataset.check()
     (tmp_path / "photos" / "1.txt").write_text("new")
     dataset.check()

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from tqdm import tqdm
 
-from clipmoe_jax.core import distributed
+from clipmoe_jax.core import artifacts, distributed
 from clipmoe_jax.dmu import stages
 
 FEATURES = {name: np.random.default_rng(i).normal(size=(40, 3)) for i, name in enumerate(stages.MODALITIES)}
@@ -80,3 +80,42 @@ def test_part_is_written_before_its_signal_counts(tmp_path, monkeypatch):
     signal_after(monkeypatch, 3)
     assert len(encode(tmp_path, Encoder(), 10, 22)["text"]) == 12
     assert not (tmp_path / stages.BEGUN).exists()
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan])
+def test_damaged_features_are_told_by_their_file(tmp_path, value):
+    """Also where k-means refuses them first, as it does numbers that are not finite."""
+    features = epath.Path(tmp_path / "features")
+
+    def build(folder):
+        for part in range(2):
+            np.save(folder / f"image-{part:05d}.npy", FEATURES["image"][20 * part :][:20].astype(np.float16))
+        return {}
+
+    artifacts.make(features, {}, build)
+    cluster = types.SimpleNamespace(num_clusters=3, max_fit_pairs=40)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(cluster=cluster), seed=0)
+    assert stages._label(run, features, "image", epath.Path(tmp_path)) == [20, 20]
+    damaged = np.load(features / "image-00001.npy", mmap_mode="r+")
+    damaged[7, 1] = value
+    damaged.flush()
+    with pytest.raises(
+        ValueError, match="image-00001.npy is damaged .*: delete .*features and make it again"
+    ):
+        stages._label(run, features, "image", epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("label", [9, -1])
+def test_pseudo_labels_that_cannot_be_are_told(tmp_path, label):
+    cluster = types.SimpleNamespace(num_clusters=3)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(cluster=cluster))
+    before, out = epath.Path(tmp_path / "before"), epath.Path(tmp_path)
+    before.mkdir()
+    for modality in stages.MODALITIES:
+        np.save(stages._labels_file(out, modality, 0), np.array([0, 1, 2, 2], np.uint16))
+    np.save(before / "pseudo_labels.npy", np.array([0, 3, 8, 8], np.int32))
+    stages._write_pseudo_labels(run, out, before, [4], 2)
+    assert np.load(out / "pseudo_labels.npy").tolist() == [0, 31, 80, 80]
+    np.save(before / "pseudo_labels.npy", np.array([0, 3, 8, label], np.int32))
+    with pytest.raises(ValueError, match="before/pseudo_labels.npy is damaged .a label is not from 0 to 8."):
+        stages._write_pseudo_labels(run, out, before, [4], 2)
