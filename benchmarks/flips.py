@@ -93,8 +93,11 @@ def make_rows(folder: pathlib.Path, pairs: int) -> list[Row]:
     def read_params(path: pathlib.Path) -> Any:
         return load_model(epath.Path(path))[1]
 
+    def read_done() -> list[Any]:
+        return [artifacts.done_field(epath.Path(model), name) for name in ("inputs", "measured", "versions")]
+
     def read_checksums() -> list[Any]:
-        return [artifacts.read_done(epath.Path(model)), load_model(epath.Path(model))[1]]
+        return [read_done(), load_model(epath.Path(model))[1]]
 
     def read_index() -> list[np.ndarray]:
         index = ClusterIndex.open(epath.Path(clusters))
@@ -114,7 +117,7 @@ def make_rows(folder: pathlib.Path, pairs: int) -> list[Row]:
     return [
         Row("a model's params", _files(model / "params"), lambda: read_params(model)),
         Row("its model.json", [model / "model.json"], lambda: read_config(epath.Path(model)).to_dict()),
-        Row("its done.json", [model / "done.json"], lambda: artifacts.read_done(epath.Path(model))),
+        Row("its done.json", [model / "done.json"], read_done),
         Row("its checksums.json", [model / "checksums.json"], read_checksums),
         npy(clusters / "pseudo_labels.npy"),
         Row("order.npy", [clusters / "order.npy"], read_index),

@@ -207,6 +207,18 @@ def test_digit_scenes_are_a_source_like_any_other():
     assert line.strip().startswith('"data.digit_scenes": ')
 
 
+def test_json_files_are_read_in_one_place():
+    """`core.json_files` names the file and what is wrong in it; these read what is in memory, or our own."""
+    readers = {name for name, source in sources().items() if "json.load" in source}
+    assert readers == {
+        "core/json_files.py",
+        "core/artifacts.py",  # inputs as a file gives them back
+        "core/distributed.py",  # between processes
+        "data/sources/base.py",  # an entry, which may be a bad record
+        "evaluation/classes.py",  # our own tables
+    }
+
+
 def test_planted_flags_and_prints_are_seen():
     assert "absl.flags" in modules("def f():\n    from absl import flags")
     assert "absl.flags" in modules("import absl.flags")

@@ -19,6 +19,7 @@ import filelock
 from etils import epath
 
 from clipmoe_jax.core import checksums, distributed
+from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import in_bucket, written_whole
 from clipmoe_jax.core.stamps import canonical
 
@@ -127,7 +128,8 @@ def copy(
             recorded = checksums.read(other)
             checksums.verify(other, *dict.fromkeys(name.partition("/")[0] for name in recorded))
             _copy_folder(other, unfinished, without=NOT_COPIED)
-            _write_done(unfinished, {**read_done(other), "copied_from": str(other)}, recorded)
+            done = {**read_json(other / DONE), "copied_from": str(other)}
+            _write_done(unfinished, done, recorded)
             _finish(unfinished, path)
             _tidy(path)
         return other
@@ -139,16 +141,19 @@ def is_done(path: epath.Path) -> bool:
     return (epath.Path(path) / DONE).exists()
 
 
-def measured(path: epath.Path) -> dict[str, Any]:
-    """Returns the measurements that were taken while the artifact was made."""
-    return read_done(path)["measured"]
+def done_field(path: epath.Path, name: str) -> dict[str, Any]:
+    """Returns "inputs", "measured" or "versions" of an artifact's done.json.
 
-
-def read_done(path: epath.Path) -> dict[str, Any]:
-    """Returns the done.json of a whole artifact. Raises ValueError if it is damaged."""
+    Raises ValueError naming the file and what is wrong in it.
+    """
     path = epath.Path(path)
     checksums.verify(path, DONE)
-    return _read_json(path / DONE)
+    return field(read_json(path / DONE), name, dict, str(path / DONE))
+
+
+def measured(path: epath.Path) -> dict[str, Any]:
+    """Returns the measurements that were taken while the artifact was made."""
+    return done_field(path, "measured")
 
 
 def require(path: epath.Path, stage: str) -> epath.Path:
@@ -177,7 +182,7 @@ def new_folder(
     unfinished = _unfinished(path)
     made_from = unfinished / INPUTS
     with _locked(unfinished):
-        if inputs is None or not made_from.exists() or _read_json(made_from) != inputs:
+        if inputs is None or not made_from.exists() or read_json(made_from) != inputs:
             _clear(unfinished)
         if inputs is not None:
             write_json(made_from, dict(inputs))
@@ -243,7 +248,11 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:
     """Returns the inputs in a done.json or inputs.json, named as this version names them."""
-    inputs = read_done(path.parent)["inputs"] if path.name == DONE else _read_json(path)
+    try:
+        inputs = done_field(path.parent, "inputs") if path.name == DONE else read_json(path)
+    except ValueError as error:
+        advice = f"put it back, or delete {path.parent} and what was made from it"
+        raise ValueError(f"{error}: {advice}") from error
     try:
         return _as_json(upgrade(inputs)) if upgrade else inputs
     except ValueError as error:
@@ -278,10 +287,6 @@ def _copy_folder(source: epath.Path, target: epath.Path, without: Sequence[str] 
             _copy_folder(item, target / item.name)
         else:
             item.copy(target / item.name)
-
-
-def _read_json(path: epath.Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def _write_done(folder: epath.Path, done: Inputs, recorded: Mapping[str, str] | None = None) -> None:

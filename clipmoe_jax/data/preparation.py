@@ -22,6 +22,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, metrics
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import records
 from clipmoe_jax.data.decoding import map_decoding
@@ -130,7 +131,7 @@ def write_pairs(
     table = attribute_table(source)
     data = folder / records.NAME / records.VERSION
     plan = {"entries": len(source), "per_shard": per_shard, "split": split, "pixels": pixels}
-    if not (folder / PLAN).exists() or json.loads((folder / PLAN).read_text()) != plan:
+    if not (folder / PLAN).exists() or read_json(folder / PLAN) != plan:
         _begin(folder, plan)
     encoder = _Encoder(pixels, table)
     template = f"{records.NAME}-{split}.array_record-{{:05d}}-of-{num_shards:05d}"
@@ -317,7 +318,7 @@ def _make_shard(
     source_digest = hashlib.sha256()
     entries = _added_to(source_digest, entries)
     if done.exists():
-        part = json.loads(done.read_text())
+        part = read_json(done)
         progress.update(sum(1 for _ in entries))
         if part.get("source") != source_digest.hexdigest():
             raise _SourceChangedError

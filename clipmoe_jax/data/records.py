@@ -8,7 +8,6 @@ longest caption, start and end counted; and, if the records carry attributes, `a
 
 import functools
 import hashlib
-import json
 import os
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import checksums
+from clipmoe_jax.core.json_files import field, parse_json
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec
@@ -89,17 +89,14 @@ class Records:
         self.path = path
         self.split = split
         # The report has a hash of the records.
-        report = (epath.Path(path) / REPORT).read_text()
-        self.attribute_table, described = None, f"{split} {report}"
-        if (epath.Path(path) / ATTRIBUTES).exists():
-            attributes = (epath.Path(path) / ATTRIBUTES).read_text()
-            described += f" {attributes}"
-            self.attribute_table = {
-                name: AttributeSpec(fields["prompt"], tuple(fields["values"]))
-                for name, fields in json.loads(attributes).items()
-            }
-        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
-        self.image_size = json.loads(report).get("pixels")
+        report = (epath.Path(path) / REPORT).read_bytes()
+        self.attribute_table, described = None, f"{split} ".encode() + report
+        if (file := epath.Path(path) / ATTRIBUTES).exists():
+            attributes = file.read_bytes()
+            described += b" " + attributes
+            self.attribute_table = _attribute_table(parse_json(attributes, str(file)), str(file))
+        self.fingerprint = hashlib.sha256(described).hexdigest()[:16]
+        self.image_size = parse_json(report, f"{path}/{REPORT}").get("pixels")
         self._features = builder.info.features
         self._decoders = {} if self.image_size else {"image": tfds.decode.SkipDecoding()}
 
@@ -167,3 +164,13 @@ class Records:
             "image": image.reshape(self.image_size, self.image_size, 3),
             "tokens": [part[:-1] for part in np.split(tokens, ends[:-1] + 1)],
         }
+
+
+def _attribute_table(content: dict[str, Any], where: str) -> dict[str, AttributeSpec]:
+    """Returns the table in an attributes.json. where: names it in errors."""
+    table = {}
+    for name in content:
+        fields, of = field(content, name, dict, where), f"{where}: {name}"
+        prompt, values = field(fields, "prompt", str, of), field(fields, "values", list, of)
+        table[name] = AttributeSpec(prompt, tuple(values))
+    return table

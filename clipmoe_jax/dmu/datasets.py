@@ -99,7 +99,7 @@ class Dataset:
     def _check_recorded(self) -> None:
         """Raises ValueError if the folder was prepared from something else. Files may have gone since, and an
         earlier version has not recorded a folder's."""
-        recorded = artifacts.read_done(epath.Path(self.path))["inputs"]
+        recorded = artifacts.done_field(epath.Path(self.path), "inputs")
         advice = "choose another workdir, or delete that folder and what was made from it"
         was = recorded["source"]
         if sources.canonical(was) != sources.canonical(self.source):

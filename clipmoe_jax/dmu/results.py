@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, checksums, distributed, trees
 from clipmoe_jax.core.errors import Errors
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.data.records import Records
@@ -137,7 +137,7 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
 
 def _inputs(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The inputs that a model was made from."""
-    return configs.upgrade_inputs(artifacts.read_done(run.workdir / recipe.folder)["inputs"])
+    return configs.upgrade_inputs(artifacts.done_field(run.workdir / recipe.folder, "inputs"))
 
 
 def _test_inputs(run: Run) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _test_inputs(run: Run) -> dict[str, Any]:
 
 def _read_results(folder: epath.Path) -> dict[str, Any]:
     checksums.verify(folder, "results.json")
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def _folder(run: Run, recipe: Recipe) -> epath.Path:

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
@@ -228,7 +229,7 @@ def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _C
 
 
 def _openclip(tensors: Tensors, folder: epath.Path) -> _Checkpoint:
-    config = openclip.import_config(tensor_files.read_json(folder / openclip.CONFIG_FILE))
+    config = openclip.import_config(read_json(folder / openclip.CONFIG_FILE))
     tensors, _ = released.normalise(tensors)
     return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
 
@@ -267,7 +268,7 @@ def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:
 
 def _read_described(path: epath.Path) -> dict[str, Any]:
     """Returns the contents of a JSON file that may be absent; then they are empty."""
-    return tensor_files.read_json(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _with_context_length(

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.interop import torchscript
 
@@ -63,17 +64,6 @@ def open_sharded(index: epath.Path) -> Tensors:
     if missing := [name for name, shard in weight_map.items() if name not in opened[shard]]:
         raise ValueError(f"{index} names tensors that their files lack: {missing[:10]}")
     return {name: opened[shard].pop(name) for name, shard in weight_map.items()}
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Returns the contents of a JSON file. Raises ValueError if it is not one, or holds no object."""
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields")
-    return content
 
 
 def read_as(tensors: Tensors, dtype: str | None, source: str) -> Tensors:

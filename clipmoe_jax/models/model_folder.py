@@ -4,7 +4,6 @@ Experts that are equal in every block are stored once: then `experts.json` has, 
 the number of the stored one. Letters: E experts, U stored ones.
 """
 
-import json
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,6 +13,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from clipmoe_jax.core import artifacts, checkpoints, checksums, distributed, trees
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import absolute
 from clipmoe_jax.core.sharding import replicated
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
@@ -45,7 +45,7 @@ def read_config(path: epath.Path) -> ClipConfig:
     if not (path / MODEL_FILE).exists():
         raise FileNotFoundError(f"{path} is not a model folder: it has no {MODEL_FILE}")
     checksums.verify(path, MODEL_FILE)
-    return ClipConfig.from_dict(json.loads((path / MODEL_FILE).read_text()))
+    return ClipConfig.from_dict(read_json(path / MODEL_FILE))
 
 
 def load_model(
@@ -62,7 +62,7 @@ def load_model(
     abstract = abstract_params(config)
     if not (path / EXPERTS_FILE).exists():
         return config, checkpoints.load_params(path / PARAMS, abstract, place)
-    stored: list[int] = json.loads((path / EXPERTS_FILE).read_text())
+    stored: list[int] = read_json(path / EXPERTS_FILE, list)
     of_stored = jax.eval_shape(lambda tree: _taken(tree, range(len(set(stored)))), abstract)
     if place is None:
         return config, _taken(checkpoints.load_params(path / PARAMS, of_stored), stored)

@@ -88,7 +88,7 @@ def heat_maps(folders: Sequence[Folder]) -> Context:
     """Returns images and captions with the first expert of each patch and word, block by block."""
     folder = folders[0]
     arrays = folder.array("eval/heat_maps.npz", DIAGNOSTICS)
-    texts = folder.json("eval/heat_maps.json", DIAGNOSTICS)
+    texts = folder.json("eval/heat_maps.json", DIAGNOSTICS, list)
     routing_tables = folder.json("eval/routing.json", DIAGNOSTICS)
     examples = []
     for i, text in enumerate(texts):

@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 
 from clipmoe_jax.core import artifacts, trees
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.reporting.text_tables import COLUMNS, has_retrieval
@@ -202,15 +203,16 @@ def _provenance(source: epath.Path) -> list[str]:
     folders = [source, *list(source.parents)[:2]]
     sections = []
     if (made := next((f for f in folders if artifacts.is_done(f)), None)) is not None:
-        done = artifacts.read_done(made)
-        versions = ", ".join(f"{name} {version}" for name, version in done["versions"].items())
+        versions = ", ".join(
+            f"{name} {version}" for name, version in artifacts.done_field(made, "versions").items()
+        )
         sections += [
             "## Training",
             f"With {versions}, from this config:",
-            f"```json\n{json.dumps(done['inputs'], indent=2)}\n```",
+            f"```json\n{json.dumps(artifacts.done_field(made, 'inputs'), indent=2)}\n```",
         ]
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
-    if results is not None and has_retrieval([numbers := json.loads(results.read_text())]):
+    if results is not None and has_retrieval([numbers := read_json(results)]):
         sections += ["## Evaluation", _results(numbers)]
     return sections
 

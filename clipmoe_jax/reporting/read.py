@@ -4,7 +4,6 @@ Letters: N pairs of the training set, T points in a curve.
 """
 
 import dataclasses
-import json
 import re
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import artifacts, checksums
+from clipmoe_jax.core.json_files import field, parse_json, read_json
 from clipmoe_jax.data.records import Records
 
 Curves = dict[str, dict[str, np.ndarray]]
@@ -50,9 +50,9 @@ class Folder:
         """Returns the error of a file that is not there or holds nothing yet, and that `stage` makes."""
         return NotThereError(self._shown(name), f"{MAIN} --workdir={self.workdir} --stage={stage}")
 
-    def json(self, name: str, stage: str) -> Any:
-        """Returns the content of a JSON file that `stage` makes. Raises NotThereError."""
-        return json.loads(self.file(name, stage).read_text())
+    def json(self, name: str, stage: str, kind: type = dict) -> Any:
+        """Returns the content of a JSON file that `stage` makes, as `read_json`. Raises NotThereError."""
+        return read_json(self.file(name, stage), kind)
 
     def array(self, name: str, stage: str) -> Any:
         """Returns the array of an .npy file, or the dict of arrays of an .npz file. Raises NotThereError."""
@@ -64,7 +64,7 @@ class Folder:
         """Returns the run's config. Raises NotThereError: it is written when all stages are through."""
         if not self.has("config.json"):
             raise NotThereError(self._shown("config.json"), f"{MAIN} --workdir={self.workdir}")
-        return json.loads((self.path / "config.json").read_text())
+        return read_json(self.path / "config.json")
 
     def measured(self, name: str) -> dict[str, Any]:
         """Returns what was measured while an artifact was made; {} if it is not there."""
@@ -84,11 +84,11 @@ class Folder:
     def _dataset(self, name: str) -> tuple[epath.Path, str, bool]:
         """Path and split of a data set, and whether the run prepared it."""
         if self.has("datasets.json"):
-            datasets = json.loads((self.path / "datasets.json").read_text())
+            datasets = read_json(self.path / "datasets.json")
             if name not in datasets:
                 command = f"{MAIN} --workdir={self.workdir} --config.data.{name}=FOLDER"
                 raise NotThereError(f"data.{name}", command)
-            dataset = datasets[name]
+            dataset = field(datasets, name, dict, f"{self.path}/datasets.json")
             made_by_run = bool(dataset["source"])
             path = self.path / dataset["path"] if made_by_run else epath.Path(dataset["path"])
             return path, dataset["split"], made_by_run
@@ -127,10 +127,13 @@ def read_curves(folder: Folder) -> Curves:
     the one that the resumed run then wrote behind it without a line break.
     """
     phases: dict[str, dict[int, dict[str, float]]] = {}
-    for text in folder.file("metrics.jsonl", "base").read_text().splitlines():
-        if text.endswith("}"):
-            line = json.loads(text[text.rindex('{"phase"') :])
-            phases.setdefault(line["phase"], {})[line["step"]] = line
+    file = folder.file("metrics.jsonl", "base")
+    for number, text in enumerate(file.read_bytes().splitlines(), 1):
+        if text.endswith(b"}"):
+            where = f"line {number} of {file}"
+            line = parse_json(text[max(0, text.rfind(b'{"phase"')) :], where)
+            phase, step = field(line, "phase", str, where), field(line, "step", int, where)
+            phases.setdefault(phase, {})[step] = line
     if not phases:
         raise folder.not_there("metrics.jsonl", "base")
     curves = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clipmoe_jax.core import artifacts
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.reporting import charts, pictures, tables
@@ -234,6 +235,6 @@ def cost(folders: Sequence[Folder]) -> Context:
 
 def config(folders: Sequence[Folder]) -> Context:
     """Returns the config as JSON, and the versions with which the routers were trained."""
-    done = "moe/params/done.json"
-    versions = folders[0].json(done, "router")["versions"] if folders[0].has(done) else {}
+    made = folders[0].path / "moe/params"
+    versions = artifacts.done_field(made, "versions") if artifacts.is_done(made) else {}
     return {"json": json.dumps(folders[0].config(), indent=2), "versions": versions}

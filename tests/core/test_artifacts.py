@@ -166,6 +166,26 @@ def test_missing_artifact_names_the_stage_that_makes_it(tmp_path):
     assert artifacts.require(tmp_path / "base", "mcl_2") == tmp_path / "base"
 
 
+DAMAGED = {
+    "cut off": ('{"inputs": {', "is not valid JSON at line 1 column 13: .*"),
+    "a list": ("[]", "holds a list, not an object"),
+    "empty": ("{}", "has no field 'inputs'"),
+    "inputs gone": ('{"inputs": null}', ": inputs is None, not an object"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_done_json_is_named(tmp_path, content, message):
+    path = tmp_path / "base"
+    artifacts.make(path, INPUTS, counted([]))
+    (path / "done.json").write_text(content)
+    advice = f"put it back, or delete {path} and what was made from it"
+    with pytest.raises(ValueError, match=f"^{path}/done.json ?{message}: {advice}$"):
+        artifacts.make(path, INPUTS, never)
+    with pytest.raises(ValueError, match=f"^{path}/done.json ?{message}$"):
+        artifacts.done_field(path, "inputs")
+
+
 def test_failed_write_leaves_the_json_that_was_there(tmp_path):
     path = tmp_path / "numbers.json"
     artifacts.write_json(path, {"a": 1})

@@ -414,7 +414,7 @@ def test_wrong_specs_are_told_in_one_line(spec, images, error, message):
     ("content", "message"),
     [
         pytest.param(b'[\n {"image" 1}]', "not valid JSON at line 2 column 11", id="not JSON"),
-        pytest.param(b'{"a": 1}', "holds a JSON dict, expected a list", id="not a list"),
+        pytest.param(b'{"a": 1}', "holds an object, not a list", id="not a list"),
         pytest.param(b'["\xff"]', "not UTF-8 at byte 2", id="not UTF-8"),
     ],
 )

@@ -476,7 +476,7 @@ def test_a_list_in_place_of_fields_is_refused(pair, tmp_path, file):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / file).write_text("[]")
-    with pytest.raises(ValueError, match=f"/{file} holds a list, not an object with fields"):
+    with pytest.raises(ValueError, match=f"/{file} holds a list, not an object"):
         read_model(str(tmp_path))
 
 

@@ -356,6 +356,21 @@ def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
     assert curves["base"]["step"].tolist() == [10, 20]
 
 
+DAMAGED_LINES = {
+    "no object": ("]}", "is not valid JSON at line 1 column 1"),
+    "no phase": ('{"step": 3}', "has no field 'phase'"),
+    "a word for a step": ('{"phase": "base", "step": "x"}', ": step is 'x', not a whole number"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+def test_damaged_line_is_named(tmp_path, line, message):
+    first = json.dumps({"phase": "base", "step": 1, "loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{line}\n")
+    with pytest.raises(ValueError, match=f"^line 2 of {tmp_path}/metrics.jsonl ?{message}"):
+        read_curves(Folder(epath.Path(tmp_path), epath.Path(tmp_path)))
+
+
 def test_run_that_has_written_no_line_yet_has_a_page(tmp_path):
     """As while it imports its base."""
     (tmp_path / "metrics.jsonl").touch()

@@ -1,10 +1,10 @@
 """COCO's caption annotations, and Karpathy's splits of COCO, Flickr8k and Flickr30k."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, read_text
+from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file
 
 
 class Coco:
@@ -21,12 +21,10 @@ class Coco:
         file = find_file(path, "coco")
         self._images = Images(images)
         try:
-            content = json.loads(read_text(file))
+            content = read_json(file)
             entries = content["images"]
             karpathy = any("sentences" in entry for entry in entries)
             self._entries = _karpathy(entries, split) if karpathy else _coco(content, split, path)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is neither COCO's captions nor Karpathy's splits: {error!r}") from error
         if split and not self._entries:

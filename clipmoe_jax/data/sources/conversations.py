@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterator
 
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, parse_json, read_text
+from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, parse_json
 
 
 class ShareGPT4V:
@@ -22,13 +23,7 @@ class ShareGPT4V:
             lines = filter(bytes.strip, file.read_bytes().splitlines())
             self._entries = [entry for i, line in enumerate(lines) for entry in _entries_of(i, line)]
             return
-        try:
-            self._entries = json.loads(read_text(file))
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno} column {error.colno}"
-            raise ValueError(f"{path} is not valid JSON at {place}: {error.msg}") from error
-        if not isinstance(self._entries, list):
-            raise ValueError(f"{path} holds a JSON {type(self._entries).__name__}, expected a list")
+        self._entries = read_json(file, list)
 
     def __len__(self) -> int:
         return len(self._entries)
