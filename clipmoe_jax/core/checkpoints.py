@@ -36,6 +36,7 @@ def load_params(
     """Returns the param tree that `save_params` wrote.
 
     abstract: the tree as ShapeDtypeStructs. place: from these to their shardings; None gives numpy arrays.
+    Raises ValueError naming the folder if it is damaged, or holds another tree.
     """
     if place is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -47,9 +48,25 @@ def load_params(
         abstract,
         shardings,
     )
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(absolute(path), target)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(absolute(path), target)
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # a broken file raises errors of tensorstore, JSON, …
+        raise ValueError(
+            f"{path} is damaged or not of this model ({_reason(error)}): put it back, or delete it and make "
+            "it again"
+        ) from error
     return jax.tree.map(np.asarray, params) if place is None else params
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the first line of the error that an error of orbax comes from."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 class _CheckpointManager(ocp.CheckpointManager):
@@ -99,7 +116,7 @@ class Checkpointer:
             try:
                 restored, reason = self._restore(step, like), ""
             except Exception as error:  # a broken file raises errors of tensorstore, JSON, the file system, …
-                restored, reason = None, str(error).splitlines()[0] if str(error) else type(error).__name__
+                restored, reason = None, _reason(error)
             if distributed.all_are(restored is not None):
                 for broken, why in unreadable.items():
                     logging.warning(

@@ -1,6 +1,7 @@
 """Models and training state on disk: what comes back is what went in, on this mesh or another."""
 
 import dataclasses
+import os
 import resource
 import shutil
 
@@ -69,6 +70,38 @@ def test_loaded_model_is_placed_on_a_mesh(model_folder):
     assert_same(params, random_params())
     shards = trees.flatten(params)[KERNEL].addressable_shards
     assert {shard.data.shape for shard in shards} == {(2, 8, 64)}  # of (4, 16, 64)
+
+
+def largest_file(folder):
+    """Of tensorstore's data files, which have the numbers."""
+    return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+    "data cut off": lambda folder: os.truncate(largest_file(folder), 100),
+    "data of zeros": lambda folder: largest_file(folder).write_bytes(
+        bytes(largest_file(folder).stat().st_size)
+    ),
+    "manifest gone": lambda folder: (folder / "manifest.ocdbt").unlink(),
+    "tree cut off": lambda folder: os.truncate(folder / "_METADATA", 50),
+    "tree of zeros": lambda folder: (folder / "_METADATA").write_bytes(bytes(9)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_params_are_named_in_one_line(model_folder, tmp_path, damage):
+    folder = tmp_path / "damaged" / "params"
+    shutil.copytree(model_folder / "params", folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=rf"^{folder} is damaged or not of this model \(") as error:
+        checkpoints.load_params(folder, abstract_params(CONFIG))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_params_of_another_model_are_named_in_one_line(model_folder):
+    with pytest.raises(ValueError, match="params is damaged or not of this model") as error:
+        checkpoints.load_params(model_folder / "params", abstract_params(DENSE))
+    assert "\n" not in str(error.value)
 
 
 def test_sharded_model_is_written_whole(tmp_path):
