@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
-import functools
+import linecache
 import os
 import re
+import shlex
 import sys
+import sysconfig
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -17,15 +20,18 @@ from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.core.terminal import printable
 
+# Where this package lies, and Python with what is installed.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
 
 def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | None = None) -> None:
     """Parses the flags, calls main(argv) as absl's app.run does, and prints the text that it returns.
 
-    Errors made for people become one line on stderr and exit code 1: bad flags, unknown config fields, files
-    that cannot be opened, and every ValueError or KeyError raised by this package. An error from inside a
-    library keeps its stack trace, and so does every error if the environment variable CLIPMOE_DEBUG is set.
+    Every error becomes one line on stderr and exit code 1. Errors made for people say it all: bad flags,
+    unknown config fields, files that cannot be opened, and every ValueError or KeyError that this package
+    raises. Any other was not foreseen: its line names a log file, which has the stack trace. --debug prints
+    the stack trace of every error instead.
     renamed: {config field or flag of an earlier version: what it is now}, to say so where one is set. A run
     that SIGTERM or Ctrl-C stopped says so and exits with the code of `distributed.Preempted`; a command that
     Ctrl-C ends says so in one line. In flags and in strings of a config, `~` is the home folder where a path
@@ -35,29 +41,25 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     def main_with_clear_errors(argv: list[str]) -> None:
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
-        try:
+        with _clear_errors():
             for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
                 if isinstance(flag.value, ConfigDict):
                     _expand_home(flag.value)
             with announced_preemption():
                 text = main(argv)
-        except KeyboardInterrupt:
-            print("ended by Ctrl-C", file=sys.stderr)
-            sys.exit(distributed.EXIT_INTERRUPTED)
-        except Exception as error:
-            if full := _full_disk(error):
-                print(f"error: {printable(full)}", file=sys.stderr, flush=True)
-                os._exit(1)  # at once, or what else was being written would complain at length
-            if not _is_for_people(error):
-                raise
-            _fail(*_lines(error))
         if text:
             say(text)
 
-    if "CLIPMOE_DEBUG" not in os.environ:
-        # An error that ends a write has others behind it, which nobody waits for any more.
+    def parse(argv: list[str]) -> list[str]:
+        with _clear_errors():
+            return _parse_flags(argv, renamed or {})
+
+    if "debug" not in flags.FLAGS:
+        flags.DEFINE_bool("debug", False, "Prints an error with its stack trace.")
+    if not _debugs():
+        # An error that ends a read or a write has others behind it, which nobody waits for any more.
         sys.unraisablehook = lambda unraisable: None
-    app.run(main_with_clear_errors, flags_parser=functools.partial(_parse_flags, renamed=renamed or {}))
+    app.run(main_with_clear_errors, flags_parser=parse)
 
 
 def say(text: str) -> None:
@@ -103,13 +105,37 @@ def mark_flags_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Ends the program with a line for the error, or for Ctrl-C, that ends a block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C", file=sys.stderr)
+        sys.exit(distributed.EXIT_INTERRUPTED)
+    except Exception as error:
+        if _debugs():
+            raise
+        if full := _full_disk(error):
+            print(f"error: {printable(full)}", file=sys.stderr, flush=True)
+            os._exit(1)  # at once, or what else was being written would complain at length
+        _fail(*_lines(error))
+
+
+def _debugs() -> bool:
+    """Returns whether --debug is given, also before flags are parsed."""
+    return "--debug" in sys.argv or ("debug" in flags.FLAGS and bool(flags.FLAGS["debug"].value))
+
+
 def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
     """Parses absl flags and ml_collections' config overrides; returns what is left of argv."""
     try:
         left = flags.FLAGS([paths.with_home(argument) for argument in argv])
     except (flags.Error, AttributeError, KeyError, ValueError) as error:
-        if "CLIPMOE_DEBUG" in os.environ:
+        if _debugs():
             raise
+        if place := _place(error):
+            _fail(f"{_summary(error)}{place}{_renaming(str(error), renamed)}")
         text = _one_line(error)
         hint = _renaming(text, renamed)
         is_flag = isinstance(error, flags.UnrecognizedFlagError)
@@ -130,12 +156,13 @@ def _renaming(text: str, renamed: Mapping[str, str]) -> str:
 
 
 def _is_for_people(error: Exception) -> bool:
-    if "CLIPMOE_DEBUG" in os.environ:
-        return False
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    """Returns whether an error's text is for people: errors of files, and what this package raises."""
     if not isinstance(error, (ValueError, KeyError)):
         return isinstance(error, OSError)
-    return innermost.f_code.co_filename.startswith(_PACKAGE)
+    *_, (innermost, line) = traceback.walk_tb(error.__traceback__)
+    file = innermost.f_code.co_filename
+    # Not int("x") or {}["x"], which have no frame of their own.
+    return file.startswith(_PACKAGE) and linecache.getline(file, line).lstrip().startswith("raise ")
 
 
 def _expand_home(config: ConfigDict) -> None:
@@ -154,8 +181,6 @@ def _full_disk(error: BaseException | None) -> str:
 
     Libraries that write with threads of their own raise errors of any type.
     """
-    if "CLIPMOE_DEBUG" in os.environ:
-        return ""
     for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
         if reason in str(error):
             path = re.search(r"""["'](/[^"']*)""", str(error))
@@ -168,7 +193,48 @@ def _lines(error: Exception) -> list[str]:
     """Returns the lines to print for an error, one for each thing that is wrong."""
     if isinstance(error, SeveralErrors):
         return [" ".join(message.split()) for message in error.messages]
-    return [_one_line(error) + _fix(error)]
+    if _is_for_people(error):
+        return [_one_line(error) + _fix(error)]
+    return [f"{_summary(error)}{_place(error)}; {_logged(error)}"]
+
+
+def _summary(error: Exception) -> str:
+    """Returns the type and the first line of an error that was not foreseen."""
+    if isinstance(error, flags.Error):
+        return _one_line(error)
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *(line[:300] for line in lines[:1])])
+
+
+def _place(error: BaseException) -> str:
+    """Returns where in a user's own file, such as a config, an error came from; "" if it came from elsewhere.
+
+    A ValueError was made for people there, and needs no place.
+    """
+    if isinstance(error, flags.Error):  # absl and ml_collections tell a config's own TypeError as theirs
+        while error.__context__:
+            error = error.__context__
+    if isinstance(error, (ValueError, flags.Error)):
+        return ""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if file.startswith(_PACKAGE):
+            return ""
+        if not file.startswith(("<", *_LIBRARIES)):
+            return f" ({file}, line {line})"
+    return ""
+
+
+def _logged(error: Exception) -> str:
+    """Writes the stack trace of an error to a log file of its own; returns where that is, in words."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        number, name = tempfile.mkstemp(".log", f"clipmoe_jax-{os.getpid()}-")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{shlex.join(sys.argv)}\n{trace}")
+    except OSError:
+        return "--debug prints where it came from"
+    return f"{name} has its stack trace, --debug prints it"
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -301,8 +302,76 @@ def test_errors_are_one_line(run_command, argument, message):
     assert message in done.stderr
 
 
-def test_other_errors_keep_their_stack_trace(run_command):
-    done = run_command("--config=config.py", "--config.num_steps=12")
-    assert done.returncode == 1 and "Traceback" in done.stderr and "'twelve'" in done.stderr
-    debugged = run_command("--config=config.py", "--config.num_steps=11", CLIPMOE_DEBUG="1")
-    assert debugged.returncode == 1 and "Traceback" in debugged.stderr
+def test_error_that_nobody_foresaw_is_one_line_and_a_log(run_command, tmp_path):
+    done = run_command("--config=config.py", "--config.num_steps=12", TMPDIR=str(tmp_path))
+    (log,) = tmp_path.glob("clipmoe_jax-*.log")
+    assert done.returncode == 1 and done.stderr == (
+        "error: ValueError: invalid literal for int() with base 10: 'twelve'; "
+        f"{log} has its stack trace, --debug prints it\n"
+    )
+    command, *trace = log.read_text().splitlines()
+    assert command == "command.py --config=config.py --config.num_steps=12"
+    assert trace[0].startswith("Traceback") and '    int("twelve")' in "\n".join(trace)
+    assert log.stat().st_mode & 0o077 == 0  # a path may be nobody else's business
+
+
+@pytest.mark.parametrize("steps", ["11", "many"])
+def test_debug_prints_the_stack_trace_of_every_error(run_command, tmp_path, steps):
+    done = run_command("--config=config.py", f"--config.num_steps={steps}", "--debug", TMPDIR=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert not list(tmp_path.glob("*.log"))
+
+
+CONFIGS = {
+    "no name": ("return arch.nothing", "AttributeError: 'str' object has no attribute 'nothing'"),
+    "no key": ("return {}['a']", "KeyError: 'a'"),
+    "no sum": ("return arch + 1", 'TypeError: can only concatenate str (not "int") to str'),
+    "no Python": ("retrn arch", "SyntaxError: invalid syntax"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_error_in_a_config_file_names_its_line(monkeypatch, tmp_path, capsys, body, message):
+    """Whoever wrote the file needs no log."""
+    (tmp_path / "mine.py").write_text(f"def get_config(arch='small'):\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    monkeypatch.setattr(flags, "FLAGS", given)
+    monkeypatch.setattr(sys, "argv", ["command", "--config=mine.py"])
+    with pytest.raises(SystemExit, match="1"), cli._clear_errors():
+        cli._parse_flags(sys.argv, {})
+    assert capsys.readouterr().err.startswith(f"error: {message} (mine.py, line 2)")
+
+
+def from_the_package(text):
+    """Raises as this package's modules do what a text says."""
+    exec(compile(text, cli._PACKAGE + "module.py", "exec"))
+
+
+@pytest.mark.parametrize("text", ["{}['measured']", "int('twelve')", "a, b = 1, 2, 3"])
+def test_slip_in_this_package_is_not_taken_for_a_message(run_here, monkeypatch, tmp_path, text):
+    """These are KeyErrors and ValueErrors, too, and would name no file."""
+    (tmp_path / "module.py").write_text(f"{text}\n")
+    monkeypatch.setattr(cli, "_PACKAGE", f"{tmp_path}{os.sep}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, _, err = run_here(lambda argv: from_the_package(text))
+    assert code == 1 and err.startswith(("error: KeyError: ", "error: ValueError: "))
+    assert err.count("\n") == 1 and str(os.getpid()) in err and len(list(tmp_path.glob("*.log"))) == 1
+
+
+def test_unforeseen_errors_line_is_short(run_here, monkeypatch, tmp_path):
+    """XLA's have hundreds of lines, and some a line of megabytes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, _, err = run_here(raising(RuntimeError("x" * 5000 + "\nsecond")))
+    assert code == 1 and len(err) < 600 and err.count("\n") == 1
+    (log,) = tmp_path.glob("*.log")
+    assert "second" in log.read_text()
+
+
+def test_unforeseen_error_is_told_where_no_log_can_be_written(run_here, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
+    code, _, err = run_here(raising(RuntimeError("a thing")))
+    assert code == 1 and err.startswith("error: RuntimeError: a thing ")
+    assert err.endswith("; --debug prints where it came from\n")
