@@ -61,6 +61,16 @@ class Errors:
         return message if "" in whats else f"{', '.join(whats)}: {message}"
 
 
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Puts what a ValueError that ends a block is of, such as a file, before each of its messages."""
+    try:
+        yield
+    except ValueError as error:
+        messages = [f"{what}: {message}" for message in messages_of(error)]
+        raise (SeveralErrors(messages) if len(messages) > 1 else ValueError(*messages)) from error
+
+
 def messages_of(error: BaseException) -> tuple[str, ...]:
     """Returns the lines that tell an error, one for each thing that is wrong."""
     return error.messages if isinstance(error, SeveralErrors) else (str(error),)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -36,16 +37,17 @@ def parse_json(content: bytes, where: str, kind: type = dict) -> Any:
     return value
 
 
-def field(content: dict[str, Any], name: str, kind: type, where: str) -> Any:
+def field(content: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
     """Returns a field of an object.
 
-    kind: of its value. where: names the object. Raises ValueError if it has no such field, or of another
-    kind.
+    kind: of its value. where: names the object, if the caller does not. Raises ValueError if it has no such
+    field, or of another kind.
     """
+    prefix = f"{where}: " if where else ""
     if name not in content:
-        raise ValueError(f"{where} has no field {name!r}")
+        raise ValueError(f"{prefix}no field {name!r}")
     if type(content[name]) is not kind:
-        raise ValueError(f"{where}: {name} is {_described(content[name])}, not {_KINDS[kind]}")
+        raise ValueError(f"{prefix}{name} is {_described(content[name])}, not {_KINDS[kind]}")
     return content[name]
 
 

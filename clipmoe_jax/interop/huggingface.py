@@ -9,17 +9,20 @@ program that takes them for a dense block's fails, where it would leave layers o
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.checks import number, whole_number
+from clipmoe_jax.core.json_files import field
 from clipmoe_jax.interop.nametable import BIAS, CONV, LINEAR, STACKED_BIAS, STACKED_LINEAR, Row, to_foreign
 from clipmoe_jax.interop.tensor_files import Tensors
-from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import MOST_OF_ANY, ClipConfig, TextConfig, VisionConfig, check_size
 from clipmoe_jax.models.inputs import MEAN, START_ID, STD, check_preprocessing
-from clipmoe_jax.models.transformer import MoeConfig
+from clipmoe_jax.models.transformer import MOST_EXPERTS, MoeConfig
 
 CLIP, CLIP_MOE, VISION_ALONE = "clip", "clip_moe", "clip_vision_model"  # model_type in a config.json
 MODELING_FILE = "modeling_clip_moe.py"
@@ -127,22 +130,29 @@ def normalise(tensors: Tensors) -> Tensors:
 def import_config(config: Mapping[str, Any]) -> ClipConfig:
     """Returns the architecture that a config.json describes.
 
-    Raises ValueError for another kind of model, and for one that this program's towers cannot compute.
+    Raises ValueError for another kind of model, for one that this program's towers cannot compute, and for
+    sizes that cannot be.
     """
     kind = config.get("model_type")
     if kind not in (CLIP, CLIP_MOE, VISION_ALONE):
         raise ValueError(
-            f"config.json has model_type={kind!r}: give a CLIP ({CLIP!r}), a CLIP-MoE ({CLIP_MOE!r}) or a "
+            f"model_type={kind!r}: give a CLIP ({CLIP!r}), a CLIP-MoE ({CLIP_MOE!r}) or a "
             f"CLIPVisionModelWithProjection ({VISION_ALONE!r})"
         )
     if kind == VISION_ALONE:
         vision, text = VISION_DEFAULTS | dict(config), None
+        _check_sizes(vision, VISION_DEFAULTS)
     else:
         vision = VISION_DEFAULTS | MOE_DEFAULTS | _tower(config, "vision_config")
         text = TEXT_DEFAULTS | MOE_DEFAULTS | _tower(config, "text_config")
+        _check_sizes(vision, VISION_DEFAULTS, "vision_config.")
+        _check_sizes(text, TEXT_DEFAULTS, "text_config.")
         _check_shared(text, vision, MOE_FIELDS if kind == CLIP_MOE else ())
+    if kind == CLIP_MOE:
+        for name in MOE_FIELDS[:2]:
+            whole_number(f"vision_config.{name}", vision[name], MOST_EXPERTS)
     return ClipConfig(
-        embed_dim=config.get("projection_dim", 512),
+        embed_dim=check_size("projection_dim", config.get("projection_dim", 512)),
         vision=VisionConfig(
             image_size=vision["image_size"], patch_size=vision["patch_size"], **_tower_fields(vision)
         ),
@@ -222,16 +232,29 @@ def export_state_dict(params: trees.Params) -> dict[str, np.ndarray]:
 
 def _tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns a tower's fields. In old files `…_config_dict` replaces them all, as in transformers."""
-    old = config.get(f"{name}_dict")
-    return dict(old if old is not None else config.get(name) or {})
+    name = f"{name}_dict" if config.get(f"{name}_dict") is not None else name
+    return field(config, name, dict) if config.get(name) else {}
+
+
+def _check_sizes(tower: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:
+    for name, default in defaults.items():
+        if isinstance(default, int) and name != "eos_token_id":
+            check_size(prefix + name, tower[name])
+    number(f"{prefix}layer_norm_eps", tower["layer_norm_eps"], 1.0)
+    width, heads = tower["hidden_size"], tower["num_attention_heads"]
+    if width % heads:
+        raise ValueError(f"{prefix}hidden_size={width} is not a multiple of num_attention_heads={heads}")
 
 
 def _check_shared(text: Mapping[str, Any], vision: Mapping[str, Any], further: tuple[str, ...]) -> None:
-    for field in ("hidden_act", "layer_norm_eps", *further):
-        if text[field] != vision[field]:
+    for name in ("hidden_act", "layer_norm_eps", *further):
+        for prefix, tower in (("text_config", text), ("vision_config", vision)):
+            if name not in tower:
+                raise ValueError(f"{prefix} has no field {name!r}")
+        if text[name] != vision[name]:
             raise ValueError(
-                f"text_config.{field}={text[field]!r} is not vision_config.{field}={vision[field]!r}: this "
-                "program's towers share one value"
+                f"text_config.{name}={reprlib.repr(text[name])} is not vision_config.{name}="
+                f"{reprlib.repr(vision[name])}: this program's towers share one value"
             )
 
 
@@ -259,9 +282,10 @@ def _import_eos(text: Mapping[str, Any]) -> int | None:
     eos_token_id = text["eos_token_id"]
     if eos_token_id in (LEGACY_EOS_ID, text["vocab_size"] - 1):
         return None
-    if not isinstance(eos_token_id, int):
-        raise ValueError(f"text_config.eos_token_id={eos_token_id!r}: this program looks for a single id")
-    return eos_token_id
+    if isinstance(eos_token_id, list):
+        shown = reprlib.repr(eos_token_id)
+        raise ValueError(f"text_config.eos_token_id={shown}: this program looks for a single id")
+    return whole_number("text_config.eos_token_id", eos_token_id, MOST_OF_ANY, least=0)
 
 
 def image_processor(image_size: int) -> dict[str, Any]:

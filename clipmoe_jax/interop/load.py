@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.core.errors import naming
+from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
@@ -154,7 +155,10 @@ def _open_folder(folder: epath.Path, asked: _Asked) -> _Checkpoint:
     if "model_type" in described and not (
         weights is None and _first(folder, OPENCLIP_FILES) and (folder / openclip.CONFIG_FILE).exists()
     ):
-        config = huggingface.import_config(described)  # refuses another kind of model before a missing file
+        with naming(folder / "config.json"):
+            config = huggingface.import_config(
+                described
+            )  # refuses another kind of model before a missing file
         if weights is None:
             raise ValueError(f"{folder} has transformers' config.json and none of {HUGGINGFACE_FILES}")
         return _huggingface(_open_weights(weights), config, folder)
@@ -181,7 +185,9 @@ def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
             raise ValueError(
                 f"{path} has transformers' names, but no config.json beside it says its sizes: put it there"
             )
-        return _huggingface(tensors, huggingface.import_config(described), path)
+        with naming(path.parent / "config.json"):
+            config = huggingface.import_config(described)
+        return _huggingface(tensors, config, path)
     if (other := _other_kind(tensors)) is None and released.has_these_names(tensors):
         if (path.parent / openclip.CONFIG_FILE).exists():
             return _openclip(tensors, path.parent)
@@ -190,12 +196,13 @@ def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
         said = _read_described(beside)
         is_bare = kind == released.BARE and not said
         widths = asked.vision_head_width, asked.text_head_width
-        config = released.infer_config(
-            tensors,
-            activation=said.get("activation") or asked.activation or "quick_gelu",
-            num_selected_experts=asked.num_selected_experts or said.get("num_selected_experts", 2),
-            head_widths=widths if is_bare else (released.HEAD_WIDTH, released.HEAD_WIDTH),
-        )
+        with naming(beside if said else path):
+            config = released.infer_config(
+                tensors,
+                activation=said.get("activation") or asked.activation or "quick_gelu",
+                num_selected_experts=asked.num_selected_experts or said.get("num_selected_experts", 2),
+                head_widths=widths if is_bare else (released.HEAD_WIDTH, released.HEAD_WIDTH),
+            )
         note = _assumed(asked, config) if is_bare else ""
         return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}")
     raise ValueError(f"{path} is not a ViT CLIP: {other or f'its first names are {list(tensors)[:3]}'}")
@@ -217,7 +224,8 @@ def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _C
     for name in (huggingface.IMAGE_PROCESSOR_FILE, huggingface.PROCESSOR_FILE):
         fields = _read_described(folder / name)
         if name == huggingface.PROCESSOR_FILE:
-            fields = fields.get("image_processor") or {}
+            where = f"{folder}/{name}"
+            fields = field(fields, "image_processor", dict, where) if fields.get("image_processor") else {}
         huggingface.check_image_processor(fields, config.vision.image_size, f"{folder}/{name}")
     tensors = huggingface.normalise(tensors)
     if "embeddings.class_embedding" in tensors:
@@ -229,7 +237,9 @@ def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _C
 
 
 def _openclip(tensors: Tensors, folder: epath.Path) -> _Checkpoint:
-    config = openclip.import_config(read_json(folder / openclip.CONFIG_FILE))
+    described = read_json(folder / openclip.CONFIG_FILE)
+    with naming(folder / openclip.CONFIG_FILE):
+        config = openclip.import_config(described)
     tensors, _ = released.normalise(tensors)
     return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
 

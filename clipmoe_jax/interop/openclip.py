@@ -1,9 +1,12 @@
 """open_clip's `open_clip_config.json`. Its state dicts have OpenAI's names (`released.TABLE`)."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.core.checks import number, whole_number
+from clipmoe_jax.core.json_files import field
+from clipmoe_jax.models.clip import MOST_OF_ANY, ClipConfig, TextConfig, VisionConfig, check_size
 from clipmoe_jax.models.inputs import MEAN, STD, check_preprocessing
 
 CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
@@ -58,10 +61,10 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
 
     Raises ValueError naming the first field that this program's towers cannot follow.
     """
-    model = config.get("model_cfg", config)
+    model = field(config, "model_cfg", dict) if "model_cfg" in config else config
     if missing := [name for name in ("embed_dim", "vision_cfg", "text_cfg") if name not in model]:
         raise ValueError(f"{CONFIG_FILE} lacks {', '.join(missing)}")
-    vision, text = model["vision_cfg"], model["text_cfg"]
+    vision, text = field(model, "vision_cfg", dict), field(model, "text_cfg", dict)
     if isinstance(vision.get("layers"), list):
         raise ValueError(f"vision_cfg.layers={vision['layers']} is a ResNet, not a ViT: give a ViT CLIP")
     if "init_logit_bias" in model:
@@ -69,37 +72,42 @@ def import_config(config: Mapping[str, Any]) -> ClipConfig:
     if "multimodal_cfg" in model:
         raise ValueError("multimodal_cfg is a CoCa's, not a CLIP's")
     for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
-        for field, value in tower.items():
-            if field in FIXED and value != FIXED[field]:
-                raise ValueError(f"{name}.{field}={value!r}: this program's towers have {FIXED[field]!r}")
-            if field not in (FIXED.keys() | READ | IGNORED):
-                raise ValueError(f"{name}.{field}={value!r} is unknown to this program")
+        for key, value in tower.items():
+            shown = reprlib.repr(value)
+            if key in FIXED and value != FIXED[key]:
+                raise ValueError(f"{name}.{key}={shown}: this program's towers have {FIXED[key]!r}")
+            if key not in (FIXED.keys() | READ | IGNORED):
+                raise ValueError(f"{name}.{key}={shown} is unknown to this program")
     if vision.get("pool_type", "tok") != "tok":
         raise ValueError(f"vision_cfg.pool_type={vision['pool_type']!r}: this program pools the class token")
-    check_preprocessing(config.get("preprocess_cfg") or {}, PREPROCESSING, CONFIG_FILE)
+    preprocessing = field(config, "preprocess_cfg", dict) if config.get("preprocess_cfg") else {}
+    check_preprocessing(preprocessing, PREPROCESSING, CONFIG_FILE)
     if _eps(vision) != _eps(text):
         raise ValueError(
             f"vision_cfg has LayerNorms of eps {_eps(vision)}, text_cfg of {_eps(text)}: this program's "
             "towers share one value"
         )
-    width, text_width = vision.get("width", 768), text.get("width", 512)
+    width, text_width = _size(vision, "vision_cfg.width", 768), _size(text, "text_cfg.width", 512)
+    heads = _size(text, "text_cfg.heads", 8)
+    if text_width % heads:
+        raise ValueError(f"text_cfg.width={text_width} is not a multiple of text_cfg.heads={heads}")
     return ClipConfig(
-        embed_dim=model["embed_dim"],
+        embed_dim=check_size("embed_dim", model["embed_dim"]),
         vision=VisionConfig(
             image_size=_side(vision, "image_size", 224),
             patch_size=_side(vision, "patch_size", 16),
             width=width,
-            num_layers=vision.get("layers", 12),
-            head_width=vision.get("head_width", 64),
-            mlp_width=_mlp_width(vision, width),
+            num_layers=_size(vision, "vision_cfg.layers", 12),
+            head_width=_size(vision, "vision_cfg.head_width", 64),
+            mlp_width=_mlp_width("vision_cfg", vision, width),
         ),
         text=TextConfig(
-            vocab_size=text.get("vocab_size", 49408),
-            context_length=text.get("context_length", 77),
+            vocab_size=_size(text, "text_cfg.vocab_size", 49408),
+            context_length=_size(text, "text_cfg.context_length", 77),
             width=text_width,
-            num_layers=text.get("layers", 12),
-            head_width=text_width // text.get("heads", 8),
-            mlp_width=_mlp_width(text, text_width),
+            num_layers=_size(text, "text_cfg.layers", 12),
+            head_width=text_width // heads,
+            mlp_width=_mlp_width("text_cfg", text, text_width),
             eos_token_id=_eos_token_id(text),
         ),
         activation="quick_gelu" if model.get("quick_gelu") else "gelu",
@@ -151,23 +159,31 @@ def _export_tower(tower: VisionConfig | TextConfig, eps: float) -> dict[str, Any
 
 
 def _eps(tower: Mapping[str, Any]) -> float:
-    kwargs = tower.get("norm_kwargs") or {}
+    kwargs = field(tower, "norm_kwargs", dict) if tower.get("norm_kwargs") else {}
     if odd := sorted(kwargs.keys() - {"eps"}):
         raise ValueError(f"norm_kwargs has {odd}: this program's LayerNorms have only an eps")
-    return kwargs.get("eps", DEFAULT_EPS)
+    return number("norm_kwargs.eps", kwargs.get("eps", DEFAULT_EPS), 1.0)
 
 
-def _mlp_width(tower: Mapping[str, Any], width: int) -> int | None:
-    mlp_width = int(width * tower.get("mlp_ratio", 4.0))
+def _size(fields: Mapping[str, Any], name: str, default: int) -> int:
+    """Returns a size. name: as errors call it; the fields have its last part."""
+    return check_size(name, fields.get(name.rpartition(".")[2], default))
+
+
+def _mlp_width(name: str, tower: Mapping[str, Any], width: int) -> int | None:
+    mlp_width = int(width * number(f"{name}.mlp_ratio", tower.get("mlp_ratio", 4.0), 1000.0))
     return None if mlp_width == 4 * width else mlp_width
 
 
-def _side(tower: Mapping[str, Any], field: str, default: int) -> int:
+def _side(tower: Mapping[str, Any], name: str, default: int) -> int:
     """Returns a number of pixels, which open_clip may write as [height, width]."""
-    value = tower.get(field, default)
-    sides = set(value) if isinstance(value, list) else {value}
+    value = tower.get(name, default)
+    values = value if isinstance(value, list) else [value]
+    sides = {check_size(f"vision_cfg.{name}", side) for side in values}
     if len(sides) != 1:
-        raise ValueError(f"vision_cfg.{field}={value}: this program takes square images and patches")
+        raise ValueError(
+            f"vision_cfg.{name}={reprlib.repr(value)}: this program takes square images and patches"
+        )
     return sides.pop()
 
 
@@ -177,5 +193,5 @@ def _eos_token_id(text: Mapping[str, Any]) -> int | None:
     if pool_type == "argmax":
         return None
     if pool_type == "eos":
-        return text.get("eos_id", 2)
+        return whole_number("text_cfg.eos_id", text.get("eos_id", 2), MOST_OF_ANY, least=0)
     raise ValueError(f"text_cfg.pool_type={pool_type!r}: this program pools the end token ('argmax', 'eos')")

@@ -24,16 +24,18 @@ HEAD_WIDTH = 64
 
 POSITIONS, POSITIONS_RES = "positional_embedding", "positional_embedding_res"
 VISION_POSITIONS = "visual.positional_embedding"
-# Tensors whose shapes give the architecture.
-SIZE_NAMES = (
-    "visual.conv1.weight",
-    VISION_POSITIONS,
-    "visual.proj",
-    "token_embedding.weight",
-    POSITIONS,
-    "visual.transformer.resblocks.0.ln_1.weight",
-    "transformer.resblocks.0.ln_1.weight",
-)
+# Tensors whose shapes give the architecture, and how many axes they have.
+SIZE_AXES = {
+    "visual.conv1.weight": 4,
+    VISION_POSITIONS: 2,
+    "visual.proj": 2,
+    "token_embedding.weight": 2,
+    POSITIONS: 2,
+    "visual.transformer.resblocks.0.ln_1.weight": 1,
+    "transformer.resblocks.0.ln_1.weight": 1,
+}
+# Those that a file may lack, by the end of their names.
+FURTHER_AXES = {".c_fc.bias": 1, ".gate.weight": 2}
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
 BARE = "OpenAI's names"  # the format of a state dict that does not say whose it is
 CUSTOM_TEXT = "text."  # the prefix of the text tower in open_clip's CustomTextCLIP
@@ -90,7 +92,10 @@ def has_these_names(names: Mapping[str, Any]) -> bool:
 
 
 def normalise(tensors: Tensors) -> tuple[Tensors, str]:
-    """Returns the tensors under TABLE's names, and their format in words."""
+    """Returns the tensors under TABLE's names, and their format in words.
+
+    Raises ValueError if the two tables of positions differ in shape.
+    """
     tensors = {name.removeprefix(CUSTOM_TEXT): tensor for name, tensor in tensors.items()}
     kind = BARE
     if any(name in tensors for name in OPENAI_SCALARS):
@@ -101,6 +106,8 @@ def normalise(tensors: Tensors) -> tuple[Tensors, str]:
         tensors.pop(name, None)
     if (tail := tensors.pop(POSITIONS_RES, None)) is not None and POSITIONS in tensors:
         head = tensors[POSITIONS]
+        if head.shape != tail.shape:
+            raise ValueError(f"{POSITIONS_RES} has the shape {tail.shape}, {POSITIONS} has {head.shape}")
         tensors[POSITIONS] = Tensor(
             head.shape, lambda: np.concatenate([head.read()[:KEPT_POSITIONS], tail.read()[KEPT_POSITIONS:]])
         )
@@ -117,12 +124,17 @@ def infer_config(
     """Returns the architecture that tensors of these names and shapes belong to.
 
     head_widths: of the vision and the text tower; None is what open_clip's models of that width have.
-    Raises ValueError if tensors that give the sizes are missing, or a tower's width is no multiple of the
-    head width that it would be given.
+    Raises ValueError if tensors that give the sizes are missing or have other axes, or a tower's width is no
+    multiple of the head width that it would be given.
     """
-    if missing := [name for name in SIZE_NAMES if name not in tensors]:
+    if missing := [name for name in SIZE_AXES if name not in tensors]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
     shapes = {name: tensors[name].shape for name in tensors}
+    for name, shape in shapes.items():
+        further = (axes for end, axes in FURTHER_AXES.items() if name.endswith(end))
+        axes = SIZE_AXES.get(name) or next(further, len(shape))
+        if len(shape) != axes or 0 in shape:
+            raise ValueError(f"{name} has the shape {shape}: it must have {axes} axes, none of length 0")
     vision_width, _, patch, _ = shapes["visual.conv1.weight"]
     vocab_size, text_width = shapes["token_embedding.weight"]
     grid = round((shapes[VISION_POSITIONS][0] - 1) ** 0.5)

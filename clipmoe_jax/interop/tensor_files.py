@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.interop import torchscript
 
@@ -54,9 +54,9 @@ def open_sharded(index: epath.Path) -> Tensors:
 
     Raises FileNotFoundError naming files that do not exist, ValueError for tensors that their file lacks.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map: it is not the index of a sharded checkpoint")
+    weight_map = field(read_json(index), "weight_map", dict, str(index))
+    for name in weight_map:
+        field(weight_map, name, str, f"{index}: weight_map")
     shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
     if missing := [name for name, path in shards.items() if not path.exists()]:
         raise FileNotFoundError(f"{index} names {len(shards)} files, of which {missing[:10]} do not exist")
@@ -164,7 +164,9 @@ def _open_torch(path: epath.Path) -> Tensors:
     try:
         with path.open("rb") as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises errors of pickle, zipfile, PyTorch, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = ". Only tensors are read, no pickled code: save the model's state_dict() alone"
         raise ValueError(
@@ -173,9 +175,13 @@ def _open_torch(path: epath.Path) -> Tensors:
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__}")
+    try:
+        flat = dict(_flatten(state))
+    except RecursionError as error:
+        raise ValueError(f"{path} is not a state dict: its dicts are nested without end") from error
     tensors = {
-        name: Tensor(tuple(value.shape), functools.partial(_to_numpy, torch, value))
-        for name, value in _flatten(state)
+        name: Tensor(tuple(value.shape), functools.partial(_to_numpy, torch, value, f"{path}: {name}"))
+        for name, value in flat.items()
         if isinstance(value, torch.Tensor)
     }
     if not tensors:
@@ -224,12 +230,23 @@ def _import_torch(path: epath.Path) -> Any:
     return torch
 
 
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    """Returns a tensor's values in its own dtype. PyTorch's conversion does not know ml_dtypes' bfloat16."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def _to_numpy(torch: Any, tensor: Any, name: str) -> np.ndarray:
+    """Returns a tensor's values in its own dtype. PyTorch's conversion does not know ml_dtypes' bfloat16.
+
+    Raises ValueError with the name for complex numbers, and for what is no plain array: sparse, quantised, …
+    """
+    try:
+        if tensor.is_complex():
+            raise TypeError(f"it is {tensor.dtype}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise TypeError(f"the file has fewer numbers than its shape {tuple(tensor.shape)}")
+        tensor = tensor.detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} is not a tensor that a CLIP's parameters can be: {reason}") from error
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:

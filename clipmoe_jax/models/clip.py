@@ -5,6 +5,7 @@ Letters: B batch, R rows of packed captions, L length, H and W height and width 
 
 import dataclasses
 import functools
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.checks import fields_of, number, whole_number
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.sharding import devices_in_use
 from clipmoe_jax.models.feed_forward import ACTIVATIONS
@@ -59,11 +61,31 @@ class TextConfig:
         return self.vocab_size == END_ID + 1 and self.eos_token_id in (None, END_ID)
 
 
+# The largest sizes, by how their names end, in other formats too: a file that says more is damaged, and would
+# be traced for minutes.
+MOST = {"layers": 256, "image_size": 10_000, "patch_size": 10_000}
+MOST_OF_ANY = 10_000_000
+
+
+def check_size(name: str, value: object) -> int:
+    """Returns a size of an architecture. name: its field. Raises ValueError if it cannot be one."""
+    most = next((most for end, most in MOST.items() if name.endswith(end)), MOST_OF_ANY)
+    return whole_number(name, value, most)
+
+
+OPTIONAL_SIZES = ("mlp_width", "eos_token_id")
+
+
 def _check_tower(name: str, tower: VisionConfig | TextConfig) -> None:
     errors = Errors()
     for field, value in dataclasses.asdict(tower).items():
-        if field != "eos_token_id" and value is not None and value < 1:
-            errors.add(f"{name}.{field}={value} must be at least 1")
+        if field in OPTIONAL_SIZES and value is None:
+            continue
+        with errors.of():
+            if field == "eos_token_id":
+                whole_number(f"{name}.{field}", value, MOST_OF_ANY, least=0)
+            else:
+                check_size(f"{name}.{field}", value)
     errors.raise_all()  # what follows divides by them
     if tower.width % tower.head_width:
         errors.add(f"{name}.width={tower.width} is not a multiple of {name}.head_width={tower.head_width}")
@@ -90,8 +112,13 @@ class ClipConfig:
 
     def __post_init__(self):
         errors = Errors()
-        if self.activation not in ACTIVATIONS:
-            errors.add(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
+            shown = reprlib.repr(self.activation)
+            errors.add(f"activation={shown}: choose one of {sorted(ACTIVATIONS)}")
+        with errors.of():
+            check_size("embed_dim", self.embed_dim)
+        with errors.of():
+            number("layer_norm_eps", self.layer_norm_eps, 1.0)
         for name, tower in (("vision", self.vision), ("text", self.text)):
             if tower is not None:
                 with errors.of():
@@ -104,13 +131,13 @@ class ClipConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ClipConfig":
-        """Returns the architecture that `to_dict` made the fields of."""
-        fields = dict(fields)
-        fields["vision"] = VisionConfig(**fields["vision"])
-        if fields["text"] is not None:
-            fields["text"] = TextConfig(**fields["text"])
-        if fields.get("moe") is not None:
-            fields["moe"] = MoeConfig(**fields["moe"])
+        """Returns the architecture that `to_dict` made the fields of. Raises ValueError for others."""
+        fields = dict(fields_of(cls, "the architecture", fields))
+        for name, part in (("vision", VisionConfig), ("text", TextConfig), ("moe", MoeConfig)):
+            if name not in fields and name != "moe":
+                raise ValueError(f"the architecture has no field {name}")
+            if fields.get(name) is not None or name == "vision":
+                fields[name] = part(**fields_of(part, name, fields[name]))
         return cls(**fields)
 
 

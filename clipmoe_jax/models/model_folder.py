@@ -4,6 +4,7 @@ Experts that are equal in every block are stored once: then `experts.json` has, 
 the number of the stored one. Letters: E experts, U stored ones.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +14,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from clipmoe_jax.core import artifacts, checkpoints, checksums, distributed, trees
+from clipmoe_jax.core.checks import whole_number
+from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import absolute
 from clipmoe_jax.core.sharding import replicated
@@ -40,12 +43,14 @@ def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> No
 def read_config(path: epath.Path) -> ClipConfig:
     """Returns the architecture of a model folder.
 
-    Raises FileNotFoundError if the folder holds no model, ValueError if the file is damaged.
+    Raises FileNotFoundError if the folder holds no model, ValueError naming what is wrong in its model.json.
     """
     if not (path / MODEL_FILE).exists():
         raise FileNotFoundError(f"{path} is not a model folder: it has no {MODEL_FILE}")
     checksums.verify(path, MODEL_FILE)
-    return ClipConfig.from_dict(read_json(path / MODEL_FILE))
+    fields = read_json(path / MODEL_FILE)
+    with naming(path / MODEL_FILE):
+        return ClipConfig.from_dict(fields)
 
 
 def load_model(
@@ -62,7 +67,7 @@ def load_model(
     abstract = abstract_params(config)
     if not (path / EXPERTS_FILE).exists():
         return config, checkpoints.load_params(path / PARAMS, abstract, place)
-    stored: list[int] = read_json(path / EXPERTS_FILE, list)
+    stored = _read_experts(path / EXPERTS_FILE, config)
     of_stored = jax.eval_shape(lambda tree: _taken(tree, range(len(set(stored)))), abstract)
     if place is None:
         return config, _taken(checkpoints.load_params(path / PARAMS, of_stored), stored)
@@ -76,6 +81,21 @@ def load_model(
 
     params = checkpoints.load_params(path / PARAMS, of_stored, place_stored)
     return config, _take_experts(params, stored, lambda name, _: shardings[name])
+
+
+def _read_experts(path: epath.Path, config: ClipConfig) -> list[int]:
+    """Returns for each expert of the model the number of the stored one.
+
+    Raises ValueError naming the file if it is damaged.
+    """
+    stored = read_json(path, list)
+    num_experts = config.moe.num_experts if config.moe else 0
+    with naming(path):
+        for number in stored:
+            whole_number("an expert", number, num_experts - 1, least=0)
+        if len(stored) != num_experts or set(stored) != set(range(len(set(stored)))):
+            raise ValueError(f"it has {reprlib.repr(stored)} for the {num_experts} experts of the model")
+    return stored
 
 
 def _divides(num_stored: int, params: trees.Params) -> bool:

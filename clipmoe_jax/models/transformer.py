@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from clipmoe_jax.core.checks import number, whole_number
 from clipmoe_jax.core.sharding import split_batch
 from clipmoe_jax.models.attention import attention
 from clipmoe_jax.models.dispatch import ROUTING
@@ -23,6 +24,7 @@ from clipmoe_jax.models.moe import MoeMlp, gather
 Array = jax.Array
 
 
+MOST_EXPERTS = 1000
 REMAT = ("none", "dots", "full")
 # The arrays that remat="dots" keeps of a block besides its input: queries, keys and values; the output of
 # attention; the residual stream after attention; hidden activations; where routers send tokens.
@@ -35,6 +37,7 @@ class MoeConfig:
 
     num_moe_layers: how many of the last blocks of each tower are MoE; None is all. sequence_share: how often
     the mean over a token's sequence is added to what its router sees, the token (`moe.add_sequence_mean`).
+    Raises ValueError for fields out of range.
     """
 
     num_experts: int = 4
@@ -43,13 +46,16 @@ class MoeConfig:
     sequence_share: float = 0.0
 
     def __post_init__(self):
+        for name in ("num_experts", "num_selected_experts"):
+            whole_number(name, getattr(self, name), MOST_EXPERTS, least=0)
+        number("sequence_share", self.sequence_share, 1e3)
         if not 1 <= self.num_selected_experts <= self.num_experts:
             raise ValueError(
                 f"num_selected_experts={self.num_selected_experts} must lie between 1 and "
                 f"num_experts={self.num_experts}"
             )
-        if self.num_moe_layers is not None and self.num_moe_layers < 1:
-            raise ValueError(f"num_moe_layers={self.num_moe_layers} must be at least 1, or None for all")
+        if self.num_moe_layers is not None:
+            whole_number("num_moe_layers", self.num_moe_layers, 1000)
 
 
 @dataclasses.dataclass(frozen=True)

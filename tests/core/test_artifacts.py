@@ -169,7 +169,7 @@ def test_missing_artifact_names_the_stage_that_makes_it(tmp_path):
 DAMAGED = {
     "cut off": ('{"inputs": {', "is not valid JSON at line 1 column 13: .*"),
     "a list": ("[]", "holds a list, not an object"),
-    "empty": ("{}", "has no field 'inputs'"),
+    "empty": ("{}", ": no field 'inputs'"),
     "inputs gone": ('{"inputs": null}', ": inputs is None, not an object"),
 }
 

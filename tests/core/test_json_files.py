@@ -39,7 +39,7 @@ def test_content_comes_as_it_is(tmp_path):
 
 
 FIELDS = {
-    "absent": ({}, "c.json has no field 'size'"),
+    "absent": ({}, "c.json: no field 'size'"),
     "a string": ({"size": "3"}, "c.json: size is '3', not a whole number"),
     "a float": ({"size": 3.0}, "c.json: size is 3.0, not a whole number"),
     "a truth": ({"size": True}, "c.json: size is True, not a whole number"),

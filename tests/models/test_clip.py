@@ -385,7 +385,7 @@ CONFIG_ERRORS = {
         "num_selected_experts=5 must lie between 1 and num_experts=4",
     ),
     "none selected": (lambda: MoeConfig(4, 0), "num_selected_experts=0 must lie between"),
-    "no MoE layer": (lambda: MoeConfig(4, 2, 0), "num_moe_layers=0 must be at least 1, or None"),
+    "no MoE layer": (lambda: MoeConfig(4, 2, 0), "num_moe_layers=0 must be a whole number from 1 to"),
     "heads that do not fit": (
         lambda: ClipConfig(text=TextConfig(width=100)),
         "text.width=100 is not a multiple of text.head_width=64",

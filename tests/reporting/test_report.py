@@ -358,7 +358,7 @@ def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
 
 DAMAGED_LINES = {
     "no object": ("]}", "is not valid JSON at line 1 column 1"),
-    "no phase": ('{"step": 3}', "has no field 'phase'"),
+    "no phase": ('{"step": 3}', ": no field 'phase'"),
     "a word for a step": ('{"phase": "base", "step": "x"}', ": step is 'x', not a whole number"),
 }
 

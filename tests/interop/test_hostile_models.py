@@ -1,0 +1,241 @@
+"""Model files that are damaged, or a stranger's: one line that names the file and the field."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from etils import epath
+
+from clipmoe_jax.core import trees
+from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
+from clipmoe_jax.interop.load import read_model
+from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.model_folder import save_model
+from clipmoe_jax.models.transformer import MoeConfig
+
+DENSE = ClipConfig(
+    embed_dim=8,
+    vision=VisionConfig(image_size=8, patch_size=4, width=64, num_layers=1),
+    text=TextConfig(vocab_size=20, context_length=77, width=64, num_layers=1),
+)
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+
+
+def zeros(config):
+    return trees.unflatten(
+        {
+            name: np.zeros(leaf.shape, np.float32)
+            for name, leaf in trees.flatten(abstract_params(config)).items()
+        }
+    )
+
+
+def write_config(path, content):
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same architecture in each format, as a folder."""
+    root = tmp_path_factory.mktemp("models")
+    write_config(root / "huggingface" / "config.json", huggingface.export_config(MOE, "float32"))
+    tensor_files.write_safetensors(
+        epath.Path(root / "huggingface"), huggingface.export_state_dict(zeros(MOE))
+    )
+    write_config(root / "openclip" / openclip.CONFIG_FILE, openclip.export_config(DENSE))
+    tensor_files.write_safetensors(
+        epath.Path(root / "openclip"), released.export_state_dict(zeros(DENSE)), openclip.WEIGHTS_STEM
+    )
+    write_config(root / "released" / "clipmoe.json", {"num_selected_experts": 2, "activation": "gelu"})
+    tensor_files.write_torch(
+        epath.Path(root / "released" / "model.pt"), released.export_state_dict(zeros(MOE))
+    )
+    save_model(epath.Path(root / "run"), MOE, zeros(MOE))
+    return root
+
+
+def copied(folders, tmp_path, kind):
+    return shutil.copytree(folders / kind, tmp_path / kind)
+
+
+FILES = {
+    "huggingface": "config.json",
+    "openclip": openclip.CONFIG_FILE,
+    "released": "clipmoe.json",
+    "run": "model.json",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_honest_twin_is_read(folders, kind):
+    found = read_model(str(folders / kind))
+    assert found.config.vision == DENSE.vision and len(trees.flatten(found.params)) > 20
+
+
+# Format, dotted field, its value; None takes it out.
+SIZES = [
+    *[("huggingface", "vision_config.num_hidden_layers", v) for v in (10**6, 0, -1, 1.0, "1", [1], None, {})],
+    *[("huggingface", "text_config.hidden_size", v) for v in (True, float("nan"), 10**30, "x" * 10**6)],
+    ("huggingface", "vision_config.num_attention_heads", 0),
+    ("huggingface", "vision_config.num_attention_heads", 3),
+    ("huggingface", "vision_config.image_size", 10**9),
+    ("huggingface", "vision_config.patch_size", "4"),
+    ("huggingface", "vision_config.layer_norm_eps", float("nan")),
+    ("huggingface", "text_config.layer_norm_eps", "small"),
+    ("huggingface", "text_config.eos_token_id", "end"),
+    ("huggingface", "vision_config.num_experts", "4"),
+    ("huggingface", "vision_config.num_experts_per_tok", 2.0),
+    ("huggingface", "projection_dim", -8),
+    ("huggingface", "vision_config", [1]),
+    ("huggingface", "text_config", "x"),
+    *[("openclip", "model_cfg.vision_cfg.layers", v) for v in (10**6, "1", 0, 1.5, None)],
+    ("openclip", "model_cfg.vision_cfg.image_size", [[8]]),
+    ("openclip", "model_cfg.vision_cfg.patch_size", float("inf")),
+    ("openclip", "model_cfg.vision_cfg.mlp_ratio", float("inf")),
+    ("openclip", "model_cfg.text_cfg.heads", 0),
+    ("openclip", "model_cfg.text_cfg.heads", 3),
+    ("openclip", "model_cfg.text_cfg.vocab_size", -1),
+    ("openclip", "model_cfg.text_cfg.norm_kwargs", [1]),
+    ("openclip", "model_cfg.embed_dim", "8"),
+    ("openclip", "model_cfg.text_cfg", "x"),
+    ("openclip", "model_cfg", [1]),
+    ("openclip", "preprocess_cfg", [1]),
+    ("released", "num_selected_experts", [2]),
+    ("released", "activation", ["gelu"]),
+    *[("run", "vision.num_layers", v) for v in (10**6, "1", 1.0, None, True)],
+    ("run", "text.width", {}),
+    ("run", "moe.num_experts", 10**9),
+    ("run", "moe.num_selected_experts", "2"),
+    ("run", "moe.num_moe_layers", 0.5),
+    ("run", "moe.sequence_share", float("nan")),
+    ("run", "activation", {}),
+    ("run", "layer_norm_eps", "small"),
+    ("run", "embed_dim", None),
+    ("run", "vision", [1]),
+    ("run", "moe", 4),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), SIZES, ids=lambda value: str(value)[:40])
+def test_odd_field_is_named_with_its_file(folders, tmp_path, kind, field, value):
+    folder = copied(folders, tmp_path, kind)
+    file = folder / FILES[kind]
+    content = json.loads(file.read_text())
+    *sections, last = field.split(".")
+    inner = content
+    for section in sections:
+        inner = inner[section]
+    inner[last] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: [^\n]*{last}") as error:
+        read_model(str(folder))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_unknown_and_missing_fields_of_model_json_are_named(folders, tmp_path):
+    file = copied(folders, tmp_path, "run") / "model.json"
+    content = json.loads(file.read_text())
+    for changed, message in (
+        (content | {"twist": 1}, "the architecture has unknown fields: 'twist'"),
+        (content | {"text": {"twist": 1}}, "text has unknown fields: 'twist'"),
+        ({"vision": content["vision"]}, "the architecture has no field text"),
+    ):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"^{file}: {message}$"):
+            read_model(str(file.parent))
+
+
+EXPERTS = {
+    "one that is not stored": [0, 1, 1, 5],
+    "a gap": [0, 0, 2, 2],
+    "too few": [0, 1],
+    "a string": [0, 0, "1", 1],
+    "a list": [0, 0, [1], 1],
+}
+
+
+@pytest.mark.parametrize("stored", EXPERTS.values(), ids=EXPERTS)
+def test_damaged_experts_json_is_named(folders, tmp_path, stored):
+    """An index that is out of range would be clamped in silence."""
+    file = copied(folders, tmp_path, "run") / "experts.json"
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=f"^{file}: "):
+        read_model(str(file.parent))
+
+
+def with_tensor(folders, tmp_path, name, tensor):
+    """The released model's state dict, one of its tensors another."""
+    state = torch.load(folders / "released" / "model.pt", weights_only=True)
+    torch.save(state | {name: tensor}, tmp_path / "odd.pt")
+    return str(tmp_path / "odd.pt")
+
+
+PROJ = torch.zeros(64, 8)
+TENSORS = {
+    "sparse": PROJ.to_sparse(),
+    "eight bits": PROJ.to(torch.float8_e4m3fn),
+    "complex": PROJ.to(torch.complex64),
+    "without data": PROJ.to("meta"),
+    "one number for all": torch.zeros(1).expand(64, 8),
+}
+
+
+@pytest.mark.parametrize("tensor", TENSORS.values(), ids=TENSORS)
+def test_tensor_that_is_no_plain_array_is_named(folders, tmp_path, tensor):
+    path = with_tensor(folders, tmp_path, "visual.proj", tensor)
+    with pytest.raises(ValueError, match=f"^{path}: visual.proj is not a tensor that a CLIP's") as error:
+        read_model(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (64, 8, 1), (0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["visual.proj", "visual.positional_embedding", "transformer.resblocks.0.gate.weight"]
+)
+def test_tensor_with_other_axes_is_named(folders, tmp_path, name, shape):
+    path = with_tensor(folders, tmp_path, name, torch.zeros(shape))
+    with pytest.raises(ValueError, match=rf"^{path}: {name} has the shape {re.escape(str(shape))}"):
+        read_model(path)
+
+
+def test_positions_in_two_tables_of_two_shapes_are_refused(folders, tmp_path):
+    path = with_tensor(folders, tmp_path, "positional_embedding_res", torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"positional_embedding_res has the shape \(3, 2\)"):
+        read_model(path)
+
+
+def test_dicts_that_contain_themselves_are_refused(tmp_path):
+    state = {}
+    state["self"] = state
+    torch.save(state, tmp_path / "self.pt")
+    with pytest.raises(ValueError, match="self.pt is not a state dict: its dicts are nested without end"):
+        read_model(str(tmp_path / "self.pt"))
+
+
+def test_pickle_with_flipped_bytes_is_one_line(folders, tmp_path):
+    """PyTorch raises UnicodeDecodeError, KeyError, AttributeError, … then."""
+    content = (folders / "released" / "model.pt").read_bytes()
+    begin, rng, raised = content.index(b"data.pkl"), np.random.default_rng(0), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[begin + rng.integers(10, 3000)] = rng.integers(256)
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        try:
+            tensor_files.open_tensors(epath.Path(tmp_path / "damaged.pt"))
+        except ValueError as error:
+            raised += 1
+            assert str(error).startswith(f"{tmp_path}/damaged.pt ") and "\n" not in str(error)
+    assert raised > 20
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 5}, {"a": None, "b": "x"}, {"a": ["x"]}, [1]], ids=str)
+def test_odd_entries_of_an_index_are_named(tmp_path, weight_map):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=f"^{index}: weight_map"):
+        tensor_files.open_sharded(epath.Path(index))
