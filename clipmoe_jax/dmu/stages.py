@@ -24,7 +24,7 @@ from tqdm import tqdm
 from clipmoe_jax.core import artifacts, checksums, distributed
 from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.data.clusters import ClusterIndex
-from clipmoe_jax.data.npy import load_array, map_array
+from clipmoe_jax.data.npy import load_array, load_arrays, map_array
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.recipes import Recipe
@@ -104,9 +104,9 @@ def _encode(
     """
     parts = {modality: [] for modality in MODALITIES}
     if distributed.is_main() and begun.exists():
-        with begun.open("rb") as file, np.load(file) as arrays:
-            if (arrays["start"], arrays["stop"]) == (start, stop):
-                parts = {modality: [arrays[modality]] for modality in MODALITIES}
+        arrays = load_arrays(begun)
+        if (arrays["start"], arrays["stop"]) == (start, stop):
+            parts = {modality: [arrays[modality]] for modality in MODALITIES}
     done = int(distributed.broadcast(np.asarray(start + sum(map(len, parts["text"])))))
     workers, shards = run.config.data.num_workers, run.mesh.size
     with encoder.open(run.pairs("train"), done, stop, workers, shards) as batches:

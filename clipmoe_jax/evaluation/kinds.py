@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.data.npy import load_arrays
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources.base import AttributeTable
 from clipmoe_jax.evaluation import ood, probe
@@ -210,8 +211,7 @@ class _KnownAndUnknown:
         if file := data.options.get("classifier"):
             if train is None:
                 raise ValueError("COOkeD's ensemble has a linear probe: give train= beside classifier=")
-            with epath.Path(file).open("rb") as opened:
-                classifier = dict(np.load(opened))
+            classifier = load_arrays(epath.Path(file), ("known", "unknown"))
             for name, records in (("known", known.images.records), ("unknown", unknown)):
                 expected = (len(records), len(known.images.names))
                 if name not in classifier or classifier[name].shape != expected:

@@ -12,6 +12,7 @@ from etils import epath
 
 from clipmoe_jax.core import artifacts, checksums
 from clipmoe_jax.core.json_files import field, parse_json, read_json
+from clipmoe_jax.data.npy import load_array, load_arrays
 from clipmoe_jax.data.records import Records
 
 Curves = dict[str, dict[str, np.ndarray]]
@@ -56,9 +57,8 @@ class Folder:
 
     def array(self, name: str, stage: str) -> Any:
         """Returns the array of an .npy file, or the dict of arrays of an .npz file. Raises NotThereError."""
-        with self.file(name, stage).open("rb") as file:
-            content = np.load(file)
-            return content if isinstance(content, np.ndarray) else dict(content)
+        file = self.file(name, stage)
+        return load_arrays(file) if file.suffix == ".npz" else load_array(file)
 
     def config(self) -> dict[str, Any]:
         """Returns the run's config. Raises NotThereError: it is written when all stages are through."""

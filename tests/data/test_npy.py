@@ -1,0 +1,87 @@
+"""Arrays in files: what comes back, and what is said of damaged files."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from etils import epath
+
+from clipmoe_jax.data import npy
+
+ARRAY = np.arange(24, dtype=np.float16).reshape(4, 6)
+
+
+def npy_bytes(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def npz_bytes(**arrays):
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
+
+
+NPY, NPZ = npy_bytes(ARRAY), npz_bytes(known=ARRAY, other=np.zeros(3))
+HUGE = NPY.replace(b"(4, 6)", b"(9999999999999, 6)").replace(b" " * 11 + b"\n", b"\n")
+DAMAGED = {
+    "empty": b"",
+    "cut in its magic": NPY[:4],
+    "cut in its header": NPY[:30],
+    "cut in its data": NPY[:-5],
+    "no literal": flipped(NPY, 10),
+    "no dtype": flipped(NPY, NPY.index(b"f2")),
+    "a huge shape": HUGE,
+    "pickled": npy_bytes(np.array([{"a": 1}], object)),
+    "text": b"hello",
+}
+
+
+@pytest.mark.parametrize("load", [npy.load_array, npy.map_array])
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_npy_is_named_in_one_line(tmp_path, load, content):
+    path = epath.Path(tmp_path / "labels.npy")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is damaged or no file of NumPy's: ") as e:
+        load(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("load", [npy.load_array, npy.map_array])
+def test_array_comes_back(tmp_path, load):
+    path = epath.Path(tmp_path / "labels.npy")
+    path.write_bytes(NPY)
+    np.testing.assert_array_equal(load(path), ARRAY)
+
+
+DAMAGED_ARCHIVES = {
+    "empty": b"",
+    "cut off": NPZ[:-30],
+    "damaged data": flipped(NPZ, 120),
+    "an array alone": NPY,
+    "text": b"hello",
+    "zeros": bytes(300),
+    "pickled": npz_bytes(known=np.array([{"a": 1}], object)),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_ARCHIVES.values(), ids=DAMAGED_ARCHIVES)
+def test_damaged_npz_is_named_in_one_line(tmp_path, content):
+    path = epath.Path(tmp_path / "arrays.npz")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is damaged or no file of NumPy's: ") as e:
+        npy.load_arrays(path)
+    assert "\n" not in str(e.value)
+
+
+def test_only_the_arrays_asked_for_are_read(tmp_path):
+    path = epath.Path(tmp_path / "arrays.npz")
+    path.write_bytes(npz_bytes(known=ARRAY, pickled=np.array([{"a": 1}], object)))
+    (found,) = npy.load_arrays(path, ("known", "unknown")).values()
+    np.testing.assert_array_equal(found, ARRAY)
