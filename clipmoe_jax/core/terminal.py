@@ -1,4 +1,4 @@
-"""Text for a terminal."""
+"""Text that is shown: on a terminal, in a report."""
 
 import re
 
@@ -7,7 +7,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u20
 
 
 def printable(text: str) -> str:
-    """Returns a text for a terminal: control characters, as of strangers' file names, become escapes.
+    """Returns a text to show: control characters, as of strangers' names and captions, become escapes.
 
     Line breaks and tabs stay.
     """

@@ -1,8 +1,7 @@
 """Arrays in .npy and .npz files, on a local disk or in a bucket.
 
 A file is read through once before, and ValueError is raised if it is not what its folder's checksums say.
-What
-cannot be read raises ValueError naming the file; pickled objects are not read.
+What cannot be read raises ValueError naming the file; pickled objects are not read.
 """
 
 import contextlib

@@ -1,12 +1,14 @@
 """The README.md of an exported model: description, usage, provenance, scores."""
 
 import json
+import re
 from typing import Any
 
 from etils import epath
 
 from clipmoe_jax.core import artifacts, trees
 from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.reporting.text_tables import COLUMNS, has_retrieval
@@ -20,8 +22,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained("{name}"{remote})
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained({name}{remote})
+processor = AutoProcessor.from_pretrained({name}, trust_remote_code=True)
 image, texts = Image.open("photo.jpg"), ["a dog", "a cat"]
 inputs = processor(text=texts, images=image, padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
@@ -41,8 +43,8 @@ The vision tower alone has the interface of `CLIPVisionModel`, so that it replac
 ```python
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-CLIPMoEVisionModel = get_class_from_dynamic_module("modeling_clip_moe.CLIPMoEVisionModel", "{name}")
-tower = CLIPMoEVisionModel.from_pretrained("{name}")
+CLIPMoEVisionModel = get_class_from_dynamic_module("modeling_clip_moe.CLIPMoEVisionModel", {name})
+tower = CLIPMoEVisionModel.from_pretrained({name})
 features = tower(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
 ```
 
@@ -59,8 +61,8 @@ USE_VISION_ALONE = """\
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
-model = CLIPVisionModelWithProjection.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = CLIPVisionModelWithProjection.from_pretrained({name})
+processor = AutoImageProcessor.from_pretrained({name}, trust_remote_code=True)
 print(model(**processor(images=Image.open("photo.jpg"), return_tensors="pt")).image_embeds)
 ```
 """
@@ -71,8 +73,8 @@ import open_clip
 import torch
 from PIL import Image
 
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
-tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+model, _, preprocess = open_clip.create_model_and_transforms({local_dir})
+tokenizer = open_clip.get_tokenizer({local_dir})
 with torch.no_grad():
     image = model.encode_image(preprocess(Image.open("photo.jpg")).unsqueeze(0), normalize=True)
     text = model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True)
@@ -87,7 +89,7 @@ USE_RELEASED_MOE = """\
 from clipmoe import clipmoe
 
 model, preprocess = clipmoe.loadMoE(
-    "{name}/model.pt", num_experts={num_experts}, top_k={top_k}, moe_layers={moe_layers}
+    {file}, num_experts={num_experts}, top_k={top_k}, moe_layers={moe_layers}
 )
 ```
 """
@@ -98,7 +100,7 @@ USE_RELEASED_DENSE = """\
 ```python
 from clipmoe import clipmoe
 
-model, preprocess = clipmoe.load("{name}/model.pt")
+model, preprocess = clipmoe.load({file})
 ```
 """
 
@@ -118,7 +120,7 @@ def model_card(
         f"Written by `clipmoe_jax` from a {read_from}. {_what_it_is(config)}",
         _sizes(config, params),
         "## Use",
-        _usage(config, to).format(name=name, **_released_arguments(config)).strip(),
+        _usage(config, to).format(**_names(name), **_released_arguments(config)).strip(),
         *_provenance(epath.Path(source)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -186,6 +188,12 @@ def _usage(config: ClipConfig, to: str) -> str:
     return USE_CLIP.replace("{remote}", "") + "\n" + PREPROCESSING
 
 
+def _names(name: str) -> dict[str, str]:
+    """Returns the folder and what lies in it as Python writes them, whatever characters the name has."""
+    names = {"name": name, "local_dir": f"local-dir:{name}", "file": f"{name}/model.pt"}
+    return {key: printable(json.dumps(value, ensure_ascii=False)) for key, value in names.items()}
+
+
 def _released_arguments(config: ClipConfig) -> dict[str, int]:
     """Returns loadMoE's arguments."""
     if config.moe is None:
@@ -203,12 +211,11 @@ def _provenance(source: epath.Path) -> list[str]:
     folders = [source, *list(source.parents)[:2]]
     sections = []
     if (made := next((f for f in folders if artifacts.is_done(f)), None)) is not None:
-        versions = ", ".join(
-            f"{name} {version}" for name, version in artifacts.done_field(made, "versions").items()
-        )
+        versions = artifacts.done_field(made, "versions")
+        packages = ", ".join(_plain(f"{name} {version}") for name, version in versions.items())
         sections += [
             "## Training",
-            f"With {versions}, from this config:",
+            f"With {packages}, from this config:",
             f"```json\n{json.dumps(artifacts.done_field(made, 'inputs'), indent=2)}\n```",
         ]
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
@@ -217,10 +224,15 @@ def _provenance(source: epath.Path) -> list[str]:
     return sections
 
 
+def _plain(text: str) -> str:
+    """Returns a text that is one line of nothing but itself in Markdown."""
+    return re.sub(r"([\\`*_<\[|])", r"\\\1", printable(" ".join(text.split())))
+
+
 def _results(results: dict[str, dict[str, Any]]) -> str:
     """Returns a table of every model of the run, to compare this one with."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for title, numbers in results.items():
         cells = " | ".join(f"{100 * numbers[key]:.1f}" for key in COLUMNS.values())
-        lines.append(f"| {title} | {cells} |")
+        lines.append(f"| {_plain(title)} | {cells} |")
     return "Retrieval on the run's test set, per cent:\n\n" + "\n".join(lines)

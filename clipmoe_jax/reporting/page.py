@@ -7,6 +7,7 @@ import jinja2
 from etils import epath
 from markupsafe import Markup
 
+from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.reporting import expert_sections, sections
 from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
 from clipmoe_jax.reporting.read import Folder, NotThereError, seed_folders
@@ -37,6 +38,7 @@ def render(workdir: epath.Path) -> str:
         loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
     )
     style = loader.get_source(environment, "report.css")[0]
@@ -64,6 +66,11 @@ def _made(section: Section, folders: Sequence[Folder]) -> dict[str, Any]:
         return {"content": section(folders), "absent": None}
     except NotThereError as error:
         return {"content": None, "absent": error}
+
+
+def _shown(value: Any) -> Any:
+    """Returns what a placeholder of the template shows: no text in it turns that of the page around."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
 
 
 def _ink_on(colour: str) -> str:

@@ -263,6 +263,23 @@ def test_captions_are_escaped(page, text):
     assert any("<script>" in element["text"] for element in page.all("span"))  # a token
 
 
+def test_captions_turn_no_text_around(workdir, tmp_path):
+    """A right-to-left override ends nowhere: what follows it would be read backwards."""
+    folder = shutil.copytree(workdir, tmp_path / "run\u202eknaf")
+    for name in ("eval/neighbours.json", "eval/heat_maps.json"):
+        content = (folder / name).read_text(encoding="utf-8")
+        script = json.dumps(synthetic_run.SCRIPT)[1:-1]
+        assert script in content
+        (folder / name).write_text(content.replace(script, r"\u202efdp.exe \u2067\u05e9 \u001b[2J"))
+    text = write_report(epath.Path(folder)).read_text()
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b]", text)
+    page = Page(text)
+    hostile = r"\u202efdp.exe \u2067" + "\u05e9" + r" \x1b[2J"
+    shown = [element for element in page.all("dd") if element["text"].strip() == hostile]
+    assert shown and all(element["dir"] == "auto" for element in shown)
+    assert r"run\u202eknaf" in page.all("h1")[0]["text"] and r"run\u202eknaf" in page.all("title")[0]["text"]
+
+
 def test_page_loads_nothing_from_elsewhere(page, text):
     assert not re.search(r"https?:|//[a-z]+\.", text)
     assert not page.all("script", "iframe", "object", "embed", "audio", "video", "source")

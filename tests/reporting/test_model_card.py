@@ -1,0 +1,85 @@
+"""The card of an exported model, whatever its folder and a stranger's run are called."""
+
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+from etils import epath
+
+from clipmoe_jax.core import artifacts
+from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.transformer import MoeConfig
+from clipmoe_jax.reporting.model_card import model_card
+
+DENSE = ClipConfig(
+    embed_dim=8,
+    vision=VisionConfig(image_size=8, patch_size=4, width=64, num_layers=1),
+    text=TextConfig(vocab_size=20, context_length=77, width=64, num_layers=1),
+)
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+
+
+def card(to, name, config=DENSE, source="nowhere"):
+    return model_card(source, config, abstract_params(config), "dense CLIP", to, name)
+
+
+def strings(text):
+    """All strings in the card's code."""
+    [*blocks] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    nodes = (node for block in blocks for node in ast.walk(ast.parse(block)))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+NAMES = [
+    'the "best"',
+    "it's",
+    "two\nlines",
+    "a\n```\n# b",
+    "back\\slash",
+    "{name}",
+    "\u202egpj",
+    "\udcff",
+    "ä 東 👩‍🚀",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize(
+    ("to", "config", "path"),
+    [
+        ("huggingface", MOE, "{}"),
+        ("huggingface", dataclasses.replace(DENSE, text=None), "{}"),
+        ("openclip", DENSE, "local-dir:{}"),
+        ("clipmoe", DENSE, "{}/model.pt"),
+        ("clipmoe", MOE, "{}/model.pt"),
+    ],
+    ids=["moe", "vision", "openclip", "dense", "released"],
+)
+def test_name_of_the_folder_breaks_no_line_of_code(to, config, path, name):
+    text = card(to, name, config)
+    assert path.replace("{}", name) in strings(text)
+    assert not re.search("[\u202a-\u202e\udc80-\udcff]", text)
+
+
+def test_usual_name_stands_as_it_is():
+    assert 'AutoModel.from_pretrained("clip-moe", trust_remote_code=True)' in card(
+        "huggingface", "clip-moe", MOE
+    )
+
+
+def test_strangers_run_adds_no_markup(tmp_path):
+    (tmp_path / "eval").mkdir()
+    numbers = {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    title = "CLIP|MoE\n<script>x</script> [link](http://x) `y` \u202e"
+    (tmp_path / "eval" / "results.json").write_text(json.dumps({title: numbers}))
+    artifacts.make(epath.Path(tmp_path / "moe"), {"a": "```\n<b>"}, lambda folder: {})
+    done = json.loads((tmp_path / "moe" / "done.json").read_text())
+    done["versions"] = {"jax": "1\n\n# [a](b)"}
+    (tmp_path / "moe" / "done.json").write_text(json.dumps(done))
+    text = card("openclip", "out", source=str(tmp_path / "moe"))
+    row = r"| CLIP\|MoE \<script>x\</script> \[link](http://x) \`y\` \\u202e | 50.0 |"
+    assert row in text
+    assert "With jax 1 # \\[a](b), from this config:" in text
+    assert re.findall(r"^```.*$", text, re.MULTILINE)[2:] == ["```json", "```"]
