@@ -248,6 +248,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:
     """Returns the inputs in a done.json or inputs.json, named as this version names them."""
+    checksums.verify(path.parent, path.name)
     try:
         inputs = done_field(path.parent, "inputs") if path.name == DONE else read_json(path)
     except ValueError as error:

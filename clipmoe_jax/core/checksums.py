@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.core.stamps import BLOCK, named_files
 
@@ -47,12 +48,9 @@ def read(folder: epath.Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        checksums = json.loads(path.read_text())[KIND]
-        if not isinstance(checksums, dict):
-            raise TypeError
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        return field(read_json(path), KIND, dict, str(path))
+    except ValueError as error:
         raise _damaged(path, "it holds no checksums", folder) from error
-    return checksums
 
 
 def verify(folder: epath.Path, *names: str) -> None:

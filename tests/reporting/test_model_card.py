@@ -78,6 +78,7 @@ def test_strangers_run_adds_no_markup(tmp_path):
     done = json.loads((tmp_path / "moe" / "done.json").read_text())
     done["versions"] = {"jax": "1\n\n# [a](b)"}
     (tmp_path / "moe" / "done.json").write_text(json.dumps(done))
+    (tmp_path / "moe" / "checksums.json").unlink()
     text = card("openclip", "out", source=str(tmp_path / "moe"))
     row = r"| CLIP\|MoE \<script>x\</script> \[link](http://x) \`y\` \\u202e | 50.0 |"
     assert row in text
