@@ -5,17 +5,27 @@ Exported models carry this file: it needs numpy and Pillow alone. Axis letters: 
 
 import functools
 import io
+import os
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+# Pixels that an image may have, unless the environment variable of this name says otherwise: those of an
+# 8192x8192 one, more than full-frame cameras take. Decoding takes up to 24 bytes a pixel, in each thread.
+MAX_PIXELS = "CLIPMOE_MAX_PIXELS"
+DEFAULT_MAX_PIXELS = 2**26
+# Pillow's own limits are higher, and its warning names no file.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
 MAX_ASPECT_RATIO = 500  # a line of 1x100,000 pixels would take gigabytes once its short side is 224
 # Pillow opens 16-bit grey as I;16, in these formats (PNG in older Pillows) as I, which has 32 bits.
 FORMATS_OF_16_BITS = ("PPM", "PNG")
 # Of Pillow's formats those that it decodes itself: for EPS, whatever the file's name, it runs Ghostscript.
-# HEIF is there where pillow-heif has registered it.
+# HEIF is there where pillow-heif has registered it. The header of an ICO does not bound its pixels.
 FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
     *("TGA", "TIFF", "WEBP"),
 )
 
@@ -61,24 +71,50 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
     palette).
 
     Raises:
-        UnreadableImageError: broken, truncated, of none of `FORMATS`, so many pixels that PIL takes it for
-            a decompression bomb, or of a mode without a known range (I and F: 32 bits a pixel).
+        UnreadableImageError: broken, truncated, of none of `FORMATS`, of more than `max_pixels` pixels by its
+            header, or of a mode without a known range (I and F: 32 bits a pixel).
+        ValueError: as `max_pixels`.
     """
+    limit = max_pixels()
     size = f" ({len(image):,} bytes)" if isinstance(image, bytes) else ""
     try:
         opened = Image.open(io.BytesIO(image), formats=_formats()) if isinstance(image, bytes) else image
+        if (pixels := _num_pixels(opened)) > limit:
+            raise UnreadableImageError(
+                f"it has {pixels:,} pixels, of which {limit:,} may be decoded: make it smaller, or set the "
+                f"environment variable {MAX_PIXELS}"
+            )
         opened.load()
+    except UnreadableImageError:
+        raise
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"not an image file{size}") from error
     except Exception as error:  # PIL's format plugins raise anything on a broken file
         raise UnreadableImageError(str(error) or type(error).__name__) from error
     if opened.mode.startswith("I;16") or opened.mode == "I" and opened.format in FORMATS_OF_16_BITS:
-        return Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
+        grey = np.array(opened, np.uint32)
+        grey += 128  # a division that rounds
+        grey //= 257
+        return Image.fromarray(grey.astype(np.uint8))
     if opened.mode in ("I", "F"):
         raise UnreadableImageError(
             f"pixels of mode {opened.mode} have no known range: scale them to 0 to 255 and make them mode L"
         )
     return opened.convert("RGBA") if opened.mode == "PA" else opened
+
+
+def max_pixels() -> int:
+    """Returns how many pixels an image may have. Raises ValueError if MAX_PIXELS is no whole number."""
+    value = os.environ.get(MAX_PIXELS, "") or str(DEFAULT_MAX_PIXELS)
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{MAX_PIXELS}={value} is no number of pixels: set it to one such as 100000000")
+    return int(value)
+
+
+def _num_pixels(image: Image.Image) -> int:
+    """Returns the pixels that are decoded, of the image or, if that is more, of one of a TIFF's tiles."""
+    tags = getattr(image, "tag_v2", {})
+    return max(image.width * image.height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
 
 
 @functools.cache

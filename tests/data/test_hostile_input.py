@@ -1,15 +1,21 @@
-"""Files of strangers: nothing that they bring runs."""
+"""Files of strangers: nothing that they bring runs, and small ones take little memory."""
 
 import importlib
+import io
 import json
 import pathlib
 import stat
+import struct
+import subprocess
 import sys
+import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_formats import prepared_by_tfds
 
-from clipmoe_jax.data.preprocess import UnreadableImageError, decode_image
+from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import open_source
 
@@ -64,3 +70,119 @@ def test_an_eps_file_is_no_image_and_starts_no_ghostscript(tmp_path, monkeypatch
     with pytest.raises(UnreadableImageError, match="not an image file"):
         decode_image(EPS)
     assert not (tmp_path / "it_ran").exists()
+
+
+def encoded(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that ends where its pixels begin."""
+
+    def chunk(name, contents):
+        return (
+            struct.pack(">I", len(contents))
+            + name
+            + contents
+            + struct.pack(">I", zlib.crc32(name + contents))
+        )
+
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", b"")
+
+
+def webp(side):
+    """A black square of 34 bytes, whole."""
+    contents = bytearray(encoded(Image.new("RGB", (64, 64)), "WEBP", lossless=True))
+    contents[21:25] = struct.pack("<I", (side - 1) | (side - 1) << 14)
+    return bytes(contents)
+
+
+@pytest.mark.parametrize("contents", [png_header(8193, 8192), webp(13300)], ids=["PNG", "WebP"])
+def test_the_pixels_of_an_image_are_limited_by_its_header(contents):
+    with pytest.raises(
+        UnreadableImageError, match=f"pixels, of which 67,108,864 may be .* variable {MAX_PIXELS}"
+    ):
+        decode_image(contents)
+
+
+SMALL = Image.new("RGB", (64, 48))
+FORMATS = {form: encoded(SMALL, form) for form in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000")}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_limit_on_pixels_can_be_set(form, monkeypatch):
+    monkeypatch.setenv(MAX_PIXELS, str(64 * 48))
+    assert preprocess_image(FORMATS[form], 8).shape == (8, 8, 3)
+    monkeypatch.setenv(MAX_PIXELS, str(64 * 48 - 1))
+    for image in (FORMATS[form], Image.open(io.BytesIO(FORMATS[form]))):
+        with pytest.raises(UnreadableImageError, match="it has 3,072 pixels, of which 3,071 may be decoded"):
+            preprocess_image(image, 8)
+
+
+@pytest.mark.parametrize("value", ["1e8", "-1", "0", "many"])
+def test_a_limit_on_pixels_that_is_none_is_told(value, monkeypatch):
+    monkeypatch.setenv(MAX_PIXELS, value)
+    with pytest.raises(ValueError, match=f"{MAX_PIXELS}={value} is no number of pixels") as caught:
+        preprocess_image(FORMATS["PNG"], 8)
+    assert not isinstance(caught.value, UnreadableImageError)  # no image is bad
+
+
+def test_a_tile_larger_than_its_image_counts(monkeypatch):
+    monkeypatch.setenv(MAX_PIXELS, "5000")
+    directory = Image.open(io.BytesIO(FORMATS["TIFF"])).tag_v2
+    for tag in (322, 323):  # width and height of its tiles
+        directory.tagtype[tag] = 4
+        directory[tag] = 128
+    image = Image.new("RGB", (64, 48))
+    image.tag_v2 = directory
+    with pytest.raises(UnreadableImageError, match="it has 16,384 pixels"):
+        decode_image(image)
+
+
+def test_an_icon_may_hold_another_size_than_its_header_says():
+    inside = png_header(13300, 13300)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
+    with pytest.raises(UnreadableImageError, match="not an image file"):
+        decode_image(struct.pack("<HHH", 0, 1, 1) + entry + inside)
+
+
+PEAK = """
+import re, sys
+def peak():  # of this process alone: getrusage begins with its parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
+"""
+
+
+def run_measured(code, *arguments):
+    """Runs a script that has `peak()`, the MB that it has taken; returns what it prints and its errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + code, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+    return done.stdout.strip(), done.stderr
+
+
+DECODE = """
+from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
+contents = open(sys.argv[1], "rb").read()
+start = peak()
+try:
+    preprocess_image(contents, 224)
+except UnreadableImageError:
+    pass
+print(peak() - start)
+"""
+
+
+def test_16_bits_of_grey_are_converted_without_floats(tmp_path):
+    (tmp_path / "x.png").write_bytes(encoded(Image.fromarray(np.zeros((4000, 4000), np.uint16)), "PNG"))
+    megabytes, errors = run_measured(DECODE, tmp_path / "x.png")
+    assert int(megabytes) < 16 * 10 and not errors  # 10 bytes a pixel
+
+
+def test_no_warning_tells_of_an_image_without_naming_it(tmp_path):
+    (tmp_path / "x.png").write_bytes(png_header(10000, 10000))  # Pillow warns from 89 million pixels
+    _, errors = run_measured(DECODE, tmp_path / "x.png")
+    assert not errors
