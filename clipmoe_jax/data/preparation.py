@@ -331,7 +331,7 @@ def _make_shard(
     # Neither JPEG files nor pixels get much smaller by compression, and reading is half as fast then.
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1,uncompressed")
     try:
-        for record in map_decoding(encoder.decode, entries):
+        for record in map_decoding(encoder.decode, entries, _image_bytes):
             progress.update()
             after_entry()
             if isinstance(record, BadRecord):
@@ -363,6 +363,10 @@ def _added_to(digest: Any, entries: Iterable[Pair | BadRecord]) -> Iterator[Pair
             text = repr(tuple(entry))
         digest.update(text.encode("utf-8", "surrogatepass"))
         yield entry
+
+
+def _image_bytes(entry: Pair | BadRecord) -> int:
+    return len(entry.image) if isinstance(entry, Pair) else 0
 
 
 def _write_metadata(

@@ -180,20 +180,13 @@ def test_one_invalid_caption_of_parquet_is_one_bad_record(tmp_path, form):
     assert bad.kind == "invalid text" and good == Pair("x.parquet:1", b"b", ("good",))
 
 
-@pytest.mark.parametrize(
-    ("index_type", "expected"),
-    [
-        ("int32", ["invalid text", "x.parquet:1"]),
-        # pyarrow converts these indices, checks the text as it does, and reads no row of the row group.
-        ("int64", ["damaged row", "damaged row"]),
-    ],
-)
-def test_one_invalid_caption_in_a_dictionary_of_parquet_is_found(tmp_path, index_type, expected):
+@pytest.mark.parametrize("index_type", ["int32", "int64"])
+def test_one_invalid_caption_in_a_dictionary_of_parquet_is_found(tmp_path, index_type):
     indices = pyarrow.array([0, 1], index_type)
     captions = pyarrow.DictionaryArray.from_arrays(indices, invalid_text())
     table = pyarrow.table({"image": [b"a", b"b"], "caption": captions})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    assert kinds(open_source(f"parquet:{tmp_path}")) == expected
+    assert kinds(open_source(f"parquet:{tmp_path}")) == ["invalid text", "x.parquet:1"]
 
 
 @pytest.mark.parametrize("index_type", ["int8", "int32", "int64"])
@@ -261,9 +254,10 @@ def test_quotes_in_a_table_open_and_close(tmp_path):
     assert found == [("a.png", "Oh he said"), ("b.png", 'a "big" dog'), ("c.png", "1\t2")]
     found = read_table(tmp_path, b'filepath\ttitle\na.png\ttext\nb.png\t"open\nc.png\tread\n')
     assert found == [("a.png", "text"), ("line 3", "malformed entry"), ("c.png", "read")]
-    rows = b"b.png\ttext\n" * 20_000  # more than csv takes as one cell
+    name = 40 * "././" + "b.png"
+    rows = f"{name}\ttext\n".encode() * 1000  # more than csv takes as one cell
     found = read_table(tmp_path, b'filepath\ttitle\na.png\t"open\n' + rows + b"c.png\ttext\n")
-    assert found == [("line 2", "malformed entry"), ("b.png", *20_000 * ["text"]), ("c.png", "text")]
+    assert found == [("line 2", "malformed entry"), (name, *1000 * ["text"]), ("c.png", "text")]
 
 
 def test_captions_with_commas_must_be_quoted_in_a_table_with_commas(tmp_path):

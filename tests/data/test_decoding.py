@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from clipmoe_jax.data.decoding import SLOW_SECONDS, map_decoding, num_cores
+from clipmoe_jax.data.decoding import BYTES_AHEAD, SLOW_SECONDS, map_decoding, num_cores
 
 
 def wait(slow: bool) -> None:
@@ -47,6 +47,16 @@ def test_items_are_taken_as_results_are_used(slow):
     assert [next(found) for _ in range(150)] == list(range(150))
     found.close()
     assert next(taken) < 10_000
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_few_large_items_are_taken_ahead(slow):
+    taken = itertools.count()
+    found = map_decoding(lambda item: wait(slow), taken, num_bytes=lambda item: BYTES_AHEAD // 4)
+    for _ in range(20):
+        next(found)
+    found.close()
+    assert next(taken) < 20 + 6
 
 
 @pytest.mark.parametrize("slow", [False, True])

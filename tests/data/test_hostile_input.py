@@ -11,13 +11,15 @@ import sys
 import zlib
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from test_formats import prepared_by_tfds
 
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import open_source
+from clipmoe_jax.data.sources import Pair, open_source, parquet
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
@@ -186,3 +188,86 @@ def test_no_warning_tells_of_an_image_without_naming_it(tmp_path):
     (tmp_path / "x.png").write_bytes(png_header(10000, 10000))  # Pillow warns from 89 million pixels
     _, errors = run_measured(DECODE, tmp_path / "x.png")
     assert not errors
+
+
+READ = """
+import collections, resource, time
+import pyarrow.parquet
+from clipmoe_jax.data.sources import BadRecord, open_source
+resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+start, began = peak(), time.perf_counter()
+kinds = collections.Counter(r.kind if isinstance(r, BadRecord) else "pair" for r in open_source(sys.argv[1]))
+assert peak() - start < 1000 and time.perf_counter() - began < 10, peak() - start
+print(sorted(kinds.items()))
+"""
+
+
+def write_parquet(file, **columns):
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "store_schema": False}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, **options)
+
+
+def repeated(value, times):
+    """An Arrow array that holds a value once."""
+    places = pyarrow.array(np.zeros(times, np.int32))
+    return pyarrow.DictionaryArray.from_arrays(places, pyarrow.array([value]))
+
+
+def one_list(values):
+    return pyarrow.ListArray.from_arrays(pyarrow.array([0, len(values)], pyarrow.int32()), values)
+
+
+def test_what_expands_in_parquet_is_not_expanded(tmp_path):
+    long, images = "a " * 500_000, [b"%d" % i for i in range(1000)]
+    write_parquet(tmp_path / "0.parquet", image=[b"x"], captions=one_list(repeated("a", 5_000_000)))
+    write_parquet(tmp_path / "1.parquet", image=[b"x"], captions=one_list(repeated(long, 5000)))
+    write_parquet(tmp_path / "2.parquet", image=images, caption=repeated(long, 1000))
+    write_parquet(tmp_path / "3.parquet", image=images, text=1000 * ["x"], id=repeated(long, 1000))
+    write_parquet(tmp_path / "4.parquet", image=[bytes(3 * 10**7)], text=["x"])
+    write_parquet(tmp_path / "5.parquet", image=repeated(bytes(10**7), 200), text=200 * ["x"])
+    assert max(file.stat().st_size for file in tmp_path.iterdir()) < 20_000
+    found, errors = run_measured(READ, f"parquet:{tmp_path}")
+    assert found == str([("damaged row", 1), ("pair", 200), ("too much text", 2002)]), errors
+
+
+def test_a_row_group_of_parquet_has_not_any_number_of_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "LIST_VALUES", 9)
+    write_parquet(tmp_path / "x.parquet", image=[b"x"], captions=one_list(repeated("a", 10)))
+    (bad,) = open_source(f"parquet:{tmp_path}")
+    assert (
+        bad.kind == "damaged row" and "has 10 values, and 9 may be read at once: write smaller" in bad.detail
+    )
+
+
+def test_parquet_of_more_rows_than_bytes_is_refused(tmp_path):
+    write_parquet(tmp_path / "x.parquet", image=pyarrow.nulls(10_000, "binary"), text=repeated("x", 10_000))
+    with pytest.raises(ValueError, match=r"x.parquet of \S+ bytes claims 10,000 rows"):
+        open_source(f"parquet:{tmp_path}")
+
+
+@pytest.mark.parametrize(("times", "unit"), [([0, 2**62 + 1], "ns"), ([0, 2**60], "us")])
+def test_times_as_ids_of_parquet_are_text(tmp_path, times, unit):
+    write_parquet(tmp_path / "x.parquet", image=2 * [b"x"], text=["a", "b"], id=pyarrow.array(times, "int64"))
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    table = table.set_column(2, "id", table["id"].cast(pyarrow.timestamp(unit)))
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    first, second = open_source(f"parquet:{tmp_path}")
+    assert first.id.startswith("1970-01-01") and isinstance(second, Pair)
+
+
+def test_fields_of_one_name_in_parquet_are_damage(tmp_path):
+    image = pyarrow.StructArray.from_arrays(2 * [pyarrow.array([b"x"])], names=2 * ["bytes"])
+    write_parquet(tmp_path / "x.parquet", image=image, text=["x"])
+    (bad,) = open_source(f"parquet:{tmp_path}")
+    assert bad.kind == "damaged row" and "duplicate field names" in bad.detail
+
+
+def test_the_captions_of_a_record_are_limited(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    for captions, kind in (
+        (1001 * ["a"], "too many captions"),
+        (["a" * 60_000, "b" * 60_000], "too much text"),
+    ):
+        (tmp_path / "a.txt").write_text("\n".join(captions))
+        (bad,) = open_source(f"folder:{tmp_path}")
+        assert bad.kind == kind

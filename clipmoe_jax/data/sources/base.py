@@ -16,6 +16,9 @@ OTHER_IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".jxl", ".ppm", ".pgm"),
     *(".svg", ".tga", ".psd"),
 )
+# What a record may have: captions, characters in all of them, bytes of an image file. A model reads 248
+# tokens, and to tokenise a million characters takes 100 MB.
+MAX_CAPTIONS, MAX_TEXT, MAX_IMAGE_BYTES = 1000, 100_000, 2**28
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 
@@ -157,6 +160,9 @@ def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[objec
     captions, texts = tuple(captions), []
     if not captions or any(caption is None for caption in captions):
         return BadRecord(record_id, "missing caption", "there is no caption")
+    if len(captions) > MAX_CAPTIONS:
+        detail = f"{len(captions):,}, of which {MAX_CAPTIONS:,} may be read"
+        return BadRecord(record_id, "too many captions", detail)
     for caption in captions:
         if not isinstance(caption, str):
             return BadRecord(record_id, "malformed entry", f"a caption is a {type(caption).__name__}")
@@ -164,6 +170,12 @@ def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[objec
             texts.append(caption.strip())
     if not texts:
         return BadRecord(record_id, "empty caption", "no caption has any text")
+    if (length := sum(map(len, texts))) > MAX_TEXT:
+        detail = f"{length:,} characters, of which {MAX_TEXT:,} may be read"
+        return BadRecord(record_id, "too much text", detail)
+    if isinstance(image, bytes) and len(image) > MAX_IMAGE_BYTES:
+        detail = f"{len(image):,} bytes, of which {MAX_IMAGE_BYTES:,} may be read"
+        image = BadRecord(record_id, "unreadable image", detail)
     try:
         "".join((record_id, *texts)).encode("utf-8")
     except UnicodeEncodeError as error:

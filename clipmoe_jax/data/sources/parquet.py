@@ -1,10 +1,13 @@
 """Parquet files, as Hugging Face data sets and img2dataset's metadata come."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clipmoe_jax.data.sources.base import (
+    MAX_CAPTIONS,
+    MAX_TEXT,
     BadRecord,
     Images,
     Pair,
@@ -17,7 +20,12 @@ from clipmoe_jax.data.sources.base import (
 IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "png", "image_path", "path", "file_name", "filepath")
 CAPTION_COLUMNS = ("re_caption", "caption", "text", "captions", "title")
 ID_COLUMNS = ("id", "key", "url")
-BATCH_ROWS = 256  # in memory at a time
+TEXT_ROWS, IMAGE_ROWS, BATCH_BYTES = 128, 16, 2**28  # in memory at a time, at most
+MAX_BYTES = 4 * MAX_TEXT  # of a row's text: characters have up to four
+# A column of a row group may take so many bytes in memory, or so many times what it takes in the file. Text
+# is compressed to a tenth at best, if it is not the same again and again, images hardly.
+TEXT_BYTES, IMAGE_BYTES, EXPANSION = 2**28, 2**24, 50
+LIST_VALUES = 2**25  # captions of a row group, which take 16 bytes each before any is read
 
 
 class Parquet:
@@ -25,12 +33,13 @@ class Parquet:
 
     The image column holds file contents, {"bytes", "path"} as Hugging Face's `Image` feature does, or paths
     under the image folder. The caption column holds a string or a list of them; `re_caption` is
-    Recap-DataComp's. Ids are those of an id column, else FILE:ROW. Rows of a row group that is damaged are
-    bad records from the damage on.
+    Recap-DataComp's. Ids are those of an id column, else FILE:ROW. Rows of a row group that is damaged, or
+    that would take many times its size in memory, are bad records from there on.
     """
 
     def __init__(self, path: str, images: str | None = None):
-        """Raises FileNotFoundError for a wrong path and ValueError for missing columns or two of one name."""
+        """Raises FileNotFoundError for a wrong path and ValueError for missing columns, two of one name, and
+        a file that claims more rows than it has bytes."""
         import pyarrow.parquet  # here because it is slow to import
 
         self._images = None if images is None else Images(images)
@@ -42,6 +51,11 @@ class Parquet:
                     self._len += opened.metadata.num_rows
                     schema = opened.schema_arrow
                     _check_one(file, opened.metadata)
+                    if opened.metadata.num_rows > file.stat().st_size:
+                        raise ValueError(
+                            f"{file} of {file.stat().st_size:,} bytes claims {opened.metadata.num_rows:,} "
+                            "rows: no image and caption take less than a byte"
+                        )
             except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{file} is not a Parquet file: {error}") from error
             image, caption, _ = _columns(schema.names, file)
@@ -64,20 +78,30 @@ class Parquet:
         for name, file in self._files.items():
             row = 0
             # Without pre_buffer a batch is in memory at a time, not a row group.
-            with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as opened:
+            with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as opened, _texts_of(file) as texts:
                 for group in range(opened.num_row_groups):
                     end = row + opened.metadata.row_group(group).num_rows
                     try:
-                        for fields in _rows(opened, group, file):
+                        for fields in _rows(opened, texts, group, file):
                             yield self._read(f"{name}:{row}", *fields)
                             row += 1
-                    except (pyarrow.ArrowException, OSError) as error:
-                        detail = f"{file}, row group {group}: {str(error).splitlines()[0]}"
+                        if row < end:
+                            raise ValueError(f"{end - row:,} of its rows are missing")
+                    # ValueError, OverflowError: a type whose values Python cannot hold
+                    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+                        reason = str(error).partition("\n")[0]
+                        detail = f"{file}, row group {group}: {reason}"
                         yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in range(row, end))
                     row = end
 
     def _read(self, place: str, image: Any, captions: Any, record_id: Any) -> Pair | BadRecord:
+        if isinstance(record_id, BadRecord):
+            return record_id._replace(id=place)
         record_id = place if record_id is None else str(as_text(record_id))
+        if isinstance(captions, BadRecord):
+            return captions._replace(id=record_id)
+        if isinstance(image, BadRecord):
+            return image._replace(id=record_id)
         captions = [as_text(caption) for caption in (captions if isinstance(captions, list) else [captions])]
         if isinstance(image, dict):
             contents, path = image.get("bytes"), as_text(image.get("path"))
@@ -110,19 +134,116 @@ def _columns(names: list[str], file: Path) -> list[str | None]:
     return [find_column(names, of_kind, file) for of_kind in (IMAGE_COLUMNS, CAPTION_COLUMNS, ID_COLUMNS)]
 
 
-def _rows(opened: Any, group: int, file: Path) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields (image, captions, id) of each row of a group; a path is text and captions are bytes."""
-    image, caption, record_id = _columns(opened.schema_arrow.names, file)
+def _texts_of(file: Path) -> Any:
+    """Opens a file so that its text comes as places in a dictionary: what is short there may expand to any
+    length."""
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_metadata(file).schema
+    paths = [schema.column(i).path for i in range(len(schema))]
+    return pyarrow.parquet.ParquetFile(file, pre_buffer=False, read_dictionary=paths)
+
+
+def _rows(opened: Any, texts: Any, group: int, file: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """Yields (image, captions, id) of each row of a group; a path is text and captions are bytes.
+
+    opened, texts: the file and `_texts_of` it, two because an open file has one size of batches. In place of
+    captions, a path or an id that are too many or too long there is a BadRecord. Raises ValueError for a
+    group that takes many times its size in memory.
+    """
+    schema, metadata = opened.schema_arrow, opened.metadata.row_group(group)
+    image, caption, record_id = _columns(schema.names, file)
     assert image is not None and caption is not None  # as checked when the source was opened
-    paths = _is_text(opened.schema_arrow.field(image).type)
-    columns = [name for name in (image, caption, record_id) if name]
-    for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-        # As bytes: pyarrow gives up a whole batch for one caption that is not UTF-8.
-        values = {name: _as_bytes(batch[name]).to_pylist() for name in columns}
-        images = map(as_text, values[image]) if paths else values[image]
-        yield from zip(
-            images, values[caption], values[record_id] if record_id else [None] * len(batch), strict=True
-        )
+
+    def read_texts(name: str) -> Iterator[Any]:
+        _largest(metadata, name, TEXT_BYTES)
+        batches = texts.iter_batches(TEXT_ROWS, row_groups=[group], columns=[name])
+        columns = (_times_as_text(batch[name]) if name == record_id else batch[name] for batch in batches)
+        return itertools.chain.from_iterable(map(_texts, columns))
+
+    if _is_text(schema.field(image).type):
+        images = map(as_text, read_texts(image))
+    else:
+        # Each row may hold the largest value: a dictionary has it once.
+        rows = max(1, min(IMAGE_ROWS, BATCH_BYTES // max(1, _largest(metadata, image, IMAGE_BYTES))))
+        batches = opened.iter_batches(rows, row_groups=[group], columns=[image])
+        images = itertools.chain.from_iterable(_as_bytes(batch[image]).to_pylist() for batch in batches)
+    ids = read_texts(record_id) if record_id else itertools.repeat(None, metadata.num_rows)
+    yield from zip(images, read_texts(caption), ids, strict=False)
+
+
+def _largest(group: Any, name: str, most: int) -> int:
+    """Returns the most bytes that a value of a column can have in a row group.
+
+    Raises ValueError if the column takes more than `most` and many times what it takes in the file, or has
+    too many values.
+    """
+    largest = 0
+    for chunk in map(group.column, range(group.num_columns)):
+        if chunk.path_in_schema.partition(".")[0] != name:
+            continue
+        size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+        if size > most and size > EXPANSION * packed:
+            raise ValueError(f"{chunk.path_in_schema} expands from {packed:,} to {size:,} bytes")
+        if chunk.num_values > max(group.num_rows, LIST_VALUES):
+            raise ValueError(
+                f"{chunk.path_in_schema} has {chunk.num_values:,} values, and {LIST_VALUES:,} may be read at "
+                "once: write smaller row groups"
+            )
+        largest = max(largest, size)
+    return largest
+
+
+def _texts(column: Any) -> Iterator[Any]:
+    """Yields the value of each row: text as bytes, a list of them if the column has lists; a BadRecord in
+    place of a row whose text is too much. Looks at lengths before it makes any text."""
+    from pyarrow import compute, types
+
+    lists = types.is_list(column.type) or types.is_large_list(column.type)
+    values = _as_places(column.flatten() if lists else column)
+    size = 0
+    if types.is_dictionary(values.type):
+        lengths = compute.call_function("binary_length", [values.dictionary]).fill_null(0).to_numpy()
+        size = int(lengths[values.indices.drop_null().to_numpy()].sum())
+    if len(values) <= MAX_CAPTIONS and size <= MAX_BYTES:
+        texts = iter(_as_bytes(values).to_pylist())
+        if not lists:
+            yield from texts
+            return
+        for length in column.value_lengths().to_pylist():
+            yield None if length is None else list(itertools.islice(texts, length))
+    elif len(column) > 1:
+        half = len(column) // 2
+        yield from _texts(column[:half])
+        yield from _texts(column[half:])
+    else:
+        detail = f"{len(values):,} in {size:,} bytes, and {MAX_CAPTIONS:,} in {MAX_BYTES:,} may be read"
+        yield BadRecord("", "too much text", detail)
+
+
+def _times_as_text(column: Any) -> Any:
+    """Returns times as text, other values as they are: Python's times have no nanoseconds and end in 9999."""
+    import pyarrow
+
+    return column.cast(pyarrow.string()) if pyarrow.types.is_temporal(column.type) else column
+
+
+def _as_places(column: Any) -> Any:
+    """Returns text and bytes as places in a dictionary of bytes, other values as they are."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        indices, values = column.indices, column.dictionary
+    else:
+        indices, values = None, column
+    if not (_is_text(values.type) or pyarrow.types.is_binary(values.type)):
+        return values if indices is None else values.take(indices)
+    values = values.cast(pyarrow.large_binary())
+    return (
+        values.dictionary_encode()
+        if indices is None
+        else pyarrow.DictionaryArray.from_arrays(indices, values)
+    )
 
 
 def _as_bytes(column: Any) -> Any:
