@@ -8,6 +8,8 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
+import time
 import zlib
 
 import numpy as np
@@ -271,3 +273,69 @@ def test_the_captions_of_a_record_are_limited(tmp_path):
         (tmp_path / "a.txt").write_text("\n".join(captions))
         (bad,) = open_source(f"folder:{tmp_path}")
         assert bad.kind == kind
+
+
+def header(name, kind=tarfile.REGTYPE, contents=b"", **fields):
+    """A tar header and what follows it; fields: bytes to put in its place, by where it begins."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(contents)
+    block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    for place, value in fields.items():
+        start = {"size": 124, "sparse": 386}[place]
+        block[start : start + len(value)] = value
+    block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:]))
+    return bytes(block) + contents + bytes(-len(contents) % 512)
+
+
+def pax(key, value):
+    record = f" {key}={value}\n"
+    length = len(record) + 2
+    length += len(str(length)) - 2 if len(str(length)) > 2 else 0
+    return header("pax", tarfile.XHDTYPE, f"{length}{record}".encode())
+
+
+PIECE = header("1.jpg", contents=b"x")
+HEADERS = {
+    "a long name of any size": header(
+        "L", tarfile.GNUTYPE_LONGNAME, size=b"\x80" + bytes(3) + b"\x10" + bytes(7)
+    ),
+    "a size below zero": header("1.jpg", size=b"\xff" * 11 + b"\0"),
+    "pax size below zero": pax("size", "-1024") + PIECE,
+    "pax size of many digits": pax("size", "9" * 5000) + PIECE,
+    "pax size past the end": pax("size", "9" * 18) + PIECE,
+    "pax size of another script": pax("size", "٣") + PIECE,
+    "pax record of no length": header("pax", tarfile.XHDTYPE, b"0 path=x\n") + PIECE,
+    "pax record without a space": header("pax", tarfile.XHDTYPE, b"9" * 100_000) + PIECE,
+    "pax record of spaces": header("pax", tarfile.XHDTYPE, b" " * 100_000) + PIECE,
+    "sparse pax without a map": pax("GNU.sparse.major", "1") + PIECE,
+    "sparse pax with odd numbers": pax("GNU.sparse.map", "1,b,3") + PIECE,
+    "a sparse map that goes on": header("1.jpg", tarfile.GNUTYPE_SPARSE, sparse=b"7" * 109) + b"\1" * 512,
+    "names of names": 3000 * header("L", tarfile.GNUTYPE_LONGNAME, b"1.jpg") + PIECE,
+    "headers of headers": 3000 * pax("comment", "x") + PIECE,
+    "a hard link to itself": header("1.jpg", tarfile.LNKTYPE),
+    "nothing after a long name": header("L", tarfile.GNUTYPE_LONGNAME, b"1.jpg"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_of_a_shard_costs_nobody_else_a_sample(name, tmp_path):
+    sample = header("0.jpg", contents=b"image") + header("0.txt", contents=b"text")
+    (tmp_path / "a.tar").write_bytes(sample + HEADERS[name] + bytes(1024))
+    (tmp_path / "b.tar").write_bytes(sample + bytes(1024))
+    began = time.perf_counter()
+    source = open_source(f"webdataset:{tmp_path}")
+    records = list(source)
+    first, *bad, last = records
+    assert len(source) == len(records) and time.perf_counter() - began < 5
+    assert (first, last) == (Pair("a/0", b"image", ("text",)), Pair("b/0", b"image", ("text",)))
+    assert [record.kind for record in bad] in (["damaged shard"], ["missing caption"])
+
+
+def test_large_members_of_a_shard_are_not_read(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name, size in (("0.jpg", 1), ("0.txt", 2**23 + 1), ("0.npy", 1), ("1.jpg", 1), ("1.txt", 2)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            shard.addfile(member, io.BytesIO(b"x" * size))
+    large, good = open_source(f"webdataset:{tmp_path}")
+    assert large.kind == "too large a file" and good.captions == ("xx",)

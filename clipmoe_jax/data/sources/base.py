@@ -19,6 +19,7 @@ OTHER_IMAGE_SUFFIXES = (
 # What a record may have: captions, characters in all of them, bytes of an image file. A model reads 248
 # tokens, and to tokenise a million characters takes 100 MB.
 MAX_CAPTIONS, MAX_TEXT, MAX_IMAGE_BYTES = 1000, 100_000, 2**28
+MAX_TEXT_BYTES = 2**23  # of a file that holds captions, or JSON with captions
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 

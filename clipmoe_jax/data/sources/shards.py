@@ -2,13 +2,15 @@
 
 import codecs
 import functools
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from clipmoe_jax.data.sources import tar
 from clipmoe_jax.data.sources.base import (
     IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
     BadRecord,
     Pair,
     as_text,
@@ -55,55 +57,44 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members]
     try:
         with shard.open("rb") as file:
             size = shard.stat().st_size
-            for tar, member in _members(file, size):
+            for member in tar.members(file, size):
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
                     yield BadRecord(f"{name}/{member.name}", "path outside the shard", member.name)
                     continue
                 stem, _, suffix = path.name.partition(".")
                 hidden = any(part.startswith(".") for part in path.parts)
-                if member.isdir() or hidden or not (stem and suffix):  # as WebDataset: README, .hidden
+                if member.is_folder or hidden or not (stem and suffix):  # as WebDataset: README, .hidden
                     continue
-                place = f"{member.name}, byte {member.offset:,}"
+                place = f"{member.name}, byte {member.header:,}"
                 here, suffix = f"{name.removesuffix('.tar')}/{path.parent / stem}", f".{suffix.lower()}"
                 if here != key or suffix in members:
                     yield from _parts(key, members)
                     key, members = here, {}
-                if member.offset_data + member.size > size:
+                if member.is_file and member.start + member.size > size:
                     members = {}  # the sample that the cut goes through
-                    raise tarfile.ReadError("unexpected end of data")
-                contents = tar.extractfile(member) if read and member.isfile() else None
-                members[suffix] = contents.read() if contents else b""
-                if not member.isfile():
-                    members[suffix] = BadRecord(here, "not a file", f"{member.name} is a link or a device")
-    # A header may claim any size.
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
+                    raise tar.DamagedTarError("unexpected end of data")
+                members[suffix] = _contents(file, member, here, suffix) if read else b""
+    except (tar.DamagedTarError, OSError) as error:
         if _is_whole(members):
             yield from _parts(key, members)
-        detail = f"{shard} after {place}: {str(error) or type(error).__name__}"
-        yield BadRecord(name, "damaged shard", detail)
+        yield BadRecord(name, "damaged shard", f"{shard} after {place}: {error}")
         return
     yield from _parts(key, members)
 
 
-def _members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yields each archive of a file with each of its members. Raises tarfile.ReadError for damage."""
-    start = 0
-    while start < size or not size:
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: it keeps them all otherwise
-                yield tar, member
-        # tarfile takes a header that is damaged or cut off for the end; the true end is a block of zeros.
-        file.seek(tar.offset)
-        block = file.read(tarfile.BLOCKSIZE)
-        if block != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset:,}")
-        start = tar.offset
-        while block and not any(block):
-            start += len(block)
-            block = file.read(tarfile.BLOCKSIZE)
+def _contents(file: BinaryIO, member: tar.Member, key: str, suffix: str) -> bytes | BadRecord:
+    """Returns the contents of an image or a caption, nothing of others, or why there are none."""
+    most = MAX_IMAGE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
+    if not member.is_file:
+        return BadRecord(key, "not a file", f"{member.name} is a link, a device or a sparse file")
+    if suffix not in (*IMAGE_SUFFIXES, ".txt", ".json"):
+        return b""
+    if member.size > most:
+        detail = f"{member.name} has {member.size:,} bytes, of which {most:,} may be read"
+        return BadRecord(key, "too large a file", detail)
+    file.seek(member.start)
+    return file.read(member.size)
 
 
 def _parts(key: str, members: Members) -> Iterator[tuple[str, Members] | BadRecord]:
