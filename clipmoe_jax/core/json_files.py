@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from clipmoe_jax.core.paths import check_plain_file
+
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 
@@ -16,6 +18,7 @@ def read_json(path: epath.Path | pathlib.Path, kind: type = dict) -> Any:
 
     kind: of its outermost value. Raises ValueError naming the file and what is wrong in it.
     """
+    check_plain_file(path)
     return parse_json(path.read_bytes(), str(path), kind)
 
 

@@ -36,6 +36,15 @@ def in_bucket(path: os.PathLike | str) -> bool:
     return "://" in os.fspath(path)
 
 
+def check_plain_file(path: os.PathLike | str) -> None:
+    """Raises ValueError for a device or a pipe, which may be read for ever. Links are followed: caches of
+    downloads have them."""
+    if (
+        not in_bucket(path) and os.path.exists(path) and not os.path.isfile(path)
+    ):  # epath's takes a pipe for one
+        raise ValueError(f"{path} is not a plain file")
+
+
 def absolute(path: os.PathLike | str) -> epath.Path:
     """Returns a path on a disk made absolute; a bucket's is returned as it is.
 

@@ -5,7 +5,8 @@ What cannot be read raises ValueError naming the file; pickled objects are not r
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -33,11 +34,34 @@ def map_array(path: epath.Path, *, verify: bool = True) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
 
 
-def load_arrays(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads the arrays of an .npz file, or those of these names that it has."""
+def load_arrays(
+    path: epath.Path, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, np.ndarray]:
+    """Reads the arrays of an .npz file, with `shapes` those of real numbers of these names and shapes alone.
+
+    An array's header is then read before its values are: a few bytes may expand to any number of them. Raises
+    ValueError naming what is damaged, missing or of another shape or type.
+    """
     checksums.verify(path.parent, path.name)
     with _naming_damage(path), path.open("rb") as file, np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files if names is None or name in names}
+        if shapes is None:
+            return dict(arrays)
+        for name, shape in shapes.items():
+            if name not in arrays.files:
+                raise ValueError(f"it must have an array {name!r} of shape {shape}")
+            with arrays.zip.open(f"{name}.npy") as member:
+                has, dtype = _read_header(member)
+            if has != shape or dtype.kind not in "fiu":
+                raise ValueError(f"its array {name!r} is {dtype} {has}, not real numbers {shape}")
+        return {name: arrays[name] for name in shapes}
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns shape and type of the array in a .npy file."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def _load(path: epath.Path) -> np.ndarray:

@@ -211,11 +211,12 @@ class _KnownAndUnknown:
         if file := data.options.get("classifier"):
             if train is None:
                 raise ValueError("COOkeD's ensemble has a linear probe: give train= beside classifier=")
-            classifier = load_arrays(epath.Path(file), ("known", "unknown"))
-            for name, records in (("known", known.images.records), ("unknown", unknown)):
-                expected = (len(records), len(known.images.names))
-                if name not in classifier or classifier[name].shape != expected:
-                    raise ValueError(f"{file} must have an array {name!r} of probabilities {expected}")
+            num_classes = len(known.images.names)
+            shapes = {
+                "known": (len(known.images.records), num_classes),
+                "unknown": (len(unknown), num_classes),
+            }
+            classifier = load_arrays(epath.Path(file), shapes)
         return cls(known, unknown, train, classifier)
 
     def measure(self, subject: Subject) -> Numbers:

@@ -47,6 +47,8 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
     for (first, kind, statement), (second, other_kind, other_statement) in zip(
         rows[::2], rows[1::2], strict=True
     ):
+        if kind in (".", "..") or "/" in kind:
+            raise ValueError(f"{table}: the Type {kind!r} names no folder of {images}")
         if kind != other_kind or not first.isdecimal() or not second.isdecimal() or first == second:
             raise ValueError(
                 f"{table}: rows {first!r} ({kind}) and {second!r} ({other_kind}) are no pair: two numbers of "

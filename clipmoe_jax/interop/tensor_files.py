@@ -20,7 +20,7 @@ import safetensors.numpy
 from etils import epath
 
 from clipmoe_jax.core.json_files import field, read_json
-from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.paths import check_plain_file, in_bucket
 from clipmoe_jax.interop import torchscript
 
 SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
@@ -44,6 +44,7 @@ def open_tensors(path: epath.Path) -> Tensors:
     them, `state_dict.visual.proj`, and what is no tensor is left out.
     Raises ValueError for a file that is truncated, of another kind, or wants to run code.
     """
+    check_plain_file(path)
     with path.open("rb") as file:
         start = file.read(9)
     return _open_safetensors(path) if start[8:] == b"{" else _open_torch(path)
@@ -52,11 +53,14 @@ def open_tensors(path: epath.Path) -> Tensors:
 def open_sharded(index: epath.Path) -> Tensors:
     """Opens all files that a `….index.json` names.
 
-    Raises FileNotFoundError naming files that do not exist, ValueError for tensors that their file lacks.
+    Raises FileNotFoundError naming files that do not exist, ValueError for files that are not in the index's
+    folder and for tensors that their file lacks.
     """
     weight_map = field(read_json(index), "weight_map", dict, str(index))
-    for name in weight_map:
-        field(weight_map, name, str, f"{index}: weight_map")
+    if outside := [name for name in weight_map.values() if not _is_file_name(name)]:
+        raise ValueError(
+            f"{index} names the file {outside[0]!r}, which is none of its folder: mend or remove it"
+        )
     shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
     if missing := [name for name, path in shards.items() if not path.exists()]:
         raise FileNotFoundError(f"{index} names {len(shards)} files, of which {missing[:10]} do not exist")
@@ -64,6 +68,10 @@ def open_sharded(index: epath.Path) -> Tensors:
     if missing := [name for name, shard in weight_map.items() if name not in opened[shard]]:
         raise ValueError(f"{index} names tensors that their files lack: {missing[:10]}")
     return {name: opened[shard].pop(name) for name, shard in weight_map.items()}
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
 def read_as(tensors: Tensors, dtype: str | None, source: str) -> Tensors:

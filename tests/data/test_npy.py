@@ -2,6 +2,8 @@
 
 import io
 import re
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -80,8 +82,40 @@ def test_damaged_npz_is_named_in_one_line(tmp_path, content):
     assert "\n" not in str(e.value)
 
 
-def test_only_the_arrays_asked_for_are_read(tmp_path):
-    path = epath.Path(tmp_path / "arrays.npz")
-    path.write_bytes(npz_bytes(known=ARRAY, pickled=np.array([{"a": 1}], object)))
-    (found,) = npy.load_arrays(path, ("known", "unknown")).values()
-    np.testing.assert_array_equal(found, ARRAY)
+def write_npz(path, **contents):
+    """An archive of these .npy files."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(f"{name}.npy", content)
+    return epath.Path(path)
+
+
+def claims(shape, descr="<f8"):
+    """The header of an array that is not there."""
+    text = str({"descr": descr, "fortran_order": False, "shape": shape}).encode()
+    text += b" " * (118 - len(text) - 1) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def test_arrays_that_nobody_asks_for_are_not_read(tmp_path):
+    file = write_npz(tmp_path / "x.npz", known=NPY, huge=claims((2**40,)), broken=b"no array")
+    found = npy.load_arrays(file, {"known": (4, 6)})
+    assert list(found) == ["known"]
+    np.testing.assert_array_equal(found["known"], ARRAY)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"b": NPY}, r"must have an array 'a' of shape \(2, 3\)"),
+        ({"a": NPY}, r"array 'a' is float16 \(4, 6\), not real numbers \(2, 3\)"),
+        ({"a": claims((2**40,))}, r"array 'a' is float64 \(1099511627776,\), not real"),
+        ({"a": claims((2, 3), "S1000000000")}, r"array 'a' is \|S1000000000 \(2, 3\), not real"),
+        ({"a": npy_bytes(np.array(2 * [3 * [{}]]))}, r"array 'a' is object \(2, 3\), not real"),
+        ({"a": claims((2, 3))}, "x.npz is damaged"),
+        ({"a": b"no array"}, "x.npz is damaged.*magic"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_by_their_header(tmp_path, contents, message):
+    with pytest.raises(ValueError, match=message):
+        npy.load_arrays(write_npz(tmp_path / "x.npz", **contents), {"a": (2, 3)})

@@ -46,6 +46,10 @@ def test_rows_that_follow_each_other_are_pairs(tmp_path, images):
             r"\['1', 'Orientation', 'x', 'y'\] is not Question ID, Type",
         ),
         ([], "has 0 rows"),
+        (
+            [("1", "../Orientation", "x"), ("2", "../Orientation", "y")],
+            "Type '../Orientation' names no folder",
+        ),
         ([ROWS[0], ("2", "Orientation", "open\n3,x,y\n4,x,z")], "a quote in the row '2' is not closed"),
     ],
 )

@@ -1,6 +1,7 @@
 """Files of named tensors, apart from any model."""
 
 import json
+import os
 import zipfile
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
+from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.interop import tensor_files
 
 ARRAYS = {
@@ -89,3 +91,34 @@ def test_a_compressed_pytorch_file_is_refused_before_it_is_expanded(tmp_path, co
         archive.writestr("model/data.pkl", bytes(1 << 20))
     with pytest.raises(ValueError, match="model.pt is damaged .parts are compressed or overlap"):
         tensor_files.open_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "..", "", "sub/x.safetensors", 7, None, ["x"]]
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path, name):
+    index = epath.Path(tmp_path / "model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="index.json names the file .* which is none of its folder"):
+        tensor_files.open_sharded(index)
+
+
+def test_shards_may_be_links_as_in_caches_of_downloads(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "1").mkdir(parents=True)
+    tensor_files.write_safetensors(tmp_path / "blobs", dict(ARRAYS), shard_bytes=30)
+    files = [*(tmp_path / "blobs").iterdir()]
+    assert len(files) > 2
+    for file in files:
+        (tmp_path / "snapshots" / "1" / file.name).symlink_to(f"../../blobs/{file.name}")
+    index = epath.Path(tmp_path / "snapshots" / "1" / "model.safetensors.index.json")
+    assert_holds(tensor_files.open_sharded(index), ARRAYS)
+
+
+@pytest.mark.parametrize("read", [tensor_files.open_tensors, read_json])
+def test_pipes_and_devices_are_not_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(ValueError, match=f"{name} is not a plain file"):
+            read(epath.Path(tmp_path / name))
