@@ -25,7 +25,7 @@ def main(argv: list[str]) -> str:
     spec = ",".join(options.source)
     try:
         report = preparation.prepare(
-            sources.open_source(spec, options.images),
+            sources.open_source(spec, options.images, follow_links=options.follow_links),
             options.out,
             split=options.split,
             max_bad_fraction=options.max_bad_fraction,
@@ -48,6 +48,9 @@ def _define_flags() -> None:
         "source", None, f"KIND:PATH, such as {examples}; given several times, one data set of all."
     )
     flags.DEFINE_string("images", None, "The folder that image paths start from, in place of ?images=DIR.")
+    flags.DEFINE_bool(
+        "follow_links", False, "Read links inside of sources too, as git-annex, DVC and caches have them."
+    )
     flags.DEFINE_string("out", None, "The folder to make.")
     flags.DEFINE_string("split", "train", "The name of the split to write.")
     flags.DEFINE_float("max_bad_fraction", 1e-3, "Stop if a larger part of the records is bad.")

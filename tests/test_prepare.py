@@ -64,6 +64,16 @@ def test_several_sources_become_one_data_set(pairs, out):
     assert [Records(str(out))[i]["id"] for i in (0, 6, 12)] == ["0/00.png", "1/00.png", "2/000000"]
 
 
+def test_links_are_read_where_the_flag_says_so(pairs, out, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "linked").symlink_to(pairs)
+    arguments = f"--source=folder:{tmp_path / 'own'}", f"--out={out}"
+    refused = run_command(*arguments)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "(--follow_links of prepare)" in refused.stderr
+    assert run_command(*arguments, "--follow_links").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,10 +19,13 @@ def canonical(path: os.PathLike | str) -> str:
     return path.rstrip("/") if in_bucket(path) else os.path.realpath(os.path.expanduser(path))
 
 
-def files_under(folder: os.PathLike | str, above: frozenset[str] = frozenset()) -> Iterator[os.DirEntry]:
+def files_under(
+    folder: os.PathLike | str, follow_links: bool = True, above: frozenset[str] = frozenset()
+) -> Iterator[os.DirEntry]:
     """Yields the files in a folder on a disk and its subfolders, but hidden ones, in no order.
 
-    Links are followed, but for those back to a folder above.
+    follow_links: also those in linked folders, but for links back to a folder above; False yields the links
+    themselves.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -31,26 +34,28 @@ def files_under(folder: os.PathLike | str, above: frozenset[str] = frozenset()) 
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                yield from files_under(entry.path, above | {real})
+            if entry.is_dir(follow_symlinks=follow_links):
+                yield from files_under(entry.path, follow_links, above | {real})
             else:
                 yield entry
 
 
-def stamp(*paths: os.PathLike | str, names: str = "") -> str:
+def stamp(*paths: os.PathLike | str, names: str = "", follow_links: bool = True) -> str:
     """Returns a text that changes when files do; "" if there are none.
 
     Of one file it is "SIZE TIME" (nanoseconds); of a folder on a disk, or of several files, a hash of all
     names, sizes and times, for which the folder is gone through once.
 
     names: a regular expression, found in the names of those files of folders that count, in any case.
+    follow_links: as of `files_under`.
     """
     if len(paths) == 1 and os.path.isfile(paths[0]):
         return _size_and_time(os.stat(paths[0]))
     lines = []
     for i, path in enumerate(paths):
         if os.path.isdir(path):
-            counting = (entry for entry in files_under(path) if re.search(names, entry.name, re.IGNORECASE))
+            files = files_under(path, follow_links)
+            counting = (entry for entry in files if re.search(names, entry.name, re.IGNORECASE))
             lines += [f"{i} {_name_below(path, entry)} {_described(entry)}" for entry in counting]
         elif os.path.isfile(path):
             lines.append(f"{i} {os.path.basename(path)} {_size_and_time(os.stat(path))}")

@@ -16,6 +16,7 @@ from etils import epath
 
 from clipmoe_jax.core import checksums
 from clipmoe_jax.core.json_files import field, parse_json
+from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec
@@ -56,7 +57,8 @@ class Records:
         Raises:
             FileNotFoundError: there is no data set.
             NoSplitError: there is no such split, or the parts are of several.
-            ValueError: the data set has features that are none of TFDS's, or a damaged file.
+            ValueError: the data set has features that are none of TFDS's, a damaged file, or one that is not
+                plain.
         """
         import tensorflow_datasets as tfds  # here because it takes longest to import
 
@@ -66,6 +68,7 @@ class Records:
             raise FileNotFoundError(
                 f"{path} is not a prepared data set: make one with python -m clipmoe_jax.prepare"
             )
+        _check_files(path, folder)
         info = [f"{NAME}/{VERSION}/{name}" for name in ("dataset_info.json", "features.json")]
         checksums.verify(epath.Path(path), REPORT, ATTRIBUTES, *info)
         try:
@@ -174,3 +177,14 @@ def _attribute_table(content: dict[str, Any], where: str) -> dict[str, Attribute
         prompt, values = field(fields, "prompt", str, of), field(fields, "values", list, of)
         table[name] = AttributeSpec(prompt, tuple(values))
     return table
+
+
+def _check_files(*folders: os.PathLike | str) -> None:
+    """Raises ValueError for a device or a pipe, which would be read for ever. Links are followed."""
+    for folder in folders:
+        if in_bucket(folder):
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not (entry.is_file() or entry.is_dir()):
+                    raise ValueError(f"{entry.path} is no plain file: prepare the data set again")

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import pathlib
 import stat
 import struct
@@ -21,7 +22,7 @@ from test_formats import prepared_by_tfds
 
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import Pair, open_source, parquet
+from clipmoe_jax.data.sources import Pair, open_source, parquet, source_stamp
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
@@ -339,3 +340,118 @@ def test_large_members_of_a_shard_are_not_read(tmp_path):
             shard.addfile(member, io.BytesIO(b"x" * size))
     large, good = open_source(f"webdataset:{tmp_path}")
     assert large.kind == "too large a file" and good.captions == ("xx",)
+
+
+def pair_beside(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "0.png").write_bytes(b"image")
+    (folder / "0.txt").write_text("text")
+    return folder
+
+
+def link(path, target):
+    path.symlink_to(target)
+
+
+def secret(folder):
+    (folder.parent / "secret").write_text("secret")
+    return "../secret"
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+ODD_FILES = {
+    "captions are a link": ("1.txt", lambda path: link(path, secret(path.parent)), "a link"),
+    "captions are a device": ("1.txt", lambda path: link(path, "/dev/zero"), "a link"),
+    "captions are a pipe": ("1.txt", os.mkfifo, "not a file"),
+    "captions are a folder": ("1.txt", os.mkdir, "missing caption"),
+    "captions are sparse": ("1.txt", sparse, "too large a file"),
+    "the image is a link": ("1.png", lambda path: link(path, secret(path.parent)), "a link"),
+    "the image is a pipe": ("1.png", os.mkfifo, "not a file"),
+    "the image is sparse": ("1.png", sparse, "too large a file"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_what_is_no_plain_file_is_a_bad_record(name, tmp_path):
+    file, make, kind = ODD_FILES[name]
+    folder = pair_beside(tmp_path / "pairs")
+    make(folder / file)
+    for other in {"1.png", "1.txt"} - {file}:
+        (folder / other).write_text("text")
+    good, bad = open_source(f"folder:{folder}")
+    assert good == Pair("0.png", b"image", ("text",)) and (bad.id, bad.kind) == ("1.png", kind)
+
+
+def test_links_are_read_where_they_are_meant_but_devices_are_not(tmp_path):
+    folder = pair_beside(tmp_path / "pairs")
+    pair_beside(tmp_path / "other")
+    link(folder / "linked", "../other")
+    link(folder / "again", "../pairs")
+    link(folder / "1.png", "0.png")
+    link(folder / "1.txt", "/dev/zero")
+    records = list(open_source(f"folder:{folder}?follow_links=true"))
+    assert [record.id for record in records] == ["0.png", "1.png", "linked/0.png"]
+    assert records[1].kind == "not a file"
+    assert list(open_source(f"folder:{folder}", follow_links=True)) == records
+    with pytest.raises(ValueError, match=r"has a linked folder, .*: remove it, or add .follow_links=true"):
+        open_source(f"folder:{folder}?follow_links=false", follow_links=True)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/*/0.tar"])
+def test_linked_shards_are_told(pattern, tmp_path):
+    pair_beside(tmp_path / "elsewhere")
+    with tarfile.open(tmp_path / "elsewhere" / "0.tar", "w") as shard:
+        shard.add(tmp_path / "elsewhere" / "0.png", "0.png")
+        shard.add(tmp_path / "elsewhere" / "0.txt", "0.txt")
+    (tmp_path / "shards").mkdir()
+    if pattern == "/*/0.tar":
+        link(tmp_path / "shards" / "a", "../elsewhere")
+    else:
+        link(tmp_path / "shards" / "0.tar", "../elsewhere/0.tar")
+    spec = f"webdataset:{tmp_path}/shards{pattern}"
+    with pytest.raises(ValueError, match=r"has a link, .*0.tar: remove it, or add .follow_links=true"):
+        open_source(spec)
+    assert len(open_source(spec, follow_links=True)) == 1
+    if not pattern:  # a file that is itself named may be a link
+        assert len(open_source(f"{spec}/0.tar")) == 1
+
+
+@pytest.mark.parametrize("kind", ["webdataset:{}", "parquet:{}"])
+def test_a_pipe_among_shards_is_told(kind, tmp_path):
+    os.mkfifo(tmp_path / f"0.{'tar' if kind.startswith('web') else 'parquet'}")
+    with pytest.raises(ValueError, match="is no plain file: remove it"):
+        open_source(kind.format(tmp_path))
+
+
+def test_what_is_no_plain_file_in_a_data_set_of_tfds_is_told(tmp_path):
+    _, (spec, _, _) = prepared_by_tfds(tmp_path / "data", "array_record")
+    (features,) = (tmp_path / "data").rglob("features.json")
+    features.rename(tmp_path / "features.json")
+    link(features, tmp_path / "features.json")
+    with pytest.raises(ValueError, match="tfds:my_captions has a link, .*features.json: remove it, or add"):
+        open_source(spec)
+    assert len(open_source(f"{spec}&follow_links=true"))
+    features.unlink()
+    os.mkfifo(features)
+    with pytest.raises(ValueError, match="features.json is no plain file: remove it"):
+        open_source(spec)
+
+
+def test_a_pipe_in_a_prepared_set_is_told(tmp_path):
+    (tmp_path / "set" / "pairs" / "1.0.0").mkdir(parents=True)
+    os.mkfifo(tmp_path / "set" / "pairs" / "1.0.0" / "features.json")
+    with pytest.raises(ValueError, match="features.json is no plain file"):
+        Records(str(tmp_path / "set"), "val")
+
+
+def test_a_stamp_does_not_go_where_links_lead(tmp_path):
+    folder = pair_beside(tmp_path / "pairs")
+    before = source_stamp(f"folder:{folder}")
+    link(folder / "root", "/")  # would take minutes
+    assert source_stamp(f"folder:{folder}") == before
+    with pytest.raises(ValueError, match="has a linked folder"):
+        open_source(f"folder:{folder}")

@@ -74,13 +74,23 @@ def test_bad_entries_of_sharegpt4v_are_named_by_kind(tmp_path, bad_entry, kind):
     assert good == Pair("a.png", PNG, ("a red cube",))
 
 
-def test_sharegpt4v_paths_stay_inside_the_folder_without_resolving_links(tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "c.png").write_bytes(PNG)
-    source = share_gpt4v(tmp_path, [entry(image="sub/../a.png"), entry(image="link/c.png")])
-    (tmp_path / "images" / "link").symlink_to(elsewhere)
-    assert [record.image for record in source] == [PNG, PNG]
+def test_paths_stay_inside_the_image_folder_and_outside_linked_ones(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.png").write_bytes(PNG)
+    names = ("sub/../a.png", "link/c.png", "c.png")
+    share_gpt4v(tmp_path, [entry(image=name) | {"id": name} for name in names])
+    (tmp_path / "images" / "link").symlink_to("../elsewhere")
+    (tmp_path / "images" / "c.png").symlink_to("../elsewhere/c.png")
+    (tmp_path / "linked").symlink_to("images")  # itself a link: that is what the user names
+    for images in ("images", "linked"):
+        spec = f"sharegpt4v:{tmp_path}/captions.json?images={tmp_path / images}"
+        inside, *links = open_source(spec)
+        assert isinstance(inside, Pair) and [record.kind for record in links] == ["a link", "a link"]
+        assert (
+            "remove it, or add ?follow_links=true to the source (--follow_links of prepare)"
+            in links[1].detail
+        )
+        assert [record.image for record in open_source(f"{spec}&follow_links=true")] == 3 * [PNG]
 
 
 def test_image_folder_reads_a_caption_from_each_line(tmp_path):
@@ -107,8 +117,9 @@ def test_linked_folders_are_followed_once(tmp_path):
         (tmp_path / name / "a.tar").write_bytes(b"")
     (tmp_path / "pairs" / "linked").symlink_to("../elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to("../pairs")  # is not gone around in
-    assert [pair.id for pair in ImageFolder(str(tmp_path / "pairs"))] == ["linked/a.png", "own/a.png"]
-    found = find_files(str(tmp_path / "pairs"), "webdataset", ".tar")
+    pairs = str(tmp_path / "pairs")
+    assert [pair.id for pair in ImageFolder(pairs, follow_links=True)] == ["linked/a.png", "own/a.png"]
+    found = find_files(pairs, "webdataset", ".tar", follow_links=True)
     assert list(found) == ["linked/a.tar", "own/a.tar"]
 
 
@@ -396,8 +407,8 @@ def test_pattern_takes_files_in_the_order_of_their_paths(tmp_path):
         ("folder:/nowhere", None, FileNotFoundError, "source folder:/nowhere is not a folder"),
         ("folder:/", "x", ValueError, "source folder:/ has no use for images=x"),
         ("folder:/?images=x", None, ValueError, "source folder:/.images=x has no use for images=x"),
-        ("folder:/?depth=1", None, ValueError, "no option depth; folder has none"),
-        ("coco:x?depth=1&images=y", None, ValueError, "no option depth; coco has images"),
+        ("folder:/?depth=1", None, ValueError, "no option depth; folder has follow_links"),
+        ("coco:x?depth=1&images=y", None, ValueError, "no option depth; coco has images, follow_links"),
         ("coco:x?images=", None, ValueError, r"options are written \?name=value&name=value"),
         ("coco:x?images=y&images=z", None, ValueError, "option images is given twice"),
         ("sharegpt4v:x.json", None, ValueError, "needs the folder its image paths start from"),

@@ -5,7 +5,8 @@ A source is written KIND:PATH or KIND:PATH?option=value&option=value, several wi
     sharegpt4v:captions.json?images=DIR
     coco:train.json?images=train2017,coco:val.json?images=val2017
 
-Percent escapes in paths and values are decoded: a comma in a path is %2C. Paths may begin with `~`. Each kind
+Percent escapes in paths and values are decoded: a comma in a path is %2C. Paths may begin with `~`. What is
+read is plain files under the paths that are named; `follow_links=true` reads links inside too. Each kind
 is a class with `__len__` and `__iter__` (base.Source) and a row of KINDS; another kind is another such class
 and row.
 """
@@ -13,7 +14,7 @@ and row.
 import os
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from clipmoe_jax.core import stamps
@@ -35,7 +36,7 @@ from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.data.sources.parquet import Parquet
 from clipmoe_jax.data.sources.shards import WebDataset
 from clipmoe_jax.data.sources.tables import Csv, Flickr30k
-from clipmoe_jax.data.sources.tfds import Tfds
+from clipmoe_jax.data.sources.tfds import Tfds, tfds_folder
 
 __all__ = [
     "KINDS",
@@ -75,7 +76,8 @@ class Kind(NamedTuple):
 
     @property
     def all_options(self) -> tuple[str, ...]:
-        return (*self.options, *(["images"] if self.images != "no use" else []))
+        images = ["images"] if self.images != "no use" else []
+        return (*self.options, *images, *([] if self.generated else [FOLLOW]))
 
 
 KINDS = {
@@ -100,6 +102,7 @@ KINDS = {
     ),
 }
 _KIND = f"(?:{'|'.join(KINDS)}):"
+FOLLOW = "follow_links"  # the option of every kind that reads files
 _FOLDERS = ("images", "data_dir")  # the options that are paths
 
 
@@ -118,7 +121,7 @@ def is_source(text: str) -> bool:
     return re.match(_KIND, text) is not None
 
 
-def open_source(spec: str, images: str | None = None, seed: int = 0) -> Source:
+def open_source(spec: str, images: str | None = None, seed: int = 0, follow_links: bool = False) -> Source:
     """Opens a source, or several with commas between them as one; an id that came before is a bad record.
 
     The ids of several sources begin with the source's number ("0/", "1/", …); those of one are its own.
@@ -127,16 +130,18 @@ def open_source(spec: str, images: str | None = None, seed: int = 0) -> Source:
         spec: such as "sharegpt4v:captions.json?images=DIR"; docs/data.md has every kind.
         images: the option `images` of every source that has none and a use for it.
         seed: of generated sources that have none.
+        follow_links: the option `follow_links` of every source that has none.
 
     Raises:
-        ValueError: an unknown kind or option, no path, or image folders that are missing, of no use or two.
+        ValueError: an unknown kind or option, no path, image folders that are missing, of no use or two, or
+            linked folders, shards or tables.
         FileNotFoundError: a path that does not exist.
     """
     specs = _parse(with_seed(spec, seed))
     images = images and os.path.expanduser(images)
     if images is not None and all(KINDS[one.kind].images == "no use" for one in specs):
         raise ValueError(f"source {spec} has no use for images={images}: leave it out")
-    sources = [_open(one, images) for one in specs]
+    sources = [_open(one, images, follow_links) for one in specs]
     return Unique(sources[0] if len(sources) == 1 else Concatenated(sources))
 
 
@@ -154,10 +159,12 @@ def with_seed(spec: str, seed: int) -> str:
 def source_stamp(spec: str) -> str:
     """Returns a stamp (`core.stamps.stamp`) of the file, the folder or the files of each source, with commas
     between them; "" for one that is not there or is generated. Folders of `images` do not count."""
-    kinds = ((one, KINDS[one.kind]) for one in _parse(spec))
-    return ",".join(
-        "" if kind.generated else stamps.stamp(*_files(one), names=kind.names) for one, kind in kinds
-    )
+    found = []
+    for one in _parse(spec):
+        kind, follow = KINDS[one.kind], one.options.get(FOLLOW) == "true"
+        files = [] if kind.generated else _files(one)
+        found.append(stamps.stamp(*files, names=kind.names, follow_links=follow))
+    return ",".join(found)
 
 
 def canonical(spec: str, images: str | None = None) -> str:
@@ -182,8 +189,7 @@ def _files(spec: _Spec) -> list[str]:
     """Returns the file, the folder or the files of a source, those that are there."""
     places = [spec.path, spec.path.partition("#")[0]]  # coco's #split
     if spec.kind == "tfds":
-        folder = spec.options.get("data_dir") or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        places.append(os.path.join(os.path.expanduser(folder), spec.path))
+        places.append(tfds_folder(spec.path, spec.options.get("data_dir")) or "")
     return next(([place] for place in places if os.path.exists(place)), sorted(matching(spec.path)))
 
 
@@ -211,12 +217,16 @@ def _parse_one(text: str) -> _Spec:
         raise ValueError(
             f"source {text}: no option {', '.join(unknown)}; {kind} has {', '.join(known) or 'none'}"
         )
+    if options.get(FOLLOW, "true") not in ("true", "false"):
+        raise ValueError(f"source {text}: {FOLLOW}={options[FOLLOW]} must be true or false")
     options |= {name: os.path.expanduser(options[name]) for name in _FOLDERS if name in options}
     return _Spec(text, kind, os.path.expanduser(unquote(path)), options)
 
 
-def _open(spec: _Spec, images: str | None) -> Source:
-    kind, options = KINDS[spec.kind], dict(spec.options)
+def _open(spec: _Spec, images: str | None, follow_links: bool) -> Source:
+    kind, options = KINDS[spec.kind], dict[str, Any](spec.options)
+    if not kind.generated:
+        options[FOLLOW] = spec.options[FOLLOW] == "true" if FOLLOW in spec.options else follow_links
     if images is not None and kind.images != "no use":
         if options.setdefault("images", images) != images:
             raise ValueError(f"source {spec.text} is given another image folder, {images}: leave one out")

@@ -1,9 +1,12 @@
 """The records that sources yield, the checks on them, and what else all kinds share."""
 
+import errno
+import functools
 import glob
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,6 +23,8 @@ OTHER_IMAGE_SUFFIXES = (
 # tokens, and to tokenise a million characters takes 100 MB.
 MAX_CAPTIONS, MAX_TEXT, MAX_IMAGE_BYTES = 1000, 100_000, 2**28
 MAX_TEXT_BYTES = 2**23  # of a file that holds captions, or JSON with captions
+# What to do about a link, which may lead to any file of the machine.
+FOLLOW_LINKS = "remove it, or add ?follow_links=true to the source (--follow_links of prepare)"
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
 
@@ -115,14 +120,24 @@ class Concatenated:
                 yield record._replace(id=f"{i}/{record.id}")
 
 
-class Images:
-    """The folder that a source's image paths start from. Links inside are followed."""
+class BadFileError(ValueError):
+    """A file that is there and is not read. kind: as of `BadRecord`."""
 
-    def __init__(self, root: str):
-        """Raises FileNotFoundError if root is not a folder."""
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+class Images:
+    """The folder that a source's image paths start from."""
+
+    def __init__(self, root: str, follow_links: bool = False):
+        """follow_links: reads links inside. Raises FileNotFoundError if root is not a folder."""
         if not Path(root).is_dir():
             raise FileNotFoundError(f"images={root} is not a folder")
         self._root = os.path.abspath(root)
+        self._follow_links = follow_links
+        self._is_linked = functools.lru_cache(4096)(functools.partial(is_linked, self._root))
 
     def exists(self, name: str) -> bool:
         """Returns whether a file is at a path under the folder."""
@@ -142,13 +157,50 @@ class Images:
         path = os.path.normpath(os.path.join(self._root, name))
         if not Path(path).is_relative_to(self._root):
             return BadRecord(record_id, "path outside the image folder", name)
-        return pair_of_file(record_id, path, captions)
+        try:
+            if not self._follow_links and self._is_linked(folder := os.path.dirname(path)):
+                return BadRecord(record_id, "a link", f"{folder} lies in a linked folder: {FOLLOW_LINKS}")
+        except ValueError as error:  # a null byte in the path
+            return BadRecord(record_id, "unreadable image", f"{path}: {error}")
+        return pair_of_file(record_id, path, captions, self._follow_links)
 
 
-def pair_of_file(record_id: str, path: str, captions: Iterable[object]) -> Pair | BadRecord:
+def is_linked(root: str, path: os.PathLike | str) -> bool:
+    """Returns whether a path under a folder is a link, or lies in one, below that folder."""
+    below = os.path.relpath(path, root)
+    return os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(root), below))
+
+
+def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
+    """Returns the contents of a plain file.
+
+    Raises BadFileError for a link, unless links are followed, for a device or a pipe, and for more than
+    `most` bytes; OSError as `open`; ValueError for a null byte in the path.
+    """
+    others = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)  # a pipe would be waited for
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | others)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadFileError("not a file", f"{path} is a device or a pipe")
+            if status.st_size > most:
+                detail = f"{path} has {status.st_size:,} bytes, of which {most:,} may be read"
+                raise BadFileError("too large a file", detail)
+            return file.read()
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow_links:
+            raise BadFileError("a link", f"{path} is a link: {FOLLOW_LINKS}") from error
+        raise
+
+
+def pair_of_file(
+    record_id: str, path: str, captions: Iterable[object], follow_links: bool = False
+) -> Pair | BadRecord:
     """Returns the pair of an image file, or what is wrong with it."""
     try:
-        image = Path(path).read_bytes()
+        image = read_file(path, follow_links, MAX_IMAGE_BYTES)
+    except BadFileError as error:
+        image = BadRecord(record_id, error.kind, str(error))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         image = BadRecord(record_id, "missing image", f"{path} does not exist")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -191,7 +243,7 @@ def find_file(path: str, kind: str) -> Path:
     return Path(path)
 
 
-def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
+def find_files(path: str, kind: str, suffix: str, follow_links: bool = False) -> dict[str, Path]:
     """Returns {name: file} of the files with a suffix: of one file, a folder with its subfolders, or a
     pattern with `*`. Hidden files and folders do not count.
 
@@ -199,23 +251,44 @@ def find_files(path: str, kind: str, suffix: str) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: some are compressed, and would be left out.
+        ValueError: some are compressed, and would be left out; one is a link or in a linked folder, which
+            `follow_links` reads; one is a device or a pipe.
     """
     if os.path.isdir(path):
-        names = {entry.path: entry.name.lower() for entry in files_under(path)}
+        names = {entry.path: entry.name.lower() for entry in plain_files_under(path, kind, follow_links)}
         compressed = tuple(suffix + ending for ending in COMPRESSED_SUFFIXES)
         if packed := sorted(file for file, name in names.items() if name.endswith(compressed)):
             raise ValueError(
                 f"source {kind}:{path} has {len(packed)} compressed files, the first {packed[0]}: unpack them"
             )
         root, paths = path, sorted(Path(file) for file, name in names.items() if name.endswith(suffix))
+        named = path
     else:
         paths = sorted(map(Path, matching(path)))
         root = os.path.commonpath([file.parent for file in paths]) if paths else ""
+        named = os.path.dirname(path)
+        while paths != [Path(path)] and glob.has_magic(named):
+            named = os.path.dirname(named)
     files = {file.relative_to(root).as_posix(): file for file in paths}
     if not files:
         raise FileNotFoundError(f"source {kind}:{path} has no {suffix} file")
+    for file in paths:
+        if not follow_links and file != Path(path) and is_linked(named, file):
+            raise ValueError(f"source {kind}:{path} has a link, {file}: {FOLLOW_LINKS}")
+        if not file.is_file():
+            raise ValueError(f"source {kind}:{path}: {file} is no plain file: remove it")
     return files
+
+
+def plain_files_under(folder: str, kind: str, follow_links: bool) -> Iterator[os.DirEntry]:
+    """Yields the files in a folder and its subfolders, as `files_under`.
+
+    Raises ValueError for a linked folder if links are not followed: what is in it would be missing.
+    """
+    for entry in files_under(folder, follow_links):
+        if not follow_links and entry.is_symlink() and entry.is_dir():
+            raise ValueError(f"source {kind}:{folder} has a linked folder, {entry.path}: {FOLLOW_LINKS}")
+        yield entry
 
 
 def matching(path: str) -> list[str]:

@@ -15,11 +15,11 @@ class Coco:
     PATH#test takes a split, and #train takes "restval" with it, as is usual on COCO.
     """
 
-    def __init__(self, path: str, images: str):
+    def __init__(self, path: str, images: str, follow_links: bool = False):
         """Raises FileNotFoundError for a wrong path, ValueError for another file or an unknown split."""
         path, _, split = path.partition("#")
         file = find_file(path, "coco")
-        self._images = Images(images)
+        self._images = Images(images, follow_links)
         try:
             content = read_json(file)
             entries = content["images"]

@@ -14,10 +14,10 @@ class ShareGPT4V:
     "human", "value": …}, {"from": "gpt", "value": caption}]}; the caption is the first "gpt" turn.
     """
 
-    def __init__(self, path: str, images: str):
+    def __init__(self, path: str, images: str, follow_links: bool = False):
         """Raises FileNotFoundError for a wrong path and ValueError for a malformed file."""
         file = find_file(path, "sharegpt4v")
-        self._images = Images(images)
+        self._images = Images(images, follow_links)
         if file.suffix == ".jsonl":
             # A line that is cut off is one bad record; in a list it would be the end of all.
             lines = filter(bytes.strip, file.read_bytes().splitlines())

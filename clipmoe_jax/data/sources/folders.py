@@ -5,14 +5,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipmoe_jax.core.stamps import files_under
 from clipmoe_jax.data.sources.base import (
     IMAGE_SUFFIXES,
+    MAX_TEXT_BYTES,
     OTHER_IMAGE_SUFFIXES,
+    BadFileError,
     BadRecord,
     Pair,
     pair_of_file,
     parse_json,
+    plain_files_under,
+    read_file,
 )
 
 IMAGES = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES))})$"
@@ -21,21 +24,24 @@ IMAGES = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES))})$
 class ImageFolder:
     """A folder of images, each with a .txt of the same stem beside it, one caption a line.
 
-    Subfolders count, linked ones too, but not hidden ones; the order is by path. A pair's id is the image's
-    path under the folder. Images of one stem share their captions. Captions without an image and images of
-    other kinds are bad records.
+    Subfolders count, but not hidden ones; the order is by path. A pair's id is the image's path under the
+    folder. Images of one stem share their captions. Captions without an image and images of other kinds are
+    bad records.
     """
 
     kind = "folder"
     captions = r"\.txt$"  # names of the files beside images that hold captions
 
-    def __init__(self, root: str):
-        """Raises FileNotFoundError if root is not a folder."""
-        self._root = Path(root)
+    def __init__(self, root: str, follow_links: bool = False):
+        """follow_links: reads links to files and folders; otherwise links to files are bad records.
+
+        Raises FileNotFoundError if root is not a folder, ValueError for a linked folder.
+        """
+        self._root, self._follow_links = Path(root), follow_links
         if not self._root.is_dir():
             raise FileNotFoundError(f"source {self.kind}:{root} is not a folder")
         paths, stems, captions = [], set(), {}
-        for entry in files_under(root):
+        for entry in plain_files_under(root, self.kind, follow_links):
             stem, suffix = os.path.splitext(entry.path)
             if suffix.lower() in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
                 paths.append(Path(entry.path))
@@ -62,15 +68,25 @@ class ImageFolder:
             captions = self._captions(path)
         except UnicodeDecodeError:
             return BadRecord(record_id, "invalid text", f"the caption file of {path} is not UTF-8")
+        except BadFileError as error:
+            return BadRecord(record_id, error.kind, str(error))
         except OSError as error:
             return BadRecord(record_id, "missing caption", f"{error.filename}: {error.strerror}")
         if isinstance(captions, BadRecord):
             return captions._replace(id=record_id)
-        return pair_of_file(record_id, str(path), captions)
+        return pair_of_file(record_id, str(path), captions, self._follow_links)
 
     def _captions(self, path: Path) -> list | BadRecord:
-        lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig").split("\n")
-        return [line for line in lines if line.strip()] or [""]
+        return [line for line in self._text(path).split("\n") if line.strip()] or [""]
+
+    def _text(self, image: Path) -> str:
+        """Returns the contents of the .txt beside an image."""
+        contents = self._beside(image, ".txt").decode("utf-8-sig")
+        return contents.replace("\r\n", "\n").replace("\r", "\n")
+
+    def _beside(self, image: Path, suffix: str) -> bytes:
+        """Returns the contents of the file beside an image. Raises as `read_file`."""
+        return read_file(image.with_suffix(suffix), self._follow_links, MAX_TEXT_BYTES)
 
 
 class Img2Dataset(ImageFolder):
@@ -82,8 +98,8 @@ class Img2Dataset(ImageFolder):
 
     def _captions(self, path: Path) -> list | BadRecord:
         if path.with_suffix(".txt").exists():
-            return [path.with_suffix(".txt").read_text(encoding="utf-8-sig")]
-        fields = parse_json(path.name, path.with_suffix(".json").read_bytes())
+            return [self._text(path)]
+        fields = parse_json(path.name, self._beside(path, ".json"))
         if isinstance(fields, BadRecord):
             return fields
         return [fields.get("caption") if isinstance(fields, dict) else None]

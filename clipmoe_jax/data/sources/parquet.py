@@ -37,13 +37,13 @@ class Parquet:
     that would take many times its size in memory, are bad records from there on.
     """
 
-    def __init__(self, path: str, images: str | None = None):
+    def __init__(self, path: str, images: str | None = None, follow_links: bool = False):
         """Raises FileNotFoundError for a wrong path and ValueError for missing columns, two of one name, and
         a file that claims more rows than it has bytes."""
         import pyarrow.parquet  # here because it is slow to import
 
-        self._images = None if images is None else Images(images)
-        self._files = find_files(path, "parquet", ".parquet")
+        self._images = None if images is None else Images(images, follow_links)
+        self._files = find_files(path, "parquet", ".parquet", follow_links)
         self._len = 0
         for file in self._files.values():
             try:

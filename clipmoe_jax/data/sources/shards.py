@@ -32,9 +32,9 @@ class WebDataset:
     by `cat`. One that is cut off or damaged gives the samples that are whole before that and one bad record.
     """
 
-    def __init__(self, path: str):
-        """Raises FileNotFoundError if no shard is there, ValueError for compressed ones."""
-        self._shards = find_files(path, "webdataset", ".tar")
+    def __init__(self, path: str, follow_links: bool = False):
+        """Raises FileNotFoundError if no shard is there, ValueError for compressed ones and links."""
+        self._shards = find_files(path, "webdataset", ".tar", follow_links)
 
     def __len__(self) -> int:
         return self._count

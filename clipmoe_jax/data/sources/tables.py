@@ -26,9 +26,9 @@ class Csv:
 
     kind = "csv"
 
-    def __init__(self, path: str, images: str):
+    def __init__(self, path: str, images: str, follow_links: bool = False):
         """Raises FileNotFoundError for a wrong path, ValueError for a table without these columns."""
-        self._path, self._images = find_file(path, self.kind), Images(images)
+        self._path, self._images = find_file(path, self.kind), Images(images, follow_links)
         self._groups = _group(self._rows())
 
     def __len__(self) -> int:

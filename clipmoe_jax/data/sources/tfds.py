@@ -1,5 +1,6 @@
 """Data sets that TFDS has prepared, as ArrayRecord or TFRecord files, read without TensorFlow."""
 
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,7 +10,14 @@ from etils import epath
 from google.protobuf.message import DecodeError
 
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
-from clipmoe_jax.data.sources.base import BadRecord, Pair, as_text, make_pair
+from clipmoe_jax.data.sources.base import (
+    FOLLOW_LINKS,
+    BadRecord,
+    Pair,
+    as_text,
+    make_pair,
+    plain_files_under,
+)
 from clipmoe_jax.data.tfds_folders import tfds_features_alone
 
 CAPTION_FEATURES = ("captions", "caption", "text")
@@ -31,6 +39,7 @@ class Tfds:
         image: str = "image",
         caption: str = "",
         id: str = "",
+        follow_links: bool = False,
     ):
         """Opens the data set.
 
@@ -42,16 +51,19 @@ class Tfds:
             caption: that of captions, "captions", "caption" or "text" unless told. It may hold many, or a
                 class label ("label"), whose name is the caption.
             id: that of ids.
+            follow_links: reads links inside.
 
         Raises:
             FileNotFoundError: it is not prepared.
-            ValueError: it has no such split or feature, or features that are none of TFDS's.
+            ValueError: it has no such split or feature, or features that are none of TFDS's; there is a link
+                in it, a device or a pipe.
         """
         import tensorflow_datasets as tfds  # slow to import
         from tensorflow_datasets.core import read_only_builder
 
         self._split, self._image, self._id = split, image, id
         self._decoders = {image: tfds.decode.SkipDecoding()}
+        _check_files(path, data_dir, follow_links)
         builder: Any  # the methods of TFDS's own type lose their parameters to its decorators
         try:
             with tfds_features_alone():
@@ -113,6 +125,25 @@ class Tfds:
                 return BadRecord(record_id, "unknown label", f"{unknown[0]} is none of the {count} classes")
             captions = map(self._labels.int2str, captions)
         return make_pair(record_id, images[0], map(as_text, captions))
+
+
+def tfds_folder(path: str, data_dir: str | None) -> str | None:
+    """Returns the folder of a data set, which may be its own path or in `data_dir` (None: TFDS's own)."""
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    places = (path, os.path.join(os.path.expanduser(folder), path))
+    return next((place for place in places if os.path.exists(place)), None)
+
+
+def _check_files(path: str, data_dir: str | None, follow_links: bool) -> None:
+    """Raises ValueError for what TFDS would read for ever, and for links."""
+    folder = tfds_folder(path, data_dir)
+    if folder is None or not os.path.isdir(folder):
+        return
+    for entry in plain_files_under(folder, "tfds", follow_links):
+        if entry.is_symlink() and not follow_links:
+            raise ValueError(f"source tfds:{path} has a link, {entry.path}: {FOLLOW_LINKS}")
+        if not entry.is_file():
+            raise ValueError(f"source tfds:{path}: {entry.path} is no plain file: remove it")
 
 
 class _TfRecords:
