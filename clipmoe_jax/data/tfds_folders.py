@@ -13,7 +13,7 @@ def tfds_features_alone() -> Iterator[None]:
 
     TFDS imports the module of each class that the data set's `features.json` names, wherever it lies: also
     one in the working directory, which `python -m` has on its path. Raises ValueError naming the class
-    before anything of it is imported.
+    before anything of it is imported, and for files about the data set that are damaged.
     """
     from tensorflow_datasets.core.features import feature  # slow to import
 
@@ -31,5 +31,10 @@ def tfds_features_alone() -> Iterator[None]:
     connector.cls_from_name = classmethod(cls_from_name)
     try:
         yield
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # of protobuf, TFDS, …
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"its dataset_info.json or features.json is damaged ({reason[:200]})") from error
     finally:
         connector.cls_from_name = original

@@ -94,7 +94,10 @@ def mmvp_accuracy(
 
 def _read_rows(table: Path) -> list[list[str]]:
     """Returns (question id, type, statement) of each row."""
-    table_rows = csv.reader(io.StringIO(read_text(table)))
+    try:
+        table_rows = list(csv.reader(io.StringIO(read_text(table))))
+    except csv.Error as error:
+        raise ValueError(f"{table} is no table: {error}") from error
     rows = [[cell.strip() for cell in row] for row in table_rows if any(row)][1:]  # after the header
     if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
         raise ValueError(f"{table}: the row {wrong[0]} is not {', '.join(COLUMNS)}")

@@ -50,9 +50,12 @@ def open_archive(path: epath.Path) -> "Archive | None":
     """
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(path.open("rb"))
-        if not zipfile.is_zipfile(file):
-            return None
-        archive = opened.enter_context(zipfile.ZipFile(file))
+        try:
+            if not zipfile.is_zipfile(file):
+                return None
+            archive = opened.enter_context(zipfile.ZipFile(file))
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
         if not any("/code/" in name for name in archive.namelist()):
             return None
         found = Archive(path, archive)

@@ -7,6 +7,7 @@ import jinja2
 from etils import epath
 from markupsafe import Markup
 
+from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.reporting import expert_sections, sections
 from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
@@ -30,8 +31,19 @@ SECTIONS: dict[str, tuple[str, Section]] = {
 def render(workdir: epath.Path) -> str:
     """Returns the page of a run, the same bytes from the same files.
 
-    Raises FileNotFoundError if there is no run.
+    Raises FileNotFoundError if there is no run, and ValueError if a file of it is damaged.
     """
+    try:
+        with naming(workdir):
+            return _render(workdir)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
+        raise ValueError(
+            f"{workdir}: a file that the report reads is damaged, or of another version ({error!r}): --debug "
+            "tells which section reads it"
+        ) from error
+
+
+def _render(workdir: epath.Path) -> str:
     folders = seed_folders(workdir)
     loader = jinja2.PackageLoader("clipmoe_jax.reporting", ".")
     environment = jinja2.Environment(
