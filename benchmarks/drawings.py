@@ -2,7 +2,7 @@
 
     npm install --prefix data/npm emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0
     python -m benchmarks.drawings --packages=data/npm/node_modules --out=data/drawings
-    python -m clipmoe_jax.main --config=configs/drawings.py:controls,seeds=21-30 --workdir=runs/drawings
+    python -m clipmoe_jax.main --config=configs/drawings.py:controls,seeds=41-50 --workdir=runs/drawings
 
 writes tables for the source `csv:`, with paths below --packages: `train.csv`, every drawing of Twitter's and
 those of Google's whose name is not held out; `test.csv`, Google's of every fourth name, with names alone, for

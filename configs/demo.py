@@ -1,7 +1,7 @@
 """CLIP-MoE on a laptop CPU in a few minutes: new detail for a tiny CLIP that keeps all that it knew.
 
     python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=21-30 --workdir=runs/keeping
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=41-50 --workdir=runs/keeping
     python -m clipmoe_jax.main --config=configs/demo.py:paper --workdir=runs/paper
     python -m clipmoe_jax.main --config=configs/demo.py:paper,all_baselines --workdir=runs/baselines
     python -m clipmoe_jax.main --config=configs/demo.py:small --workdir=runs/small
@@ -11,7 +11,7 @@ name three, and 400 glyphs with names. Fine-tuning sees scenes alone, with detai
 scenes is the new detail; "old", zero-shot accuracy over the glyphs' names, is what is left of what the base
 knew (docs/keeping.md).
 
-    seeds      N runs seeds 1 to N, 21-30 those: means, standard deviations and paired differences
+    seeds      N runs seeds 1 to N, 41-50 those: means, standard deviations and paired differences
     controls   what docs/keeping.md compares: models of as many pairs, ensembles, blends of dense ones
     flops      with controls: also models of as many FLOPs
     paper      the published recipe on scenes alone, with the baselines of the paper
