@@ -45,6 +45,23 @@ def check_plain_file(path: os.PathLike | str) -> None:
         raise ValueError(f"{path} is not a plain file")
 
 
+def check_plain_folder(folder: os.PathLike | str) -> None:
+    """Raises ValueError for the first link, pipe or device below a folder that a program reads and writes.
+
+    Through a link a stranger's folder would have files elsewhere read, overwritten or deleted. The folder
+    itself may be one.
+    """
+    if in_bucket(folder) or not os.path.isdir(folder):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                check_plain_folder(entry.path)
+            elif not entry.is_file(follow_symlinks=False):
+                kind = "a link" if entry.is_symlink() else "a pipe or a device"
+                raise ValueError(f"{entry.path} is {kind}: delete it, or put there what it stands for")
+
+
 def absolute(path: os.PathLike | str) -> epath.Path:
     """Returns a path on a disk made absolute; a bucket's is returned as it is.
 

@@ -5,6 +5,7 @@ What cannot be read raises ValueError naming the file; pickled objects are not r
 """
 
 import contextlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import IO
 
@@ -13,6 +14,8 @@ from etils import epath
 
 from clipmoe_jax.core import checksums
 from clipmoe_jax.core.paths import in_bucket
+
+SMALL, EXPANSION = 2**28, 20  # what any archive may expand to in bytes, and how many times its own size
 
 
 def load_array(path: epath.Path) -> np.ndarray:
@@ -45,6 +48,7 @@ def load_arrays(
     checksums.verify(path.parent, path.name)
     with _naming_damage(path), path.open("rb") as file, np.load(file) as arrays:
         if shapes is None:
+            _check_size(arrays.zip.infolist(), path.stat().length)
             return dict(arrays)
         for name, shape in shapes.items():
             if name not in arrays.files:
@@ -54,6 +58,14 @@ def load_arrays(
             if has != shape or dtype.kind not in "fiu":
                 raise ValueError(f"its array {name!r} is {dtype} {has}, not real numbers {shape}")
         return {name: arrays[name] for name in shapes}
+
+
+def _check_size(members: list[zipfile.ZipInfo], num_bytes: int) -> None:
+    """Raises ValueError for an archive of so many bytes that expands to far more, or without a bound."""
+    if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+        raise ValueError("its arrays are compressed as NumPy never does")
+    if (size := sum(member.file_size for member in members)) > max(SMALL, EXPANSION * num_bytes):
+        raise ValueError(f"its {num_bytes:,} bytes expand to {size:,} bytes")
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

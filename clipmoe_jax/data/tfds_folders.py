@@ -38,3 +38,12 @@ def tfds_features_alone() -> Iterator[None]:
         raise ValueError(f"its dataset_info.json or features.json is damaged ({reason[:200]})") from error
     finally:
         connector.cls_from_name = original
+
+
+def check_file_names(builder: Any) -> None:
+    """Raises ValueError if the files of a data set, as its dataset_info.json names them, lie elsewhere."""
+    for split in builder.info.splits.values():
+        template = split.filename_template
+        parts = (template.template or "", template.dataset_name or "", template.split or "")
+        if any("/" in part or ".." in part for part in parts):
+            raise ValueError("its dataset_info.json names files outside of its folder")

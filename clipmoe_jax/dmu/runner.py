@@ -12,6 +12,7 @@ from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.metrics import Metrics
+from clipmoe_jax.core.paths import check_plain_folder
 from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
@@ -40,6 +41,8 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     ValueError or FileNotFoundError naming what cannot work.
     """
     errors, datasets, checked = Errors(), {}, set()
+    with errors.of():
+        check_plain_folder(workdir)
     with errors.of():
         configs.validate(config)
     variants = configs.variant_configs(config, errors)

@@ -176,6 +176,8 @@ def _open_torch(path: epath.Path) -> Tensors:
         raise
     except Exception as error:  # a damaged file raises errors of pickle, zipfile, PyTorch, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words advise to run its code
+            reason = "it holds more than tensors, or is damaged"
         fix = ". Only tensors are read, no pickled code: save the model's state_dict() alone"
         raise ValueError(
             f"{path} cannot be read as safetensors or as a PyTorch state dict: {reason.removesuffix('.')}"

@@ -8,6 +8,7 @@ from etils import epath
 from markupsafe import Markup
 
 from clipmoe_jax.core.errors import naming
+from clipmoe_jax.core.paths import check_plain_folder
 from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.reporting import expert_sections, sections
 from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
@@ -34,6 +35,7 @@ def render(workdir: epath.Path) -> str:
     Raises FileNotFoundError if there is no run, and ValueError if a file of it is damaged.
     """
     try:
+        check_plain_folder(workdir)
         with naming(workdir):
             return _render(workdir)
     except (LookupError, TypeError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:

@@ -142,3 +142,18 @@ def test_metrics_of_an_earlier_start_stay_in_a_bucket(tmp_path, monkeypatch):
         run.close()
     assert seen == [0, 0, 3, 4]  # written when closed; at once
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 1, 2]
+
+
+def test_links_pipes_and_devices_below_a_folder_are_named(tmp_path):
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    (tmp_path / "run" / "a" / "file").write_text("")
+    (tmp_path / "link").symlink_to("run")
+    paths.check_plain_folder(tmp_path / "link")  # itself may be one
+    paths.check_plain_folder(tmp_path / "nowhere")
+    (tmp_path / "run" / "a" / "there").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="run/a/there is a link: delete it"):
+        paths.check_plain_folder(tmp_path / "run")
+    (tmp_path / "run" / "a" / "there").unlink()
+    os.mkfifo(tmp_path / "run" / "pipe")
+    with pytest.raises(ValueError, match="run/pipe is a pipe or a device"):
+        paths.check_plain_folder(epath.Path(tmp_path / "run"))

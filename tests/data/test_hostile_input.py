@@ -455,3 +455,32 @@ def test_a_stamp_does_not_go_where_links_lead(tmp_path):
     assert source_stamp(f"folder:{folder}") == before
     with pytest.raises(ValueError, match="has a linked folder"):
         open_source(f"folder:{folder}")
+
+
+TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "filepathTemplate",
+            f"../../../secret/{TEMPLATE}",
+            "outside of its folder",
+        ),
+        (
+            "filepathTemplate",
+            f"/secret/{TEMPLATE}",
+            "outside of its folder",
+        ),
+        ("shardLengths", ["999999999999999999"], "999,999,999,999,999,999 records in files of"),
+    ],
+)
+def test_a_data_set_of_tfds_names_its_own_files_and_counts_them(tmp_path, field, value, message):
+    _, (spec, _, _) = prepared_by_tfds(tmp_path / "data", "array_record")
+    (file,) = (tmp_path / "data").rglob("dataset_info.json")
+    info = json.loads(file.read_text())
+    info["splits"][0][field] = value
+    file.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=message):
+        open_source(spec)

@@ -119,3 +119,12 @@ def test_arrays_that_nobody_asks_for_are_not_read(tmp_path):
 def test_arrays_that_do_not_fit_are_refused_by_their_header(tmp_path, contents, message):
     with pytest.raises(ValueError, match=message):
         npy.load_arrays(write_npz(tmp_path / "x.npz", **contents), {"a": (2, 3)})
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_archives_that_expand_without_bound_are_refused(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(npy, "SMALL", 1 << 16)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", compression) as archive:
+        archive.writestr("a.npy", npy_bytes(np.zeros(1 << 20, np.uint8)))
+    with pytest.raises(ValueError, match="x.npz is damaged.* (compressed as|expand to 1,048,)"):
+        npy.load_arrays(epath.Path(tmp_path / "x.npz"))

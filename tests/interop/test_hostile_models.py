@@ -233,9 +233,8 @@ def test_pickle_with_flipped_bytes_is_one_line(folders, tmp_path):
     assert raised > 20
 
 
-@pytest.mark.parametrize("weight_map", [{"a": 5}, {"a": None, "b": "x"}, {"a": ["x"]}, [1]], ids=str)
-def test_odd_entries_of_an_index_are_named(tmp_path, weight_map):
+def test_an_index_without_a_map_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    index.write_text(json.dumps({"weight_map": [1]}))
     with pytest.raises(ValueError, match=f"^{index}: weight_map"):
         tensor_files.open_sharded(epath.Path(index))

@@ -168,6 +168,13 @@ def moe_as_base(config, folder, tmp_path):
     config.base.checkpoint = str(ROOT / "tests" / "golden" / "moe_all.pt")
 
 
+def link_in_the_workdir(config, files, folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "file").write_text("keep")
+    (folder / "run" / "moe").mkdir(parents=True)
+    (folder / "run" / "moe" / "params.unfinished").symlink_to(folder / "mine")
+
+
 BAD_RUNS = {
     "wrong checkpoint": (wrong_checkpoint, "base.checkpoint=nowhere.pt does not exist"),
     "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
@@ -187,6 +194,10 @@ BAD_RUNS = {
     "mesh of another size": (mesh_of_another_size, "does not use the 8 devices"),
     "batch not divisible": (batch_not_divisible, "batch size 12 cannot be split over 8 devices"),
     "experts not divisible": (experts_not_divisible, r"^router: .* which mesh.expert=8 does not divide"),
+    "a link in the workdir": (
+        link_in_the_workdir,
+        "moe/params.unfinished is a link: delete it",
+    ),
     "an MoE as base": (moe_as_base, "the base must be a dense CLIP"),
 }
 

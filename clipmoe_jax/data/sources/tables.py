@@ -45,7 +45,11 @@ class Csv:
         with _open(self._path) as file:
             header = file.readline()
             separator = next((mark for mark in "\t|" if mark in header), ",")
-            names = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
+            try:
+                cells = next(csv.reader([header], delimiter=separator), [])
+            except csv.Error as error:
+                raise ValueError(f"{self._path} is no table: {error}") from error
+            names = [name.strip().lower() for name in cells]
             image = find_column(names, IMAGE_COLUMNS, self._path)
             caption = find_column(names, CAPTION_COLUMNS, self._path)
             if image is None or caption is None:

@@ -18,7 +18,7 @@ from clipmoe_jax.data.sources.base import (
     make_pair,
     plain_files_under,
 )
-from clipmoe_jax.data.tfds_folders import tfds_features_alone
+from clipmoe_jax.data.tfds_folders import check_file_names, tfds_features_alone
 
 CAPTION_FEATURES = ("captions", "caption", "text")
 LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
@@ -71,6 +71,7 @@ class Tfds:
                     builder = tfds.builder_from_directory(path)
                 else:
                     builder = read_only_builder.builder_from_files(path, data_dir=data_dir)
+                check_file_names(builder)
         except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(
                 f"source tfds:{path}: no prepared data set of that name or folder: "
@@ -97,7 +98,11 @@ class Tfds:
         self._labels: Any = feature if hasattr(feature, "int2str") else None
         self._features = features
         kind = ArrayRecords if builder.info.file_format.value == "array_record" else _TfRecords
-        self._records = kind(splits[split].file_instructions)
+        files = splits[split].file_instructions
+        num_bytes = sum(epath.Path(file.filename).stat().length for file in files)
+        if (num_records := sum(file.take for file in files)) > num_bytes:
+            raise ValueError(f"source tfds:{path}: {num_records:,} records in files of {num_bytes:,} bytes")
+        self._records = kind(files)
 
     def __len__(self) -> int:
         return len(self._records)
