@@ -64,13 +64,16 @@ def test_model_that_the_varied_field_changes_is_made_for_each_variant(sweep):
 @exhaustive
 def test_table_has_a_row_for_each_variant(sweep):
     _, found = sweep
-    rows = {line.split()[0]: line.split()[1:] for line in format_variants(found).splitlines()[1:3]}
+    header, *lines = format_variants(found).splitlines()
+    assert header.split()[-4:] == ["params", "active", "pairs", "FLOPs"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[:2]}
     assert list(rows) == ["one", "two"]
     for variant, cells in rows.items():
         [results] = found[variant]
         assert cells[0] == f"{100 * results['CLIP-MoE']['image_to_text_r1']:.1f}"
         assert cells[3] == f"{100 * results['CLIP-MoE']['text_to_image_r5']:.1f}"
-    assert rows["one"][-1] != rows["two"][-1]  # active parameters
+    assert rows["one"][-3] != rows["two"][-3]  # active parameters
+    assert rows["one"][-1] == rows["two"][-1]  # of routers whose gradient reaches all experts
 
 
 @exhaustive
