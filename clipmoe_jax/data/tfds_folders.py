@@ -1,6 +1,7 @@
 """Opening a data set that TFDS has prepared, without running code that it names."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,9 +42,14 @@ def tfds_features_alone() -> Iterator[None]:
 
 
 def check_file_names(builder: Any) -> None:
-    """Raises ValueError if the files of a data set, as its dataset_info.json names them, lie elsewhere."""
+    """Raises ValueError if the files of a data set, as its dataset_info.json names them, lie elsewhere, or if
+    it names none."""
     for split in builder.info.splits.values():
         template = split.filename_template
-        parts = (template.template or "", template.dataset_name or "", template.split or "")
-        if any("/" in part or ".." in part for part in parts):
-            raise ValueError("its dataset_info.json names files outside of its folder")
+        pattern, *names = (template.template or "", template.dataset_name or "", template.split or "")
+        if not re.fullmatch(r"([\w.\-]|\{[A-Z_]+\})*", pattern) or any("/" in name for name in names):
+            raise ValueError("its dataset_info.json names files outside of its folder, or none")
+        try:
+            template.relative_filepath(shard_index=0, num_shards=1)
+        except ValueError as error:
+            raise ValueError(f"its dataset_info.json does not say where its files are ({error})") from error

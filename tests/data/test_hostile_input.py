@@ -473,6 +473,8 @@ TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
             f"/secret/{TEMPLATE}",
             "outside of its folder",
         ),
+        ("filepathTemplate", "{SPLIT:>99999999999}", "outside of its folder, or none"),
+        ("filepathTemplate", "{NOTHING}-{SPLIT}", "does not say where its files are"),
         ("shardLengths", ["999999999999999999"], "999,999,999,999,999,999 records in files of"),
     ],
 )
