@@ -32,7 +32,7 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,44 +237,42 @@ def write_parquet(folder: pathlib.Path) -> None:
     pyarrow.parquet.write_table(table, folder / "part.parquet")
 
 
-def write_tfds(folder: pathlib.Path, form: str) -> None:
-    """Writes a data set of TFDS without TensorFlow."""
+def write_tfds(
+    folder: pathlib.Path, features: Mapping[str, Any], examples: Iterable[Mapping[str, Any]], form: str
+) -> None:
+    """Writes a data set of TFDS, its split "val", without TensorFlow. folder: a new one, NAME/VERSION."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from tensorboardX.record_writer import RecordWriter
+
+    of_all = tfds.features.FeaturesDict(dict(features))
+    serializer = tfds.core.example_serializer.ExampleSerializer(of_all.get_serialized_info())
+    records = [serializer.serialize_example(of_all.encode_example(example)) for example in examples]
+    folder.mkdir(parents=True)
+    name = folder.parent.name
+    path = str(folder / f"{name}-val.{form}-00000-of-00001")
+    is_tfrecord = form == "tfrecord"
+    writer = (
+        RecordWriter(path) if is_tfrecord else array_record_module.ArrayRecordWriter(path, "group_size:1")
+    )
+    for record in records:
+        writer.write(record)
+    writer.close()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, split="val", filetype_suffix=form
+    )
+    info = tfds.core.SplitInfo(
+        name="val", shard_lengths=[len(records)], num_bytes=1, filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=of_all, split_infos=[info], check_data=False)
+
+
+def write_captioned(folder: pathlib.Path, form: str) -> None:
     import tensorflow_datasets as tfds
 
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "captions": tfds.features.Text()})
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    records = [
-        serializer.serialize_example(
-            features.encode_example({"image": io.BytesIO(picture(i)), "captions": CAPTIONS[i][0]})
-        )
-        for i in range(3)
-    ]
-    data = folder / "set" / "1.0.0"
-    data.mkdir(parents=True)
-    path = data / f"set-val.{form}-00000-of-00001"
-    if form == "tfrecord":
-        parts = [part for record in records for part in (struct.pack("<Q", len(record)), record)]
-        path.write_bytes(b"".join(part + _checksum(part) for part in parts))
-    else:
-        from array_record.python import array_record_module
-
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for record in records:
-            writer.write(record)
-        writer.close()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=data, dataset_name="set", split="val", filetype_suffix=form
-    )
-    info = tfds.core.SplitInfo(name="val", shard_lengths=[3], num_bytes=1, filename_template=template)
-    tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=[info], check_data=False)
-
-
-def _checksum(part: bytes) -> bytes:
-    """Returns the checksum of a TFRecord's part."""
-    import google_crc32c
-
-    crc = google_crc32c.value(part)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    features = {"image": tfds.features.Image(), "captions": tfds.features.Text()}
+    examples = [{"image": io.BytesIO(picture(i)), "captions": CAPTIONS[i][0]} for i in range(3)]
+    write_tfds(folder / "set" / "1.0.0", features, examples, form)
 
 
 def read_source(folder: pathlib.Path, spec: str) -> None:
@@ -480,7 +478,7 @@ FORMATS: dict[str, Format] = {
     "parquet": Format(write_parquet, functools.partial(read_source, spec="parquet:FOLDER")),
     **{
         f"tfds, {form}": Format(
-            functools.partial(write_tfds, form=form),
+            functools.partial(write_captioned, form=form),
             functools.partial(read_source, spec="tfds:set?data_dir=FOLDER&split=val&caption=captions"),
         )
         for form in ("tfrecord", "array_record")

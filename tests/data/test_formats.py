@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorboardX.record_writer import RecordWriter
 
+from benchmarks import fuzz
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
@@ -183,32 +183,8 @@ def prepared_by_tfds(folder, form):
 
 
 def write_tfds(folder, features, examples, form="array_record"):
-    """Writes a data set without TensorFlow, its split "val"; returns its version's folder."""
-    features = tfds.features.FeaturesDict(features)
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    records = [serializer.serialize_example(features.encode_example(example)) for example in examples]
-    data = folder / "my_captions" / "1.1.0"
-    data.mkdir(parents=True)
-    path = data / f"my_captions-val.{form}-00000-of-00001"
-    if form == "tfrecord":
-        writer = RecordWriter(str(path))
-        for record in records:
-            writer.write(record)
-        writer.close()
-    else:
-        from array_record.python import array_record_module
-
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for record in records:
-            writer.write(record)
-        writer.close()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=data, dataset_name="my_captions", split="val", filetype_suffix=form
-    )
-    info = tfds.core.SplitInfo(
-        name="val", shard_lengths=[len(records)], num_bytes=1, filename_template=template
-    )
-    tfds.folder_dataset.write_metadata(data_dir=data, features=features, split_infos=[info], check_data=False)
+    """Writes a data set, its split "val"; returns its version's folder."""
+    fuzz.write_tfds(data := folder / "my_captions" / "1.1.0", features, examples, form)
     return data
 
 
