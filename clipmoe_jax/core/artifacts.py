@@ -146,9 +146,8 @@ def done_field(path: epath.Path, name: str) -> dict[str, Any]:
 
     Raises ValueError naming the file and what is wrong in it.
     """
-    path = epath.Path(path)
-    checksums.verify(path, DONE)
-    return field(read_json(path / DONE), name, dict, str(path / DONE))
+    file = epath.Path(path) / DONE
+    return field(checksums.read_verified(file), name, dict, str(file))
 
 
 def measured(path: epath.Path) -> dict[str, Any]:
@@ -250,7 +249,8 @@ def _recorded(path: epath.Path, upgrade: Upgrade | None) -> dict[str, Any]:
     """Returns the inputs in a done.json or inputs.json, named as this version names them."""
     checksums.verify(path.parent, path.name)
     try:
-        inputs = done_field(path.parent, "inputs") if path.name == DONE else read_json(path)
+        content = read_json(path)
+        inputs = field(content, "inputs", dict, str(path)) if path.name == DONE else content
     except ValueError as error:
         advice = f"put it back, or delete {path.parent} and what was made from it"
         raise ValueError(f"{error}: {advice}") from error

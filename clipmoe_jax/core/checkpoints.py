@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from clipmoe_jax.core import distributed, trees
+from clipmoe_jax.core.errors import first_line
 from clipmoe_jax.core.paths import absolute
 
 # Orbax raises errors of its threads in the caller's thread. Before, it logs each with its trace, and asyncio
@@ -65,8 +66,7 @@ def _reason(error: BaseException) -> str:
     """Returns the first line of the error that an error of orbax comes from."""
     while error.__cause__:
         error = error.__cause__
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error)[:200]
 
 
 class _CheckpointManager(ocp.CheckpointManager):

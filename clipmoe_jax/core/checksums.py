@@ -9,6 +9,7 @@ without.
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -69,6 +70,12 @@ def verify(folder: epath.Path, *names: str) -> None:
             if (found := _of_file(files[file_name])) != expected:
                 reason = f"its CRC-32 is {found}, {CHECKSUMS} says {expected}"
                 raise _damaged(folder / file_name, reason, folder)
+
+
+def read_verified(path: epath.Path) -> dict[str, Any]:
+    """Returns the content of a JSON file, as `read_json`. Raises ValueError too if it is damaged."""
+    verify(path.parent, path.name)
+    return read_json(path)
 
 
 def _files(folder: epath.Path, name: str = "") -> dict[str, epath.Path]:

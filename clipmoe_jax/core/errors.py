@@ -71,6 +71,12 @@ def naming(what: object) -> Iterator[None]:
         raise (SeveralErrors(messages) if len(messages) > 1 else ValueError(*messages)) from error
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def messages_of(error: BaseException) -> tuple[str, ...]:
     """Returns the lines that tell an error, one for each thing that is wrong."""
     return error.messages if isinstance(error, SeveralErrors) else (str(error),)

@@ -39,9 +39,8 @@ def in_bucket(path: os.PathLike | str) -> bool:
 def check_plain_file(path: os.PathLike | str) -> None:
     """Raises ValueError for a device or a pipe, which may be read for ever. Links are followed: caches of
     downloads have them."""
-    if (
-        not in_bucket(path) and os.path.exists(path) and not os.path.isfile(path)
-    ):  # epath's takes a pipe for one
+    # Not epath's `is_file`, which takes a pipe for one.
+    if not in_bucket(path) and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a plain file")
 
 

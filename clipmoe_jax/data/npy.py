@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import checksums
+from clipmoe_jax.core.errors import first_line
 from clipmoe_jax.core.paths import in_bucket
 
 SMALL, EXPANSION = 2**28, 20  # what any archive may expand to in bytes, and how many times its own size
@@ -88,5 +89,4 @@ def _naming_damage(path: epath.Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # of a damaged file: also EOFError, SyntaxError, zipfile's, zlib's, …
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or no file of NumPy's: {reason[:200]}") from error
+        raise ValueError(f"{path} is damaged or no file of NumPy's: {first_line(error)[:200]}") from error

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from clipmoe_jax.core.errors import first_line
+
 FEATURES = "tensorflow_datasets.core.features."
 
 
@@ -35,8 +37,8 @@ def tfds_features_alone() -> Iterator[None]:
     except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:  # of protobuf, TFDS, …
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"its dataset_info.json or features.json is damaged ({reason[:200]})") from error
+        reason = first_line(error)[:200]
+        raise ValueError(f"its dataset_info.json or features.json is damaged ({reason})") from error
     finally:
         connector.cls_from_name = original
 

@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, checksums, distributed, trees
 from clipmoe_jax.core.errors import Errors
-from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.data.records import Records
@@ -148,11 +147,6 @@ def _test_inputs(run: Run) -> dict[str, Any]:
     return inputs
 
 
-def _read_results(folder: epath.Path) -> dict[str, Any]:
-    checksums.verify(folder, "results.json")
-    return read_json(folder / "results.json")
-
-
 def _folder(run: Run, recipe: Recipe) -> epath.Path:
     name = recipe.title
     for removed in (" alone", ",", "'", "+ "):
@@ -192,7 +186,7 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
         run.make(
             folder, made_from | _test_inputs(run), lambda new: _evaluate_test(run, recipe, subject(), new)
         )
-        numbers |= _read_results(folder)
+        numbers |= checksums.read_verified(folder / "results.json")
     numbers |= _evaluate_lines(run, recipe, made_from, subject)
     return numbers | _sizes(path) | {"expert": _expert(run, recipe)}
 
@@ -219,7 +213,7 @@ def _evaluate_lines(
         inputs = {**made_from, "line": evaluation.line, **_contents(evaluation)}
         with evaluation.naming_line():
             run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
-        found = metrics[evaluation.line] = _read_results(folder)
+        found = metrics[evaluation.line] = checksums.read_verified(folder / "results.json")
         if evaluation.line == run.config.retention:
             numbers["retention"] = _retention(evaluation, found)
         if evaluation.chance:
@@ -321,7 +315,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
 
     folder = _folder(run, recipe) / f"blends-{_digest(run.config.retention)}"
     run.make(folder, inputs, build)
-    return _read_results(folder)
+    return checksums.read_verified(folder / "results.json")
 
 
 def _both_axes(run: Run, subject: Subject) -> dict[str, float]:

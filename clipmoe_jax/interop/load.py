@@ -155,10 +155,8 @@ def _open_folder(folder: epath.Path, asked: _Asked) -> _Checkpoint:
     if "model_type" in described and not (
         weights is None and _first(folder, OPENCLIP_FILES) and (folder / openclip.CONFIG_FILE).exists()
     ):
-        with naming(folder / "config.json"):
-            config = huggingface.import_config(
-                described
-            )  # refuses another kind of model before a missing file
+        with naming(folder / "config.json"):  # another kind of model is refused before a missing file
+            config = huggingface.import_config(described)
         if weights is None:
             raise ValueError(f"{folder} has transformers' config.json and none of {HUGGINGFACE_FILES}")
         return _huggingface(_open_weights(weights), config, folder)

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from clipmoe_jax.core.errors import first_line
 from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import check_plain_file, in_bucket
 from clipmoe_jax.interop import torchscript
@@ -175,7 +176,7 @@ def _open_torch(path: epath.Path) -> Tensors:
     except OSError:
         raise
     except Exception as error:  # a damaged file raises errors of pickle, zipfile, PyTorch, …
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words advise to run its code
             reason = "it holds more than tensors, or is damaged"
         fix = ". Only tensors are read, no pickled code: save the model's state_dict() alone"

@@ -47,8 +47,7 @@ def read_config(path: epath.Path) -> ClipConfig:
     """
     if not (path / MODEL_FILE).exists():
         raise FileNotFoundError(f"{path} is not a model folder: it has no {MODEL_FILE}")
-    checksums.verify(path, MODEL_FILE)
-    fields = read_json(path / MODEL_FILE)
+    fields = checksums.read_verified(path / MODEL_FILE)
     with naming(path / MODEL_FILE):
         return ClipConfig.from_dict(fields)
 

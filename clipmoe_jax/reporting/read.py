@@ -41,11 +41,14 @@ class Folder:
 
     def file(self, name: str, stage: str) -> epath.Path:
         """Returns the path of a file that `stage` makes. Raises NotThereError, ValueError if damaged."""
-        path = self.path / name
-        if not path.exists():
-            raise self.not_there(name, stage)
+        path = self._existing(name, stage)
         checksums.verify(path.parent, path.name)
         return path
+
+    def _existing(self, name: str, stage: str) -> epath.Path:
+        if not self.has(name):
+            raise self.not_there(name, stage)
+        return self.path / name
 
     def not_there(self, name: str, stage: str) -> NotThereError:
         """Returns the error of a file that is not there or holds nothing yet, and that `stage` makes."""
@@ -57,7 +60,7 @@ class Folder:
 
     def array(self, name: str, stage: str) -> Any:
         """Returns the array of an .npy file, or the dict of arrays of an .npz file. Raises NotThereError."""
-        file = self.file(name, stage)
+        file = self._existing(name, stage)  # what loads it compares its checksum
         return load_arrays(file) if file.suffix == ".npz" else load_array(file)
 
     def config(self) -> dict[str, Any]:
