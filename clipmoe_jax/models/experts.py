@@ -28,9 +28,9 @@ Array = jax.Array
 # alone leave the last one half empty; narrow ones alone pack the kernel too often (benchmarks/moe_block.py).
 WIDE_BLOCK, NARROW_BLOCK = 256, 64
 
-# The most rows of one product on GPU; not measured. A fixed number of blocks has up to E too many, so small
-# blocks waste less. Large blocks fill a GPU (ViT-L/14's second product has 128 tiles of 128 x 128, an H100
-# has 132 processors) and copy an expert's kernels less often.
+# The most rows of one product on GPU. A fixed number of blocks has up to E too many, so small blocks waste
+# less. Large blocks fill a GPU and copy an expert's kernels less often: a layer of ViT-L/14 takes an H100
+# 2.8 ms with 2,048 rows, 3.3 with 1,024, 4.6 with 512 (benchmarks/gpu.py).
 GPU_BLOCK = 2048
 
 # Values of ComputeConfig.grouped_mlp by platform. `lax.ragged_dot` is one kernel on TPU alone: on CPU and GPU
@@ -238,9 +238,12 @@ def _fixed_number(
     first_rows = starts[expert_of_block] + (numbers - (ends - counts)[expert_of_block]) * block_rows
     first_rows = first_rows.clip(max=num_slots)
 
-    def body(carry_and_sums, block):
-        (carry, sums), (expert, row) = carry_and_sums, block
-        carry, terms = step(carry, expert, _of_expert(experts, expert), row, block_rows)
-        return (carry, jax.tree.map(lambda total, term: total.at[expert].add(term), sums, terms)), None
+    def body(state):
+        i, carry, sums = state
+        expert = expert_of_block[i]
+        carry, terms = step(carry, expert, _of_expert(experts, expert), first_rows[i], block_rows)
+        return i + 1, carry, jax.tree.map(lambda total, term: total.at[expert].add(term), sums, terms)
 
-    return lax.scan(body, (carry, sums), (expert_of_block, first_rows))[0]
+    # Under remat a scan's partial evaluation would take what a block computes from h alone out of the loop,
+    # and write it for all rows.
+    return lax.while_loop(lambda state: state[0] < len(numbers), body, (0, carry, sums))[1:]

@@ -306,6 +306,24 @@ def test_frozen_experts_cost_no_gradient(name, kinds_of_block, train, products):
     assert compiled.count(" dot(") == kinds_of_block * products
 
 
+def test_remat_takes_nothing_out_of_the_loop_over_fixed_blocks(params, x):
+    """Constants of a block's shape, (BM, F), which every block would read from memory."""
+    layer = make_layer(grouped_mlp="fixed_blocks", dropout_rate=0.1, deterministic=False)
+
+    def loss(router, x):
+        variables = {"params": {**params, "router": router}}
+        return jnp.sin(layer.apply(variables, x, rngs={"dropout": jax.random.key(0)})[0]).sum()
+
+    policy = jax.checkpoint_policies.save_only_these_names(HIDDEN, dispatch.ROUTING)
+    gradient = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
+    text = jax.jit(gradient).lower(params["router"], x).as_text()
+    block_rows = make_grouped_mlp("fixed_blocks", N * K, E, all_grouped=True)[1]
+    loops = [line for line in text.splitlines() if "stablehlo.while" in line]
+    assert f"tensor<{block_rows}x{F}x" in text
+    assert len(loops) >= 2
+    assert not [line for line in loops if f"tensor<{block_rows}x{F}x" in line]
+
+
 @exhaustive
 @pytest.mark.parametrize("name", sorted(EXACT))
 def test_routers_learn_in_half_precision_from_nearly_equal_experts(name):
