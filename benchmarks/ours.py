@@ -49,13 +49,24 @@ class Training:
         self._frozen = trees.cast_matrices(self._frozen, workload.dtype)  # as `train.loop.fit` holds them
         trainable = jax.tree.map(jnp.copy, trainable)  # the state takes its arrays
         self.state: TrainState = init_state(mesh, phase, trainable)
-        self._mesh, self._step = mesh, make_train_step(workload.model(kind), loss, phase)
+        self._mesh: Any = mesh
+        self._step: Any = make_train_step(workload.model(kind), loss, phase)
         self._batch = sharding.put_batch(mesh, workload.make_batch())
         self._rate = sharding.put_replicated(mesh, jnp.float32(phase.learning_rate))
         self._key = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
 
+    def compile(self) -> int:
+        """Compiles the step before the first call. Returns the bytes of device memory that it needs."""
+        with jax.set_mesh(self._mesh):
+            compiled = self._step.lower(*self._arguments()).compile()
+        self._step, memory = compiled, compiled.memory_analysis()
+        return memory.peak_memory_in_bytes if memory else 0
+
     def __call__(self) -> dict[str, jax.Array]:
         """Takes a step and returns its metrics."""
         with jax.set_mesh(self._mesh):
-            self.state, metrics = self._step(self.state, self._frozen, self._batch, self._rate, self._key)
+            self.state, metrics = self._step(*self._arguments())
         return metrics
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.state, self._frozen, self._batch, self._rate, self._key

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -68,8 +69,12 @@ class Worker:
         """Starts the process and waits until the program has run twice. Raises RuntimeError if it fails."""
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other_end, side, kind, sizes), daemon=True)
-        self._process.start()
+        self._process = context.Process(
+            target=_serve, args=(other_end, side.module, kind, sizes), daemon=True
+        )
+        # Before it starts: JAX reads its variables when it is imported, which spawning does first.
+        with unittest.mock.patch.dict(os.environ, side.environment):
+            self._process.start()
         other_end.close()
         self.told = self._answer()
 
@@ -96,13 +101,12 @@ class Worker:
         self._process.kill()
 
 
-def _serve(connection: Connection, side: Side, kind: str, sizes: dict[str, Any]) -> None:
-    os.environ.update(side.environment)
+def _serve(connection: Connection, module: str, kind: str, sizes: dict[str, Any]) -> None:
     # CLIPModel needs none of torchvision, and does not import beside one that was built for another torch.
     sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
     try:
         began = time.perf_counter()
-        program, told = importlib.import_module(side.module).make_program(kind, sizes)
+        program, told = importlib.import_module(module).make_program(kind, sizes)
         program.seconds()
         told |= {"first_call_s": time.perf_counter() - began, "flops": program.flops, "pairs": program.pairs}
         repeats = math.ceil(LEAST_SECONDS / max(program.seconds(), 1e-6))

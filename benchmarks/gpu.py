@@ -1,0 +1,294 @@
+"""Measures on one GPU what ViT-L/14's training steps come to, and what they are made of.
+
+    python -m benchmarks.gpu --out=runs/gpu                                 # everything
+    python -m benchmarks.gpu --only=ceilings,attention,layer --out=runs/gpu
+    python -m benchmarks.gpu --variant=tiny --batch=4 --rounds=2 --out=runs/gpu   # to try the command
+
+Every item is a process of its own, because XLA reads its flags once. Steps are compiled a few at once; then
+one process after the other measures while the others wait. Rows go to DIR/gpu.jsonl as they come. A time is
+the median over rounds, each of calls one behind another for 0.2 s. A step's second row says which kernels it
+spends its time in. Errors stay rows: a GPU's time is dear.
+
+MFU is the model's FLOPs (clipmoe_jax/models/flops.py) by the vendor's peak; "TFLOP/s" of a layer counts its
+products alone, without padding and what is computed again.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Row = dict[str, Any]
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
+# Of the MoE layer: ViT-L/14's vision tower at batch 100.
+TOKENS, WIDTH, HIDDEN, EXPERTS, SELECTED = 25_700, 1024, 4096, 4, 2
+ROUND_SECONDS = 0.2
+
+# (XLA's flags, fields of Workload, kind of step) by item.
+STEPS = {
+    "mcl": ("", {"remat": "dots"}, "mcl"),
+    "router": ("", {"remat": "dots"}, "router"),
+    "mcl_no_triton": (NO_TRITON, {"remat": "dots"}, "mcl"),
+    "mcl_104_no_remat": ("", {"remat": "none", "batch": 104}, "mcl"),
+    "router_no_triton": (NO_TRITON, {"remat": "dots"}, "router"),
+}
+PARTS = ("ceilings", "attention", "layer")
+ITEMS = (*PARTS, *STEPS)
+
+
+def seconds_of(call: Callable[[], Any], rounds: int) -> list[float]:
+    """Returns the seconds of one call in each round."""
+    import jax
+
+    jax.block_until_ready(call())
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    repeats = max(1, int(ROUND_SECONDS / max(time.perf_counter() - began, 1e-6)))
+    seconds, result = [], None
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        jax.block_until_ready(result)
+        seconds.append((time.perf_counter() - began) / repeats)
+    return seconds
+
+
+def timed(name: str, call: Callable[[], Any], rounds: int, flops: float = 0.0) -> Row:
+    """Returns a row of a call's time; of its error, if it raises one."""
+    try:
+        seconds = seconds_of(call, rounds)
+    except Exception as error:  # whatever a kernel's compiler raises: the other rows still count
+        return {"name": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    row = {"name": name, "milliseconds": 1e3 * statistics.median(seconds), "seconds": seconds}
+    return row | ({"tflops": flops / statistics.median(seconds) / 1e12} if flops else {})
+
+
+def ceilings(rounds: int, size: int) -> Iterator[Row]:
+    """Yields what the device does at best: a square product, and a copy in its memory."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    multiply = jax.jit(jnp.matmul)
+    yield timed(f"product {size}", lambda: multiply(a, b), rounds, 2.0 * size**3)
+    values = jax.random.normal(jax.random.key(2), (size * size * 16,), jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    row = timed("read and write", lambda: add(values), rounds)
+    yield row | {"terabytes_per_second": 2 * values.nbytes / row["milliseconds"] / 1e9}
+
+
+def attention(rounds: int, batch: int) -> Iterator[Row]:
+    """Yields attention alone, forward and with its gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    from clipmoe_jax.models.attention import attention as attend
+
+    shapes = {"vision": (257, 16, False), "vision, even length": (258, 16, False), "text": (248, 12, True)}
+    for name, (length, heads, causal) in shapes.items():
+        qkv = jax.random.normal(jax.random.key(0), (batch, length, 3, heads, 64), jnp.bfloat16)
+        dy = jax.random.normal(jax.random.key(1), (batch, length, heads, 64), jnp.bfloat16)
+        segments = jnp.broadcast_to(jnp.arange(length) // 100, (batch, length)).astype(jnp.int32)
+        products = 4.0 * batch * heads * length**2 * 64
+        for implementation in ("cudnn", "xla"):
+            for of_segments in [None, segments] if causal else [None]:
+                call = functools.partial(attend, causal=causal, implementation=implementation)
+                forward = jax.jit(lambda qkv, call=call, of=of_segments: call(qkv, segments=of))
+                gradient = jax.jit(lambda qkv, dy, f=forward: jax.vjp(f, qkv)[1](dy))
+                title = f"{name}, {implementation}" + ("" if of_segments is None else ", packed")
+                yield timed(f"{title}: forward", functools.partial(forward, qkv), rounds, products)
+                both = functools.partial(gradient, qkv, dy)
+                yield timed(f"{title}: forward and gradient", both, rounds, 3.5 * products)
+
+
+def layer(rounds: int, tokens: int) -> Iterator[Row]:
+    """Yields one MoE layer with frozen experts by each way to run it, and one expert on as many slots."""
+    import jax
+    import jax.numpy as jnp
+
+    from clipmoe_jax.models import experts as grouped
+    from clipmoe_jax.models.feed_forward import Mlp, quick_gelu
+    from clipmoe_jax.models.moe import MoeMlp
+
+    x = jax.random.normal(jax.random.key(0), (1, tokens, WIDTH), jnp.bfloat16)
+    dy = jax.random.normal(jax.random.key(1), x.shape, jnp.bfloat16)
+    moe = MoeMlp(EXPERTS, SELECTED, HIDDEN, quick_gelu, grouped_mlp="fixed_blocks", dtype=jnp.bfloat16)
+    params = jax.jit(moe.init)(jax.random.key(2), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params) | {"router": params["router"]}
+    products = 4.0 * tokens * SELECTED * WIDTH * HIDDEN
+
+    def rows_of(name: str, module: Any, params: Any) -> Iterator[Row]:
+        def run(params, router, x):
+            y = module.apply({"params": {**params, **router}}, x)
+            return y[0] if isinstance(y, tuple) else y
+
+        router = {"router": params["router"]} if "router" in params else {}
+        forward = jax.jit(run)
+
+        def pull_back(params, router, x, dy):
+            return jax.vjp(functools.partial(run, params), router, x)[1](dy)
+
+        gradient = jax.jit(pull_back)
+        yield timed(f"{name}: forward", lambda: forward(params, router, x), rounds, products)
+        both = functools.partial(gradient, params, router, x, dy)
+        # Frozen experts: no product for their gradients.
+        yield timed(f"{name}: forward and gradient", both, rounds, 2 * products)
+
+    dense = Mlp(SELECTED * HIDDEN, quick_gelu, jnp.bfloat16)
+    of_dense = jax.jit(dense.init)(jax.random.key(3), x)["params"]
+    of_dense = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), of_dense)
+    yield from rows_of("dense layer of as many FLOPs", dense, of_dense)
+    for block in (2048, 1024, 512):
+        grouped.GPU_BLOCK = block  # the most rows of a block
+        yield from rows_of(f"fixed_blocks of {block}", moe.copy(), params)
+    yield from rows_of("dense dispatch", moe.copy(dispatch="dense"), params)
+    yield from rows_of("capacity of 1.0", moe.copy(dispatch="capacity", capacity_factor=1.0), params)
+
+
+def step(item: str, args: argparse.Namespace, wait: Callable[[], None]) -> Iterator[Row]:
+    """Yields a step's time, MFU and memory, then the kernels of a profile."""
+    import jax
+
+    from benchmarks.ours import Training
+    from benchmarks.workload import Workload
+    from clipmoe_jax.core import sharding
+    from clipmoe_jax.core.accelerators import of_kind
+
+    _, fields, kind = STEPS[item]
+    sizes = {"variant": args.variant, "batch": args.batch, "text": args.text, "dtype": "bfloat16"} | fields
+    workload = Workload(**sizes, platform=sharding.platform())
+    training = Training(workload, kind)
+    began = time.perf_counter()
+    memory = training.compile()
+    told = {"name": item, "seconds to compile": time.perf_counter() - began, "peak GiB": memory / 2**30}
+    wait()
+    flops = workload.step_flops(kind)
+    row = timed(item, training, args.rounds, flops)
+    accelerator = of_kind(jax.devices()[0].device_kind)
+    if accelerator and "tflops" in row:
+        row["mfu"] = row["tflops"] * 1e12 / accelerator.peak_flops
+    in_use = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    yield told | row | {"sizes": sizes, "peak GiB in use": in_use / 2**30}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(2):
+                jax.block_until_ready(training())
+        yield {"name": f"profile {item}", **kernels(pathlib.Path(folder), num_steps=2)}
+
+
+def kernels(folder: pathlib.Path, num_steps: int) -> Row:
+    """Returns the milliseconds and launches of a step by kernel, the largest first."""
+    import jax
+
+    (path,) = folder.rglob("*.xplane.pb")
+    spent, launches = collections.Counter[str](), collections.Counter[str]()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                spent[event.name] += event.duration_ns / 1e6 / num_steps
+                launches[event.name] += 1
+    largest = [
+        {"kernel": name[:120], "milliseconds": round(ms, 3), "launches": launches[name] / num_steps}
+        for name, ms in spent.most_common(60)
+    ]
+    total = {"busy milliseconds": spent.total(), "launches": launches.total() / num_steps}
+    return total | {"kernels": largest}
+
+
+def work(item: str, args: argparse.Namespace) -> None:
+    """Prepares one item, waits for a line on standard input, measures, prints rows."""
+    import jax
+
+    def wait() -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+    if item in STEPS:
+        rows = step(item, args, wait)
+    else:
+        jax.devices()
+        wait()
+        rows = {
+            "ceilings": lambda: ceilings(args.rounds, 256 if args.variant == "tiny" else 8192),
+            "attention": lambda: attention(args.rounds, args.batch),
+            "layer": lambda: layer(args.rounds, TOKENS * args.batch // 100),
+        }[item]()
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    for row in rows:
+        print(json.dumps({"item": item} | row | device), flush=True)
+
+
+def start(item: str) -> subprocess.Popen:
+    """Starts the process of an item."""
+    flags, *_ = STEPS.get(item, ("",))
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+    }
+    command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], f"--item={item}"]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def show(row: Row) -> str:
+    """Returns a line for a row."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+    told = ", ".join(f"{key} {value:,.3f}" for key, value in numbers.items())
+    return f"{row['item']:18} {row['name']:48} {row.get('error') or told}"
+
+
+def main() -> None:
+    """Measures, prints the rows, writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default=",".join(ITEMS), help="items, with commas between")
+    parser.add_argument("--variant", default="ViT-L/14")
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--text", type=int, default=248)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--at_once", type=int, default=3, help="processes that prepare at the same time")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.item:
+        return work(args.item, args)
+    items = args.only.split(",")
+    if unknown := [item for item in items if item not in ITEMS]:
+        raise SystemExit(f"--only: {unknown[0]!r} is not an item: choose among {', '.join(ITEMS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "gpu.jsonl").open("a") as file:
+        while items:
+            processes = {item: start(item) for item in items[: args.at_once]}
+            items = items[args.at_once :]
+            for process in processes.values():
+                assert process.stdout
+                process.stdout.readline()  # "ready", or nothing where it has failed
+            for item, process in processes.items():
+                assert process.stdin and process.stdout
+                if process.poll() is None:
+                    process.stdin.write("go\n")
+                    process.stdin.flush()
+                for line in process.stdout:
+                    file.write(line)
+                    file.flush()
+                    print(show(json.loads(line)), flush=True)
+                if process.wait():
+                    print(f"{item}: the process ended with code {process.returncode}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
