@@ -38,6 +38,12 @@ def map_array(path: epath.Path, *, verify: bool = True) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
 
 
+def array_shape(path: epath.Path) -> tuple[int, ...]:
+    """Returns the shape of an array, whose values are not read."""
+    with _naming_damage(path), path.open("rb") as file:
+        return _read_header(file)[0]
+
+
 def load_arrays(
     path: epath.Path, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, np.ndarray]:

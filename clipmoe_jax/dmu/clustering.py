@@ -3,34 +3,45 @@
 Letters: N pairs, R rows of a part, D embedding width, C clusters of one modality.
 """
 
+import itertools
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
 from jaxtyping import Float, Float32, Int64, Integer, UInt16
 
 
 def fit_centres(
-    parts: Sequence[Float[np.ndarray, "_ D"]], num_clusters: int, *, seed: int, max_fit: int
+    parts: Sequence[Float[np.ndarray, "_ D"]],
+    part_sizes: Sequence[int],
+    num_clusters: int,
+    *,
+    seed: int,
+    max_fit: int,
 ) -> Float32[np.ndarray, "C D"]:
     """Returns k-means centres (C, D) float32 of features in parts, each (R, D), possibly on disk.
 
-    They are fitted to at most `max_fit` features drawn by the seed; only these are in memory. One thread
-    computes: scikit-learn adds partial sums in the order in which threads finish. Raises ValueError for fewer
-    pairs than clusters.
+    They are fitted to at most `max_fit` features drawn by the seed; only these are in memory, and parts are
+    taken one after the other. part_sizes: each part's R. One thread computes: scikit-learn adds partial sums
+    in the order in which threads finish. Raises ValueError for fewer pairs than clusters.
     """
     from sklearn.cluster import KMeans  # here because it is slow to import
 
-    starts = np.cumsum([0, *(len(part) for part in parts)])
-    chosen = np.arange(starts[-1])
-    if len(chosen) > max_fit:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), max_fit, replace=False))
-    if len(chosen) < num_clusters:
-        raise ValueError(f"{len(chosen)} pairs cannot make cluster.num_clusters={num_clusters} clusters")
+    starts = np.cumsum([0, *part_sizes])
+    num_pairs = int(starts[-1])
+    if num_pairs < num_clusters:
+        raise ValueError(f"{num_pairs} pairs cannot make cluster.num_clusters={num_clusters} clusters")
+    if num_pairs > max_fit:
+        chosen = np.sort(np.random.default_rng(seed).choice(num_pairs, max_fit, replace=False))
+    else:
+        chosen = np.arange(num_pairs)
     bounds = np.searchsorted(chosen, starts)
     sample = [
-        np.asarray(part[chosen[low:high] - start], np.float32)
-        for part, start, low, high in zip(parts, starts, bounds, bounds[1:], strict=False)
+        np.asarray(parts[k][chosen[low:high] - starts[k]], np.float32)
+        for k, (low, high) in enumerate(itertools.pairwise(bounds))
+        if low < high
     ]
     with threadpoolctl.threadpool_limits(1):
         # scikit-learn declares n_init by its default alone, a string.
@@ -40,15 +51,22 @@ def fit_centres(
 
 
 def nearest_centre(
-    features: Float[np.ndarray, "N D"], centres: Float32[np.ndarray, "C D"], chunk_size: int = 65536
+    features: Float[np.ndarray, "N D"], centres: Float32[np.ndarray, "C D"], chunk_size: int = 4096
 ) -> UInt16[np.ndarray, " N"]:
     """Returns the nearest of the centres (C, D) to each feature (N, D): (N,) uint16, the first of equals."""
-    half_norms = np.sum(centres**2, axis=1) / 2
     labels = np.empty(len(features), np.uint16)
     for start in range(0, len(features), chunk_size):
-        chunk = np.asarray(features[start : start + chunk_size], np.float32)
-        labels[start : start + chunk_size] = np.argmax(chunk @ centres.T - half_norms, axis=1)
+        chunk = np.asarray(features[start : start + chunk_size])
+        padded = np.pad(chunk, ((0, chunk_size - len(chunk)), (0, 0)))
+        labels[start : start + chunk_size] = _nearest_centre(padded, centres)[: len(chunk)]
     return labels
+
+
+@jax.jit
+def _nearest_centre(features: jax.Array, centres: jax.Array) -> jax.Array:
+    # XLA converts half precision many times as fast as NumPy.
+    products = jnp.dot(features.astype(jnp.float32), centres.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmax(products - jnp.sum(centres**2, axis=1) / 2, axis=1).astype(jnp.uint16)
 
 
 def accumulate_labels(

@@ -14,6 +14,7 @@ A stage whose artifact is there is skipped; one whose artifact another config ma
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from clipmoe_jax.core import artifacts, checksums, distributed
 from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.data.clusters import ClusterIndex
-from clipmoe_jax.data.npy import load_array, load_arrays, map_array
+from clipmoe_jax.data.npy import array_shape, load_array, load_arrays, map_array
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.recipes import Recipe
@@ -208,10 +209,12 @@ def _label(run: Run, features: epath.Path, modality: str, out: epath.Path) -> li
     settings = run.config.cluster
     files = sorted(features.glob(f"{modality}-*.npy"))
     try:
-        parts = [map_array(file, verify=False) for file in files]
-        centres = np.zeros((settings.num_clusters, parts[0].shape[1]), np.float32)
+        shapes = [array_shape(file) for file in files]
+        sizes, parts = [rows for rows, _ in shapes], _Parts(files)
+        centres = np.zeros((settings.num_clusters, shapes[0][1]), np.float32)
         if distributed.is_main():
-            centres = fit_centres(parts, settings.num_clusters, seed=run.seed, max_fit=settings.max_fit_pairs)
+            most = settings.max_fit_pairs
+            centres = fit_centres(parts, sizes, settings.num_clusters, seed=run.seed, max_fit=most)
     except ValueError:
         checksums.verify(features, *(file.name for file in files))  # names the file, if one is damaged
         raise
@@ -221,7 +224,20 @@ def _label(run: Run, features: epath.Path, modality: str, out: epath.Path) -> li
         with _labels_file(out, modality, part).open("wb") as file:
             np.save(file, nearest_centre(parts[part], centres))
     distributed.barrier(f"labels of {modality}s")
-    return [len(part) for part in parts]
+    return sizes
+
+
+class _Parts(Sequence[np.ndarray]):
+    """Arrays in files, each opened when it is asked for: all at once may be more than a process may open."""
+
+    def __init__(self, files: Sequence[epath.Path]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, part: Any) -> Any:
+        return map_array(self._files[part], verify=False)
 
 
 def _write_pseudo_labels(

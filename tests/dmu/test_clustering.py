@@ -10,7 +10,8 @@ CENTRES = 10 * np.eye(3, 8, dtype=np.float32)
 
 def kmeans_labels(features, num_clusters, *, seed, max_fit, chunk_size=65536, num_parts=1):
     parts = np.array_split(features, num_parts)
-    centres = fit_centres(parts, num_clusters, seed=seed, max_fit=max_fit)
+    sizes = [len(part) for part in parts]
+    centres = fit_centres(parts, sizes, num_clusters, seed=seed, max_fit=max_fit)
     return np.concatenate([nearest_centre(part, centres, chunk_size) for part in parts])
 
 

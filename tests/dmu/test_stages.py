@@ -1,6 +1,8 @@
 """The stages' own work: features in parts, and what a signal leaves of them."""
 
 import contextlib
+import os
+import resource
 import types
 
 import numpy as np
@@ -103,6 +105,28 @@ def test_damaged_features_are_told_by_their_file(tmp_path, value):
         ValueError, match="image-00001.npy is damaged .*: delete .*features and make it again"
     ):
         stages._label(run, features, "image", epath.Path(tmp_path))
+
+
+def test_features_may_have_more_parts_than_files_may_be_open(tmp_path):
+    """65 million pairs have 1,000 parts, which is what a process may open where nobody raised it."""
+    features, num_parts = epath.Path(tmp_path / "features"), 300
+
+    def build(folder):
+        for part in range(num_parts):
+            np.save(folder / f"image-{part:05d}.npy", np.eye(3, dtype=np.float16))
+        return {}
+
+    artifacts.make(features, {}, build)
+    cluster = types.SimpleNamespace(num_clusters=3, max_fit_pairs=100)
+    run = types.SimpleNamespace(config=types.SimpleNamespace(cluster=cluster), seed=0)
+    stages._label(run, features, "image", epath.Path(tmp_path))  # what is imported late opens files, too
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 30, hard))
+    try:
+        assert stages._label(run, features, "image", epath.Path(tmp_path)) == [3] * num_parts
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("label", [9, -1])

@@ -87,7 +87,7 @@ stretch_positions(np.zeros((77, 4), np.float32))
 resize_grid(np.zeros((5, 4), np.float32), 3)
 normalize_features(jnp.ones((2, 4)))
 features = [np.eye(4, dtype=np.float16)[:3], np.eye(4, dtype=np.float16)]  # parts of a pass
-labels = nearest_centre(features[0], fit_centres(features, 2, seed=0, max_fit=10))
+labels = nearest_centre(features[0], fit_centres(features, [3, 4], 2, seed=0, max_fit=10))
 accumulate_labels(np.zeros(3, np.int32), labels, labels, 2)
 
 refuses(route, jnp.zeros((3, 4), jnp.int32), 2)
