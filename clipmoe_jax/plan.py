@@ -1,7 +1,7 @@
 """Prints what a run would take on any number of devices, and runs nothing (docs/scaling.md).
 
     python -m clipmoe_jax.plan --config=configs/vit_l14_sharegpt4v.py --accelerator=h100 --devices=8 \\
-        --pairs=1246000 --mfu=0.4
+        --pairs=1246000
 
 Any field of the config can be changed on the same line, as for `clipmoe_jax.main`.
 """
@@ -22,11 +22,14 @@ from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.reporting.plan_tables import format_plan
 
 
-def plan(config: ConfigDict, accelerator: str, num_devices: int, num_pairs: int = 0, mfu: float = 0.4) -> str:
+def plan(
+    config: ConfigDict, accelerator: str, num_devices: int, num_pairs: int = 0, mfu: float | None = None
+) -> str:
     """Returns the tables of a config's plan, one after the other if it has variants.
 
     accelerator: a name of ACCELERATORS. num_pairs: of the training set; 0 counts the config's. mfu: the share
-    of the peak to expect. Raises ValueError for a run that would be refused, with what that would say.
+    of the peak to expect; None is what was measured or is assumed. Raises ValueError for a run that would be
+    refused, with what that would say.
     """
     errors, tables = Errors(), {}
     count = functools.cache(_count)  # variants have most of their data in common
@@ -41,7 +44,7 @@ def plan(config: ConfigDict, accelerator: str, num_devices: int, num_pairs: int 
         with errors.of(configs.label(name)):
             checks.raise_all()
             pairs = (num_pairs, 0) if num_pairs else count_pairs(variant, count)
-            tables[name] = format_plan(make_plan(variant, accelerator, num_devices, mfu, *pairs))
+            tables[name] = format_plan(make_plan(variant, accelerator, num_devices, *pairs, mfu=mfu))
     errors.raise_all()
     return "\n".join(f"{name}:\n{table}\n" if name else table for name, table in tables.items())
 
@@ -81,7 +84,13 @@ def _define_flags() -> None:
     flags.DEFINE_enum("accelerator", "h100", list(accelerators.ACCELERATORS), "Whose peak, memory and links.")
     flags.DEFINE_integer("devices", 8, "How many of them.", lower_bound=1)
     flags.DEFINE_integer("pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
-    flags.DEFINE_float("mfu", 0.4, "Share of the peak to expect.", lower_bound=0.01, upper_bound=1.0)
+    flags.DEFINE_float(
+        "mfu",
+        None,
+        "Share of the peak to expect; what was measured, or 0.4, if not given.",
+        lower_bound=0.01,
+        upper_bound=1.0,
+    )
     flags.mark_flag_as_required("config")
 
 

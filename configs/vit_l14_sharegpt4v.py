@@ -33,8 +33,8 @@ pairs and a few steps of small batches, so that a laptop can try the machinery o
 data/web holds some thousand images and short captions of the kind that the base was trained on, prepared
 from img2dataset's output, say; data/imagenet is ImageNet's validation set, prepared from classes:DIR. The
 routers' rate is not the paper's 1e-6, at which an epoch of Adam moves a weight by at most 0.0016: here they
-begin at zero and have to learn. Planned for 8 H100 at 40 % of their peak: 26 minutes, with
-both controls 50 (clipmoe_jax.plan). It has not been tried at this size.
+begin at zero and have to learn. Planned for 8 H100: 35 minutes, with both controls 64 (clipmoe_jax.plan).
+It has not been tried at this size.
 """
 
 from ml_collections import ConfigDict

@@ -27,6 +27,7 @@ from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step, placed_params
 from clipmoe_jax.planning.limits import Limit, cluster_limit, memory_limit, warmup_limit
 from clipmoe_jax.planning.memory import Memory, plan_memory
+from clipmoe_jax.planning.mfu import Mfu, mfu_of
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers
 
 
@@ -50,6 +51,7 @@ class Stage:
     name: str
     num_pairs: int
     flops: float
+    mfu: Mfu | None
     seconds: float
 
 
@@ -59,10 +61,9 @@ class Plan:
 
     accelerator: Accelerator
     mesh: AbstractMesh
-    mfu: float
     num_pairs: int
     models: dict[str, tuple[int, int, int]]  # name -> parameters, active ones, those on a device
-    steps: dict[str, tuple[PlannedPhase, StepPlan]]  # name of the first stage of a kind -> its step
+    steps: dict[str, tuple[PlannedPhase, StepPlan, Mfu]]  # name of the first stage of a kind -> its step
     stages: list[Stage]
     limits: list[Limit]
     bounds: list[str]  # stages that may take fewer steps: small clusters are dropped
@@ -72,15 +73,16 @@ def make_plan(
     config: ConfigDict,
     accelerator: str,
     num_devices: int,
-    mfu: float,
     num_pairs: int,
     num_base_pairs: int = 0,
+    mfu: float | None = None,
 ) -> Plan:
     """Plans a run of `num_pairs` training pairs on `num_devices` of an accelerator of ACCELERATORS.
 
-    mfu: the share of the peak that the products of the model get. num_base_pairs: to train a base on from
-    scratch; 0 is as many. Raises ValueError for a run that would be refused: fewer pairs than a batch, a
-    warm-up that does not fit, batches or parameters that do not split over the mesh.
+    num_base_pairs: to train a base on from scratch; 0 is as many. mfu: the share of the peak that the
+    products of the model get, for all stages; None takes `mfu.mfu_of` for each. Raises ValueError for a run
+    that would be refused: fewer pairs than a batch, a warm-up that does not fit, batches or parameters that
+    do not split over the mesh.
     """
     device = ACCELERATORS[accelerator]
     mesh = sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices)
@@ -95,27 +97,30 @@ def make_plan(
         on_device = device_bytes(params) // FLOAT_BYTES
         models[name] = trees.count_parameters(params), active, on_device
 
-    def seconds(pairs: int, flops_of_pair: float) -> float:
-        return pairs * flops_of_pair / (device.peak_flops * mfu * num_devices)
+    def add(name: str, pairs: int, flops_of_pair: float, mfu: Mfu) -> None:
+        seconds = pairs * flops_of_pair / (device.peak_flops * mfu.share * num_devices)
+        stages.append(Stage(name, pairs, flops_of_pair, mfu, seconds))
 
     steps, stages, limits, bounds = {}, [], [], []
     embedding = flops.forward(dense)
-    planned: dict[tuple, StepPlan] = {}
+    planned: dict[tuple, tuple[StepPlan, Mfu]] = {}
     for phase in phases:
         if phase.is_bound:
             bounds.append(phase.name)
         if phase.step_key not in planned:
             lower_step(mesh, phase, device.platform)
-            step = planned[phase.step_key] = plan_step(mesh, phase)
-            steps[phase.name] = phase, step
+            step = plan_step(mesh, phase)
+            of_step = mfu_of(accelerator, phase.architecture, phase.compute, step.computed, mfu)
+            planned[phase.step_key], steps[phase.name] = (step, of_step), (phase, step, of_step)
             limits += warmup_limit(phase, num_pairs)
             limits.append(memory_limit(phase, step.memory, device.memory, num_devices))
+        step, of_step = planned[phase.step_key]
         if phase.number:
             limits.append(cluster_limit(config, phase, phase.number, num_pairs))
-            stages.append(Stage(f"embed_{phase.number}", num_pairs, embedding, seconds(num_pairs, embedding)))
-        pairs, of_pair = phase.num_steps * phase.hyperparameters.batch_size, planned[phase.step_key].flops
-        stages.append(Stage(phase.name, pairs, of_pair, seconds(pairs, of_pair)))
-    return Plan(device, mesh, mfu, num_pairs, models, steps, stages, limits, bounds)
+            of_embedding = mfu_of(accelerator, phase.architecture, phase.compute, 1.0, mfu)
+            add(f"embed_{phase.number}", num_pairs, embedding, of_embedding)
+        add(phase.name, phase.num_steps * phase.hyperparameters.batch_size, step.flops, of_step)
+    return Plan(device, mesh, num_pairs, models, steps, stages, limits, bounds)
 
 
 def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:

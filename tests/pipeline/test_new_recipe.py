@@ -82,7 +82,7 @@ def test_new_baseline_is_in_the_report(run):
 @exhaustive
 def test_new_baseline_is_planned_with_the_steps_it_took(run):
     workdir, config, _ = run
-    plan = make_plan(config, "h100", 1, 0.4, 64)
+    plan = make_plan(config, "h100", 1, 64)
     for row in (ROW, STAGE):
         [stage] = [stage for stage in plan.stages if stage.name == row.name]
         steps = json.loads((workdir / row.folder / "done.json").read_text())["measured"]["num_steps"]

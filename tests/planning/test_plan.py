@@ -13,7 +13,7 @@ import pytest
 from grids import exhaustive, grid
 
 from benchmarks.collectives import sent
-from clipmoe_jax.config import default_config
+from clipmoe_jax.config import default_config, set_architecture
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import ACCELERATORS
 from clipmoe_jax.dmu.phases import (
@@ -28,7 +28,7 @@ from clipmoe_jax.dmu.recipes import (
     TRAIN_ROUTERS,
 )
 from clipmoe_jax.models import flops
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.planning import plan
 from clipmoe_jax.planning.memory import plan_memory
@@ -265,6 +265,25 @@ def test_papers_time_is_a_plausible_mfu():
     assert 86 * flops.forward_backward(dense, trains) / peak == pytest.approx(0.145, abs=0.002)
 
 
+def test_time_is_at_the_mfu_that_was_measured_or_given():
+    """One H100 takes 156.3 and 278.5 ms for 100 pairs of ViT-L/14 (benchmarks/results/h100.jsonl)."""
+    config = default_config()
+    config.mcl.batch_size = config.router.batch_size = 100
+    config.compute.remat = "dots"
+    lines = format_plan(plan.make_plan(config, "h100", 1, 1_246_000)).splitlines()
+    for name, milliseconds, mfu in (("mcl_1", 156.3, "0.34 measured"), ("router", 278.5, "0.23 measured")):
+        [step] = [line for line in lines if line.startswith(f"a step of {name}:")]
+        assert float(step.split(" a device, ")[1].split()[0]) == pytest.approx(milliseconds, rel=5e-3)
+        assert any(line.startswith(name) and mfu in line for line in lines)
+    given = plan.make_plan(config, "h100", 1, 1_246_000, mfu=0.5)
+    assert {stage.mfu for stage in given.stages} == {(0.5, "given")}
+    assumed = plan.make_plan(config, "v5p", 1, 1_246_000)
+    assert {stage.mfu for stage in assumed.stages} == {(0.4, "assumed")}
+    set_architecture(config, VARIANTS["ViT-B/32"])
+    smaller = plan.make_plan(config, "h100", 1, 1_246_000)
+    assert {stage.mfu for stage in smaller.stages} == {(0.4, "assumed")}
+
+
 def test_printed_plan_marks_steps_that_do_not_fit():
     config = default_config()
     config.base.architecture = WIDE.to_dict()
@@ -371,7 +390,7 @@ def test_short_captions_cost_a_second_pass_of_the_text_tower():
     config.loss.short_caption_weight = 1.0
     after = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=1_000_000)
     for name in ("mcl_1", "router"):
-        phase, step = after.steps[name]
+        phase, step, _ = after.steps[name]
         names = list(trees.flatten(abstract_params(phase.architecture)))
         trains = trees.match_rules(phase.rules, names)
         more = flops.forward_backward(phase.architecture, trains, 64, towers=["text"])
