@@ -6,6 +6,7 @@ Exported models carry this file: it needs numpy and Pillow alone. Axis letters: 
 import functools
 import io
 import os
+import re
 import warnings
 
 import numpy as np
@@ -19,6 +20,9 @@ DEFAULT_MAX_PIXELS = 2**26
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
+# A JPEG is decoded once for each of its scans, of which encoders write 10 or so. Pillow skips the comments of
+# a PPM of text one by one, and copies what follows each.
+MAX_SCANS, MAX_COMMENTS = 100, 100
 MAX_ASPECT_RATIO = 500  # a line of 1x100,000 pixels would take gigabytes once its short side is 224
 # Pillow opens 16-bit grey as I;16, in these formats (PNG in older Pillows) as I, which has 32 bits.
 FORMATS_OF_16_BITS = ("PPM", "PNG")
@@ -28,6 +32,10 @@ FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
     *("TGA", "TIFF", "WEBP"),
 )
+
+
+# Of a JPEG: what begins a segment with a length, or ends the image.
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xef\xfe]")
 
 
 class UnreadableImageError(ValueError):
@@ -72,11 +80,14 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
 
     Raises:
         UnreadableImageError: broken, truncated, of none of `FORMATS`, of more than `max_pixels` pixels by its
-            header, or of a mode without a known range (I and F: 32 bits a pixel).
+            header, of scans or comments that take long to decode, or of a mode without a known range (I and
+            F: 32 bits a pixel).
         ValueError: as `max_pixels`.
     """
     limit = max_pixels()
     size = f" ({len(image):,} bytes)" if isinstance(image, bytes) else ""
+    if isinstance(image, bytes):
+        _check_contents(image)
     try:
         opened = Image.open(io.BytesIO(image), formats=_formats()) if isinstance(image, bytes) else image
         if (pixels := _num_pixels(opened)) > limit:
@@ -109,6 +120,25 @@ def max_pixels() -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{MAX_PIXELS}={value} is no number of pixels: set it to one such as 100000000")
     return int(value)
+
+
+def _check_contents(contents: bytes) -> None:
+    """Raises UnreadableImageError for a file that takes long to decode, whatever its pixels are."""
+    # To count a scan's marker wherever it stands takes no time.
+    is_jpeg = contents.startswith(b"\xff\xd8")
+    if is_jpeg and contents.count(b"\xff\xda") > MAX_SCANS and _num_scans(contents) > MAX_SCANS:
+        raise UnreadableImageError(f"a JPEG of more than {MAX_SCANS} scans: save it anew")
+    if contents[:2] in (b"P1", b"P2", b"P3") and contents.count(b"#") > MAX_COMMENTS:
+        raise UnreadableImageError(f"a PPM of more than {MAX_COMMENTS} comments: save it anew")
+
+
+def _num_scans(contents: bytes) -> int:
+    """Returns the scans of a JPEG file before its end, or MAX_SCANS + 1 if there are more."""
+    place, scans = 2, 0
+    while scans <= MAX_SCANS and (marker := MARKER.search(contents, place)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(contents[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _num_pixels(image: Image.Image) -> int:

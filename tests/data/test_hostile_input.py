@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from test_formats import prepared_by_tfds
 
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import Pair, open_source, parquet, source_stamp
@@ -152,6 +153,45 @@ def test_an_icon_may_hold_another_size_than_its_header_says():
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
     with pytest.raises(UnreadableImageError, match="not an image file"):
         decode_image(struct.pack("<HHH", 0, 1, 1) + entry + inside)
+
+
+def jpeg(num_scans):
+    """A black square whose last scan comes again and again."""
+    contents = encoded(Image.new("RGB", (16, 16)), "JPEG", progressive=True)
+    scan = contents[contents.rindex(b"\xff\xda") : -2]
+    return contents[:-2] + scan * (num_scans - contents.count(b"\xff\xda")) + contents[-2:]
+
+
+def test_the_scans_of_a_jpeg_are_limited(tmp_path):
+    assert preprocess_image(jpeg(100), 8).shape == (8, 8, 3)
+    (tmp_path / "bad.jpg").write_bytes(jpeg(101))
+    (tmp_path / "bad.txt").write_text("a caption")
+    (tmp_path / "good.jpg").write_bytes(jpeg(100))
+    (tmp_path / "good.txt").write_text("a caption")
+    prepare(open_source(f"folder:{tmp_path}"), str(tmp_path / "out"), max_bad_fraction=1)
+    (bad,) = (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()
+    assert json.loads(bad) == {
+        "id": "bad.jpg",
+        "kind": "unreadable image",
+        "detail": "a JPEG of more than 100 scans: save it anew",
+    }
+
+
+def test_what_looks_like_scans_beside_those_of_a_jpeg_does_not_count():
+    contents = jpeg(10)
+    profile = b"\xff\xe2" + struct.pack(">H", 2 + 2 * 200) + b"\xff\xda" * 200
+    for image in (contents[:2] + profile + contents[2:], contents + b"\xff\xda" * 200):
+        assert preprocess_image(image, 8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", [b"P1", b"P2", b"P3"])
+def test_the_comments_of_a_ppm_of_text_are_limited(kind):
+    maximum = b"" if kind == b"P1" else b"1\n"
+    header = kind + b" 16 16\n" + maximum
+    pixels = b"1 " * 16 * 16 * 3
+    assert preprocess_image(header + b"#\n" * 100 + pixels, 8).shape == (8, 8, 3)
+    with pytest.raises(UnreadableImageError, match="a PPM of more than 100 comments"):
+        preprocess_image(header + b"#\n" * 101 + pixels, 8)
 
 
 PEAK = """
