@@ -5,12 +5,13 @@ and read it, so that neither the file nor a state dict stays in memory beside th
 """
 
 import functools
+import io
 import json
 import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -19,12 +20,14 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from clipmoe_jax.core.errors import first_line
+from clipmoe_jax.core.errors import first_line, naming
 from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import check_plain_file, in_bucket
 from clipmoe_jax.interop import torchscript
+from clipmoe_jax.interop.pickles import check_pickle, named_values
 
 SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+ZIP, OLD_PICKLES = b"PK\3\4", 5  # what a file of PyTorch begins with, and what one of before 1.6 does
 SHARD_BYTES = 5 * 10**9  # other libraries too write several files past this size
 
 
@@ -171,6 +174,7 @@ def _open_torch(path: epath.Path) -> Tensors:
     torch = _import_torch(path)
     _check_zip(path)
     try:
+        _check_pickles(path)
         with path.open("rb") as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
@@ -186,10 +190,8 @@ def _open_torch(path: epath.Path) -> Tensors:
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__}")
-    try:
-        flat = dict(_flatten(state))
-    except RecursionError as error:
-        raise ValueError(f"{path} is not a state dict: its dicts are nested without end") from error
+    with naming(f"{path} is not a state dict"):
+        flat = named_values(state, lambda value: value if isinstance(value, dict) else None)
     tensors = {
         name: Tensor(tuple(value.shape), functools.partial(_to_numpy, torch, value, f"{path}: {name}"))
         for name, value in flat.items()
@@ -198,6 +200,20 @@ def _open_torch(path: epath.Path) -> Tensors:
     if not tensors:
         raise ValueError(f"{path} is not a state dict: it holds {list(state)[:10]} and no tensors")
     return tensors
+
+
+def _check_pickles(path: epath.Path) -> None:
+    """Raises UnpicklingError for a pickle that PyTorch would read for ever, or that is damaged."""
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) == ZIP:
+            archive = zipfile.ZipFile(file)
+            for part in archive.infolist():
+                if part.filename.lower().endswith("data.pkl"):  # PyTorch does not mind the case
+                    check_pickle(io.BytesIO(archive.read(part)))
+            return
+        file.seek(0)
+        for _ in range(OLD_PICKLES):
+            check_pickle(file)
 
 
 def _check_zip(path: epath.Path) -> None:
@@ -221,14 +237,6 @@ def _check_zip(path: epath.Path) -> None:
                 f"{path} is damaged ({error}): fetch it again; if it was saved with "
                 "set_crc32_options(False), save it again without"
             ) from error
-
-
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _import_torch(path: epath.Path) -> Any:

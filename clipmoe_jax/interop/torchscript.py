@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import pickle
+import reprlib
 import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from etils import epath
+
+from clipmoe_jax.interop.pickles import Unpickler, named_values
 
 DTYPES = {
     "FloatStorage": np.float32,
@@ -30,7 +33,7 @@ DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-MOST_NAMES = 20_000  # a module that contains itself has no end of them
+MOST_AXES, MOST_ELEMENTS = 64, 2**63
 
 
 class StoredTensor(NamedTuple):
@@ -75,7 +78,9 @@ class Archive:
             self._root = _root(archive)
             if f"{self._root}/byteorder" in archive.namelist() and self._contents("byteorder") != b"little":
                 raise ValueError("its numbers are big-endian")
-            self.tensors = _named_tensors(_Unpickler(io.BytesIO(self._contents("data.pkl"))).load())
+            module = _Unpickler(io.BytesIO(self._contents("data.pkl"))).load()
+            values = named_values(module, _Module.state_of)
+            self.tensors = {name: value for name, value in values.items() if isinstance(value, StoredTensor)}
             if not self.tensors:
                 raise ValueError("it holds no tensors")
 
@@ -125,11 +130,18 @@ class _Module:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    @staticmethod
+    def state_of(value: Any) -> dict | None:
+        return value.state if isinstance(value, _Module) and isinstance(value.state, dict) else None
+
 
 def _stored(storage: tuple[Any, str], offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides}")
+    are_sizes = all(isinstance(n, int) and 0 <= n < MOST_ELEMENTS for n in numbers)
+    if not len(shape) == len(strides) <= MOST_AXES or not are_sizes:
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {reprlib.repr(shape)} and strides {reprlib.repr(strides)}"
+        )
     dtype, key = storage
     return StoredTensor(dtype, key, offset, tuple(shape), tuple(strides))
 
@@ -143,11 +155,12 @@ ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _stored,
     **{("torch.jit._pickle", kind): _first for kind in LISTS},
-    **{("torch", storage): dtype for storage, dtype in DTYPES.items()},
+    # Names, which cannot be called: a type of NumPy's would make an array of any list.
+    **{("torch", storage): storage for storage in DTYPES},
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(Unpickler):
     """Makes modules, tensors and containers; whatever else a pickle names is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -158,21 +171,7 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, _, _ = pid
-        if dtype not in DTYPES.values():
-            raise pickle.UnpicklingError(f"a storage of {dtype}")
-        return dtype, str(key)
-
-
-def _named_tensors(module: Any) -> dict[str, StoredTensor]:
-    tensors, waiting, count = {}, [("", module)], 0
-    while waiting:
-        prefix, value = waiting.pop()
-        if (count := count + 1) > MOST_NAMES:
-            raise ValueError(f"it has more than {MOST_NAMES:,} names")
-        if isinstance(value, StoredTensor):
-            tensors[prefix] = value
-        elif isinstance(value, _Module) and isinstance(value.state, dict):
-            for name, inside in reversed(value.state.items()):
-                waiting.append((f"{prefix}.{name}".removeprefix("."), inside))
-    return tensors
+        _, storage, key, _, _ = pid
+        if not (isinstance(storage, str) and isinstance(key, str) and storage in DTYPES):
+            raise pickle.UnpicklingError("a storage of no known type or name")
+        return DTYPES[storage], key

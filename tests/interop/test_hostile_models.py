@@ -217,6 +217,39 @@ def test_dicts_that_contain_themselves_are_refused(tmp_path):
         read_model(str(tmp_path / "self.pt"))
 
 
+def test_dicts_that_share_others_are_refused(tmp_path):
+    state = {"x": torch.zeros(2)}
+    for _ in range(30):
+        state = {"a": state, "b": state}
+    torch.save(state, tmp_path / "shared.pt")
+    with pytest.raises(ValueError, match="shared.pt is not a state dict: its .* more than 200,000 names"):
+        read_model(str(tmp_path / "shared.pt"))
+
+
+def test_what_has_no_short_text_for_a_name_is_no_tensor_of_a_model(tmp_path):
+    state = {"x": torch.zeros(2), 3: torch.zeros(2), ("a", 1): torch.zeros(2), "k" * 1001: torch.zeros(2)}
+    torch.save(state, tmp_path / "odd.pt")
+    assert list(tensor_files.open_tensors(epath.Path(tmp_path / "odd.pt"))) == ["x"]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["archive", "of before PyTorch 1.6"])
+def test_tuples_that_share_others_are_refused(tmp_path, old):
+    pair = ()
+    for _ in range(20):  # 40 take years
+        pair = (pair, pair)
+    path = tmp_path / "shared.pt"
+    torch.save({"x": torch.zeros(2), "y": pair}, path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match="shared.pt cannot be read .*: it holds more than tensors"):
+        tensor_files.open_tensors(epath.Path(path))
+
+
+def test_files_of_before_pytorch_1_6_are_read(folders, tmp_path):
+    state = torch.load(folders / "released" / "model.pt", weights_only=True)
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = tensor_files.open_tensors(epath.Path(tmp_path / "old.pt"))
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in state.items()}
+
+
 def test_pickle_with_flipped_bytes_is_one_line(folders, tmp_path):
     """PyTorch raises UnicodeDecodeError, KeyError, AttributeError, … then."""
     content = (folders / "released" / "model.pt").read_bytes()

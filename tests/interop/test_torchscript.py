@@ -2,6 +2,8 @@
 
 import pathlib
 import shutil
+import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -111,7 +113,7 @@ def changed(archive, path, name, contents, compress=zipfile.ZIP_STORED):
         # A module that holds itself: NEWOBJ, its state {"a": it}.
         (
             lambda old: b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
-            "more than 20,000 names",
+            "nested without end",
         ),
         (
             lambda old: old.replace(b"_rebuild_tensor_v2", b"_rebuild_qtensor_x"),
@@ -125,6 +127,52 @@ def test_damaged_and_hostile_pickles_are_refused_in_one_line(archive, tmp_path, 
     with pytest.raises(ValueError, match=message):
         open_tensors(path)
     assert not (tmp_path / "it_ran").exists()
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+FLOATS, ZERO = b"ctorch\nFloatStorage\n", text(b"0")
+# 45 tuples, each twice in the next.
+SHARED = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(45))
+
+
+def storage(kind=FLOATS, name=ZERO):
+    return b"(" + text(b"storage") + kind + name + text(b"cpu") + b"K\1tQ"
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"}" + SHARED + b"K\1s.", "a tuple holds more than 10,000 tuples"),
+        (storage(name=SHARED) + b".", "a tuple holds more than 10,000 tuples"),
+        (storage(kind=SHARED) + b".", "a tuple holds more than 10,000 tuples"),
+        (
+            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0" + SHARED + b")\x89NtR.",
+            "a tuple holds more than 10,000 tuples",
+        ),
+        (FLOATS + b"(](K\1etR.", "not callable"),  # NumPy would make an array of the list
+    ],
+    ids=["key of a dict", "name of a storage", "type of a storage", "shape", "call of a type"],
+)
+def test_a_pickle_that_takes_for_ever_is_refused(archive, tmp_path, contents, message):
+    path = changed(archive, tmp_path / "other.pt", "data.pkl", lambda _: b"\x80\x02" + contents)
+    with pytest.raises(
+        ValueError, match=f"other.pt is a TorchScript archive that cannot be read: .*{message}"
+    ):
+        open_tensors(path)
+
+
+def test_a_pickle_takes_no_room_for_values_that_it_lacks(archive, tmp_path):
+    contents = b"\x80\x02K\1r" + struct.pack("<I", 2**24) + b"."  # remembers a number as the 2**24th value
+    path = changed(archive, tmp_path / "other.pt", "data.pkl", lambda _: contents)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="it holds no tensors"):
+        open_tensors(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
 
 
 def test_a_compressed_storage_is_refused(archive, tmp_path):
