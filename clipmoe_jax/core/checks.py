@@ -1,8 +1,10 @@
-"""Checks of single values, which may come from a stranger's file and be of any type."""
+"""Checks of what comes from a stranger's file: single values of any type, and sizes."""
 
 import dataclasses
 import reprlib
 from typing import Any
+
+EXPANDED, EXPANSION = 2**28, 50  # the bytes that any file may expand to, and how many times its own size
 
 
 def whole_number(name: str, value: object, most: int, least: int = 1) -> int:
@@ -27,3 +29,10 @@ def fields_of(kind: Any, name: str, fields: object) -> dict[str, Any]:
     if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)}):
         raise ValueError(f"{name} has unknown fields: {', '.join(map(reprlib.repr, unknown[:10]))}")
     return fields
+
+
+def check_expansion(num_bytes: int, expanded: int) -> None:
+    """Raises ValueError if files of so many bytes become far more in memory, as zeros do, or one value that
+    comes again and again."""
+    if expanded > max(EXPANDED, EXPANSION * num_bytes):
+        raise ValueError(f"its {num_bytes:,} bytes expand to {expanded:,} bytes")

@@ -13,10 +13,9 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import checksums
+from clipmoe_jax.core.checks import check_expansion
 from clipmoe_jax.core.errors import first_line
 from clipmoe_jax.core.paths import in_bucket
-
-SMALL, EXPANSION = 2**28, 20  # what any archive may expand to in bytes, and how many times its own size
 
 
 def load_array(path: epath.Path) -> np.ndarray:
@@ -71,8 +70,7 @@ def _check_size(members: list[zipfile.ZipInfo], num_bytes: int) -> None:
     """Raises ValueError for an archive of so many bytes that expands to far more, or without a bound."""
     if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
         raise ValueError("its arrays are compressed as NumPy never does")
-    if (size := sum(member.file_size for member in members)) > max(SMALL, EXPANSION * num_bytes):
-        raise ValueError(f"its {num_bytes:,} bytes expand to {size:,} bytes")
+    check_expansion(num_bytes, sum(member.file_size for member in members))
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -14,7 +14,7 @@ from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.model_folder import load_model
+from clipmoe_jax.models.model_folder import check_files, load_model
 from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretched_length
 
 TEXT_POSITIONS, VISION_POSITIONS = "text/positional_embedding", "visual/positional_embedding"
@@ -112,9 +112,11 @@ def read_model(
     else:
         open_it = _open_folder if location.is_dir() else _open_file
         table, config, tensors, source = open_it(location, asked)
-        expected = trees.flatten(abstract_params(config))
-        shapes = {name: leaf.shape for name, leaf in expected.items()}
+        abstract = abstract_params(config)
+        shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract).items()}
         nametable.check_shapes(table, shapes, tensors, path)
+        with naming(path):
+            check_files(abstract, _weight_files(location))
         params = trees.unflatten(nametable.to_ours(table, tensor_files.read_as(tensors, dtype, path), place))
     _check_asked(asked, config, path)
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
@@ -268,6 +270,14 @@ def _open_weights(path: epath.Path) -> Tensors:
         raise ValueError(f"{path} holds several models ({', '.join(firsts)}): save one of them alone")
     [prefix] = prefixes or [""]
     return {n.removeprefix(prefix): opened[name] for name, n in names.items() if n.startswith(prefix)}
+
+
+def _weight_files(location: epath.Path) -> list[epath.Path]:
+    """Returns a file of weights; all that lie in a folder, or beside an index."""
+    if not (location.is_dir() or location.name.endswith(".index.json")):
+        return [location]
+    folder = location if location.is_dir() else location.parent
+    return [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
 
 
 def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:

@@ -5,7 +5,7 @@ the number of the stored one. Letters: E experts, U stored ones.
 """
 
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,17 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from clipmoe_jax.core import artifacts, checkpoints, checksums, distributed, trees
-from clipmoe_jax.core.checks import whole_number
+from clipmoe_jax.core.checks import check_expansion, whole_number
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import absolute
 from clipmoe_jax.core.sharding import replicated
+from clipmoe_jax.core.stamps import named_files
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.expert_params import EXPERT_LEAF
 
 MODEL_FILE, EXPERTS_FILE, PARAMS = "model.json", "experts.json", "params"
+FLOAT_BYTES = 4
 
 
 def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
@@ -64,6 +66,8 @@ def load_model(
     config = read_config(path)
     checksums.verify(path, EXPERTS_FILE, PARAMS)
     abstract = abstract_params(config)
+    with naming(path / PARAMS):
+        check_files(abstract, [file for _, file in named_files(path / PARAMS)])
     if not (path / EXPERTS_FILE).exists():
         return config, checkpoints.load_params(path / PARAMS, abstract, place)
     stored = _read_experts(path / EXPERTS_FILE, config)
@@ -80,6 +84,13 @@ def load_model(
 
     params = checkpoints.load_params(path / PARAMS, of_stored, place_stored)
     return config, _take_experts(params, stored, lambda name, _: shardings[name])
+
+
+def check_files(abstract: trees.Params, files: Iterable[epath.Path]) -> None:
+    """Raises ValueError if params take far more memory than the files that hold them: a few kilobytes of
+    zeros, or of one array under many names, would take gigabytes."""
+    num_bytes = sum(file.stat().length for file in files)
+    check_expansion(num_bytes, FLOAT_BYTES * trees.count_parameters(abstract))
 
 
 def _read_experts(path: epath.Path, config: ClipConfig) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from clipmoe_jax.core import checks
 from clipmoe_jax.data import npy
 
 ARRAY = np.arange(24, dtype=np.float16).reshape(4, 6)
@@ -123,7 +124,7 @@ def test_arrays_that_do_not_fit_are_refused_by_their_header(tmp_path, contents, 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
 def test_archives_that_expand_without_bound_are_refused(tmp_path, monkeypatch, compression):
-    monkeypatch.setattr(npy, "SMALL", 1 << 16)
+    monkeypatch.setattr(checks, "EXPANDED", 1 << 16)
     with zipfile.ZipFile(tmp_path / "x.npz", "w", compression) as archive:
         archive.writestr("a.npy", npy_bytes(np.zeros(1 << 20, np.uint8)))
     with pytest.raises(ValueError, match="x.npz is damaged.* (compressed as|expand to 1,048,)"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from etils import epath
 
-from clipmoe_jax.core import trees
+from clipmoe_jax.core import checks, trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
@@ -166,6 +166,30 @@ def test_damaged_experts_json_is_named(folders, tmp_path, stored):
     file.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=f"^{file}: "):
         read_model(str(file.parent))
+
+
+WIDE = dataclasses.replace(  # 1.6 million params
+    DENSE,
+    vision=dataclasses.replace(DENSE.vision, width=256),
+    text=dataclasses.replace(DENSE.text, width=256),
+)
+
+
+def test_zeros_that_expand_far_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "EXPANDED", 2**20)
+    save_model(epath.Path(tmp_path / "zeros"), WIDE, zeros(WIDE))
+    with pytest.raises(ValueError, match=r"zeros/params: its [\d,]+ bytes expand to 6,\d+,\d+ bytes$"):
+        read_model(str(tmp_path / "zeros"))
+
+
+def test_one_tensor_under_many_names_is_not_read_as_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "EXPANDED", 2**20)
+    deep = dataclasses.replace(DENSE, vision=dataclasses.replace(DENSE.vision, num_layers=200))
+    state = {n: torch.from_numpy(array) for n, array in released.export_state_dict(zeros(deep)).items()}
+    largest = torch.zeros(max(tensor.numel() for tensor in state.values()))
+    torch.save({n: largest[: t.numel()].view(t.shape) for n, t in state.items()}, tmp_path / "one.pt")
+    with pytest.raises(ValueError, match=r"one.pt: its [\d,]+ bytes expand to"):
+        read_model(str(tmp_path / "one.pt"))
 
 
 def with_tensor(folders, tmp_path, name, tensor):
