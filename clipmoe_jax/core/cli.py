@@ -18,11 +18,13 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
-from clipmoe_jax.core.terminal import printable
+from clipmoe_jax.core.terminal import printable, shortened
 
 # Where this package lies, and Python with what is installed.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
+
+MOST_CHARACTERS = 4000  # of an error's line, which may quote a name in a stranger's file
 
 
 def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | None = None) -> None:
@@ -258,5 +260,5 @@ def _fix(error: Exception) -> str:
 
 def _fail(*messages: str) -> NoReturn:
     for message in messages:
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error: {printable(shortened(message, MOST_CHARACTERS))}", file=sys.stderr)
     sys.exit(1)

@@ -12,3 +12,11 @@ def printable(text: str) -> str:
     Line breaks and tabs stay.
     """
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def shortened(text: str, most: int) -> str:
+    """Returns a text of at most `most` characters: without its middle, if it is longer."""
+    if len(text) <= most:
+        return text
+    half = (most - 1) // 2
+    return f"{text[:half]}…{text[len(text) - half :]}"

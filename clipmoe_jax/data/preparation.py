@@ -24,6 +24,7 @@ from tqdm import tqdm
 from clipmoe_jax.core import artifacts, metrics
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.terminal import shortened
 from clipmoe_jax.data import records
 from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
@@ -35,6 +36,7 @@ from clipmoe_jax.data.tokenizer import word_ids
 ENTRIES_PER_SHARD = 4096
 # What `write_pairs` is doing in a folder, until it is done.
 PLAN = "plan.json"
+MOST_TOLD = 500  # characters of a bad record's id, and of what is wrong with it
 
 
 class TooManyBadRecordsError(ValueError):
@@ -335,6 +337,7 @@ def _make_shard(
             progress.update()
             after_entry()
             if isinstance(record, BadRecord):
+                record = _as_told(record)
                 part["bad"].append(record._asdict())
                 bad.add(record)
                 continue
@@ -363,6 +366,11 @@ def _added_to(digest: Any, entries: Iterable[Pair | BadRecord]) -> Iterator[Pair
             text = repr(tuple(entry))
         digest.update(text.encode("utf-8", "surrogatepass"))
         yield entry
+
+
+def _as_told(bad: BadRecord) -> BadRecord:
+    """Returns a bad record as it is told: a stranger's names may have any length."""
+    return bad._replace(id=shortened(bad.id, MOST_TOLD), detail=shortened(bad.detail, MOST_TOLD))
 
 
 def _image_bytes(entry: Pair | BadRecord) -> int:

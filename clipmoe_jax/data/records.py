@@ -20,7 +20,7 @@ from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec
-from clipmoe_jax.data.tfds_folders import check_file_names, tfds_features_alone
+from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
 
 NAME = "pairs"
 VERSION = "1.0.0"
@@ -74,7 +74,7 @@ class Records:
         try:
             with tfds_features_alone():
                 builder: Any = tfds.builder_from_directory(folder)
-                check_file_names(builder)
+                check_splits(builder)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if not split and len(builder.info.splits) == 1:

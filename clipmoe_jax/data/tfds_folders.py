@@ -43,10 +43,12 @@ def tfds_features_alone() -> Iterator[None]:
         connector.cls_from_name = original
 
 
-def check_file_names(builder: Any) -> None:
-    """Raises ValueError if the files of a data set, as its dataset_info.json names them, lie elsewhere, or if
-    it names none."""
+def check_splits(builder: Any) -> None:
+    """Raises ValueError if the files of a data set, as its dataset_info.json names them, lie elsewhere, if it
+    names none, or gives one fewer records than none."""
     for split in builder.info.splits.values():
+        if any(length < 0 for length in split.shard_lengths):
+            raise ValueError(f"its dataset_info.json has a file of {min(split.shard_lengths):,} records")
         template = split.filename_template
         pattern, *names = (template.template or "", template.dataset_name or "", template.split or "")
         if not re.fullmatch(r"([\w.\-]|\{[A-Z_]+\})*", pattern) or any("/" in name for name in names):

@@ -87,6 +87,12 @@ HOSTILE = "photo\x1b[2J\u202egnp.\x07\udcff"
 ESCAPED = r"photo\x1b[2J\u202egnp.\x07\udcff"
 
 
+def test_an_error_that_quotes_a_long_name_is_one_short_line(run_here):
+    code, out, err = run_here(raising(OSError(f"x.pt names {'k' * 300_000}: mend it")))
+    assert (code, out) == (1, "") and len(err) < 5000
+    assert err.startswith("error: x.pt names kkk") and err.endswith("kkk: mend it\n") and "kkk…kkk" in err
+
+
 @pytest.mark.parametrize("messages", [(HOSTILE,), (HOSTILE, "other")], ids=["one", "several"])
 def test_control_characters_reach_no_terminal_as_they_are(run_here, messages):
     """Of a stranger's file name: it could clear the screen, or show another name than it is."""

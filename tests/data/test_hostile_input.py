@@ -372,6 +372,16 @@ def test_a_header_of_a_shard_costs_nobody_else_a_sample(name, tmp_path):
     assert [record.kind for record in bad] in (["damaged shard"], ["missing caption"])
 
 
+def test_a_sample_of_very_many_members_has_short_bad_records(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for i in range(300):
+            shard.addfile(tarfile.TarInfo(f"0.{i:0100}.jpg"))
+    with pytest.raises(ValueError, match="no usable pair in 300 records"):
+        prepare(open_source(f"webdataset:{tmp_path}"), str(tmp_path / "out"), max_bad_fraction=1)
+    told = (tmp_path / "out.unfinished" / "bad_records.jsonl").read_text().splitlines()
+    assert len(told) == 300 and max(map(len, told)) < 1200
+
+
 def test_large_members_of_a_shard_are_not_read(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
         for name, size in (("0.jpg", 1), ("0.txt", 2**23 + 1), ("0.npy", 1), ("1.jpg", 1), ("1.txt", 2)):
@@ -516,6 +526,7 @@ TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         ("filepathTemplate", "{SPLIT:>99999999999}", "outside of its folder, or none"),
         ("filepathTemplate", "{NOTHING}-{SPLIT}", "does not say where its files are"),
         ("shardLengths", ["999999999999999999"], "999,999,999,999,999,999 records in files of"),
+        ("shardLengths", ["-5"], "tfds:my_captions: its dataset_info.json has a file of -5 records"),
     ],
 )
 def test_a_data_set_of_tfds_names_its_own_files_and_counts_them(tmp_path, field, value, message):

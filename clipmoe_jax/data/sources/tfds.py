@@ -18,7 +18,7 @@ from clipmoe_jax.data.sources.base import (
     make_pair,
     plain_files_under,
 )
-from clipmoe_jax.data.tfds_folders import check_file_names, tfds_features_alone
+from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
 
 CAPTION_FEATURES = ("captions", "caption", "text")
 LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
@@ -71,7 +71,7 @@ class Tfds:
                     builder = tfds.builder_from_directory(path)
                 else:
                     builder = read_only_builder.builder_from_files(path, data_dir=data_dir)
-                check_file_names(builder)
+                check_splits(builder)
         except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(
                 f"source tfds:{path}: no prepared data set of that name or folder: "
