@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import stat
 import struct
 import subprocess
@@ -20,10 +21,12 @@ import pytest
 from PIL import Image
 from test_formats import prepared_by_tfds
 
+from clipmoe_jax.core import checks
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import Pair, open_source, parquet, source_stamp
+from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
@@ -270,7 +273,68 @@ def test_what_expands_in_parquet_is_not_expanded(tmp_path):
     write_parquet(tmp_path / "5.parquet", image=repeated(bytes(10**7), 200), text=200 * ["x"])
     assert max(file.stat().st_size for file in tmp_path.iterdir()) < 20_000
     found, errors = run_measured(READ, f"parquet:{tmp_path}")
-    assert found == str([("damaged row", 1), ("pair", 200), ("too much text", 2002)]), errors
+    assert found == str([("damaged row", 1 + 174), ("pair", 26), ("too much text", 2002)]), errors
+
+
+def test_a_row_group_of_parquet_that_belies_its_size_is_not_expanded(tmp_path):
+    """The footer says that 60 MB are 1,000 bytes."""
+    file = tmp_path / "x.parquet"
+    write_parquet(file, image=[b"x", bytes(60_000_000)], caption=["a", "b"])
+    footer = pyarrow.parquet.read_metadata(file)
+    true = thrift_number(footer.row_group(0).column(0).total_uncompressed_size)
+    false = bytearray(thrift_number(1000).ljust(len(true), b"\x80"))
+    false[1] |= 0x80
+    false[-1] = 0
+    contents = file.read_bytes()
+    assert contents.count(true) == 1
+    file.write_bytes(contents.replace(true, false))
+    footer = pyarrow.parquet.read_metadata(file)
+    assert footer.row_group(0).column(0).total_uncompressed_size == 1000
+    first, second = open_source(f"parquet:{tmp_path}")
+    assert first.kind == second.kind == "damaged row"
+    assert re.search(r"row group 0: image expands from [\d,]+ to 60,000,\d+ bytes", first.detail)
+
+
+def thrift_number(number):
+    number, result = 2 * number, b""
+    while number > 127:
+        number, result = number >> 7, result + bytes([number & 127 | 128])
+    return result + bytes([number])
+
+
+def test_a_page_header_of_any_kinds_of_fields_is_read():
+    """Thrift passes over fields that it does not know, and takes the last of two of a number."""
+    unknown = (
+        b"\x11\x12"  # true, false
+        b"\x13\7\x17" + bytes(8) + b"\x18\3abc"  # a byte, a double, bytes
+        b"\x19\x28\1a\1b\x1a\xf1\x10"
+        + bytes(16)  # a list of bytes, a set of 16 truth values
+        + b"\x1b\1\x8c\1a\x15\2\0"  # a map from bytes to a struct of one number
+        b"\x1c\x1c\x15\2\0\0"  # a struct in a struct
+    )
+    sizes = b"\x05\4\x0e\x05\6\x06\x05\4" + thrift_number(1000)  # field 2: 7, field 3: 3, field 2: 1000
+    page = unknown + sizes + b"\0" + b"abc"
+    end = 2 * len(page)
+    assert expanded_bytes(io.BytesIO(page + page), 0, end) == 2000
+    assert expanded_bytes(io.BytesIO(page + b"\x1e" + page), 0, end + 1) == 1000  # a kind that there is not
+    assert expanded_bytes(io.BytesIO(page + page[:-5]), 0, end) == 1000
+    assert expanded_bytes(io.BytesIO(b"\x1c" * 100_000), 0, 100_000) == 0
+
+
+def test_values_that_come_again_and_again_in_parquet_are_bad_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "EXPANDED", 2**16)
+    for name in ("a", "b"):
+        values = {"image": repeated(bytes(10**4), 100), "caption": repeated("x", 100)}
+        write_parquet(tmp_path / f"{name}.parquet", **values)
+    size = (tmp_path / "a.parquet").stat().st_size
+    records = list(open_source(f"parquet:{tmp_path}"))
+    assert len(records) == 200
+    num_whole = max(50 * size, 2**16) // 10_001
+    assert 5 < num_whole < 50
+    for of_file in (records[:100], records[100:]):
+        assert all(isinstance(record, Pair) for record in of_file[:num_whole])
+        assert {record.kind for record in of_file[num_whole:]} == {"damaged row"}
+    assert f"a.parquet, row group 0: its {size:,} bytes expand to" in records[99].detail
 
 
 def test_a_row_group_of_parquet_has_not_any_number_of_captions(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clipmoe_jax.core.checks import check_expansion
 from clipmoe_jax.data.sources.base import (
     MAX_CAPTIONS,
     MAX_TEXT,
@@ -16,6 +17,7 @@ from clipmoe_jax.data.sources.base import (
     find_files,
     make_pair,
 )
+from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "png", "image_path", "path", "file_name", "filepath")
 CAPTION_COLUMNS = ("re_caption", "caption", "text", "captions", "title")
@@ -34,7 +36,8 @@ class Parquet:
     The image column holds file contents, {"bytes", "path"} as Hugging Face's `Image` feature does, or paths
     under the image folder. The caption column holds a string or a list of them; `re_caption` is
     Recap-DataComp's. Ids are those of an id column, else FILE:ROW. Rows of a row group that is damaged, or
-    that would take many times its size in memory, are bad records from there on.
+    that would take many times its size in memory, are bad records from there on; so are those of a file
+    whose values come again and again, beyond `check_expansion`.
     """
 
     def __init__(self, path: str, images: str | None = None, follow_links: bool = False):
@@ -76,13 +79,14 @@ class Parquet:
         import pyarrow.parquet
 
         for name, file in self._files.items():
-            row = 0
+            row, size, taken = 0, file.stat().st_size, 0
             # Without pre_buffer a batch is in memory at a time, not a row group.
             with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as opened, _texts_of(file) as texts:
                 for group in range(opened.num_row_groups):
                     end = row + opened.metadata.row_group(group).num_rows
                     try:
                         for fields in _rows(opened, texts, group, file):
+                            check_expansion(size, taken := taken + sum(map(_num_bytes, fields)))
                             yield self._read(f"{name}:{row}", *fields)
                             row += 1
                         if row < end:
@@ -119,14 +123,16 @@ def _check_one(file: Path, metadata: Any) -> None:
     one's would be read."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-    end = max(
-        (start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)), default=0
-    )
+    end = max((_start(chunk) + chunk.total_compressed_size for chunk in chunks), default=0)
     with file.open("rb") as opened:
         opened.seek(end)  # indexes follow, of some kilobytes
         if b"PAR1PAR1" in opened.read():
             raise ValueError(f"{file} is several Parquet files in one: give them as files of a folder")
+
+
+def _start(chunk: Any) -> int:
+    """Returns where a column of a row group begins in its file."""
+    return min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
 
 
 def _columns(names: list[str], file: Path) -> list[str | None]:
@@ -156,7 +162,7 @@ def _rows(opened: Any, texts: Any, group: int, file: Path) -> Iterator[tuple[Any
     assert image is not None and caption is not None  # as checked when the source was opened
 
     def read_texts(name: str) -> Iterator[Any]:
-        _largest(metadata, name, TEXT_BYTES)
+        _largest(file, metadata, name, TEXT_BYTES)
         batches = texts.iter_batches(TEXT_ROWS, row_groups=[group], columns=[name])
         columns = (_times_as_text(batch[name]) if name == record_id else batch[name] for batch in batches)
         return itertools.chain.from_iterable(map(_texts, columns))
@@ -165,15 +171,24 @@ def _rows(opened: Any, texts: Any, group: int, file: Path) -> Iterator[tuple[Any
         images = map(as_text, read_texts(image))
     else:
         # Each row may hold the largest value: a dictionary has it once.
-        rows = max(1, min(IMAGE_ROWS, BATCH_BYTES // max(1, _largest(metadata, image, IMAGE_BYTES))))
+        rows = max(1, min(IMAGE_ROWS, BATCH_BYTES // max(1, _largest(file, metadata, image, IMAGE_BYTES))))
         batches = opened.iter_batches(rows, row_groups=[group], columns=[image])
         images = itertools.chain.from_iterable(_as_bytes(batch[image]).to_pylist() for batch in batches)
     ids = read_texts(record_id) if record_id else itertools.repeat(None, metadata.num_rows)
     yield from zip(images, read_texts(caption), ids, strict=False)
 
 
-def _largest(group: Any, name: str, most: int) -> int:
-    """Returns the most bytes that a value of a column can have in a row group.
+def _num_bytes(value: Any) -> int:
+    """Returns the bytes of text and images in a row's field."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return sum(map(_num_bytes, value))
+    return len(value) if isinstance(value, (bytes, str)) else 0
+
+
+def _largest(file: Path, group: Any, name: str, most: int) -> int:
+    """Returns the most bytes that a value of a column can have in a row group of a file.
 
     Raises ValueError if the column takes more than `most` and many times what it takes in the file, or has
     too many values.
@@ -182,7 +197,9 @@ def _largest(group: Any, name: str, most: int) -> int:
     for chunk in map(group.column, range(group.num_columns)):
         if chunk.path_in_schema.partition(".")[0] != name:
             continue
-        size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+        start, packed = _start(chunk), chunk.total_compressed_size
+        with file.open("rb") as opened:
+            size = expanded_bytes(opened, start, start + packed)
         if size > most and size > EXPANSION * packed:
             raise ValueError(f"{chunk.path_in_schema} expands from {packed:,} to {size:,} bytes")
         if chunk.num_values > max(group.num_rows, LIST_VALUES):
