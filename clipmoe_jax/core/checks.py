@@ -35,4 +35,5 @@ def check_expansion(num_bytes: int, expanded: int) -> None:
     """Raises ValueError if files of so many bytes become far more in memory, as zeros do, or one value that
     comes again and again."""
     if expanded > max(EXPANDED, EXPANSION * num_bytes):
-        raise ValueError(f"its {num_bytes:,} bytes expand to {expanded:,} bytes")
+        most = f"more than {EXPANSION} times as many"
+        raise ValueError(f"its {num_bytes:,} bytes expand to {expanded:,} bytes, {most}")
