@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import reprlib
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -198,7 +199,8 @@ def _open_torch(path: epath.Path) -> Tensors:
         if isinstance(value, torch.Tensor)
     }
     if not tensors:
-        raise ValueError(f"{path} is not a state dict: it holds {list(state)[:10]} and no tensors")
+        held = [key if isinstance(key, str) else reprlib.repr(key) for key in list(state)[:10]]
+        raise ValueError(f"{path} is not a state dict: it holds {held} and no tensors")
     return tensors
 
 
