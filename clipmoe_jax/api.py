@@ -1,6 +1,6 @@
 """`clipmoe_jax.load` and the model that it returns, which encodes images and captions."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -18,9 +18,14 @@ from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features
 from clipmoe_jax.models.transformer import ComputeConfig
 
+LARGEST_BATCH = 256  # rows that are computed at once
+
 
 class LoadedClip:
     """A dense CLIP or a CLIP-MoE that encodes images and captions.
+
+    A batch may have any size: it is computed in parts of 256 rows, the last one padded to a power of two, so
+    that few programs are compiled.
 
     config: the architecture. params: the param tree. source: the kind of model and its format, in words; the
     model's repr shows it.
@@ -86,8 +91,25 @@ class LoadedClip:
             return jnp.zeros((0, self.config.embed_dim), jnp.float32)
         # Flax modules are hashable, though their dataclasses do not declare it.
         encode = make_encode(self.model, method)  # pyright: ignore[reportArgumentType]
-        features = encode(self.params, jnp.asarray(inputs))
+        inputs, size = jnp.asarray(inputs), self.config.vision.image_size
+        fits = inputs.ndim == 2 if method == "encode_text" else inputs.shape[1:] == (size, size, 3)
+        if isinstance(inputs, Tracer) or not fits:  # which raises an error that tells the shape
+            features = encode(self.params, inputs)
+        else:
+            parts = [encode(self.params, part)[:n] for part, n in _parts(inputs)]
+            features = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return normalize_features(features) if normalize else features
+
+
+def _parts(inputs: jax.Array) -> Iterator[tuple[jax.Array, int]]:
+    """Yields parts of a batch, padded to a power of two, and how many rows of each are the batch's.
+
+    Nine sizes at most, each of which compiles once.
+    """
+    for start in range(0, len(inputs), LARGEST_BATCH):
+        part = inputs[start : start + LARGEST_BATCH]
+        padding = (1 << (len(part) - 1).bit_length()) - len(part)
+        yield jnp.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1)), len(part)
 
 
 def _array_or_list(inputs: Any, one: type, takes: str) -> np.ndarray | jax.Array | list[Any]:

@@ -1,5 +1,6 @@
 """The inputs of a loaded model: each gives features or one clear error."""
 
+import dataclasses
 import io
 import pathlib
 
@@ -13,7 +14,8 @@ from PIL import Image
 from clipmoe_jax.api import LoadedClip
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.evaluation.encoder import make_encode
+from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params, normalize_features
 from clipmoe_jax.models.transformer import ComputeConfig
 
 LENGTH = 12
@@ -188,3 +190,22 @@ def test_a_program_of_the_users_own_may_contain_the_model(clip):
     """Under jit there are no values of token ids to look at."""
     tokens = Tokenizer(LENGTH)(TEXTS)
     np.testing.assert_allclose(jax.jit(clip.encode_text)(tokens), clip.encode_text(tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 300])
+def test_batches_of_any_size_give_the_features_of_their_rows(clip, num_rows):
+    images = np.random.default_rng(num_rows).integers(0, 256, (num_rows, 16, 16, 3), np.uint8)
+    tokens = np.resize(Tokenizer(LENGTH)(TEXTS), (num_rows, LENGTH))
+    for method, rows in (("encode_image", images), ("encode_text", tokens)):
+        features = getattr(clip, method)(rows, normalize=True)
+        expected = normalize_features(make_encode(clip.model, method)(clip.params, rows))
+        assert features.shape == (num_rows, 16)
+        np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+def test_a_program_is_compiled_for_each_power_of_two():
+    clip = make_clip()
+    clip.model = clip.model.clone(compute=dataclasses.replace(clip.model.compute, attention="chunked"))
+    for num_rows in (*range(1, 18), 260):
+        clip.encode_image(np.zeros((num_rows, 16, 16, 3), np.uint8))
+    assert make_encode(clip.model, "encode_image")._cache_size() == 7  # 1, 2, 4, 8, 16, 32, 256
