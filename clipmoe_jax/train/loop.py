@@ -60,8 +60,8 @@ def fit(
     params: placed on the mesh. The trainable leaves are donated; with another frozen_dtype than float32 so
     are the frozen ones, which the device then holds in that dtype alone. Batches, learning rates and dropout
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
-    one. rehearsal: steps on other pairs, among the phase's num_steps. summary: num_steps, steps_now and
-    seconds_now of this process, and the last step's metrics.
+    one. rehearsal: steps on other pairs, among the phase's num_steps. summary: num_steps; steps_now,
+    seconds_now and compile_seconds_now of this process; the last step's metrics.
 
     Raises ValueError naming the step, its records and the last good checkpoint if a metric stops being
     finite, and Preempted once a checkpoint is written after SIGTERM.
@@ -122,7 +122,8 @@ def fit(
         for step, (rehearses, batch) in enumerate(reporter.time_waits(batches), start):
             arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
-            with jax.transfer_guard("disallow"):  # nothing else goes to the devices or comes back
+            # Nothing else goes to the devices or comes back.
+            with reporter.tell_compilation(rehearses, arrays), jax.transfer_guard("disallow"):
                 take_step = rehearse_step if rehearses else train_step
                 state, device_metrics = take_step(state, held, arrays, rate, key)
             # A step's metrics are fetched once the next step is under way, so the device never waits.
@@ -141,8 +142,9 @@ def fit(
         if pending is not None:
             step_metrics = fetch(*pending)
             reporter.report(num_steps, step_metrics)
-    seconds = round(time.perf_counter() - began, 2)
-    summary = {"num_steps": num_steps, "steps_now": num_steps - start, "seconds_now": seconds, **step_metrics}
+    seconds = {"seconds_now": time.perf_counter() - began, "compile_seconds_now": reporter.compile_seconds}
+    summary = {"num_steps": num_steps, "steps_now": num_steps - start}
+    summary |= {name: round(value, 2) for name, value in seconds.items()} | step_metrics
     return trees.merge(state.trainable, sharding.to_devices(frozen)), summary
 
 
@@ -183,7 +185,10 @@ def _restore(
 
 
 class _Reporter:
-    """Moves the progress bar at every step and logs a line every `log_every` steps."""
+    """Moves the progress bar at every step and logs a line every `log_every` steps.
+
+    compile_seconds: how long calls took that compiled a step.
+    """
 
     def __init__(
         self,
@@ -198,6 +203,21 @@ class _Reporter:
         self._name, self._metrics, self._progress = name, metrics, progress
         self._num_steps, self._log_every, self._batch_size = num_steps, log_every, batch_size
         self._logged, self._time, self._waited = start, time.perf_counter(), 0.0
+        self._compiled, self.compile_seconds = set(), 0.0
+
+    @contextlib.contextmanager
+    def tell_compilation(self, rehearses: bool, arrays: Any) -> Iterator[None]:
+        """Says so while a call compiles: the first of a kind of step with arrays of these shapes."""
+        program = rehearses, tuple(array.shape for array in jax.tree.leaves(arrays))
+        if program in self._compiled:
+            yield
+            return
+        self._compiled.add(program)
+        began = time.perf_counter()
+        self._progress.set_postfix_str("compiling")
+        yield
+        self.compile_seconds += time.perf_counter() - began
+        self._progress.set_postfix_str(f"compiled in {time.perf_counter() - began:.0f} s", refresh=False)
 
     def time_waits(self, batches: Iterator[tuple[bool, loader.Batch]]) -> Iterator[tuple[bool, loader.Batch]]:
         """Yields the batches and adds up how long each took to come."""

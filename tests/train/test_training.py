@@ -394,6 +394,14 @@ def test_metrics_file_has_a_line_for_each_logged_step(pairs, tmp_path):
     assert all(line["dropped_slots"] == 0 for line in lines)
 
 
+def test_progress_says_when_it_compiles(pairs, tmp_path, capsys):
+    of_its_own = dataclasses.replace(PHASE, b2=0.9)  # no other test has compiled this step
+    _, summary = fit_routers(pairs, tmp_path, phase=of_its_own)
+    shown = capsys.readouterr().err
+    assert shown.index("compiling") < shown.index("7/7")
+    assert 0 < summary["compile_seconds_now"] < summary["seconds_now"]
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(pairs, tmp_path):
     records = ", ".join(map(str, ShuffledSampler(len(pairs), 16, seed=3).indices(0)[:5]))
     message = re.escape(
