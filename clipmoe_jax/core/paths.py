@@ -48,15 +48,19 @@ def check_plain_folder(folder: os.PathLike | str) -> None:
     """Raises ValueError for the first link, pipe or device below a folder that a program reads and writes.
 
     Through a link a stranger's folder would have files elsewhere read, overwritten or deleted. The folder
-    itself may be one.
+    itself may be one. A run that goes on may delete others meanwhile.
     """
-    if in_bucket(folder) or not os.path.isdir(folder):
+    if in_bucket(folder):
         return
-    with os.scandir(folder) as entries:
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 check_plain_folder(entry.path)
-            elif not entry.is_file(follow_symlinks=False):
+            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
                 kind = "a link" if entry.is_symlink() else "a pipe or a device"
                 raise ValueError(f"{entry.path} is {kind}: delete it, or put there what it stands for")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -157,3 +158,36 @@ def test_links_pipes_and_devices_below_a_folder_are_named(tmp_path):
     os.mkfifo(tmp_path / "run" / "pipe")
     with pytest.raises(ValueError, match="run/pipe is a pipe or a device"):
         paths.check_plain_folder(epath.Path(tmp_path / "run"))
+
+
+def test_folder_that_a_running_job_deletes_is_no_obstacle(tmp_path, monkeypatch):
+    """As the checkpoints of a stage that is done."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    scandir = os.scandir
+
+    def scandir_too_late(folder):
+        if os.path.basename(folder) == "checkpoints":
+            os.rmdir(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir_too_late)
+    paths.check_plain_folder(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_file_that_a_running_job_deletes_is_no_obstacle(tmp_path, monkeypatch):
+    """On a disk that does not list what entries are, each is asked for."""
+
+    class Entries(list):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    def no(**options):
+        return False
+
+    gone = SimpleNamespace(path=f"{tmp_path}/gone", is_dir=no, is_file=no, is_symlink=lambda: False)
+    monkeypatch.setattr(os, "scandir", lambda folder: Entries([gone]))
+    paths.check_plain_folder(tmp_path)
