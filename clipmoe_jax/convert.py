@@ -13,6 +13,7 @@ from etils import epath
 
 from clipmoe_jax.core import accelerators, artifacts, cli, trees
 from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data import preprocess, tokenizer
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import Loaded, read_model
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> str:
         dtype=options.dtype,
         **cli.model_options(),
     )
-    return f"{source}: {model.source}\n{options.out}: {options.to}; its README.md says how to use it."
+    out = printable_line(options.out)
+    return f"{printable_line(source)}: {model.source}\n{out}: {options.to}; its README.md says how to use it."
 
 
 def _define_flags() -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
+from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable, parse_evaluation
@@ -96,7 +97,11 @@ def main(argv: list[str]) -> str:
         artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **numbers})
     tables = [format_models(evaluation.line, numbers) for evaluation in evaluations]
     return "\n\n".join(
-        [f"{given.model}: {model.source}", *(f"skipped: {reason}" for reason in reasons), *tables]
+        [
+            f"{printable_line(given.model)}: {model.source}",
+            *(f"skipped: {reason}" for reason in reasons),
+            *tables,
+        ]
     )
 
 

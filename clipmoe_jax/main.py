@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli, distributed
+from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.dmu.runner import DATA_STAGE, run_variants
 from clipmoe_jax.reporting.output import write_results
 
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> str | None:
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     seconds = time.perf_counter() - began
     return (
-        f"\n{shown}\n\n{workdir / place}: all of it on one page. {seconds:.0f} s on {jax.device_count()} "
-        f"device(s){processes}."
+        f"\n{shown}\n\n{printable_line(workdir / place)}: all of it on one page. {seconds:.0f} s on "
+        f"{jax.device_count()} device(s){processes}."
     )
 
 

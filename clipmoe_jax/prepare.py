@@ -13,6 +13,7 @@ lengths. A run that was killed goes on with the file it was writing when the sam
 from absl import flags, logging
 
 from clipmoe_jax.core import accelerators, cli
+from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data import preparation, sources
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> str:
     except preparation.TooManyBadRecordsError as error:
         raise ValueError(f"{error} (the flag is --max_bad_fraction)") from error
     return (
-        f"{options.out}: {report['pairs']:,} pairs with {report['captions']:,} captions, "
+        f"{printable_line(options.out)}: {report['pairs']:,} pairs with {report['captions']:,} captions, "
         f"{report['image_bytes'] / 1e6:,.1f} MB of images; {report['bad']:,} bad records left out."
     )
 

@@ -10,6 +10,7 @@ from absl import flags, logging
 from etils import epath
 
 from clipmoe_jax.core import accelerators, cli
+from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.reporting.output import write_report
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> str:
     logging.set_verbosity(logging.WARNING)  # TFDS logs every file it opens
     accelerators.take_none()
     path = write_report(epath.Path(flags.FLAGS.workdir))
-    return f"{path}: {path.stat().length / 1e6:.1f} MB; open it in a browser."
+    return f"{printable_line(path)}: {path.stat().length / 1e6:.1f} MB; open it in a browser."
 
 
 def _define_flags() -> None:

@@ -1,8 +1,8 @@
 """The command line: parses flags, prints what a command says, and turns errors into one line."""
 
 import contextlib
+import dis
 import errno
-import linecache
 import os
 import re
 import shlex
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
-from clipmoe_jax.core.terminal import printable, shortened
+from clipmoe_jax.core.terminal import printable, printable_line, shortened
 
 # Where this package lies, and Python with what is installed.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -50,7 +50,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
             with announced_preemption():
                 text = main(argv)
         if text:
-            say(text)
+            print(printable(text), flush=True)
 
     def parse(argv: list[str]) -> list[str]:
         with _clear_errors():
@@ -58,6 +58,8 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
 
     if "debug" not in flags.FLAGS:
         flags.DEFINE_bool("debug", False, "Prints an error with its stack trace.")
+    for flag in flags.FLAGS.get_flags_for_module(__name__):  # or --help would list the command's own alone
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     if not _debugs():
         # An error that ends a read or a write has others behind it, which nobody waits for any more.
         sys.unraisablehook = lambda unraisable: None
@@ -65,8 +67,8 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
 
 
 def say(text: str) -> None:
-    """Prints text on the console at once, even if stdout is a file."""
-    print(printable(text), flush=True)
+    """Prints a line on the console at once, even if stdout is a file."""
+    print(printable_line(text), flush=True)
 
 
 @contextlib.contextmanager
@@ -158,13 +160,16 @@ def _renaming(text: str, renamed: Mapping[str, str]) -> str:
 
 
 def _is_for_people(error: Exception) -> bool:
-    """Returns whether an error's text is for people: errors of files, and what this package raises."""
+    """Returns whether an error's text is for people: of files, or what a `raise` of this package raised."""
     if not isinstance(error, (ValueError, KeyError)):
         return isinstance(error, OSError)
-    *_, (innermost, line) = traceback.walk_tb(error.__traceback__)
-    file = innermost.f_code.co_filename
-    # Not int("x") or {}["x"], which have no frame of their own.
-    return file.startswith(_PACKAGE) and linecache.getline(file, line).lstrip().startswith("raise ")
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if not trace or not (code := trace.tb_frame.f_code).co_filename.startswith(_PACKAGE):
+        return False
+    # The last instruction: int("x") and {}["x"] have no frame of their own.
+    return dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _expand_home(config: ConfigDict) -> None:

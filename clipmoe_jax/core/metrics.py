@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from clipmoe_jax.core import distributed
 from clipmoe_jax.core.paths import in_bucket
-from clipmoe_jax.core.terminal import printable
+from clipmoe_jax.core.terminal import printable_line
 
 UPLOAD_SECONDS = 30
 
@@ -82,7 +82,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """Prints a line on the console, above any progress bar."""
         if self._active:
-            tqdm.write(printable(text))
+            tqdm.write(printable_line(text))
 
     def close(self) -> None:
         """Flushes and closes the files."""

@@ -1,9 +1,11 @@
 """Text that is shown: on a terminal, in a report."""
 
 import re
+import unicodedata
 
-# What moves a terminal's cursor, changes its colours or turns the direction of text, and what is no text.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What moves a cursor or changes colours, turns the direction of text, cannot be seen, or is no text.
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_JOINERS = "\u200c\u200d"  # of these, what emoji and some scripts are written with
 
 
 def printable(text: str) -> str:
@@ -11,7 +13,12 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay.
     """
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    return re.sub(r"[^ -~\n\t]", _shown, text)
+
+
+def printable_line(text: object) -> str:
+    """Returns a text to show in one line, such as a path: line breaks and tabs become escapes, too."""
+    return printable(str(text)).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def shortened(text: str, most: int) -> str:
@@ -20,3 +27,9 @@ def shortened(text: str, most: int) -> str:
         return text
     half = (most - 1) // 2
     return f"{text[:half]}…{text[len(text) - half :]}"
+
+
+def _shown(match: re.Match) -> str:
+    character = match[0]
+    is_shown = character in _JOINERS or unicodedata.category(character) not in _HIDDEN
+    return character if is_shown else ascii(character)[1:-1]

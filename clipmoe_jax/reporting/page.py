@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.paths import check_plain_folder
-from clipmoe_jax.core.terminal import printable
+from clipmoe_jax.core.terminal import printable, printable_line
 from clipmoe_jax.reporting import expert_sections, sections
 from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
-from clipmoe_jax.reporting.read import Folder, NotThereError, seed_folders
+from clipmoe_jax.reporting.read import Folder, NotThereError, as_argument, seed_folders
 from clipmoe_jax.reporting.training import training
 
 Section = Callable[[Sequence[Folder]], dict[str, Any]]
@@ -57,12 +57,12 @@ def _render(workdir: epath.Path) -> str:
     )
     style = loader.get_source(environment, "report.css")[0]
     environment.globals |= {
-        "again": f"python -m clipmoe_jax.report --workdir={workdir}",
+        "again": f"python -m clipmoe_jax.report --workdir={as_argument(workdir)}",
         "percent": "{:.1f}\u202f%".format,  # a narrow space that no line breaks at
         "signed": lambda points: f"{points:+.1f}".replace("-", "−"),
     }
     return environment.get_template("report.html").render(
-        name=workdir.resolve().name,
+        name=printable_line(workdir.resolve().name),
         style=Markup(style),
         palette=[(e, colour, _ink_on(colour)) for e, colour in enumerate(EXPERT_COLOURS)],
         seeds=[folder.path.name for folder in folders],

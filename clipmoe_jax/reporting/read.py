@@ -5,6 +5,7 @@ Letters: N pairs of the training set, T points in a curve.
 
 import dataclasses
 import re
+import shlex
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from etils import epath
 
 from clipmoe_jax.core import artifacts, checksums
 from clipmoe_jax.core.json_files import field, parse_json, read_json
+from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data.npy import load_array, load_arrays
 from clipmoe_jax.data.records import Records
 
 Curves = dict[str, dict[str, np.ndarray]]
 DIAGNOSTICS = "evaluate"  # the stage that writes routing, heat maps, experts, neighbours and cost
-MAIN = "python -m clipmoe_jax.main --config=CONFIG"
+MAIN = "python -m clipmoe_jax.main --config=CONFIG --workdir="
 
 
 class NotThereError(Exception):
@@ -34,6 +36,11 @@ class Folder:
 
     path: epath.Path
     workdir: epath.Path
+
+    @property
+    def command(self) -> str:
+        """Returns the command that makes the run."""
+        return MAIN + as_argument(self.workdir)
 
     def has(self, name: str) -> bool:
         """Returns whether a file is there."""
@@ -52,7 +59,7 @@ class Folder:
 
     def not_there(self, name: str, stage: str) -> NotThereError:
         """Returns the error of a file that is not there or holds nothing yet, and that `stage` makes."""
-        return NotThereError(self._shown(name), f"{MAIN} --workdir={self.workdir} --stage={stage}")
+        return NotThereError(self._shown(name), f"{self.command} --stage={stage}")
 
     def json(self, name: str, stage: str, kind: type = dict) -> Any:
         """Returns the content of a JSON file that `stage` makes, as `read_json`. Raises NotThereError."""
@@ -66,7 +73,7 @@ class Folder:
     def config(self) -> dict[str, Any]:
         """Returns the run's config. Raises NotThereError: it is written when all stages are through."""
         if not self.has("config.json"):
-            raise NotThereError(self._shown("config.json"), f"{MAIN} --workdir={self.workdir}")
+            raise NotThereError(self._shown("config.json"), self.command)
         return read_json(self.path / "config.json")
 
     def measured(self, name: str) -> dict[str, Any]:
@@ -79,9 +86,9 @@ class Folder:
         path, split, made_by_run = self._dataset(name)
         if not path.exists():
             if made_by_run:
-                command = f"{MAIN} --workdir={self.workdir} --stage=data"
-                raise NotThereError(self._shown(f"data/{name}"), command)
-            raise NotThereError(str(path), f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={path}")
+                raise self.not_there(f"data/{name}", "data")
+            out = as_argument(path)
+            raise NotThereError(str(path), f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={out}")
         return Records(str(path), split)
 
     def _dataset(self, name: str) -> tuple[epath.Path, str, bool]:
@@ -89,8 +96,7 @@ class Folder:
         if self.has("datasets.json"):
             datasets = read_json(self.path / "datasets.json")
             if name not in datasets:
-                command = f"{MAIN} --workdir={self.workdir} --config.data.{name}=FOLDER"
-                raise NotThereError(f"data.{name}", command)
+                raise NotThereError(f"data.{name}", f"{self.command} --config.data.{name}=FOLDER")
             dataset = field(datasets, name, dict, f"{self.path}/datasets.json")
             made_by_run = bool(dataset["source"])
             path = self.path / dataset["path"] if made_by_run else epath.Path(dataset["path"])
@@ -105,10 +111,16 @@ class Folder:
         return name if self.path == self.workdir else f"{self.path.name}/{name}"
 
 
+def as_argument(path: epath.Path) -> str:
+    """Returns a path as a command has it that a user may copy, whatever characters its name has."""
+    return shlex.quote(printable_line(path))
+
+
 def seed_folders(workdir: epath.Path) -> list[Folder]:
     """Returns the run's folders, one a seed, by seed. Raises FileNotFoundError if there is no run."""
+    name = printable_line(workdir)
     if not workdir.exists():
-        raise FileNotFoundError(f"--workdir={workdir} does not exist: make a run with {MAIN} --workdir=…")
+        raise FileNotFoundError(f"--workdir={name} does not exist: make a run with {MAIN}…")
     seeds = [path for path in workdir.iterdir() if re.fullmatch(r"seed_\d+", path.name)]
     seeds.sort(key=lambda path: int(path.name.removeprefix("seed_")))
     if (workdir / "metrics.jsonl").exists():
@@ -116,8 +128,8 @@ def seed_folders(workdir: epath.Path) -> list[Folder]:
     folders = [Folder(path, workdir) for path in seeds if (path / "metrics.jsonl").exists()]
     if not folders:
         raise FileNotFoundError(
-            f"--workdir={workdir} has no run in it (no metrics.jsonl, no seed_N): make one with "
-            f"{MAIN} --workdir={workdir}"
+            f"--workdir={name} has no run in it (no metrics.jsonl, no seed_N): make one with "
+            f"{MAIN}{as_argument(workdir)}"
         )
     return folders
 

@@ -14,7 +14,7 @@ from clipmoe_jax.core import artifacts
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.reporting import charts, pictures, tables
-from clipmoe_jax.reporting.read import DIAGNOSTICS, MAIN, Folder, NotThereError, read_labels
+from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder, NotThereError, read_labels
 from clipmoe_jax.reporting.text_tables import (
     MEAN,
     attribute_lines,
@@ -33,7 +33,7 @@ def summary(folders: Sequence[Folder]) -> Context:
     """Returns recall@1 of CLIP-MoE, its base and the best model, in per cent, mean over seeds."""
     seeds = read_results(folders)
     if not has_retrieval(seeds):
-        command = f"{MAIN} --workdir={folders[0].workdir} --stage=evaluate --config.data.test=FOLDER"
+        command = f"{folders[0].command} --stage=evaluate --config.data.test=FOLDER"
         raise NotThereError("recall on a test set", command)
     mean = {
         title: {key: 100 * float(np.mean([r[title][key] for r in seeds])) for key in FIRST}

@@ -83,8 +83,8 @@ def test_every_thing_that_is_wrong_has_its_line(run_here):
     assert done == (1, "", "error: mcl.b1=2 is wrong\nerror: two lines\n")
 
 
-HOSTILE = "photo\x1b[2J\u202egnp.\x07\udcff"
-ESCAPED = r"photo\x1b[2J\u202egnp.\x07\udcff"
+HOSTILE = "photo\x1b[2J\u202egnp.\x07\udcff\u200e\u200f\u061c\u200b\ufeff\U000e0041"
+ESCAPED = r"photo\x1b[2J\u202egnp.\x07\udcff\u200e\u200f\u061c\u200b\ufeff\U000e0041"
 
 
 def test_an_error_that_quotes_a_long_name_is_one_short_line(run_here):
@@ -109,6 +109,16 @@ def test_control_characters_reach_no_terminal_as_they_are(run_here, messages):
 
 def test_text_of_a_command_is_escaped_too(run_here):
     assert run_here(lambda argv: f"1\t{HOSTILE}\nä 東京 👩‍🚀") == (None, f"1\t{ESCAPED}\nä 東京 👩‍🚀\n", "")
+
+
+def test_line_has_no_breaks(capsys):
+    cli.say(f"{HOSTILE}\nerror:\tall is lost")
+    assert capsys.readouterr().out == f"{ESCAPED}\\nerror:\\tall is lost\n"
+
+
+def test_help_lists_the_flags_of_every_command():
+    done = command("flags.FLAGS.stage", "--help")
+    assert "--[no]debug: Prints an error with its stack trace." in done.stdout and "--stage" in done.stdout
 
 
 def test_ctrl_c_ends_a_command_in_one_line(run_here):
@@ -356,7 +366,10 @@ def from_the_package(text):
     exec(compile(text, cli._PACKAGE + "module.py", "exec"))
 
 
-@pytest.mark.parametrize("text", ["{}['measured']", "int('twelve')", "a, b = 1, 2, 3"])
+SLIPS = ["{}['measured']", "int('twelve')", "a, b = 1, 2, 3", "raise ValueError(int('twelve'))"]
+
+
+@pytest.mark.parametrize("text", SLIPS)
 def test_slip_in_this_package_is_not_taken_for_a_message(run_here, monkeypatch, tmp_path, text):
     """These are KeyErrors and ValueErrors, too, and would name no file."""
     (tmp_path / "module.py").write_text(f"{text}\n")
@@ -365,6 +378,11 @@ def test_slip_in_this_package_is_not_taken_for_a_message(run_here, monkeypatch, 
     code, _, err = run_here(lambda argv: from_the_package(text))
     assert code == 1 and err.startswith(("error: KeyError: ", "error: ValueError: "))
     assert err.count("\n") == 1 and str(os.getpid()) in err and len(list(tmp_path.glob("*.log"))) == 1
+
+
+def test_message_is_told_where_the_source_is_not_at_hand(run_here):
+    done = run_here(lambda argv: from_the_package("raise \\\n    ValueError(\n'a thing')"))
+    assert done == (1, "", "error: a thing\n")
 
 
 def test_unforeseen_errors_line_is_short(run_here, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clipmoe_jax.reporting import tables
 from clipmoe_jax.reporting.output import write_report
-from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves
+from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves, seed_folders
 
 VOID = {"meta", "img", "link", "br"}
 
@@ -428,6 +428,20 @@ def test_missing_file_is_named_with_the_command_that_makes_it(workdir, tmp_path,
         made_by = f"python -m clipmoe_jax.main --config=CONFIG --workdir={folder} {stage}".strip()
         again = f"python -m clipmoe_jax.report --workdir={folder}"
         assert any(name in box and f"{made_by}\n{again}" in box for box in boxes), name
+
+
+def test_name_of_a_workdir_adds_nothing_to_a_command_to_copy(tmp_path):
+    folder = tmp_path / "run\ntouch here; ls \u200e"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError) as none:
+        seed_folders(epath.Path(folder))
+    quoted = f"'{tmp_path}/run\\ntouch here; ls \\u200e'"
+    assert str(none.value).endswith(f"--config=CONFIG --workdir={quoted}")
+    (folder / "metrics.jsonl").touch()
+    page = Page(write_report(epath.Path(folder)).read_text())
+    boxes = [element["text"] for element in page.all("pre")]
+    assert any(box.endswith(f"python -m clipmoe_jax.report --workdir={quoted}") for box in boxes)
+    assert page.all("h1")[0]["text"] == "run\\ntouch here; ls \\u200e"
 
 
 def test_data_of_a_workdir_of_version_0_1_is_found(workdir, tmp_path):
