@@ -15,6 +15,9 @@ PANELS = {
     "moe": "Routers",
     "baseline": "Baselines",
 }
+# The phases whose learning rates are drawn: all stages share a schedule.
+RATES = {BASE_NAME: "dense base", "mcl_1": "each stage", ROUTER_NAME: "routers"}
+MAX_CURVES = 40  # in a panel; more are not told apart
 BASELINE_COLOURS = (INK, ACCENT, expert_colour(5), expert_colour(4))
 
 
@@ -23,14 +26,18 @@ def training(folders: Sequence[Folder]) -> dict[str, Any]:
     curves = {phase: curve for phase, curve in read_curves(folders[0]).items() if "loss" in curve}
     names = {phase: _title(phase) for phase in curves}
     groups = {title: [p for p in curves if _group(p) == group] for group, title in PANELS.items()}
-    panels = [
-        (f"Loss. {title}", _losses(f"loss-{i}", {names[phase]: (phase, curves[phase]) for phase in phases}))
-        for i, (title, phases) in enumerate(groups.items())
-        if phases
-    ]
+    panels = []
+    for i, (title, phases) in enumerate(groups.items()):
+        shown = phases[:MAX_CURVES]
+        if len(phases) > len(shown):
+            title += f", the first {len(shown)} of {len(phases):,}"
+        if phases:
+            losses = {names[phase]: (phase, curves[phase]) for phase in shown}
+            panels.append((f"Loss. {title}", _losses(f"loss-{i}", losses)))
     if "balance_image" in curves.get(ROUTER_NAME, {}):
         panels.append(("Load balance of the routers", _balance(folders[0], curves[ROUTER_NAME])))
-    panels.append(("Learning rate", _rates(curves)))
+    if curves.keys() & RATES.keys():
+        panels.append(("Learning rate", _rates(curves)))
     return {"panels": panels, "table": tables.phase_table(curves, names)}
 
 
@@ -63,11 +70,9 @@ def _balance(folder: Folder, curve: dict) -> charts.Markup:
 
 
 def _rates(curves: Curves) -> charts.Markup:
-    """Draws learning rates of the base, the stages, which share a schedule, and the routers."""
-    titles = {BASE_NAME: "dense base", "mcl_1": "each stage", ROUTER_NAME: "routers"}
     shown = {
         title: Curve(curves[phase]["step"], curves[phase]["learning_rate"], _colour(phase))
-        for phase, title in titles.items()
+        for phase, title in RATES.items()
         if phase in curves
     }
     highest = ", ".join(f"{title} {curve.y.max():.2g}" for title, curve in shown.items())

@@ -478,6 +478,19 @@ def test_run_with_one_logged_step_has_a_page(tmp_path):
     assert len(absent) == 9  # the summary, and every section but training
 
 
+def test_many_phases_are_a_table_and_some_curves(tmp_path):
+    """A stranger's metrics.jsonl: drawing took 5 milliseconds a phase."""
+    values = ("loss", "batch_accuracy", "learning_rate", "pairs_per_second", "input_wait_fraction", "time")
+    lines = [{"phase": f"p{i}", "step": 10, **dict.fromkeys(values, 0.5)} for i in range(50)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    page = Page(write_report(epath.Path(tmp_path)).read_text())
+    [chart] = page.all("svg")  # no learning rates: these are drawn of other phases
+    assert chart["text"].count("p") - chart["text"].count("step") == 40
+    titles = [element["text"] for element in page.all("figcaption")]
+    assert titles == ["Loss. Baselines, the first 40 of 50"]
+    assert len(table_rows(page, "Phases of training")) == 50
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["no folder", "no run"])
 def test_workdir_without_a_run_is_refused_in_one_line(tmp_path, there):
     workdir = tmp_path / "runs"
