@@ -9,12 +9,15 @@ longest caption, start and end counted; and, if the records carry attributes, `a
 import functools
 import hashlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import checksums
+from clipmoe_jax.core.checks import whole_number
+from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import field, parse_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
@@ -25,6 +28,7 @@ from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
 NAME = "pairs"
 VERSION = "1.0.0"
 ATTRIBUTES, REPORT = "attributes.json", "report.json"
+MAX_IMAGE_SIZE = 10_000  # pixels a side
 CAPTION_END = 49407  # separates captions in `tokens`: CLIP's end token, which no word has
 
 
@@ -100,9 +104,13 @@ class Records:
             described += b" " + attributes
             self.attribute_table = _attribute_table(parse_json(attributes, str(file)), str(file))
         self.fingerprint = hashlib.sha256(described).hexdigest()[:16]
-        self.image_size = parse_json(report, f"{path}/{REPORT}").get("pixels")
+        self.image_size = _image_size(parse_json(report, f"{path}/{REPORT}"), f"{path}/{REPORT}")
         self._features = builder.info.features
         self._decoders = {} if self.image_size else {"image": tfds.decode.SkipDecoding()}
+        names = ("id", "captions", *(("pixels", "tokens") if self.image_size else ("image",)))
+        _check_features(self._features, names, f"{path}/{REPORT}")
+        if self.attribute_table is not None:
+            _check_features(self._features, ("attributes",), f"{path}/{ATTRIBUTES}")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -146,28 +154,57 @@ class Records:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside {self.path}'s {len(self)} records")
         try:
-            record = self._features.deserialize_example_np(self._source[index], decoders=self._decoders)
-        except (RuntimeError, ValueError) as error:
+            serialized = self._source[index]
+            record = self._features.deserialize_example_np(serialized, decoders=self._decoders)
+            return self._pair(record)
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"record {index} of {self.path} cannot be read ({error}): if its files have changed, prepare "
                 "it again"
             ) from error
+
+    def _pair(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Returns what `__getitem__` returns. Raises any error if the record is not as the files say."""
         pair: dict[str, Any] = {
             "id": record["id"].decode("utf-8"),
             "captions": [caption.decode("utf-8") for caption in record["captions"]],
         }
         if self.attribute_table is not None:
-            values = (value.decode("utf-8") for value in record["attributes"])
+            values = [value.decode("utf-8") for value in record["attributes"]]
+            if len(values) != len(self.attribute_table):
+                raise ValueError(f"it has {len(values)} attributes, {ATTRIBUTES} {len(self.attribute_table)}")
+            for (name, attribute), value in zip(self.attribute_table.items(), values, strict=True):
+                if value not in attribute.values:
+                    raise ValueError(f"its {name} is {value!r}, none of those in {ATTRIBUTES}")
             pair["attributes"] = dict(zip(self.attribute_table, values, strict=True))
         if self.image_size is None:
             return pair | {"image": record["image"]}
         tokens = np.frombuffer(record["tokens"], "<u2")
         ends = np.flatnonzero(tokens == CAPTION_END)
-        image = np.frombuffer(record["pixels"], np.uint8)
+        image, side = np.frombuffer(record["pixels"], np.uint8), self.image_size
+        if image.size != 3 * side * side:
+            raise ValueError(
+                f"it has {image.size:,} bytes of pixels, and {REPORT} says {side} x {side} pixels"
+            )
         return pair | {
-            "image": image.reshape(self.image_size, self.image_size, 3),
+            "image": image.reshape(side, side, 3),
             "tokens": [part[:-1] for part in np.split(tokens, ends[:-1] + 1)],
         }
+
+
+def _image_size(report: dict[str, Any], where: str) -> int | None:
+    """Returns the size of the pixels that a report.json tells, None for image files."""
+    with naming(where):
+        size = report.get("pixels")
+        return None if size is None else whole_number("pixels", size, MAX_IMAGE_SIZE)
+
+
+def _check_features(features: Any, names: Iterable[str], file: str) -> None:
+    """Raises ValueError naming a file that tells of fields which the records do not have."""
+    if missing := [name for name in names if name not in features]:
+        raise ValueError(
+            f"{file} is not of these records, which have no {', '.join(missing)}: prepare the data set again"
+        )
 
 
 def _attribute_table(content: dict[str, Any], where: str) -> dict[str, AttributeSpec]:
@@ -176,6 +213,8 @@ def _attribute_table(content: dict[str, Any], where: str) -> dict[str, Attribute
     for name in content:
         fields, of = field(content, name, dict, where), f"{where}: {name}"
         prompt, values = field(fields, "prompt", str, of), field(fields, "values", list, of)
+        if not values or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{of}: values must be a list of strings")
         table[name] = AttributeSpec(prompt, tuple(values))
     return table
 

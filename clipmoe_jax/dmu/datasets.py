@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax.core import artifacts, distributed
 from clipmoe_jax.core.errors import Errors
+from clipmoe_jax.core.json_files import field
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.data.records import Records
@@ -101,11 +102,13 @@ class Dataset:
         earlier version has not recorded a folder's."""
         recorded = artifacts.done_field(epath.Path(self.path), "inputs")
         advice = "choose another workdir, or delete that folder and what was made from it"
-        was = recorded["source"]
+        was, files = (
+            field(recorded, name, str, f"{self.path}/{artifacts.DONE}") for name in ("source", FILES)
+        )
         if sources.canonical(was) != sources.canonical(self.source):
             raise ValueError(f"{self.path} was prepared from {was}, the config says {self.source}: {advice}")
-        before, now = recorded[FILES].split(","), sources.source_stamp(self.source).split(",")
-        if any(old != new for old, new in zip(before, now, strict=True) if old and new):
+        before, now = files.split(","), sources.source_stamp(self.source).split(",")
+        if len(before) != len(now) or any(a != b for a, b in zip(before, now, strict=True) if a and b):
             raise ValueError(
                 f"{self.source} has changed since {self.path} was prepared from it (names, sizes or times of "
                 f"files): put it back, {advice}"

@@ -449,6 +449,56 @@ def test_records_without_attributes_say_so(source, out):
     assert not (out / "attributes.json").exists()
 
 
+LIES = {
+    "pixels of files": (None, {"report.json": {"pixels": 32}}, "no pixels, tokens: prepare"),
+    "files of pixels": (16, {"report.json": {}}, "no image: prepare"),
+    "other pixels": (
+        16,
+        {"report.json": {"pixels": 17}},
+        "768 bytes of pixels, and report.json says 17 x 17",
+    ),
+    "pixels in words": (16, {"report.json": {"pixels": "16"}}, "pixels='16' must be a whole number"),
+    "attributes of none": (
+        None,
+        {"attributes.json": {"a": {"prompt": "", "values": ["b"]}}},
+        "no attributes",
+    ),
+    "no values": (None, {"attributes.json": {"a": {"prompt": "", "values": []}}}, "a: values must be a list"),
+    "numbers": (None, {"attributes.json": {"a": {"prompt": "", "values": [1]}}}, "a: values must be a list"),
+}
+
+
+@pytest.mark.parametrize(("pixels", "files", "message"), LIES.values(), ids=LIES)
+def test_files_that_are_not_of_the_records_are_named(source, out, pixels, files, message):
+    prepare(source, str(out), pixels=pixels)
+    (out / "checksums.json").unlink()
+    [(name, content)] = files.items()
+    (out / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=name) as told:
+        _ = Records(str(out))[0]
+    assert message in str(told.value) and str(out) in str(told.value)
+
+
+TABLES = {
+    "another number": (lambda table: table.pop("ink"), "it has 8 attributes, attributes.json 7"),
+    "other values": (
+        lambda table: table["ink"].update(values=["x"]),
+        r"its ink is '\w+', none of those in attri",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), TABLES.values(), ids=TABLES)
+def test_attributes_that_are_not_in_the_table_name_the_record(out, change, message):
+    prepare(open_source("digit_scenes:train?pairs=2"), str(out))
+    (out / "checksums.json").unlink()
+    table = json.loads((out / "attributes.json").read_text())
+    change(table)
+    (out / "attributes.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=rf"record 0 of {out} cannot be read \({message}"):
+        _ = Records(str(out))[0]
+
+
 class Shapes(list):
     attribute_table = {"shape": AttributeSpec("a {}", ("cube", "ball"))}
 
