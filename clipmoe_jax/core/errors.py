@@ -1,7 +1,7 @@
 """Collects the errors of several checks and raises them together: all that is wrong is told at once."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class SeveralErrors(ValueError):
@@ -69,6 +69,27 @@ def naming(what: object) -> Iterator[None]:
     except ValueError as error:
         messages = [f"{what}: {message}" for message in messages_of(error)]
         raise (SeveralErrors(messages) if len(messages) > 1 else ValueError(*messages)) from error
+
+
+@contextlib.contextmanager
+def naming_files(files: Iterable[object]) -> Iterator[None]:
+    """Turns any error of a block that computes with what files hold into a ValueError that names them.
+
+    Those of the file system stay, and ValueErrors that name one of the files. files: read so far when the
+    error comes.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of odd values: KeyError, ZeroDivisionError, matplotlib's, …
+        names = list(map(str, dict.fromkeys(files)))
+        if isinstance(error, ValueError) and any(name in str(error) for name in names):
+            raise
+        raise ValueError(
+            f"{' or '.join(names)} is damaged, or of another version ({type(error).__name__}: "
+            f"{first_line(error)[:200]}); --debug tells more"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

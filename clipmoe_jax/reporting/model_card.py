@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from clipmoe_jax.core import artifacts, trees
-from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.core.checksums import read_verified
+from clipmoe_jax.core.errors import naming_files
 from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
@@ -219,8 +220,11 @@ def _provenance(source: epath.Path) -> list[str]:
             f"```json\n{json.dumps(artifacts.done_field(made, 'inputs'), indent=2)}\n```",
         ]
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
-    if results is not None and has_retrieval([numbers := read_json(results)]):
-        sections += ["## Evaluation", _results(numbers)]
+    if results is None:
+        return sections
+    with naming_files([results]):
+        if has_retrieval([numbers := read_verified(results)]):
+            sections += ["## Evaluation", _results(numbers)]
     return sections
 
 

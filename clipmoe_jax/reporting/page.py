@@ -1,13 +1,14 @@
 """The report's page: all sections of a run in one HTML file that loads nothing."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 from etils import epath
 from markupsafe import Markup
 
-from clipmoe_jax.core.errors import naming
+from clipmoe_jax.core.errors import naming_files
 from clipmoe_jax.core.paths import check_plain_folder
 from clipmoe_jax.core.terminal import printable, printable_line
 from clipmoe_jax.reporting import expert_sections, sections
@@ -34,18 +35,7 @@ def render(workdir: epath.Path) -> str:
 
     Raises FileNotFoundError if there is no run, and ValueError if a file of it is damaged.
     """
-    try:
-        check_plain_folder(workdir)
-        with naming(workdir):
-            return _render(workdir)
-    except (LookupError, TypeError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
-        raise ValueError(
-            f"{workdir}: a file that the report reads is damaged, or of another version ({error!r}): --debug "
-            "tells which section reads it"
-        ) from error
-
-
-def _render(workdir: epath.Path) -> str:
+    check_plain_folder(workdir)
     folders = seed_folders(workdir)
     loader = jinja2.PackageLoader("clipmoe_jax.reporting", ".")
     environment = jinja2.Environment(
@@ -57,6 +47,7 @@ def _render(workdir: epath.Path) -> str:
     )
     style = loader.get_source(environment, "report.css")[0]
     environment.globals |= {
+        "shown": _rendered,
         "again": f"python -m clipmoe_jax.report --workdir={as_argument(workdir)}",
         "percent": "{:.1f}\u202f%".format,  # a narrow space that no line breaks at
         "signed": lambda points: f"{points:+.1f}".replace("-", "−"),
@@ -75,11 +66,20 @@ def _render(workdir: epath.Path) -> str:
 
 
 def _made(section: Section, folders: Sequence[Folder]) -> dict[str, Any]:
-    """Returns {"content": what the section shows, "absent": None}, or None and the NotThereError."""
+    """Returns {"content": of a section, "absent": the error instead of it, "files": that it has read}."""
+    files: list[epath.Path] = []
+    folders = [dataclasses.replace(folder, read=files) for folder in folders]
     try:
-        return {"content": section(folders), "absent": None}
+        with naming_files(files):
+            return {"content": section(folders), "absent": None, "files": files}
     except NotThereError as error:
-        return {"content": None, "absent": error}
+        return {"content": None, "absent": error, "files": files}
+
+
+def _rendered(macro: Callable[[Any], Markup], section: Mapping[str, Any]) -> Markup:
+    """Returns what a macro of the template makes of a section's content."""
+    with naming_files(section["files"]):
+        return macro(section["content"])
 
 
 def _shown(value: Any) -> Any:

@@ -22,7 +22,7 @@ DIAGNOSTICS = "evaluate"  # the stage that writes routing, heat maps, experts, n
 MAIN = "python -m clipmoe_jax.main --config=CONFIG --workdir="
 
 
-class NotThereError(Exception):
+class NotThereError(FileNotFoundError):
     """A file that a section reads is not there: `what` names it, `command` makes it."""
 
     def __init__(self, what: str, command: str):
@@ -32,10 +32,17 @@ class NotThereError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """One seed's folder; workdir is the one that the user gave, the same unless there are several seeds."""
+    """One seed's folder.
+
+    Attributes:
+        path: of the folder.
+        workdir: the one that the user gave, the same unless there are several seeds.
+        read: files and data sets that were read, or looked for.
+    """
 
     path: epath.Path
     workdir: epath.Path
+    read: list[epath.Path] = dataclasses.field(default_factory=list)
 
     @property
     def command(self) -> str:
@@ -55,6 +62,7 @@ class Folder:
     def _existing(self, name: str, stage: str) -> epath.Path:
         if not self.has(name):
             raise self.not_there(name, stage)
+        self.read.append(self.path / name)
         return self.path / name
 
     def not_there(self, name: str, stage: str) -> NotThereError:
@@ -74,12 +82,16 @@ class Folder:
         """Returns the run's config. Raises NotThereError: it is written when all stages are through."""
         if not self.has("config.json"):
             raise NotThereError(self._shown("config.json"), self.command)
+        self.read.append(self.path / "config.json")
         return read_json(self.path / "config.json")
 
-    def measured(self, name: str) -> dict[str, Any]:
-        """Returns what was measured while an artifact was made; {} if it is not there."""
+    def done_field(self, name: str, field_name: str) -> dict[str, Any]:
+        """Returns a field of an artifact's done.json, as `artifacts.done_field`; {} if it is not there."""
         path = self.path / name
-        return artifacts.measured(path) if artifacts.is_done(path) else {}
+        if not artifacts.is_done(path):
+            return {}
+        self.read.append(path / artifacts.DONE)
+        return artifacts.done_field(path, field_name)
 
     def records(self, name: str) -> Records:
         """Returns the data set "train" or "test". Raises NotThereError where it has gone."""
@@ -89,11 +101,13 @@ class Folder:
                 raise self.not_there(f"data/{name}", "data")
             out = as_argument(path)
             raise NotThereError(str(path), f"python -m clipmoe_jax.prepare --source=KIND:PATH --out={out}")
+        self.read.append(path)
         return Records(str(path), split)
 
     def _dataset(self, name: str) -> tuple[epath.Path, str, bool]:
         """Path and split of a data set, and whether the run prepared it."""
         if self.has("datasets.json"):
+            self.read.append(self.path / "datasets.json")
             datasets = read_json(self.path / "datasets.json")
             if name not in datasets:
                 raise NotThereError(f"data.{name}", f"{self.command} --config.data.{name}=FOLDER")

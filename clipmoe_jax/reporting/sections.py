@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_jax.core import artifacts
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.reporting import charts, pictures, tables
@@ -52,7 +51,7 @@ def summary(folders: Sequence[Folder]) -> Context:
         "best": None if best == CLIP_MOE else best,
         "best_scores": mean[best],
         "best_times_active": active[best] / active["base"],
-        "num_images": folders[0].measured("eval").get("num_images"),
+        "num_images": folders[0].done_field("eval", "measured").get("num_images"),
     }
 
 
@@ -167,7 +166,7 @@ def _stage(
         f"Sizes of the {len(sizes)} clusters of stage {stage} from the largest, on a logarithmic scale: "
         f"{sizes.max():,} to {sizes.min():,} pairs, median {np.median(sizes):,.0f}."
     )
-    report = folder.measured(f"stage_{stage}/params")
+    report = folder.done_field(f"stage_{stage}/params", "measured")
     levels = [count for name, count in sorted(report.items()) if name.startswith("pairs_level_")]
     return {
         "chart": charts.draw_sizes(f"clusters-{stage}", alt, sizes[order], batch_size),
@@ -235,6 +234,5 @@ def cost(folders: Sequence[Folder]) -> Context:
 
 def config(folders: Sequence[Folder]) -> Context:
     """Returns the config as JSON, and the versions with which the routers were trained."""
-    made = folders[0].path / "moe/params"
-    versions = artifacts.done_field(made, "versions") if artifacts.is_done(made) else {}
+    versions = folders[0].done_field("moe/params", "versions")
     return {"json": json.dumps(folders[0].config(), indent=2), "versions": versions}

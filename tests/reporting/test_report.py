@@ -388,6 +388,39 @@ def test_damaged_line_is_named(tmp_path, line, message):
         read_curves(Folder(epath.Path(tmp_path), epath.Path(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    grid(
+        ("results.json", ("base", "image_to_text_r1"), "x"),
+        ("routing_change.json", ("text",), {}),
+        ("experts.json", ("diversity",), "x"),  # which the template finds
+        rest=[
+            ("results.json", ("CLIP-MoE", "parameters"), []),
+            ("results.json", ("base",), None),
+            ("routing.json", ("text", "load", 0, 0), "x"),
+            ("neighbours.json", ("base_right", 0, "base", 1), []),
+            ("cost.json", ("base", "pairs_per_second"), "x"),
+        ],
+    ),
+)
+def test_file_with_an_odd_value_is_named(tmp_path, file, place, value):
+    folder = tmp_path / "run"
+    synthetic_run.write_results(folder, np.random.default_rng(0))
+    synthetic_run.write_diagnostics(folder / "eval", np.random.default_rng(0), num_experts=3)
+    (folder / "metrics.jsonl").touch()
+    if file == "neighbours.json":
+        synthetic_run.write_records(folder / "data", "test", 4, seed=0)
+        datasets = {"test": {"path": "data/test", "split": "test", "source": "digit_scenes:test"}}
+        synthetic_run.write_json(folder / "datasets.json", datasets)
+    content = changed = json.loads((folder / "eval" / file).read_text())
+    for key in place[:-1]:
+        changed = changed[key]
+    changed[place[-1]] = value
+    synthetic_run.write_json(folder / "eval" / file, content)
+    with pytest.raises(ValueError, match=f"{folder}/eval/{file}.* is damaged, or of another version"):
+        write_report(epath.Path(folder))
+
+
 def test_run_that_has_written_no_line_yet_has_a_page(tmp_path):
     """As while it imports its base."""
     (tmp_path / "metrics.jsonl").touch()
