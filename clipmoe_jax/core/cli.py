@@ -10,15 +10,17 @@ import sys
 import sysconfig
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
-from clipmoe_jax.core.terminal import printable, printable_line, shortened
+from clipmoe_jax.core.terminal import printable, printable_line, shortened, warning_line
 
 # Where this package lies, and Python with what is installed.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -33,7 +35,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     Every error becomes one line on stderr and exit code 1. Errors made for people say it all: bad flags,
     unknown config fields, files that cannot be opened, and every ValueError or KeyError that this package
     raises. Any other was not foreseen: its line names a log file, which has the stack trace. --debug prints
-    the stack trace of every error instead.
+    the stack trace of every error instead. A library's warning is a line, too.
     renamed: {config field or flag of an earlier version: what it is now}, to say so where one is set. A run
     that SIGTERM or Ctrl-C stopped says so and exits with the code of `distributed.Preempted`; a command that
     Ctrl-C ends says so in one line. In flags and in strings of a config, `~` is the home folder where a path
@@ -60,6 +62,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
         flags.DEFINE_bool("debug", False, "Prints an error with its stack trace.")
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # or --help would list the command's own alone
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    warnings.showwarning = _show_warning
     if not _debugs():
         # An error that ends a read or a write has others behind it, which nobody waits for any more.
         sys.unraisablehook = lambda unraisable: None
@@ -124,6 +127,13 @@ def _clear_errors() -> Iterator[None]:
             print(f"error: {printable(full)}", file=sys.stderr, flush=True)
             os._exit(1)  # at once, or what else was being written would complain at length
         _fail(*_lines(error))
+
+
+def _show_warning(message: object, category: type, filename: str, lineno: int, *_: Any) -> None:
+    """Prints a warning in place of `warnings.showwarning`, which prints what it says as it is."""
+    del category
+    line = warning_line(message, f"{filename}, line {lineno}")
+    tqdm.write(shortened(line, MOST_CHARACTERS), file=sys.stderr)  # above a progress bar
 
 
 def _debugs() -> bool:

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from clipmoe_jax.core.terminal import reading
+
 
 class SeveralErrors(ValueError):
     """Several things that are wrong.
@@ -75,11 +77,12 @@ def naming(what: object) -> Iterator[None]:
 def naming_files(files: Iterable[object]) -> Iterator[None]:
     """Turns any error of a block that computes with what files hold into a ValueError that names them.
 
-    Those of the file system stay, and ValueErrors that name one of the files. files: read so far when the
-    error comes.
+    Those of the file system stay, and ValueErrors that name one of the files. Warnings name them, too. files:
+    read so far when an error comes.
     """
     try:
-        yield
+        with reading(files):
+            yield
     except OSError:
         raise
     except Exception as error:  # of odd values: KeyError, ZeroDivisionError, matplotlib's, …

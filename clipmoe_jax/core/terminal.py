@@ -1,11 +1,32 @@
 """Text that is shown: on a terminal, in a report."""
 
+import contextlib
+import contextvars
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 
 # What moves a cursor or changes colours, turns the direction of text, cannot be seen, or is no text.
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # of these, what emoji and some scripts are written with
+
+_read: contextvars.ContextVar[Iterable[object]] = contextvars.ContextVar("read", default=())
+
+
+@contextlib.contextmanager
+def reading(names: Iterable[object]) -> Iterator[None]:
+    """Names what a block reads, such as a file: a warning that a library has of it is told with these."""
+    token = _read.set(names)
+    try:
+        yield
+    finally:
+        _read.reset(token)
+
+
+def warning_line(warning: object, place: str) -> str:
+    """Returns the line that tells a library's warning. place: where in its code that is."""
+    name = " or ".join(map(str, dict.fromkeys(_read.get()))) or place
+    return f"warning: {printable_line(name)}: {printable(' '.join(str(warning).split()))}"
 
 
 def printable(text: str) -> str:

@@ -26,6 +26,7 @@ from typing import Protocol
 import numpy as np
 
 from clipmoe_jax.core import cli, distributed, metrics
+from clipmoe_jax.core.terminal import reading
 from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import Places, pack, place_captions
 from clipmoe_jax.data.permutation import make_key
@@ -381,7 +382,8 @@ def _decode(record: dict, index: int, image_size: int) -> np.ndarray:
             )
         return record["image"]
     try:
-        return preprocess_image(record["image"], image_size)
+        with reading([f"record {index} ({record['id']!r})"]):
+            return preprocess_image(record["image"], image_size)
     except UnreadableImageError as error:
         raise ValueError(
             f"record {index} ({record['id']!r}) has an image that does not decode, its files have changed: "

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from clipmoe_jax.core import artifacts, metrics
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import in_bucket
-from clipmoe_jax.core.terminal import shortened
+from clipmoe_jax.core.terminal import reading, shortened
 from clipmoe_jax.data import records
 from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
@@ -252,7 +252,8 @@ class _Encoder:
         if isinstance(record, BadRecord):
             return record
         try:
-            image = preprocess_image(record.image, self._pixels or 32)
+            with reading([record.id]):
+                image = preprocess_image(record.image, self._pixels or 32)
         except UnreadableImageError as error:
             return BadRecord(record.id, "unreadable image", str(error))
         words = word_ids(record.captions)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from clipmoe_jax.core.terminal import reading
 from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
@@ -69,7 +70,8 @@ class ModelSubject:
 
         def decode(file: Path) -> np.ndarray:
             try:
-                return preprocess_image(file.read_bytes(), self._image_size)
+                with reading([file]):
+                    return preprocess_image(file.read_bytes(), self._image_size)
             except UnreadableImageError as error:
                 raise ValueError(f"{file} does not decode: {error}") from error
 

@@ -5,6 +5,7 @@ Letters: T points in a curve, R rows, C columns, E experts.
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -250,7 +251,9 @@ def _svg(figure, name: str, alt: str) -> Markup:
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    style = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
+    with style, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")  # missing from its font: the reader's draws the text
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
     body = out.getvalue().partition("</metadata>")[2]

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from clipmoe_jax.core.errors import naming
+from clipmoe_jax.core.terminal import reading
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.reporting import charts, pictures, tables
@@ -185,10 +187,16 @@ def _cluster(records: Records, labels: np.ndarray, name: int) -> Context:
     chosen = np.linspace(0, len(members) - 1, min(EXAMPLES_OF_CLUSTER, len(members))).astype(int)
     examples = []
     for index in members[chosen].tolist():
-        record = records[index]
-        image = pictures.thumbnail(record["image"])
-        examples.append({"record": index, "image": image, "caption": record["captions"][0]})
+        image, caption = _example(records, index)
+        examples.append({"record": index, "image": image, "caption": caption})
     return {"name": name, "size": len(members), "examples": examples}
+
+
+def _example(records: Records, index: int) -> tuple[str, str]:
+    """Returns the thumbnail of a record, and its first caption."""
+    record, place = records[index], f"record {index} of {records.path}"
+    with naming(place), reading([place]):
+        return pictures.thumbnail(record["image"]), record["captions"][0]
 
 
 def neighbours(folders: Sequence[Folder]) -> Context:
@@ -206,7 +214,7 @@ def neighbours(folders: Sequence[Folder]) -> Context:
         titles = {"base": "base", "clip_moe": CLIP_MOE}
         return {
             "record": entry["image"],
-            "image": pictures.thumbnail(records[entry["image"]]["image"]),
+            "image": _example(records, entry["image"])[0],
             "caption": entry["caption"],
             "answers": {title: answer(entry, model, model == right) for model, title in titles.items()},
         }

@@ -121,6 +121,14 @@ def test_help_lists_the_flags_of_every_command():
     assert "--[no]debug: Prints an error with its stack trace." in done.stdout and "--stage" in done.stdout
 
 
+def test_warning_of_a_library_is_one_line_that_names_what_was_read():
+    body = "import warnings; from clipmoe_jax.core.terminal import reading\n"
+    body += "    with reading(['photo\\x1b[2J.png']): warnings.warn('odd\\x1b[2J\\ntags')\n"
+    done = command(f"{body}    warnings.warn('nowhere')")
+    expected = [r"warning: photo\x1b[2J.png: odd\x1b[2J tags", "warning: <string>, line 7: nowhere"]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "", expected)
+
+
 def test_ctrl_c_ends_a_command_in_one_line(run_here):
     assert run_here(raising(KeyboardInterrupt())) == (130, "", "ended by Ctrl-C\n")
 

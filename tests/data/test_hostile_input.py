@@ -236,6 +236,23 @@ def test_no_warning_tells_of_an_image_without_naming_it(tmp_path):
     assert not errors
 
 
+def test_warning_of_an_image_names_it(tmp_path):
+    """Pillow says what is odd, and not of which image."""
+    image = encoded(Image.new("RGB", (8, 8)), "PNG")
+    no_frames = struct.pack(">I4sII", 8, b"acTL", 0, 0)
+    odd = (
+        image[:33] + no_frames + struct.pack(">I", zlib.crc32(no_frames[4:])) + image[33:]
+    )  # after the header
+    for name, contents in (("plain", image), ("odd\x1b", odd)):
+        (tmp_path / f"{name}.png").write_bytes(contents)
+        (tmp_path / f"{name}.txt").write_text("caption")
+    arguments = [f"--source=folder:{tmp_path}", f"--out={tmp_path}/out"]
+    command = [sys.executable, "-m", "clipmoe_jax.prepare", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == r"warning: odd\x1b.png: Invalid APNG, will use default PNG image if possible" + "\n"
+
+
 READ = """
 import collections, resource, time
 import pyarrow.parquet

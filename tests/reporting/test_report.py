@@ -18,7 +18,7 @@ from etils import epath
 from grids import grid
 from PIL import Image
 
-from clipmoe_jax.reporting import tables
+from clipmoe_jax.reporting import charts, tables
 from clipmoe_jax.reporting.output import write_report
 from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves, seed_folders
 
@@ -278,6 +278,12 @@ def test_captions_turn_no_text_around(workdir, tmp_path):
     shown = [element for element in page.all("dd") if element["text"].strip() == hostile]
     assert shown and all(element["dir"] == "auto" for element in shown)
     assert r"run\u202eknaf" in page.all("h1")[0]["text"] and r"run\u202eknaf" in page.all("title")[0]["text"]
+
+
+def test_characters_that_a_font_lacks_are_no_warning(recwarn):
+    """Whoever reads the page has other fonts."""
+    charts.draw_shares("name", "alt", ["東\x1b"], np.ones((1, 1)))
+    assert not recwarn.list
 
 
 def test_page_loads_nothing_from_elsewhere(page, text):
