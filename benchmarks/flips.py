@@ -9,6 +9,7 @@ of no use. Silent: something else was read, and nothing was said.
 
 import argparse
 import collections
+import contextlib
 import pathlib
 import random
 import tempfile
@@ -22,7 +23,8 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from tensorboardX.record_writer import RecordWriter
 
-from clipmoe_jax.core import artifacts
+from clipmoe_jax.core import artifacts, metrics
+from clipmoe_jax.core.checksums import read_verified
 from clipmoe_jax.data import records
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import map_array
@@ -32,6 +34,7 @@ from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.model_folder import load_model, read_config, save_model
+from clipmoe_jax.reporting.read import Folder, read_curves
 
 CONFIG = ClipConfig(
     embed_dim=32,
@@ -77,6 +80,14 @@ def make_rows(folder: pathlib.Path, pairs: int) -> list[Row]:
     theirs = _as_tfrecords(data / records.NAME / records.VERSION, folder / "theirs" / records.VERSION)
     export.write_openclip(_made(folder / "openclip"), CONFIG, params)
     export.write_clipmoe(_made(folder / "released"), CONFIG, params)
+    run = folder / "run"
+    described = [epath.Path(run / name) for name in ("config.json", "datasets.json", "eval/results.json")]
+    with contextlib.closing(metrics.Metrics(epath.Path(run))) as log:
+        for step in range(1, 21):
+            log.log("base", step, {"loss": 1 / step, "learning_rate": 1e-3})
+    for path in described:
+        path.parent.mkdir(exist_ok=True)
+        artifacts.write_verified_json(path, {"seed": 0, "mcl": {"batch_size": 800, "learning_rate": 1e-5}})
     shards = sorted(data.rglob("*.array_record-*"))
     told = [path for path in data.rglob("*.json") if path.name != "checksums.json"]
 
@@ -107,6 +118,9 @@ def make_rows(folder: pathlib.Path, pairs: int) -> list[Row]:
         opened = records.Records(str(data))
         return [opened[i] for i in range(len(opened))]
 
+    def read_numbers() -> Any:
+        return read_curves(Folder(epath.Path(run), epath.Path(run)))
+
     def npy(path: pathlib.Path) -> Row:
         return Row(path.name, [path], lambda: map_array(epath.Path(path)))
 
@@ -128,6 +142,12 @@ def make_rows(folder: pathlib.Path, pairs: int) -> list[Row]:
             [data / "token_counts-train.npy"],
             lambda: records.Records(str(data)).token_counts,
         ),
+        Row(
+            "a run's JSON files",
+            list(map(pathlib.Path, described)),
+            lambda: list(map(read_verified, described)),
+        ),
+        Row("its metrics.jsonl", [run / "metrics.jsonl"], read_numbers),
         Row("a prepared set's JSON files", told, read_set),
         Row("its ArrayRecord files", shards, read_records),
         Row("somebody's TFRecord files", _files(theirs, "*.tfrecord-*"), read_theirs),

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> str:
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS logs every file it opens
     accelerators.take_none()
-    path = write_report(epath.Path(flags.FLAGS.workdir))
+    path = write_report(epath.Path(flags.FLAGS.workdir), cli.say)
     return f"{printable_line(path)}: {path.stat().length / 1e6:.1f} MB; open it in a browser."
 
 

@@ -206,6 +206,17 @@ def write_json(path: epath.Path, content: Any) -> None:
         file.write_text(_as_text(content))
 
 
+def write_verified_json(path: epath.Path, content: Any) -> None:
+    """Writes a JSON file of a whole folder, and its checksum beside the others'. Only process 0 writes."""
+    if not distributed.is_main():
+        return
+    recorded = checksums.read(path.parent, fix="delete it")
+    if recorded.pop(path.name, None):  # a kill between here and the end leaves the file without one
+        checksums.write(path.parent, recorded)
+    write_json(path, content)
+    checksums.write(path.parent, {**recorded, path.name: checksums.of_text(_as_text(content))})
+
+
 @contextlib.contextmanager
 def _locked(unfinished: epath.Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it. Raises BusyError if one is at work there.

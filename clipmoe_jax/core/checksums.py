@@ -43,38 +43,42 @@ def write(folder: epath.Path, checksums: Mapping[str, str]) -> None:
         path.write_text(json.dumps({KIND: checksums}, indent=2) + "\n")
 
 
-def read(folder: epath.Path) -> dict[str, str]:
-    """Returns the {name: checksum} of a folder; {} if it has none. Raises ValueError if they are damaged."""
+def read(folder: epath.Path, fix: str = "") -> dict[str, str]:
+    """Returns the {name: checksum} of a folder; {} if it has none. Raises ValueError if they are damaged.
+
+    fix: what the error advises; by default to make the folder again.
+    """
     path = folder / CHECKSUMS
     if not path.exists():
         return {}
     try:
         return field(read_json(path), KIND, dict, str(path))
     except ValueError as error:
-        raise _damaged(path, "it holds no checksums", folder) from error
+        raise _damaged(path, "it holds no checksums", folder, fix) from error
 
 
-def verify(folder: epath.Path, *names: str) -> None:
+def verify(folder: epath.Path, *names: str, fix: str = "") -> None:
     """Reads files, and those in subfolders, of these names in a folder and compares their checksums.
 
-    What has none there is not read. Raises ValueError naming the first file that is damaged or gone.
+    What has none there is not read. Raises ValueError naming the first file that is damaged or gone. fix: as
+    of `read`.
     """
     folder = epath.Path(folder)
-    checksums = read(folder)
+    checksums = read(folder, fix)
     for name in names:
         recorded = {n: value for n, value in checksums.items() if f"{n}/".startswith(f"{name}/")}
         files = _files(folder, name) if recorded else {}
         for file_name, expected in recorded.items():
             if file_name not in files:
-                raise _damaged(folder / file_name, "it is gone", folder)
+                raise _damaged(folder / file_name, "it is gone", folder, fix)
             if (found := _of_file(files[file_name])) != expected:
                 reason = f"its CRC-32 is {found}, {CHECKSUMS} says {expected}"
-                raise _damaged(folder / file_name, reason, folder)
+                raise _damaged(folder / file_name, reason, folder, fix)
 
 
-def read_verified(path: epath.Path) -> dict[str, Any]:
-    """Returns the content of a JSON file, as `read_json`. Raises ValueError too if it is damaged."""
-    verify(path.parent, path.name)
+def read_verified(path: epath.Path, fix: str = "") -> dict[str, Any]:
+    """Returns the content of a JSON file, as `read_json`. Raises ValueError if it is damaged, as `verify`."""
+    verify(path.parent, path.name, fix=fix)
     return read_json(path)
 
 
@@ -91,6 +95,6 @@ def _of_file(path: epath.Path) -> str:
     return f"{checksum:08x}"
 
 
-def _damaged(path: epath.Path, reason: str, folder: epath.Path) -> ValueError:
-    fix = f"delete {folder} and make it again by the same command, or copy it again"
+def _damaged(path: epath.Path, reason: str, folder: epath.Path, fix: str) -> ValueError:
+    fix = fix or f"delete {folder} and make it again by the same command, or copy it again"
     return ValueError(f"{path} is damaged ({reason}): {fix}; if you changed it, delete {folder / CHECKSUMS}")

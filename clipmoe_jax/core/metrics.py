@@ -7,19 +7,24 @@ import functools
 import importlib
 import json
 import os
+import re
+import reprlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 from tqdm import tqdm
 
-from clipmoe_jax.core import distributed
+from clipmoe_jax.core import checksums, distributed
+from clipmoe_jax.core.json_files import parse_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.core.terminal import printable_line
 
 UPLOAD_SECONDS = 30
+_CHECKSUM = f', "{checksums.KIND}": "'
+_ADVICE = "copy the file again, or delete the line if its numbers are no loss"
 
 
 def progress_bar(description: str, total: int | None, unit: str, delay: float = 0, initial: int = 0) -> tqdm:
@@ -63,7 +68,7 @@ class Metrics:
             return
         values = {name: float(value) for name, value in values.items()}
         line = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
-        self._lines.add(json.dumps(line) + "\n")
+        self._lines.add(_with_checksum(json.dumps(line)) + "\n")
         for name, value in values.items():
             self._tensorboard.add(f"{phase}/{name}", value, step)
 
@@ -91,6 +96,46 @@ class Metrics:
         self._lines.close()
         if "_tensorboard" in vars(self):
             self._tensorboard.close()
+
+
+def read_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where it lies, for messages; {"phase", "step", "time" and numbers}) of each line of a
+    metrics.jsonl.
+
+    A line that a kill has cut off is left out, but not the one that the resumed run then wrote behind it
+    without a line break. Raises ValueError naming a damaged line. Lines of earlier versions have no checksum.
+    """
+    content = path.read_bytes()
+    number, end = 1, 0
+    for found in [*re.finditer(rb"\{[^{}]*\}", content), None]:
+        before = content[end : found.start() if found else None]
+        cut = before.lstrip(b"\r\n")
+        number += before.count(b"\n") - cut.count(b"\n")
+        where = f"line {number} of {path}"
+        if cut and not re.fullmatch(rb"\{[^{}\n]*", cut):
+            raise ValueError(f"{where} is damaged: {_ADVICE}")
+        if found:
+            yield where, _checked(found[0], where)
+            end = found.end()
+
+
+def _with_checksum(line: str) -> str:
+    """Returns a JSON object with its checksum as its last field."""
+    return f'{line[:-1]}{_CHECKSUM}{checksums.of_text(line)}"}}'
+
+
+def _checked(line: bytes, where: str) -> dict[str, Any]:
+    """Returns a line's values. Raises ValueError if it is not what its checksum says."""
+    values = parse_json(line, where)
+    for name, value in values.items():
+        if name not in ("phase", checksums.KIND) and not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, not a number: {_ADVICE}")
+    if checksums.KIND in values:
+        written = line[: line.rfind(_CHECKSUM.encode())] + b"}"
+        if _with_checksum(written.decode()) != line.decode():
+            raise ValueError(f"{where} is damaged ({checksums.KIND} differs): {_ADVICE}")
+        del values[checksums.KIND]
+    return values
 
 
 class _TensorBoard:

@@ -130,7 +130,7 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
     inputs = _inputs(run, clip_moe) | _test_inputs(run)
     run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
-    artifacts.write_json(run.workdir / "eval" / "results.json", results)
+    artifacts.write_verified_json(run.workdir / "eval" / "results.json", results)
     return results
 
 

@@ -103,8 +103,12 @@ def _run_seed(
         stages[EVALUATE_STAGE] = results.evaluate
     mesh, evaluated = sharding.make_mesh(**config.mesh), None
     with contextlib.closing(Metrics(folder)) as metrics:
-        if not (folder / "datasets.json").exists():  # for a report meanwhile
-            artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
+        described = {
+            "config.json": {"seed": seed, **config.to_dict()},
+            "datasets.json": describe(datasets, folder),
+        }
+        if not all((folder / name).exists() for name in described):  # for a report meanwhile
+            _describe(folder, described)
         run = Run(config, seed, folder, mesh, metrics, datasets, siblings)
         for name, make in stages.items():
             if stage in ("", name):
@@ -113,10 +117,15 @@ def _run_seed(
                     results.evaluate_stage(run, name)
                 if distributed.preempted():
                     raise distributed.Preempted(f"after stage {name}")
-    if not stage or not (folder / "config.json").exists():  # every stage has agreed with this config
-        artifacts.write_json(folder / "config.json", {"seed": seed, **config.to_dict()})
-        artifacts.write_json(folder / "datasets.json", describe(datasets, folder))
+    if not stage:  # every one has agreed with this config
+        _describe(folder, described)
     return evaluated
+
+
+def _describe(folder: epath.Path, described: Mapping[str, Any]) -> None:
+    """Writes {name: content} of JSON files that say what a run is."""
+    for name, content in described.items():
+        artifacts.write_verified_json(folder / name, content)
 
 
 def check_config(config: ConfigDict, stage: str = "") -> None:

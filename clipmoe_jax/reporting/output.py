@@ -1,6 +1,6 @@
 """Writes what a run leaves for people: tables as text and the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
@@ -27,13 +27,14 @@ def write_results(variants: Mapping[str, Sequence[Results]], workdir: epath.Path
     return table
 
 
-def write_report(workdir: epath.Path) -> epath.Path:
+def write_report(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) -> epath.Path:
     """Writes report.html into a run's workdir and returns its path.
 
-    A workdir with several seeds (seed_N) gets one page for all. Raises FileNotFoundError if it holds no run.
+    A workdir with several seeds (seed_N) gets one page for all. say: as of `render`. Raises FileNotFoundError
+    if it holds no run.
     """
     workdir = epath.Path(workdir)
-    page = render(workdir)
+    page = render(workdir, say)
     path = workdir / "report.html"
     with written_whole(path) as file:
         file.write_text(page)

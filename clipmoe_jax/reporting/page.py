@@ -30,13 +30,16 @@ SECTIONS: dict[str, tuple[str, Section]] = {
 }
 
 
-def render(workdir: epath.Path) -> str:
+def render(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) -> str:
     """Returns the page of a run, the same bytes from the same files.
 
-    Raises FileNotFoundError if there is no run, and ValueError if a file of it is damaged.
+    say: is told of data sets elsewhere before they are opened. Raises FileNotFoundError if there is no run,
+    and ValueError if a file of it is damaged.
     """
     check_plain_folder(workdir)
     folders = seed_folders(workdir)
+    for path in folders[0].data_elsewhere():
+        say(f"opens {path} for images and captions, as the run's config says")
     loader = jinja2.PackageLoader("clipmoe_jax.reporting", ".")
     environment = jinja2.Environment(
         loader=loader,

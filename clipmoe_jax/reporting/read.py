@@ -3,7 +3,9 @@
 Letters: N pairs of the training set, T points in a curve.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
 import shlex
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import artifacts, checksums
-from clipmoe_jax.core.json_files import field, parse_json, read_json
+from clipmoe_jax.core.json_files import field, read_json
+from clipmoe_jax.core.metrics import read_lines
 from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data.npy import load_array, load_arrays
 from clipmoe_jax.data.records import Records
@@ -20,6 +23,8 @@ from clipmoe_jax.data.records import Records
 Curves = dict[str, dict[str, np.ndarray]]
 DIAGNOSTICS = "evaluate"  # the stage that writes routing, heat maps, experts, neighbours and cost
 MAIN = "python -m clipmoe_jax.main --config=CONFIG --workdir="
+
+WRITTEN_ANEW = "copy it again, or start the run's command again, which writes it anew"
 
 
 class NotThereError(FileNotFoundError):
@@ -79,11 +84,11 @@ class Folder:
         return load_arrays(file) if file.suffix == ".npz" else load_array(file)
 
     def config(self) -> dict[str, Any]:
-        """Returns the run's config. Raises NotThereError: it is written when all stages are through."""
+        """Returns the run's config. Raises NotThereError."""
         if not self.has("config.json"):
             raise NotThereError(self._shown("config.json"), self.command)
         self.read.append(self.path / "config.json")
-        return read_json(self.path / "config.json")
+        return checksums.read_verified(self.path / "config.json", WRITTEN_ANEW)
 
     def done_field(self, name: str, field_name: str) -> dict[str, Any]:
         """Returns a field of an artifact's done.json, as `artifacts.done_field`; {} if it is not there."""
@@ -104,21 +109,41 @@ class Folder:
         self.read.append(path)
         return Records(str(path), split)
 
+    def data_elsewhere(self) -> list[epath.Path]:
+        """Returns the data sets that `records` opens and the run has not prepared."""
+        found = []
+        for name in ("train", "test"):
+            with contextlib.suppress(Exception):  # whoever then reads them is told, and opens nothing
+                path, _, made_by_run = self._dataset(name)
+                found += [] if made_by_run else [path]
+        return found
+
     def _dataset(self, name: str) -> tuple[epath.Path, str, bool]:
-        """Path and split of a data set, and whether the run prepared it."""
-        if self.has("datasets.json"):
-            self.read.append(self.path / "datasets.json")
-            datasets = read_json(self.path / "datasets.json")
-            if name not in datasets:
-                raise NotThereError(f"data.{name}", f"{self.command} --config.data.{name}=FOLDER")
-            dataset = field(datasets, name, dict, f"{self.path}/datasets.json")
-            made_by_run = bool(dataset["source"])
-            path = self.path / dataset["path"] if made_by_run else epath.Path(dataset["path"])
-            return path, dataset["split"], made_by_run
-        data = self.config()["data"]  # of version 0.1, which made the demo's data in the seed's own folder
-        if data[name]:
-            return epath.Path(data[name]), data[f"{name}_split"], False
-        return self.path / "data" / name, "", True
+        """Path and split of a data set, and whether the run prepared it.
+
+        It lies where runs prepare data or the config says: a stranger's run has no other folder opened.
+        """
+        if not self.has("datasets.json"):
+            # Of version 0.1, which made the demo's data in the seed's own folder.
+            data = self.config()["data"]
+            if data[name]:
+                return epath.Path(data[name]), data[f"{name}_split"], False
+            return self.path / "data" / name, "", True
+        file = self.path / "datasets.json"
+        self.read.append(file)
+        datasets = checksums.read_verified(file, WRITTEN_ANEW)
+        if name not in datasets:
+            raise NotThereError(f"data.{name}", f"{self.command} --config.data.{name}=FOLDER")
+        dataset, where = field(datasets, name, dict, str(file)), f"{file}: {name}"
+        path, split, source = (field(dataset, key, str, where) for key in ("path", "split", "source"))
+        if source:
+            if not re.fullmatch(rf"(\.\./){{0,2}}data/(seed_\d+/)?{name}", path):
+                raise ValueError(f"{where} lies in {path!r}, where no run prepares data: it is not opened")
+            return self.path / path, split, True
+        given = self.config()["data"][name]
+        if path != os.path.expanduser(given):
+            raise ValueError(f"{where} lies in {path!r}, and config.json says {given!r}: it is not opened")
+        return epath.Path(path), split, False
 
     def _shown(self, name: str) -> str:
         """Returns a file's name as seen from the workdir."""
@@ -151,18 +176,13 @@ def seed_folders(workdir: epath.Path) -> list[Folder]:
 def read_curves(folder: Folder) -> Curves:
     """Returns {phase: {"step" and each number: (T,) float64}} of metrics.jsonl in the order of the phases.
 
-    Raises NotThereError if no phase has written a line yet.
-    A resumed run repeats steps: the later line counts. A line that a kill has cut off is left out, but not
-    the one that the resumed run then wrote behind it without a line break.
+    Raises NotThereError if no phase has written a line yet. A resumed run repeats steps: the later line
+    counts.
     """
     phases: dict[str, dict[int, dict[str, float]]] = {}
-    file = folder.file("metrics.jsonl", "base")
-    for number, text in enumerate(file.read_bytes().splitlines(), 1):
-        if text.endswith(b"}"):
-            where = f"line {number} of {file}"
-            line = parse_json(text[max(0, text.rfind(b'{"phase"')) :], where)
-            phase, step = field(line, "phase", str, where), field(line, "step", int, where)
-            phases.setdefault(phase, {})[step] = line
+    for where, line in read_lines(folder.file("metrics.jsonl", "base")):
+        phase, step = field(line, "phase", str, where), field(line, "step", int, where)
+        phases.setdefault(phase, {})[step] = line
     if not phases:
         raise folder.not_there("metrics.jsonl", "base")
     curves = {}

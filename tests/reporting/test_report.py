@@ -18,7 +18,9 @@ from etils import epath
 from grids import grid
 from PIL import Image
 
+from clipmoe_jax.core import artifacts, metrics
 from clipmoe_jax.reporting import charts, tables
+from clipmoe_jax.reporting import page as page_of_report
 from clipmoe_jax.reporting.output import write_report
 from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves, seed_folders
 
@@ -380,16 +382,18 @@ def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
 
 
 DAMAGED_LINES = {
-    "no object": ("]}", "is not valid JSON at line 1 column 1"),
+    "no object": ("]}", "is damaged"),
+    "no line break before": ('j{"phase": "base", "step": 2}', "is damaged"),
+    "no end": ('{"phase": "base", "step": 2', "is damaged"),
     "no phase": ('{"step": 3}', ": no field 'phase'"),
-    "a word for a step": ('{"phase": "base", "step": "x"}', ": step is 'x', not a whole number"),
+    "a word for a step": ('{"phase": "base", "step": "x"}', ": step is 'x', not a number"),
 }
 
 
 @pytest.mark.parametrize(("line", "message"), DAMAGED_LINES.values(), ids=DAMAGED_LINES)
 def test_damaged_line_is_named(tmp_path, line, message):
     first = json.dumps({"phase": "base", "step": 1, "loss": 0.5})
-    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{line}\n")
+    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{line}\n{first}\n")
     with pytest.raises(ValueError, match=f"^line 2 of {tmp_path}/metrics.jsonl ?{message}"):
         read_curves(Folder(epath.Path(tmp_path), epath.Path(tmp_path)))
 
@@ -495,11 +499,100 @@ def test_data_of_a_workdir_of_version_0_1_is_found(workdir, tmp_path):
     assert len(run.records("train")) == synthetic_run.NUM_PAIRS and len(run.records("test")) == 5
 
 
+def name_data(folder, path, config, source=""):
+    """Has a run's files say where its training pairs lie."""
+    dataset = {"path": path, "split": "train", "source": source}
+    (folder / "datasets.json").write_text(json.dumps({"train": dataset}))
+    (folder / "config.json").write_text(json.dumps({"data": {"train": config}}))
+
+
+ELSEWHERE = {
+    "another folder": ("/home", "data/train", ""),
+    "a bucket": ("gs://bucket/data", "data/train", ""),
+    "no folder of a run": ("../../../home", "digit_scenes:train", "digit_scenes:train"),
+    "another name": ("../data/../../home", "digit_scenes:train", "digit_scenes:train"),
+}
+
+
+@pytest.mark.parametrize(("path", "config", "source"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_data_elsewhere_than_the_config_says_is_not_opened(tmp_path, path, config, source):
+    """A stranger's run could have private images shown, or a bucket opened with the user's credentials."""
+    name_data(tmp_path, path, config, source)
+    with pytest.raises(ValueError, match=f"datasets.json: train lies in '{path}', .*: it is not opened"):
+        Folder(epath.Path(tmp_path), epath.Path(tmp_path)).records("train")
+
+
+def test_data_elsewhere_is_told_before_it_is_opened(workdir, tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    data = str(workdir / "data" / "train")
+    name_data(tmp_path, data, config=data)
+    told = []
+    monkeypatch.setattr(
+        page_of_report, "_made", lambda *_: told.append("made") or {"absent": NotThereError("", "")}
+    )
+    page_of_report.render(epath.Path(tmp_path), told.append)
+    assert told[:2] == [f"opens {data} for images and captions, as the run's config says", "made"]
+
+
+@pytest.mark.parametrize("content", [[], {}, {"data": 3}, {"data": {"train": 3}}], ids=str)
+def test_config_that_is_none_is_no_reason_to_open_data(tmp_path, content):
+    name_data(tmp_path, "/home", config="/home")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert Folder(epath.Path(tmp_path), epath.Path(tmp_path)).data_elsewhere() == []
+
+
+RUN_FILES = ("config.json", "datasets.json", "eval/results.json")
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_flipped_bit_of_a_file_of_a_run_is_told(tmp_path, name):
+    folder = Folder(epath.Path(tmp_path), epath.Path(tmp_path))
+    for file in RUN_FILES:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        artifacts.write_verified_json(epath.Path(tmp_path / file), {"data": {"train": 1024}})
+
+    def read():
+        folder.config(), folder.json("eval/results.json", "evaluate")
+        with pytest.raises(NotThereError):
+            folder.records("train")
+
+    read()
+    artifacts.write_verified_json(epath.Path(tmp_path / name), {"data": {"train": 1025}})
+    read()  # written anew
+    content = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(content.replace("1025", "1035"))
+    with pytest.raises(ValueError, match=f"{name} is damaged .its CRC-32 is .*: (copy it|delete .*eval)"):
+        read()
+
+
+def test_any_flipped_bit_of_the_training_numbers_is_told(tmp_path):
+    """Or costs nothing: the number of a line is that which was written."""
+    run = metrics.Metrics(epath.Path(tmp_path))
+    run._lines.add('{"phase": "base", "st')  # cut off by a kill
+    for step in (1, 2):
+        run.log("base", step, {"loss": 0.5 / step})
+    run.close()
+    folder, file = Folder(epath.Path(tmp_path), epath.Path(tmp_path)), tmp_path / "metrics.jsonl"
+    whole, contents = read_curves(folder)["base"], file.read_bytes()
+    assert whole["loss"].tolist() == [0.5, 0.25] and "crc32" not in whole
+    silent = 0
+    for bit in range(0, 8 * len(contents), 5):
+        damaged = bytearray(contents)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            found = read_curves(folder)
+        except ValueError as error:
+            assert f"{file}" in str(error)
+        else:
+            silent += list(found) != ["base"] or any((found["base"][n] != whole[n]).any() for n in whole)
+    assert silent == 0
+
+
 def test_deleted_user_data_is_named_with_the_command_that_prepares_it(workdir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)
-    dataset = {"path": "nowhere/train", "split": "train", "source": ""}
-    (folder / "datasets.json").write_text(json.dumps({"train": dataset}))
+    name_data(folder, "nowhere/train", config="nowhere/train")
     with pytest.raises(NotThereError) as gone:
         Folder(epath.Path(folder), epath.Path(folder)).records("train")
     assert gone.value.what == "nowhere/train"
