@@ -18,6 +18,7 @@ from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
 INK, MUTED, RULE, PAGE, ACCENT = "#010101", "#010102", "#010103", "#010104", "#010105"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAGE: "--page", ACCENT: "--accent"}
 MAX_POINTS = 240  # of a curve; more are averaged
+MAX_LABELS, MAX_CELLS = 300, 2000  # of a chart; each takes some milliseconds
 WIDTH = 4.5  # of a panel in inches, 72 units of the SVG each
 SCALE = 1.15  # pixels a unit where there is room
 FONT = 10
@@ -88,6 +89,7 @@ def draw_paired_bars(
 
     pairs: {legend: (values (R,), standard deviations (R,) or None)}. strong: the label in bold.
     """
+    _check_count(len(labels), MAX_LABELS)
     figure, axis = _panel(5.2, 0.9 + 0.36 * len(labels))
     rows = np.arange(len(labels))
     for (label, (values, spread)), shift, alpha in zip(pairs.items(), (-0.19, 0.19), (1, 0.5), strict=True):
@@ -125,6 +127,7 @@ def draw_scatter(
     points: {label: (x, y)}. curves: {label: (T, 2)}, faint lines through a point of that label. strong: the
     label in bold.
     """
+    _check_count(len(points), MAX_LABELS)
     figure, axis = _panel(7.6, max(3.2, 0.6 + 0.21 * len(points)))
     for curve in curves.values():
         axis.plot(*curve.T, color=MUTED, linewidth=1, marker=".", markersize=3, alpha=0.6)
@@ -160,6 +163,7 @@ def draw_matrix(
     """Draws a heat map (R, C) with its numbers: the higher in low … high, the stronger. NaN is left empty."""
     from matplotlib.patches import Rectangle
 
+    _check_count(values.size, MAX_CELLS)
     figure, axis = _panel(width, 0.75 + 0.36 * len(rows))
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
@@ -204,6 +208,7 @@ def draw_sizes(name: str, alt: str, sizes: np.ndarray, batch_size: int | None) -
 
 def draw_shares(name: str, alt: str, rows: Sequence[str], shares: np.ndarray) -> Markup:
     """Draws stacked bars in the experts' colours: shares (R, E) whose rows sum to 1."""
+    _check_count(shares.size, MAX_CELLS)
     figure, axis = _panel(WIDTH, 0.6 + 0.3 * len(rows))
     left = np.zeros(len(rows))
     for expert, share in enumerate(np.transpose(shares)):
@@ -216,6 +221,11 @@ def draw_shares(name: str, alt: str, rows: Sequence[str], shares: np.ndarray) ->
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("share of routed slots (%)")
     return _svg(figure, name, alt)
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(f"a chart has room for {most:,} parts, not for {count:,}")
 
 
 def _panel(width: float, height: float):

@@ -282,6 +282,20 @@ def test_captions_turn_no_text_around(workdir, tmp_path):
     assert r"run\u202eknaf" in page.all("h1")[0]["text"] and r"run\u202eknaf" in page.all("title")[0]["text"]
 
 
+def test_charts_have_room_for_so_much():
+    """A stranger's numbers: each part of a chart takes milliseconds."""
+    many = [str(i) for i in range(2001)]
+    look = {"x": "x", "strong": ""}
+    for draw in (
+        lambda: charts.draw_paired_bars("name", "alt", many, {"y": (np.zeros(2001), None)}, **look),
+        lambda: charts.draw_scatter("name", "alt", dict.fromkeys(many, (0.0, 0.0)), {}, y="y", **look),
+        lambda: charts.draw_matrix("name", "alt", np.zeros((2001, 1)), many, ["x"], low=0, high=1),
+        lambda: charts.draw_shares("name", "alt", many, np.zeros((2001, 1))),
+    ):
+        with pytest.raises(ValueError, match="a chart has room for .*, not for 2,001"):
+            draw()
+
+
 def test_characters_that_a_font_lacks_are_no_warning(recwarn):
     """Whoever reads the page has other fonts."""
     charts.draw_shares("name", "alt", ["東\x1b"], np.ones((1, 1)))
