@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -63,6 +63,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # or --help would list the command's own alone
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     warnings.showwarning = _show_warning
+    logging.get_absl_handler().setFormatter(_PrintableLog())
     if not _debugs():
         # An error that ends a read or a write has others behind it, which nobody waits for any more.
         sys.unraisablehook = lambda unraisable: None
@@ -134,6 +135,14 @@ def _show_warning(message: object, category: type, filename: str, lineno: int, *
     del category
     line = warning_line(message, f"{filename}, line {lineno}")
     tqdm.write(shortened(line, MOST_CHARACTERS), file=sys.stderr)  # above a progress bar
+
+
+class _PrintableLog(logging.PythonFormatter):
+    """Formats what libraries log."""
+
+    def format(self, record: Any) -> str:
+        """Returns the text of a record, escaped."""
+        return printable(super().format(record))
 
 
 def _debugs() -> bool:

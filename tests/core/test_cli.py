@@ -129,6 +129,11 @@ def test_warning_of_a_library_is_one_line_that_names_what_was_read():
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "", expected)
 
 
+def test_what_a_library_logs_is_escaped():
+    done = command("from absl import logging; logging.warning('%s is gone', 'photo\\x1b[2J.png')")
+    assert done.stderr.endswith(r"] photo\x1b[2J.png is gone" + "\n")
+
+
 def test_ctrl_c_ends_a_command_in_one_line(run_here):
     assert run_here(raising(KeyboardInterrupt())) == (130, "", "ended by Ctrl-C\n")
 
