@@ -288,13 +288,11 @@ def test_steps_fit_where_they_fitted():
     """One H100 needs 17.3 GiB for an MCL step of 100 pairs of ViT-L/14, 27.6 for one of 104 that computes
     nothing again, 23.1 for a router step (benchmarks/results/h100.jsonl). The plan is an upper bound."""
     config = default_config()
-    for remat, batch, limits in (
-        ("dots", 100, {"mcl_1": 17.3, "router": 23.1}),
-        ("none", 104, {"mcl_1": 27.6}),
-    ):
+    needed = {("dots", 100): {"mcl_1": 17.3, "router": 23.1}, ("none", 104): {"mcl_1": 27.6}}
+    for (remat, batch), of_step in needed.items():
         config.compute.remat, config.mcl.batch_size, config.router.batch_size = remat, batch, batch
         whole = plan.make_plan(config, "h100", 1, 1_246_000)
-        for name, measured in limits.items():
+        for name, measured in of_step.items():
             planned = sum(whole.steps[name][1].memory) / 2**30
             assert measured < planned < 0.9 * 80e9 / 2**30
             assert remat == "none" or planned < 1.3 * measured
