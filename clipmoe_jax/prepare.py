@@ -58,7 +58,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "num_shards",
         None,
-        f"Files to write; one for every {preparation.ENTRIES_PER_SHARD} entries if not given.",
+        f"Files to write; if not given, one for every {preparation.ENTRIES_PER_SHARD} entries, at most "
+        f"{preparation.MOST_SHARDS}.",
     )
     flags.DEFINE_integer("pixels", None, "Store images preprocessed at this size, captions tokenised.")
     flags.mark_flags_as_required(["source", "out"])

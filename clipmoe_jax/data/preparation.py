@@ -31,9 +31,10 @@ from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.sources.base import AttributeTable, BadRecord, Pair, Source, attribute_table
 from clipmoe_jax.data.tokenizer import word_ids
 
-# Entries of the source in a file, unless `num_shards` says otherwise: some 600 MB of pixels or photographs. A
-# killed run goes on with the first file that is not whole.
-ENTRIES_PER_SHARD = 4096
+# Entries of the source in a file, unless `num_shards` says otherwise: some 600 MB of pixels or photographs,
+# and a multiple of that where there would be more files than MOST_SHARDS. A killed run goes on with the first
+# file that is not whole.
+ENTRIES_PER_SHARD, MOST_SHARDS = 4096, 4096
 # What `write_pairs` is doing in a folder, until it is done.
 PLAN = "plan.json"
 MOST_TOLD = 500  # characters of a bad record's id, and of what is wrong with it
@@ -112,7 +113,7 @@ def write_pairs(
         folder: where to write; nobody else writes there.
         split: the name of the split to write.
         max_bad_fraction: of the source's entries, how many may be bad.
-        num_shards: files to write; None makes them of ENTRIES_PER_SHARD entries each.
+        num_shards: files to write; None makes them of `entries_per_shard` entries each.
         pixels: writes images preprocessed at this size, pixels·pixels·3 bytes each, and captions
             tokenised, which reads many times as fast; None writes image files as they came.
         after_entry: called after each entry; it may raise to stop.
@@ -128,7 +129,7 @@ def write_pairs(
     _check_arguments(split, max_bad_fraction, num_shards, pixels)
     if not len(source):
         raise ValueError("the source is empty: check its path")
-    per_shard = -(-len(source) // num_shards) if num_shards else ENTRIES_PER_SHARD
+    per_shard = -(-len(source) // num_shards) if num_shards else entries_per_shard(len(source))
     num_shards = -(-len(source) // per_shard)
     table = attribute_table(source)
     data = folder / records.NAME / records.VERSION
@@ -168,6 +169,11 @@ def write_pairs(
         path.unlink()
     (folder / PLAN).unlink()
     return report
+
+
+def entries_per_shard(num_entries: int) -> int:
+    """Returns how many entries a file has: ENTRIES_PER_SHARD up to 16.8 million entries, then more."""
+    return ENTRIES_PER_SHARD * -(-num_entries // (ENTRIES_PER_SHARD * MOST_SHARDS))
 
 
 def _begin(folder: epath.Path, plan: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from etils import epath
 from grids import exhaustive
 from PIL import Image
 
+from clipmoe_jax.data import preparation
 from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preparation import TooManyBadRecordsError, prepare, write_pairs
 from clipmoe_jax.data.preprocess import preprocess_image
@@ -519,3 +520,9 @@ def test_attributes_of_several_sources_are_kept_if_they_are_the_same(out, tmp_pa
     assert open_source(f"{scenes},{folder}").attribute_table is None
     prepare(open_source(f"{scenes},{folder}"), str(out))
     assert [Records(str(out))[i]["id"] for i in range(4)] == ["0/000000", "0/000001", "1/00.png", "1/01.png"]
+
+
+def test_large_data_sets_have_larger_files_not_more():
+    entries = (1, 10**6, 4096**2, 4096**2 + 1, 10**8, 13 * 10**8)
+    assert [preparation.entries_per_shard(n) for n in entries] == [4096, 4096, 4096, 8192, 24576, 319488]
+    assert all(-(-n // preparation.entries_per_shard(n)) <= 4096 for n in entries)
