@@ -29,6 +29,8 @@ def main(argv: list[str]) -> str | None:
     """Runs the config. Returns its tables, or None where this process wrote none."""
     del argv
     logging.set_verbosity(logging.WARNING)  # of libraries: tfds and orbax tell every file they open
+    if not flags.FLAGS.workdir:
+        raise ValueError("--workdir is empty: name the folder that everything the run makes goes to")
     workdir = epath.Path(flags.FLAGS.workdir)
     if flags.FLAGS.stage == DATA_STAGE:
         accelerators.take_none()

@@ -20,7 +20,7 @@ from etils import epath
 
 from clipmoe_jax.core import checksums, distributed
 from clipmoe_jax.core.json_files import field, read_json
-from clipmoe_jax.core.paths import in_bucket, written_whole
+from clipmoe_jax.core.paths import check_plain_folder, in_bucket, written_whole
 from clipmoe_jax.core.stamps import canonical
 
 CHECKPOINTS = "checkpoints"
@@ -176,7 +176,7 @@ def new_folder(
     ValueError if `path` exists, and BusyError if another process is making it.
     """
     path = epath.Path(path)
-    if path.exists():
+    if path.exists() or os.path.islink(path):  # a link to nothing
         raise ValueError(f"{path} exists already: delete it or choose another folder")
     unfinished = _unfinished(path)
     made_from = unfinished / INPUTS
@@ -222,7 +222,12 @@ def _locked(unfinished: epath.Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it. Raises BusyError if one is at work there.
 
     The lock ends with this process, however that ends. Buckets and file systems without locks have none.
+    Raises ValueError for a link in its place, and for one in it: what is there is deleted and written.
     """
+    if not in_bucket(unfinished):
+        if os.path.islink(unfinished):
+            raise ValueError(f"{unfinished} is a link, and what is there would be deleted: delete the link")
+        check_plain_folder(unfinished)
     unfinished.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if not in_bucket(unfinished):

@@ -26,6 +26,10 @@ from clipmoe_jax.core.terminal import printable, printable_line, shortened, warn
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
+_OF_CONFIG_FILES = (
+    "Failed loading config file",
+    "Configuration is not available",
+)  # ml_collections' OSErrors
 MOST_CHARACTERS = 4000  # of an error's line, which may quote a name in a stranger's file
 
 
@@ -267,8 +271,9 @@ def _one_line(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], Exception):  # ml_collections nests them
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, (flags.Error, OSError)):
+    # Not splitlines: a stranger's file name may hold any of the characters that it takes for line breaks.
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if isinstance(error, flags.Error) or text.startswith(_OF_CONFIG_FILES):
         lines = lines[-1:]  # where ml_collections puts a config file's own error, after its trace
     return " ".join(lines) or type(error).__name__
 

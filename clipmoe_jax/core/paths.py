@@ -50,19 +50,19 @@ def check_plain_folder(folder: os.PathLike | str) -> None:
     Through a link a stranger's folder would have files elsewhere read, overwritten or deleted. The folder
     itself may be one. A run that goes on may delete others meanwhile.
     """
-    if in_bucket(folder):
-        return
-    try:
-        entries = os.scandir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    with entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                check_plain_folder(entry.path)
-            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
-                kind = "a link" if entry.is_symlink() else "a pipe or a device"
-                raise ValueError(f"{entry.path} is {kind}: delete it, or put there what it stands for")
+    waiting = [] if in_bucket(folder) else [os.fspath(folder)]
+    while waiting:
+        try:
+            entries = os.scandir(waiting.pop())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                    kind = "a link" if entry.is_symlink() else "a pipe or a device"
+                    raise ValueError(f"{entry.path} is {kind}: delete it, or put there what it stands for")
 
 
 def absolute(path: os.PathLike | str) -> epath.Path:
@@ -101,5 +101,7 @@ def written_whole(path: epath.Path) -> Iterator[epath.Path]:
             raise
         return
     temporary = path.parent / f"{path.name}.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # of a killed process, or a link through which another file would be written
     yield temporary
     temporary.replace(path)

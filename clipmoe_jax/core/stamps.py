@@ -19,25 +19,26 @@ def canonical(path: os.PathLike | str) -> str:
     return path.rstrip("/") if in_bucket(path) else os.path.realpath(os.path.expanduser(path))
 
 
-def files_under(
-    folder: os.PathLike | str, follow_links: bool = True, above: frozenset[str] = frozenset()
-) -> Iterator[os.DirEntry]:
+def files_under(folder: os.PathLike | str, follow_links: bool = True) -> Iterator[os.DirEntry]:
     """Yields the files in a folder on a disk and its subfolders, but hidden ones, in no order.
 
     follow_links: also those in linked folders, but for links back to a folder above; False yields the links
     themselves.
     """
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=follow_links):
-                yield from files_under(entry.path, follow_links, above | {real})
-            else:
-                yield entry
+    waiting = [(os.fspath(folder), frozenset())]  # folders, and what lies above each
+    while waiting:
+        path, above = waiting.pop()
+        real = os.path.realpath(path)
+        if real in above:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=follow_links):
+                    waiting.append((entry.path, above | {real}))
+                else:
+                    yield entry
 
 
 def stamp(*paths: os.PathLike | str, names: str = "", follow_links: bool = True) -> str:

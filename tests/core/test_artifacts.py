@@ -382,3 +382,32 @@ def test_lock_ends_with_the_process_that_held_it(tmp_path):
         "part_1",
         "part_2",
     }
+
+
+@pytest.mark.parametrize("place", ["", "inside"])
+def test_links_where_a_folder_is_made_are_refused_and_nothing_is_deleted(tmp_path, place):
+    """A stranger's folder may bring one: what it leads to would be cleared and written."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    unfinished = tmp_path / "set.unfinished"
+    if place:
+        unfinished.mkdir()
+    (unfinished / place if place else unfinished).symlink_to(mine)
+    for begin in (
+        lambda: artifacts.new_folder(tmp_path / "set").__enter__(),
+        lambda: artifacts.make(tmp_path / "set", {}, lambda folder: {}),
+    ):
+        with pytest.raises(ValueError, match="set.unfinished.* is a link"):
+            begin()
+    assert (mine / "thesis.tex").read_text() == "years"
+
+
+def test_link_to_nothing_takes_a_folders_name(tmp_path):
+    (tmp_path / "set").symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(ValueError, match="set exists already"),
+        artifacts.new_folder(tmp_path / "set"),
+    ):
+        pass
+    assert not (tmp_path / "set.unfinished").exists()

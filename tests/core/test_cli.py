@@ -412,3 +412,11 @@ def test_unforeseen_error_is_told_where_no_log_can_be_written(run_here, monkeypa
     code, _, err = run_here(raising(RuntimeError("a thing")))
     assert code == 1 and err.startswith("error: RuntimeError: a thing ")
     assert err.endswith("; --debug prints where it came from\n")
+
+
+@pytest.mark.parametrize("mark", ["\n", "\u2028", "\x85", "\v"])
+def test_a_file_name_cannot_write_the_error_line(mark):
+    done = command(
+        f"raise FileNotFoundError('no such file: a{mark.encode('unicode_escape').decode()}all is well')"
+    )
+    assert done.stderr.startswith("error: no such file: a") and done.stderr.count("\n") == 1

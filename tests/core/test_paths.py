@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from etils import epath
 
-from clipmoe_jax.core import artifacts, metrics, paths
+from clipmoe_jax.core import artifacts, metrics, paths, stamps
 from clipmoe_jax.core.paths import absolute, in_bucket, written_whole
 
 
@@ -191,3 +191,27 @@ def test_file_that_a_running_job_deletes_is_no_obstacle(tmp_path, monkeypatch):
     gone = SimpleNamespace(path=f"{tmp_path}/gone", is_dir=no, is_file=no, is_symlink=lambda: False)
     monkeypatch.setattr(os, "scandir", lambda folder: Entries([gone]))
     paths.check_plain_folder(tmp_path)
+
+
+def test_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "n.json.tmp").symlink_to(victim)
+    with paths.written_whole(epath.Path(tmp_path / "n.json")) as file:
+        file.write_text("{}")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "n.json").read_text() == "{}" and not (tmp_path / "n.json").is_symlink()
+
+
+def test_folders_may_lie_a_thousand_deep(tmp_path):
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1100):
+            os.mkdir("a")
+            os.chdir("a")
+        open("x", "w").close()
+    finally:
+        os.chdir(here)
+    paths.check_plain_folder(tmp_path)
+    assert [entry.name for entry in stamps.files_under(tmp_path)] == ["x"]
