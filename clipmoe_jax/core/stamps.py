@@ -28,7 +28,7 @@ def files_under(folder: os.PathLike | str, follow_links: bool = True) -> Iterato
     waiting = [(os.fspath(folder), frozenset())]  # folders, and what lies above each
     while waiting:
         path, above = waiting.pop()
-        real = os.path.realpath(path)
+        real = os.path.realpath(path) if follow_links else path
         if real in above:
             continue
         with os.scandir(path) as entries:

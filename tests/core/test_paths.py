@@ -214,7 +214,7 @@ def test_folders_may_lie_a_thousand_deep(tmp_path):
         open("x", "w").close()
         os.chdir(here)
         paths.check_plain_folder(tmp_path)
-        assert [entry.name for entry in stamps.files_under(tmp_path)] == ["x"]
+        assert [entry.name for entry in stamps.files_under(tmp_path, follow_links=False)] == ["x"]
     finally:
         os.chdir(here)
         subprocess.run(["rm", "-r", tmp_path / "a"], check=True)  # Python's own way is a recursion
