@@ -24,6 +24,9 @@ _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 # ftfy changes plain ASCII only where there are control characters.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
+# The number of an HTML entity that has more digits than Python parses.
+_LONG_ENTITY = re.compile(r"&(?=#[0-9]{4301})")
+
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 
@@ -93,9 +96,10 @@ def first_sentence(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Repairs broken Unicode and HTML entities, collapses white space, lower-cases."""
+    """Repairs broken Unicode and HTML entities, collapses white space, lower-cases. The number of an entity
+    that has more than 4,300 digits is text."""
     if not text.isascii() or "&" in text or _CONTROL_CHARACTERS.search(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = _unescape(_unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
@@ -128,6 +132,10 @@ def backend() -> Backend:
         ]
     )
     return backend
+
+
+def _unescape(text: str) -> str:
+    return html.unescape(_LONG_ENTITY.sub("&amp;", text))
 
 
 def _parse_special_tokens(text: str) -> list[int]:

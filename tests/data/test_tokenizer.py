@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from clipmoe_jax.data.tokenizer import Tokenizer, build_vocabulary, read_merges
+from clipmoe_jax.data.tokenizer import Tokenizer, build_vocabulary, clean, read_merges
 
 START, END = 49406, 49407
 SPECIAL_TEXT = "<|startoftext|> literal <|endoftext|> tokens"
@@ -124,3 +124,9 @@ def test_texts_that_are_not_strings_are_refused(tokenize):
         tokenize(["fine", None])
     with pytest.raises(TypeError, match="caption 0 is a int"):
         tokenize([3])
+
+
+@pytest.mark.parametrize("escaped", ["&#{};", "&#{}", "&amp;#{};"])
+def test_an_entity_of_very_many_digits_is_text(escaped):
+    text = "&eacute; " + escaped.format(4301 * "7")
+    assert clean(text) == text.replace("&eacute;", "é").replace("&amp;", "&")
