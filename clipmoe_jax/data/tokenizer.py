@@ -24,6 +24,8 @@ _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 # ftfy changes plain ASCII only where there are control characters.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
+# ftfy repairs this many characters of a line at once: to sort accents takes the square of their number.
+_LINE_PART = 2000
 # The number of an HTML entity that has more digits than Python parses.
 _LONG_ENTITY = re.compile(r"&(?=#[0-9]{4301})")
 
@@ -97,9 +99,9 @@ def first_sentence(text: str) -> str:
 
 def clean(text: str) -> str:
     """Repairs broken Unicode and HTML entities, collapses white space, lower-cases. The number of an entity
-    that has more than 4,300 digits is text."""
+    that has more than 4,300 digits is text, and a line of more than 2,000 characters is repaired in parts."""
     if not text.isascii() or "&" in text or _CONTROL_CHARACTERS.search(text):
-        text = _unescape(_unescape(ftfy.fix_text(text)))
+        text = _unescape(_unescape(ftfy.fix_text(text, max_decode_length=_LINE_PART)))
     return " ".join(text.split()).lower()
 
 

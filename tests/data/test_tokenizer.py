@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -130,3 +131,10 @@ def test_texts_that_are_not_strings_are_refused(tokenize):
 def test_an_entity_of_very_many_digits_is_text(escaped):
     text = "&eacute; " + escaped.format(4301 * "7")
     assert clean(text) == text.replace("&eacute;", "é").replace("&amp;", "&")
+
+
+def test_accents_without_end_are_repaired_in_parts():
+    text = "a" + 50_000 * "\u0301\u0323"
+    start = time.perf_counter()
+    assert len(clean(text)) > 99_000
+    assert time.perf_counter() - start < 3  # as one line it took 14 s
