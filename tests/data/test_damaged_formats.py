@@ -3,6 +3,7 @@
 import json
 import struct
 import tarfile
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -283,6 +284,24 @@ def test_quote_that_closes_in_a_later_row_takes_in_no_row(tmp_path):
     assert read_table(tmp_path, rows) == [
         ("line 2", "malformed entry"), ("b.png", "text"), ("c.png", "text")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "count"), [('b"\t"y', 3000), ('a",b,"c', 10_000)])
+def test_quotes_that_never_close_are_not_looked_for_to_the_end(tmp_path, line, count):
+    header = "filepath\ttitle" if "\t" in line else "image,caption,source"
+    start = time.perf_counter()
+    found = read_table(tmp_path, "\n".join([header, *count * [line], ""]).encode())
+    assert len(found) == count and {kind for _, kind in found[:2000]} == {"malformed entry"}
+    assert time.perf_counter() - start < 5  # 9 s to the end
+
+
+def test_a_caption_of_a_table_has_a_limited_number_of_lines(tmp_path):
+    def rows(lines):
+        return b'image,caption\na.png,"' + lines * b"text\n" + b'"\nb.png,text\n'
+
+    assert [found[0] for found in read_table(tmp_path, rows(199))] == ["a.png", "b.png"]
+    found = read_table(tmp_path, rows(200))
+    assert found[0] == ("line 2", "malformed entry") and found[-1] == ("b.png", "text")
 
 
 def test_unusable_rows_do_not_part_the_captions_of_an_image(tmp_path):

@@ -11,6 +11,7 @@ from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_column, 
 
 IMAGE_COLUMNS = ("filepath", "image", "image_name", "image_path", "file_name", "filename")
 CAPTION_COLUMNS = ("title", "caption", "comment", "text")
+MAX_LINES = 200  # of a row: a quote that is not closed would be looked for to the end of the table
 
 # (image path, line, caption) of a row; (None, line, what is wrong) of an unusable one.
 Row = tuple[str | None, int, str]
@@ -78,7 +79,21 @@ class Csv:
         quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
         read = functools.partial(csv.reader, delimiter=separator, quoting=quoting)
         lines = _Lines(file)
-        rows = read(lines, strict=separator == ",")
+
+        @functools.lru_cache(2 * MAX_LINES)  # lines that were given back come again
+        def is_row(line: str) -> bool:
+            cells = next(read([line]), [])
+            return len(cells) == width and (separator == "\t" or self._images.exists(cells[image].strip()))
+
+        def lines_of_row() -> Iterator[str]:
+            for line in lines:
+                if len(lines.taken) > MAX_LINES:
+                    raise csv.Error(f"a row has more than {MAX_LINES} lines")
+                if len(lines.taken) > 1 and is_row(line):
+                    raise csv.Error("it runs on over other rows")
+                yield line
+
+        rows = read(lines_of_row(), strict=separator == ",")
         while True:
             lines.taken.clear()
             try:
@@ -88,14 +103,9 @@ class Csv:
             except csv.Error as error:
                 row = f"{error}: is a quote not closed?"
             number = lines.number - len(lines.taken) + 1
-            if isinstance(row, list):
-                others = [next(read([line]), []) for line in lines.taken[1:]]  # as rows of their own
-                others = [cells[image].strip() for cells in others if len(cells) == width]
-                if others and (separator == "\t" or any(map(self._images.exists, others))):
-                    row = "it runs on over other rows: a quote in it is not closed"
             if isinstance(row, str):
                 lines.give_back()
-                rows = read(lines, strict=separator == ",")
+                rows = read(lines_of_row(), strict=separator == ",")
             yield number, row
 
 
