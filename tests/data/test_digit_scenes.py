@@ -57,6 +57,8 @@ def test_scenes_of_the_demo_are_these():
         ("digit_scenes:valid", "SPLIT=valid: choose train or test"),
         ("digit_scenes:train?captions=long", "captions=long: choose detailed or coarse"),
         ("digit_scenes:train?pairs=0", "pairs=0 must be a whole number from 1"),
+        (f"digit_scenes:train?pairs={20 * '9'}", "pairs=999999999999999999… has more than 18 digits"),
+        (f"digit_scenes:train?seed={5000 * '9'}", "seed=999999999999999999… has more than 18 digits"),
         ("digit_scenes:train?pairs=1e3", "pairs=1e3 must be a whole number from 1"),
         ("digit_scenes:train?seed=-1", "seed=-1 must be a whole number from 0"),
         ("digit_scenes:train?size=32", "no option size; digit_scenes has pairs, captions, seed"),

@@ -2,14 +2,20 @@
 
 from urllib.parse import unquote
 
+MAX_DIGITS = 18  # of a number that counts something
+
 
 def whole_numbers(source: str, **options: tuple[int | str, int]) -> list[int]:
     """Returns the values of options {name: (value, the least it may be)} as whole numbers.
 
     Raises:
-        ValueError: the source and an option that is none, or less.
+        ValueError: the source and an option that is none, less, or of more than 18 digits.
     """
     for name, (value, least) in options.items():
+        if len(str(value)) > MAX_DIGITS:
+            raise ValueError(
+                f"source {source}: {name}={str(value)[:MAX_DIGITS]}… has more than {MAX_DIGITS} digits"
+            )
         if not str(value).isdecimal() or int(value) < least:
             raise ValueError(f"source {source}: {name}={value} must be a whole number from {least}")
     return [int(value) for value, _ in options.values()]
