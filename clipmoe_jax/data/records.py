@@ -84,6 +84,8 @@ class Records:
         if not split and len(builder.info.splits) == 1:
             (split,) = builder.info.splits
         splits = builder.info.splits
+        if not splits:
+            raise ValueError(f"{folder / 'dataset_info.json'} names no split: prepare the data set again")
         try:
             parts = split_parts(splits, split)
             (self.split_name,) = {name for name, _ in parts}

@@ -480,6 +480,15 @@ def test_files_that_are_not_of_the_records_are_named(source, out, pixels, files,
     assert message in str(told.value) and str(out) in str(told.value)
 
 
+def test_a_prepared_set_without_splits_is_told(source, out):
+    prepare(source, str(out))
+    (out / "checksums.json").unlink()
+    (file,) = out.rglob("dataset_info.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"splits": []}))
+    with pytest.raises(ValueError, match=f"{file} names no split: prepare"):
+        Records(str(out))
+
+
 TABLES = {
     "another number": (lambda table: table.pop("ink"), "it has 8 attributes, attributes.json 7"),
     "other values": (
