@@ -25,7 +25,7 @@ from clipmoe_jax.core import checks
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import Pair, open_source, parquet, source_stamp
+from clipmoe_jax.data.sources import Pair, base, open_source, parquet, source_stamp
 from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
@@ -395,6 +395,51 @@ def test_the_captions_of_a_record_are_limited(tmp_path):
         (tmp_path / "a.txt").write_text("\n".join(captions))
         (bad,) = open_source(f"folder:{tmp_path}")
         assert bad.kind == kind
+
+
+def entries_of_one_image(folder, kind):
+    """Writes a source of five entries with the same image and one with another; returns its file."""
+    names = ["a.png", "./a.png", ".//a.png", "linked.png", "a.png", "b.png"]
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(b"image")
+    os.link(folder / "a.png", folder / "linked.png")
+    file = folder / "entries"
+    if kind == "csv":
+        file.write_text("image,caption\n" + "".join(f"{name},text\n" for name in names))
+    elif kind == "parquet":
+        file = folder / "entries.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"image": names, "caption": 6 * ["text"]}), file)
+    elif kind == "sharegpt4v":
+        conversations = [{"from": "gpt", "value": "text"}]
+        entries = [{"id": i, "image": name, "conversations": conversations} for i, name in enumerate(names)]
+        file.write_text(json.dumps(entries))
+    else:
+        images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+        annotations = [{"image_id": i, "caption": "text"} for i in range(len(names))]
+        file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "sharegpt4v", "coco"])
+def test_an_image_file_is_that_of_a_limited_number_of_entries(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MAX_USES", 3)
+    source = open_source(f"{kind}:{entries_of_one_image(tmp_path, kind)}?images={tmp_path}")
+    for _ in range(2):  # each iteration counts anew
+        *pairs, fourth, fifth, other = source
+        assert {bad.kind for bad in (fourth, fifth)} == {"one image too often"}
+        assert not any(getattr(record, "kind", "") == "one image too often" for record in pairs)
+        assert isinstance(other, Pair)
+
+
+def test_a_sparse_image_file_is_a_bad_record(tmp_path):
+    for name in ("a", "b"):
+        with (tmp_path / f"{name}.png").open("wb") as file:
+            file.write(4096 * b"x")
+            file.truncate(2**26 if name == "a" else 2**15)
+        (tmp_path / f"{name}.txt").write_text("text")
+    sparse, other = open_source(f"folder:{tmp_path}")
+    assert sparse.kind == "a sparse file" and "4,096 bytes on disk and holes, 67,108,864" in sparse.detail
+    assert isinstance(other, Pair) and len(other.image) == 2**15  # holes alone do no harm
 
 
 def header(name, kind=tarfile.REGTYPE, contents=b"", **fields):

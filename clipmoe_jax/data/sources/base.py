@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from clipmoe_jax.core.checks import EXPANSION
 from clipmoe_jax.core.stamps import files_under
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -22,6 +24,7 @@ OTHER_IMAGE_SUFFIXES = (
 # What a record may have: captions, characters in all of them, bytes of an image file. A model reads 248
 # tokens, and to tokenise a million characters takes 100 MB.
 MAX_CAPTIONS, MAX_TEXT, MAX_IMAGE_BYTES = 1000, 100_000, 2**28
+MAX_USES = 1000  # entries that name one image file: each takes its bytes anew
 MAX_TEXT_BYTES = 2**23  # of a file that holds captions, or JSON with captions
 # What to do about a link, which may lead to any file of the machine.
 FOLLOW_LINKS = "remove it, or add ?follow_links=true to the source (--follow_links of prepare)"
@@ -146,8 +149,14 @@ class Images:
         except ValueError:  # a null byte in the path
             return False
 
-    def pair(self, record_id: str, name: object, captions: Iterable[object]) -> Pair | BadRecord:
-        """Returns the pair of the image at a path under the folder; one that climbs out is a bad record."""
+    def pair(
+        self, record_id: str, name: object, captions: Iterable[object], uses: Counter[int]
+    ) -> Pair | BadRecord:
+        """Returns the pair of the image at a path under the folder; one that climbs out is a bad record, and
+        so is a file that too many entries name.
+
+        uses: how often each file was named, empty where an iteration begins.
+        """
         if isinstance(name, list) and len(name) > 1:
             return BadRecord(
                 record_id, "several images", f"a pair has one image, not {len(name)}: {name[:3]}"
@@ -162,6 +171,9 @@ class Images:
                 return BadRecord(record_id, "a link", f"{folder} lies in a linked folder: {FOLLOW_LINKS}")
         except ValueError as error:  # a null byte in the path
             return BadRecord(record_id, "unreadable image", f"{path}: {error}")
+        if _num_uses(path, uses) > MAX_USES:
+            detail = f"{path} is the image of more than {MAX_USES:,} entries"
+            return BadRecord(record_id, "one image too often", detail)
         return pair_of_file(record_id, path, captions, self._follow_links)
 
 
@@ -174,8 +186,9 @@ def is_linked(root: str, path: os.PathLike | str) -> bool:
 def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
     """Returns the contents of a plain file.
 
-    Raises BadFileError for a link, unless links are followed, for a device or a pipe, and for more than
-    `most` bytes; OSError as `open`; ValueError for a null byte in the path.
+    Raises BadFileError for a link, unless links are followed, for a device or a pipe, for more than `most`
+    bytes, and for a sparse file of which little is on disk; OSError as `open`; ValueError for a null byte
+    in the path.
     """
     others = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)  # a pipe would be waited for
     try:
@@ -186,11 +199,27 @@ def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
             if status.st_size > most:
                 detail = f"{path} has {status.st_size:,} bytes, of which {most:,} may be read"
                 raise BadFileError("too large a file", detail)
+            on_disk = 512 * status.st_blocks
+            if status.st_size > EXPANSION * on_disk and file.seek(0, os.SEEK_HOLE) < status.st_size:
+                detail = f"{path} has {on_disk:,} bytes on disk and holes, {status.st_size:,} with them"
+                raise BadFileError("a sparse file", detail)
+            file.seek(0)
             return file.read()
     except OSError as error:
         if error.errno == errno.ELOOP and not follow_links:
             raise BadFileError("a link", f"{path} is a link: {FOLLOW_LINKS}") from error
         raise
+
+
+def _num_uses(path: str, uses: Counter[int]) -> int:
+    """Counts a use of a file, by whatever name. Returns how many there are now, 0 if there is no file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte in the path
+        return 0
+    file = status.st_dev << 64 | status.st_ino  # less memory than a tuple
+    uses[file] += 1
+    return uses[file]
 
 
 def pair_of_file(

@@ -1,6 +1,6 @@
 """COCO's caption annotations, and Karpathy's splits of COCO, Flickr8k and Flickr30k."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
@@ -34,8 +34,9 @@ class Coco:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        uses = Counter()
         for i, (name, captions) in enumerate(self._entries):
-            yield self._images.pair(f"entry {i}" if name is None else str(name), name, captions)
+            yield self._images.pair(f"entry {i}" if name is None else str(name), name, captions, uses)
 
 
 def _coco(content: dict, split: str, path: str) -> list[tuple[object, list]]:

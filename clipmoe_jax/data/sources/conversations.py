@@ -1,6 +1,7 @@
 """ShareGPT4V's captions: conversations about images."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
@@ -29,10 +30,11 @@ class ShareGPT4V:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        uses = Counter()
         for i, entry in enumerate(self._entries):
-            yield self._read(i, entry)
+            yield self._read(i, entry, uses)
 
-    def _read(self, i: int, entry: object) -> Pair | BadRecord:
+    def _read(self, i: int, entry: object, uses: Counter[int]) -> Pair | BadRecord:
         if isinstance(entry, BadRecord):
             return entry
         if not isinstance(entry, dict):
@@ -43,7 +45,7 @@ class ShareGPT4V:
             caption = _first_answer(entry["conversations"])
         except (KeyError, TypeError, AttributeError):
             return BadRecord(record_id, "malformed entry", f'entry {i} has malformed "conversations"')
-        return self._images.pair(record_id, name, [caption])
+        return self._images.pair(record_id, name, [caption], uses)
 
 
 def _entries_of(i: int, line: bytes) -> Iterator[object]:

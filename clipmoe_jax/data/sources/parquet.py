@@ -1,6 +1,7 @@
 """Parquet files, as Hugging Face data sets and img2dataset's metadata come."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Parquet:
     def __iter__(self) -> Iterator[Pair | BadRecord]:
         import pyarrow.parquet
 
+        uses = Counter()
         for name, file in self._files.items():
             row, size, taken = 0, file.stat().st_size, 0
             # Without pre_buffer a batch is in memory at a time, not a row group.
@@ -87,7 +89,7 @@ class Parquet:
                     try:
                         for fields in _rows(opened, texts, group, file):
                             check_expansion(size, taken := taken + sum(map(_num_bytes, fields)))
-                            yield self._read(f"{name}:{row}", *fields)
+                            yield self._read(f"{name}:{row}", *fields, uses)
                             row += 1
                         if row < end:
                             raise ValueError(f"{end - row:,} of its rows are missing")
@@ -98,7 +100,9 @@ class Parquet:
                         yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in range(row, end))
                     row = end
 
-    def _read(self, place: str, image: Any, captions: Any, record_id: Any) -> Pair | BadRecord:
+    def _read(
+        self, place: str, image: Any, captions: Any, record_id: Any, uses: Counter[int]
+    ) -> Pair | BadRecord:
         if isinstance(record_id, BadRecord):
             return record_id._replace(id=place)
         record_id = place if record_id is None else str(as_text(record_id))
@@ -111,7 +115,7 @@ class Parquet:
             contents, path = image.get("bytes"), as_text(image.get("path"))
             image = path if contents is None else contents
         if isinstance(image, str) and self._images is not None:
-            return self._images.pair(record_id, image, captions)
+            return self._images.pair(record_id, image, captions, uses)
         if not isinstance(image, bytes):
             detail = "the cell is empty" if image is None else f"only a path, {image}: add ?images=DIR"
             image = BadRecord(record_id, "missing image", detail)

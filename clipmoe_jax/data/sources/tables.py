@@ -36,11 +36,12 @@ class Csv:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        uses = collections.Counter()
         for name, number, captions in self._groups:
             if name is None:
                 yield BadRecord(f"line {number}", "malformed entry", f"{self._path}: {captions[0]}")
             else:
-                yield self._images.pair(name or f"line {number}", name, captions)
+                yield self._images.pair(name or f"line {number}", name, captions, uses)
 
     def _rows(self) -> Iterator[Row]:
         with _open(self._path) as file:
