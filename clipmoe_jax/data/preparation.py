@@ -28,7 +28,14 @@ from clipmoe_jax.core.terminal import reading, shortened
 from clipmoe_jax.data import records
 from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
-from clipmoe_jax.data.sources.base import AttributeTable, BadRecord, Pair, Source, attribute_table
+from clipmoe_jax.data.sources.base import (
+    AttributeTable,
+    BadRecord,
+    Pair,
+    Source,
+    attribute_table,
+    excess_of_text,
+)
 from clipmoe_jax.data.tokenizer import word_ids
 
 # Entries of the source in a file, unless `num_shards` says otherwise: some 600 MB of pixels or photographs,
@@ -257,6 +264,8 @@ class _Encoder:
         """Decodes the image and tokenises the captions; of a record that cannot be used, returns why."""
         if isinstance(record, BadRecord):
             return record
+        if excess := excess_of_text(record.captions):
+            return BadRecord(record.id, *excess)
         try:
             with reading([record.id]):
                 image = preprocess_image(record.image, self._pixels or 32)

@@ -22,7 +22,7 @@ from clipmoe_jax.core.json_files import field, parse_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
-from clipmoe_jax.data.sources.base import AttributeSpec
+from clipmoe_jax.data.sources.base import AttributeSpec, excess_of_text
 from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
 
 NAME = "pairs"
@@ -171,6 +171,8 @@ class Records:
             "id": record["id"].decode("utf-8"),
             "captions": [caption.decode("utf-8") for caption in record["captions"]],
         }
+        if excess := excess_of_text(pair["captions"]):
+            raise ValueError(": ".join(excess))
         if self.attribute_table is not None:
             values = [value.decode("utf-8") for value in record["attributes"]]
             if len(values) != len(self.attribute_table):
@@ -183,6 +185,8 @@ class Records:
             return pair | {"image": record["image"]}
         tokens = np.frombuffer(record["tokens"], "<u2")
         ends = np.flatnonzero(tokens == CAPTION_END)
+        if len(ends) != len(pair["captions"]):
+            raise ValueError(f"it has {len(pair['captions']):,} captions and the tokens of {len(ends):,}")
         image, side = np.frombuffer(record["pixels"], np.uint8), self.image_size
         if image.size != 3 * side * side:
             raise ValueError(

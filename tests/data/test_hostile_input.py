@@ -22,10 +22,11 @@ from PIL import Image
 from test_formats import prepared_by_tfds
 
 from clipmoe_jax.core import checks
+from clipmoe_jax.data import array_records, records
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import Pair, base, open_source, parquet, source_stamp
+from clipmoe_jax.data.sources import Pair, base, open_source, parquet, source_stamp, tfds
 from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
@@ -395,6 +396,49 @@ def test_the_captions_of_a_record_are_limited(tmp_path):
         (tmp_path / "a.txt").write_text("\n".join(captions))
         (bad,) = open_source(f"folder:{tmp_path}")
         assert bad.kind == kind
+
+
+def test_the_records_of_a_prepared_set_are_limited(tmp_path, monkeypatch):
+    """They may lie compressed in its files."""
+    out = str(tmp_path / "out")
+    prepare(open_source("digit_scenes:train?pairs=1"), out)
+    found = Records(out)
+    for module, name, most, message in (
+        (array_records, "MAX_BYTES", 100, "bytes, of which 100 may be read"),
+        (base, "MAX_TEXT", 5, "characters, of which 5 may be read"),
+        (base, "MAX_CAPTIONS", 0, "1, of which 0 may be read"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, most)
+            with pytest.raises(ValueError, match=f"record 0 of {out} cannot be read .*{message}"):
+                found[0]
+    assert found[0]["captions"]
+
+
+def test_tokens_of_other_captions_are_told(tmp_path, monkeypatch):
+    prepare(open_source("digit_scenes:train?pairs=1"), str(tmp_path / "out"), pixels=16)
+    found = Records(str(tmp_path / "out"))
+    assert len(found[0]["tokens"]) == 1
+    monkeypatch.setattr(records, "CAPTION_END", 0)
+    with pytest.raises(ValueError, match="it has 1 captions and the tokens of 0"):
+        found[0]
+
+
+def test_captions_of_any_source_are_limited_as_they_are_prepared(tmp_path):
+    (pair,) = open_source("digit_scenes:train?pairs=1")
+    source = [pair, pair._replace(id="b", captions=("long " * 20_001,))]
+    report = prepare(source, str(tmp_path / "out"), max_bad_fraction=0.5)
+    assert report["bad_by_kind"] == {"too much text": 1}
+
+
+@pytest.mark.parametrize("form", ["array_record", "tfrecord"])
+def test_a_large_record_of_tfds_is_a_bad_record(tmp_path, monkeypatch, form):
+    _, (spec, _, _) = prepared_by_tfds(tmp_path, form)
+    for module in (array_records, tfds):
+        monkeypatch.setattr(module, "MAX_BYTES", 100)
+    assert {record.detail.partition(" bytes, ")[2] for record in open_source(spec)} == {
+        "of which 100 may be read"
+    }
 
 
 def entries_of_one_image(folder, kind):

@@ -242,9 +242,6 @@ def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[objec
     captions, texts = tuple(captions), []
     if not captions or any(caption is None for caption in captions):
         return BadRecord(record_id, "missing caption", "there is no caption")
-    if len(captions) > MAX_CAPTIONS:
-        detail = f"{len(captions):,}, of which {MAX_CAPTIONS:,} may be read"
-        return BadRecord(record_id, "too many captions", detail)
     for caption in captions:
         if not isinstance(caption, str):
             return BadRecord(record_id, "malformed entry", f"a caption is a {type(caption).__name__}")
@@ -252,9 +249,8 @@ def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[objec
             texts.append(caption.strip())
     if not texts:
         return BadRecord(record_id, "empty caption", "no caption has any text")
-    if (length := sum(map(len, texts))) > MAX_TEXT:
-        detail = f"{length:,} characters, of which {MAX_TEXT:,} may be read"
-        return BadRecord(record_id, "too much text", detail)
+    if excess := excess_of_text(texts):
+        return BadRecord(record_id, *excess)
     if isinstance(image, bytes) and len(image) > MAX_IMAGE_BYTES:
         detail = f"{len(image):,} bytes, of which {MAX_IMAGE_BYTES:,} may be read"
         image = BadRecord(record_id, "unreadable image", detail)
@@ -263,6 +259,15 @@ def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[objec
     except UnicodeEncodeError as error:
         return BadRecord(ascii(record_id), "invalid text", f"not valid Unicode: {error.reason}")
     return image if isinstance(image, BadRecord) else Pair(record_id, image, tuple(texts))
+
+
+def excess_of_text(captions: Sequence[str]) -> tuple[str, str] | None:
+    """Returns the kind and the detail of a bad record whose captions are too many or too long, or None."""
+    if len(captions) > MAX_CAPTIONS:
+        return "too many captions", f"{len(captions):,}, of which {MAX_CAPTIONS:,} may be read"
+    if (length := sum(map(len, captions))) > MAX_TEXT:
+        return "too much text", f"{length:,} characters, of which {MAX_TEXT:,} may be read"
+    return None
 
 
 def find_file(path: str, kind: str) -> Path:

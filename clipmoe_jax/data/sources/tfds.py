@@ -9,7 +9,7 @@ import google_crc32c
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from clipmoe_jax.data.array_records import ArrayRecords, split_parts
+from clipmoe_jax.data.array_records import MAX_BYTES, ArrayRecords, split_parts
 from clipmoe_jax.data.sources.base import (
     FOLLOW_LINKS,
     BadRecord,
@@ -173,8 +173,10 @@ class _TfRecords:
         return len(self._places)
 
     def __getitem__(self, i: int) -> bytes:
-        """Returns a record. Raises ValueError if it is damaged."""
+        """Returns a record. Raises ValueError if it is damaged or too large."""
         filename, offset, length = self._places[i]
+        if length > MAX_BYTES:
+            raise ValueError(f"it has {length:,} bytes, of which {MAX_BYTES:,} may be read")
         with epath.Path(filename).open("rb") as file:
             file.seek(offset)
             data, checksum = file.read(length), file.read(CHECKSUM.size)
