@@ -53,8 +53,8 @@ def load_arrays(
     """
     checksums.verify(path.parent, path.name)
     with _naming_damage(path), path.open("rb") as file, np.load(file) as arrays:
+        _check_members(arrays.zip.infolist(), path.stat().length)
         if shapes is None:
-            _check_size(arrays.zip.infolist(), path.stat().length)
             return dict(arrays)
         for name, shape in shapes.items():
             if name not in arrays.files:
@@ -66,8 +66,12 @@ def load_arrays(
         return {name: arrays[name] for name in shapes}
 
 
-def _check_size(members: list[zipfile.ZipInfo], num_bytes: int) -> None:
-    """Raises ValueError for an archive of so many bytes that expands to far more, or without a bound."""
+def _check_members(members: list[zipfile.ZipInfo], num_bytes: int) -> None:
+    """Raises ValueError for an archive of so many bytes that expands to far more, or without a bound, and for
+    names that NumPy takes for one another: of `a` and `a.npy` it reads the first as the array `a`."""
+    names = [member.filename for member in members]
+    if len(set(names)) < len(names) or not all(name.endswith(".npy") for name in names):
+        raise ValueError("it holds other than arrays, or two of one name")
     if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
         raise ValueError("its arrays are compressed as NumPy never does")
     check_expansion(num_bytes, sum(member.file_size for member in members))

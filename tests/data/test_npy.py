@@ -122,10 +122,22 @@ def test_arrays_that_do_not_fit_are_refused_by_their_header(tmp_path, contents, 
         npy.load_arrays(write_npz(tmp_path / "x.npz", **contents), {"a": (2, 3)})
 
 
+@pytest.mark.parametrize("shapes", [None, {"a": (1 << 20,)}], ids=["all", "asked"])
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
-def test_archives_that_expand_without_bound_are_refused(tmp_path, monkeypatch, compression):
+def test_archives_that_expand_without_bound_are_refused(tmp_path, monkeypatch, compression, shapes):
     monkeypatch.setattr(checks, "EXPANDED", 1 << 16)
     with zipfile.ZipFile(tmp_path / "x.npz", "w", compression) as archive:
         archive.writestr("a.npy", npy_bytes(np.zeros(1 << 20, np.uint8)))
     with pytest.raises(ValueError, match="x.npz is damaged.* (compressed as|expand to 1,048,)"):
-        npy.load_arrays(epath.Path(tmp_path / "x.npz"))
+        npy.load_arrays(epath.Path(tmp_path / "x.npz"), shapes)
+
+
+@pytest.mark.parametrize("shapes", [None, {"a": (4, 6)}], ids=["all", "asked"])
+@pytest.mark.parametrize("beside", ["a", "a.npy"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_members_that_numpy_takes_for_another_are_refused(tmp_path, beside, shapes):
+    file = write_npz(tmp_path / "x.npz", a=NPY)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(beside, npy_bytes(np.zeros(9)))
+    with pytest.raises(ValueError, match="x.npz is damaged.* holds other than arrays, or two of one name"):
+        npy.load_arrays(file, shapes)
