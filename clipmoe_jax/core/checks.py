@@ -1,10 +1,17 @@
 """Checks of what comes from a stranger's file: single values of any type, and sizes."""
 
 import dataclasses
+import errno
+import os
 import reprlib
 from typing import Any
 
+from etils import epath
+
+from clipmoe_jax.core.paths import in_bucket
+
 EXPANDED, EXPANSION = 2**28, 50  # the bytes that any file may expand to, and how many times its own size
+SPARSE, SPARSENESS = 2**20, 10  # a file of more bytes must have a tenth of them on the disk
 
 
 def whole_number(name: str, value: object, most: int, least: int = 1) -> int:
@@ -37,3 +44,35 @@ def check_expansion(num_bytes: int, expanded: int) -> None:
     if expanded > max(EXPANDED, EXPANSION * num_bytes):
         most = f"more than {EXPANSION} times as many"
         raise ValueError(f"its {num_bytes:,} bytes expand to {expanded:,} bytes, {most}")
+
+
+def stored_bytes(path: os.PathLike | str) -> int:
+    """Returns the bytes of a file without its holes, which are read as zeros and take no room on a disk.
+
+    A device or a pipe has none.
+    """
+    if in_bucket(path):
+        return epath.Path(path).stat().length
+    if not os.path.isfile(path):
+        return 0
+    stored = end = 0
+    with open(path, "rb") as file:
+        while True:
+            try:  # not st_blocks, which some file systems set late or never
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data up to the end
+                    return stored
+                raise
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            stored += end - start
+
+
+def check_not_sparse(path: os.PathLike | str) -> None:
+    """Raises ValueError for a large file that is mostly holes: a few bytes of a stranger's would be read as
+    terabytes of zeros."""
+    length = epath.Path(path).stat().length
+    if length > SPARSE and length > SPARSENESS * (stored := stored_bytes(path)):
+        raise ValueError(
+            f"{path} has {length:,} bytes and only {stored:,} of them on the disk: copy it again"
+        )

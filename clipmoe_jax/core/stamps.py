@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from clipmoe_jax.core.checks import check_not_sparse
 from clipmoe_jax.core.paths import in_bucket
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -66,11 +67,14 @@ def stamp(*paths: os.PathLike | str, names: str = "", follow_links: bool = True)
 def digest(*paths: os.PathLike | str) -> str:
     """Returns a hash of the contents of files and folders, and of the names in these; "" if nothing is there.
 
-    Copies and renamed folders have the same. All of it is read.
+    Copies and renamed folders have the same. All of it is read. Raises ValueError for a large file that is
+    mostly holes.
     """
     files = [file for path in paths for file in named_files(epath.Path(path))]
     if not files:
         return ""
+    for _, path in files:
+        check_not_sparse(path)
     whole = hashlib.sha256()
     for name, path in files:
         of_file = hashlib.sha256(_encoded(name))

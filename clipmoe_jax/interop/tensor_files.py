@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from clipmoe_jax.core.checks import check_not_sparse
 from clipmoe_jax.core.errors import first_line, naming
 from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import check_plain_file, in_bucket
@@ -47,9 +48,10 @@ def open_tensors(path: epath.Path) -> Tensors:
 
     A PyTorch file may hold dicts in dicts, as training checkpoints do: then names have a key and a dot before
     them, `state_dict.visual.proj`, and what is no tensor is left out.
-    Raises ValueError for a file that is truncated, of another kind, or wants to run code.
+    Raises ValueError for a file that is truncated, of another kind, mostly holes, or wants to run code.
     """
     check_plain_file(path)
+    check_not_sparse(path)
     with path.open("rb") as file:
         start = file.read(9)
     return _open_safetensors(path) if start[8:] == b"{" else _open_torch(path)

@@ -14,10 +14,10 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from clipmoe_jax.core import artifacts, checkpoints, checksums, distributed, trees
-from clipmoe_jax.core.checks import check_expansion, whole_number
+from clipmoe_jax.core.checks import check_expansion, check_not_sparse, stored_bytes, whole_number
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import read_json
-from clipmoe_jax.core.paths import absolute
+from clipmoe_jax.core.paths import absolute, check_plain_folder
 from clipmoe_jax.core.sharding import replicated
 from clipmoe_jax.core.stamps import named_files
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
@@ -60,14 +60,19 @@ def load_model(
     """Returns the architecture and the params of a model folder.
 
     place: maps a tree of ShapeDtypeStructs to shardings; None loads numpy arrays.
-    Raises FileNotFoundError if the folder holds no model, ValueError if a file is damaged.
+    Raises FileNotFoundError if the folder holds no model, ValueError if a file is damaged, and for links,
+    pipes, devices and large files of holes among those of the params.
     """
     path = absolute(path)
     config = read_config(path)
+    check_plain_folder(path / PARAMS)
+    files = [file for _, file in named_files(path / PARAMS)]
+    for file in files:
+        check_not_sparse(file)
     checksums.verify(path, EXPERTS_FILE, PARAMS)
     abstract = abstract_params(config)
     with naming(path / PARAMS):
-        check_files(abstract, [file for _, file in named_files(path / PARAMS)])
+        check_files(abstract, files)
     if not (path / EXPERTS_FILE).exists():
         return config, checkpoints.load_params(path / PARAMS, abstract, place)
     stored = _read_experts(path / EXPERTS_FILE, config)
@@ -89,7 +94,7 @@ def load_model(
 def check_files(abstract: trees.Params, files: Iterable[epath.Path]) -> None:
     """Raises ValueError if params take far more memory than the files that hold them: a few kilobytes of
     zeros, or of one array under many names, would take gigabytes."""
-    num_bytes = sum(file.stat().length for file in files)
+    num_bytes = sum(map(stored_bytes, files))
     check_expansion(num_bytes, FLOAT_BYTES * trees.count_parameters(abstract))
 
 

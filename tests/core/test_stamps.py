@@ -106,3 +106,10 @@ def test_one_place_has_one_spelling(tmp_path, monkeypatch):
         assert canonical(spelling) == place
     assert canonical("b") != place
     assert canonical("gs://bucket/a/") == canonical("gs://bucket/a") == "gs://bucket/a"
+
+
+def test_a_file_of_holes_is_not_hashed(tmp_path):
+    (tmp_path / "holes").write_text("a")
+    os.truncate(tmp_path / "holes", 2**22)
+    with pytest.raises(ValueError, match=r"holes has 4,194,304 bytes and only [\d,]+ of them on the disk"):
+        digest(tmp_path)

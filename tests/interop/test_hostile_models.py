@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -180,6 +181,37 @@ def test_zeros_that_expand_far_are_not_read(tmp_path, monkeypatch):
     save_model(epath.Path(tmp_path / "zeros"), WIDE, zeros(WIDE))
     with pytest.raises(ValueError, match=r"zeros/params: its [\d,]+ bytes expand to 6,\d+,\d+ bytes, more"):
         read_model(str(tmp_path / "zeros"))
+
+
+def test_holes_of_files_do_not_count_as_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "EXPANDED", 2**20)
+    save_model(epath.Path(tmp_path / "zeros"), WIDE, zeros(WIDE))
+    (tmp_path / "zeros" / "params" / "pad").touch()
+    os.truncate(tmp_path / "zeros" / "params" / "pad", checks.SPARSE)
+    with pytest.raises(ValueError, match=r"zeros/params: its [\d,]+ bytes expand to 6,\d+,\d+ bytes, more"):
+        read_model(str(tmp_path / "zeros"))
+
+
+@pytest.mark.parametrize("kind", ["run", "released", "huggingface"])
+def test_large_files_of_holes_are_not_read(folders, tmp_path, kind):
+    folder = copied(folders, tmp_path, kind)
+    weights = max((f for f in folder.rglob("*") if f.is_file()), key=lambda file: file.stat().st_size)
+    os.truncate(weights, 2**26)
+    with pytest.raises(ValueError, match=rf"^{weights} has 67,108,864 bytes and only [\d,]+ of them on"):
+        read_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe or a device"])
+def test_params_are_plain_files(folders, tmp_path, kind):
+    folder = copied(folders, tmp_path, "run")
+    file = folder / "params" / "_METADATA"
+    if kind == "a link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(folder / "params" / "pipe")
+    with pytest.raises(ValueError, match=rf"run/params/.* is {kind}: "):
+        read_model(str(folder))
 
 
 def test_one_tensor_under_many_names_is_not_read_as_many(tmp_path, monkeypatch):
