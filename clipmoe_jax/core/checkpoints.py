@@ -4,18 +4,23 @@ Training state is stored as separate items `trainable`, `opt_state` and `meta`.
 """
 
 import logging as python_logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from etils import epath
 
 from clipmoe_jax.core import distributed, trees
 from clipmoe_jax.core.errors import first_line
-from clipmoe_jax.core.paths import absolute
+from clipmoe_jax.core.json_files import parse_json
+from clipmoe_jax.core.paths import absolute, in_bucket
+
+MANIFEST = "manifest.ocdbt"  # of a folder whose arrays are in few files
 
 # Orbax raises errors of its threads in the caller's thread. Before, it logs each with its trace, and asyncio
 # logs those that come behind the first.
@@ -50,6 +55,7 @@ def load_params(
         shardings,
     )
     try:
+        _check_chunks(absolute(path))
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(absolute(path), target)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError):
@@ -60,6 +66,26 @@ def load_params(
             "it again"
         ) from error
     return jax.tree.map(np.asarray, params) if place is None else params
+
+
+def _check_chunks(path: epath.Path) -> None:
+    """Raises ValueError for params in another format than `save_params` writes, or with chunks larger than
+    their array: a few compressed bytes of these are read as gigabytes."""
+    if in_bucket(path):
+        return
+    if not (path / MANIFEST).exists():
+        raise ValueError(f"it has no {MANIFEST}")
+    base = {"driver": "file", "path": os.path.join(path, "")}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    for key in store.list().result():
+        name, _, file = key.decode().rpartition("/")
+        if file == "zarr.json":
+            raise ValueError(f"{name} is an array of Zarr 3")
+        if file == ".zarray":
+            array = parse_json(store.read(key).result().value, key.decode())
+            sides = zip(array["chunks"], array["shape"], strict=True)
+            if any(chunk > max(1, side) for chunk, side in sides):
+                raise ValueError(f"{name} has chunks larger than itself")
 
 
 def _reason(error: BaseException) -> str:

@@ -1,15 +1,18 @@
 """Models and training state on disk: what comes back is what went in, on this mesh or another."""
 
 import dataclasses
+import json
 import os
 import resource
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 
 from clipmoe_jax.core import checkpoints, sharding, trees
 from clipmoe_jax.core.checkpoints import Checkpointer
@@ -96,6 +99,24 @@ def test_damaged_params_are_named_in_one_line(model_folder, tmp_path, damage):
     with pytest.raises(ValueError, match=rf"^{folder} is damaged or not of this model \(") as error:
         checkpoints.load_params(folder, abstract_params(CONFIG))
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_params_of_a_file_for_each_array_are_refused(tmp_path):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(tmp_path / "params", random_params())
+    with pytest.raises(ValueError, match="params is damaged or .*it has no manifest.ocdbt"):
+        checkpoints.load_params(tmp_path / "params", abstract_params(CONFIG))
+
+
+def test_chunks_larger_than_their_array_are_not_read(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder / "params", tmp_path / "params")
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    key = "text.ln_final.bias/.zarray"
+    array = json.loads(store[key]) | {"chunks": [2**20], "compressor": {"id": "zlib", "level": 9}}
+    store[key] = json.dumps(array)
+    store["text.ln_final.bias/0"] = zlib.compress(bytes(2**22))
+    with pytest.raises(ValueError, match=r"not of this model \(text.ln_final.bias has chunks larger than"):
+        checkpoints.load_params(folder, abstract_params(CONFIG))
 
 
 def test_params_of_another_model_are_named_in_one_line(model_folder):
