@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -327,3 +328,63 @@ def test_an_index_without_a_map_is_named(tmp_path):
     index.write_text(json.dumps({"weight_map": [1]}))
     with pytest.raises(ValueError, match=f"^{index}: weight_map"):
         tensor_files.open_sharded(epath.Path(index))
+
+
+def text(value):
+    """The code of a text in a pickle."""
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def numbers(values):
+    """The codes of whole numbers, each None's key."""
+    return b"".join(b"\x8a\x0a" + value.to_bytes(10, "little", signed=True) + b"N" for value in values)
+
+
+PICKLES = {
+    "a slow encoding": b"c_codecs\nencode\n" + text("一丁" * 50) + text("punycode") + b"\x86R",
+    "a text encoded often": b"("
+    + text("a" * 10_000)
+    + b"q\x00"
+    + (b"c_codecs\nencode\nh\x00" + text("latin1") + b"\x86R") * 2000
+    + b"t",
+    "bytes of a number": b"cbuiltins\nbytearray\nK\x09\x85R",
+    "bytes of a number, as Python 2 has them": b"c__builtin__\nbytearray\nK\x09\x85R",
+    "a tensor by its size": b"ctorch\nFloatTensor\nK\x09\x85R",
+    "a storage by its size": b"ctorch\nFloatStorage\nK\x09\x85R",
+    "keys of one hash": b"}(" + numbers(k * (2**61 - 1) for k in range(1, 12_000)) + b"u",
+    "a set of numbers": b"c__builtin__\nset\n](" + b"".join(b"M\x01\x02" for _ in range(12_000)) + b"e\x85R",
+    "a long tuple as a key": b"}(" + b"K\x01" * 11 + b"tNs",
+}
+
+
+@pytest.mark.parametrize("content", PICKLES.values(), ids=PICKLES)
+def test_pickles_that_do_what_no_state_dict_does_are_refused(tmp_path, content):
+    torch.save({"x": torch.zeros(2)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    pickled = parts["x/data.pkl"]
+    assert pickled[:3] == b"\x80\x02}" and pickled[-2:] == b"s."
+    parts["x/data.pkl"] = pickled[:-1] + text("y") + content + b"s."
+    with zipfile.ZipFile(tmp_path / "odd.pt", "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    with pytest.raises(
+        ValueError, match="odd.pt cannot be read .*: it holds more than tensors, or is damaged"
+    ):
+        tensor_files.open_tensors(epath.Path(tmp_path / "odd.pt"))
+
+
+def test_what_training_saves_beside_a_model_is_no_obstacle(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 2)).sum().backward()
+    optimizer.step()
+    beside = {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        "random": torch.get_rng_state(),
+        "others": [torch.Size([2]), torch.float16, torch.device("cpu"), {1, 2}, b"\xff", 1j],
+        "parameter": torch.nn.Parameter(torch.zeros(2)),
+    }
+    torch.save({"model": model.state_dict(), **beside}, tmp_path / "all.pt")
+    assert {"model.weight", "parameter"} < set(tensor_files.open_tensors(epath.Path(tmp_path / "all.pt")))
