@@ -14,6 +14,7 @@ import numpy as np
 from clipmoe_jax.data.sources.base import read_text
 
 TABLE = "Questions.csv"
+MOST_ROWS = 10_000  # it has 270
 COLUMNS = ("Question ID", "Type", "Statement")
 # The data set as it is published, and as its README has it.
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
@@ -65,8 +66,9 @@ def mmvp_pairs(folder: str) -> list[MmvpPair]:
 
 
 def mmvp_files(folder: str) -> list[Path]:
-    """Returns the files that a folder's pairs are in. Raises as `mmvp_pairs`."""
-    return [Path(folder) / TABLE, *(path for pair in mmvp_pairs(folder) for path in pair.images)]
+    """Returns the files that a folder's pairs are in, each once. Raises as `mmvp_pairs`."""
+    images = (path for pair in mmvp_pairs(folder) for path in pair.images)
+    return [Path(folder) / TABLE, *dict.fromkeys(images)]
 
 
 def mmvp_accuracy(
@@ -104,6 +106,8 @@ def _read_rows(table: Path) -> list[list[str]]:
     # A quote that is not closed takes in the rows after it.
     if open_rows := [row for row in rows if any("\n" in cell for cell in row)]:
         raise ValueError(f"{table}: a quote in the row {open_rows[0][0]!r} is not closed")
+    if len(rows) > MOST_ROWS:
+        raise ValueError(f"{table} has {len(rows):,} rows, of which {MOST_ROWS:,} may be read")
     if not rows or len(rows) % 2:
         raise ValueError(f"{table} has {len(rows)} rows, which are not pairs")
     return rows

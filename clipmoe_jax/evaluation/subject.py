@@ -3,6 +3,7 @@
 Letters: N images, T texts, d embedding, M models.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.sources.base import MAX_IMAGE_BYTES, read_file
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
 
@@ -66,16 +68,23 @@ class ModelSubject:
         return self.encoder.texts(self._tokenizer(texts))
 
     def pictures(self, files: Sequence[Path]) -> np.ndarray:
-        """Returns (N, d) float32 unit features of image files. Raises ValueError if one is broken."""
+        """Returns (N, d) float32 unit features of image files. Raises ValueError if one is broken.
+
+        Each file is read once, and a few batches are in memory at a time.
+        """
 
         def decode(file: Path) -> np.ndarray:
             try:
                 with reading([file]):
-                    return preprocess_image(file.read_bytes(), self._image_size)
+                    return preprocess_image(read_file(file, True, MAX_IMAGE_BYTES), self._image_size)
             except UnreadableImageError as error:
                 raise ValueError(f"{file} does not decode: {error}") from error
 
-        return self.encoder.images(np.stack(list(map_decoding(decode, files))))
+        rows = {file: row for row, file in enumerate(dict.fromkeys(files))}
+        images, features = map_decoding(decode, rows), []
+        while batch := list(itertools.islice(images, self.encoder.batch_size)):
+            features.append(self.encoder.images(np.stack(batch)))
+        return np.concatenate(features)[[rows[file] for file in files]]
 
 
 class EnsembleSubject:

@@ -127,6 +127,29 @@ def test_parts_of_a_split_have_its_classes_and_their_labels(folder):
     assert parts.data.images.labels.tolist() == [0, 1, 1, 2, 2, 2]
 
 
+def test_picture_of_many_rows_is_decoded_once_and_few_are_in_memory(folder, subject, monkeypatch):
+    files = sorted((folder / "test").rglob("*.png"))
+    decoded, encoded, images = [], [], subject.encoder.images
+    monkeypatch.setattr(
+        "clipmoe_jax.evaluation.subject.preprocess_image",
+        lambda content, size: decoded.append(content) or preprocess_image(content, size),
+    )
+    monkeypatch.setattr(subject.encoder, "images", lambda of: encoded.append(len(of)) or images(of))
+    features = subject.pictures(files[:1] + files * 2)
+    np.testing.assert_array_equal(features[1:10], features[10:])
+    np.testing.assert_array_equal(features[0], features[1])
+    assert len(decoded) == 9 and encoded == [4, 4, 1]
+    expected = images(np.stack([preprocess_image(file.read_bytes(), 32) for file in files]))
+    np.testing.assert_allclose(features[1:10], expected, atol=1e-6)
+
+
+def test_large_picture_is_not_read(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmoe_jax.evaluation.subject.MAX_IMAGE_BYTES", 99, raising=False)
+    (tmp_path / "large.jpg").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match="large.jpg has 100 bytes, of which 99 may be read"):
+        subject.pictures([tmp_path / "large.jpg"])
+
+
 @pytest.fixture
 def own_files(folder, tmp_path, monkeypatch):
     """A copy of MMVP's folder and a classifier, in the user's home."""

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from clipmoe_jax.evaluation.mmvp import mmvp_accuracy, mmvp_pairs
+from clipmoe_jax.evaluation.mmvp import mmvp_accuracy, mmvp_files, mmvp_pairs
 
 ROWS = [
     ("1", "Orientation", 'a dog facing "left"'),
@@ -58,6 +58,19 @@ def test_rows_that_are_no_pairs_are_refused(tmp_path, rows, message):
     write(tmp_path, rows)
     with pytest.raises(ValueError, match=message):
         mmvp_pairs(str(tmp_path))
+
+
+def test_a_table_of_too_many_rows_is_refused(tmp_path):
+    write(tmp_path, ROWS)
+    (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n" + "1,a,x\n2,a,y\n" * 5001)
+    with pytest.raises(ValueError, match="Questions.csv has 10,002 rows, of which 10,000 may be read"):
+        mmvp_pairs(str(tmp_path))
+
+
+def test_files_of_many_rows_are_named_once(tmp_path):
+    folder = write(tmp_path, ROWS[:2] * 3)
+    images = tmp_path / "MLLM_VLM Images" / "Orientation"
+    assert mmvp_files(folder) == [tmp_path / "Questions.csv", images / "1.jpg", images / "2.jpg"]
 
 
 def test_table_that_is_not_utf8_is_refused(tmp_path):
