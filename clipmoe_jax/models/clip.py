@@ -62,8 +62,16 @@ class TextConfig:
 
 
 # The largest sizes, by how their names end, in other formats too: a file that says more is damaged, and would
-# be traced for minutes.
-MOST = {"layers": 256, "image_size": 10_000, "patch_size": 10_000}
+# be traced for minutes. A small file may name large inputs, and attention takes memory by their square: 4,096
+# patches are 1,024 pixels a side in patches of 16.
+MOST = {
+    "layers": 256,
+    "image_size": 1024,
+    "patch_size": 1024,
+    "context_length": 4096,
+    "max_position_embeddings": 4096,  # transformers' name for it
+}
+MOST_PATCHES = 4096
 MOST_OF_ANY = 10_000_000
 
 
@@ -92,6 +100,11 @@ def _check_tower(name: str, tower: VisionConfig | TextConfig) -> None:
     if isinstance(tower, VisionConfig) and tower.image_size % tower.patch_size:
         errors.add(
             f"{name}.image_size={tower.image_size} is not a multiple of {name}.patch_size={tower.patch_size}"
+        )
+    elif isinstance(tower, VisionConfig) and (tower.image_size // tower.patch_size) ** 2 > MOST_PATCHES:
+        errors.add(
+            f"{name}.patch_size={tower.patch_size} makes more than {MOST_PATCHES:,} patches of "
+            f"{name}.image_size={tower.image_size}"
         )
     errors.raise_all()
 

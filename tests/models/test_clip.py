@@ -394,6 +394,18 @@ CONFIG_ERRORS = {
         lambda: ClipConfig(vision=VisionConfig(image_size=225)),
         "vision.image_size=225 is not a multiple of vision.patch_size=32",
     ),
+    "images that are too large": (
+        lambda: ClipConfig(vision=VisionConfig(image_size=1056)),
+        "vision.image_size=1056 must be a whole number from 1 to 1,024",
+    ),
+    "too many patches": (
+        lambda: ClipConfig(vision=VisionConfig(image_size=1024, patch_size=8)),
+        "vision.patch_size=8 makes more than 4,096 patches of vision.image_size=1024",
+    ),
+    "captions that are too long": (
+        lambda: ClipConfig(text=TextConfig(context_length=4097)),
+        "text.context_length=4097 must be a whole number from 1 to 4,096",
+    ),
     "unknown activation": (
         lambda: ClipConfig(activation="relu"),
         r"activation='relu': choose one of \['gelu', 'quick_gelu'\]",
