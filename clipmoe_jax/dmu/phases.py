@@ -122,8 +122,8 @@ def phases_of(
             recipe.name,
             architecture,
             compute,
-            recipe.trains,
-            configs.phase_config(recipe.hyperparameters(config)),
+            recipe.rules(config),
+            phase_config(config, recipe),
             steps[recipe.name],
             short_length=short_length_of(config) if loss.short_caption_weight else 0,
             frozen_dtype=frozen_dtype(config, compute),
@@ -196,7 +196,7 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
     def flops_of_pair(name: str) -> float:
         architecture = architecture_of(config, made[name])
         names = list(trees.flatten(trained_params(architecture, made[name].adapter_rank)))
-        trains = trees.match_rules(made[name].trains, names)
+        trains = trees.match_rules(made[name].rules(config), names)
         loss, (rehearsed, _) = loss_config(config, made[name]), made[name].rehearsal_of(config)
         short_length = short_length_of(config) if loss.short_caption_weight else 0
         slots = num_visited_experts(architecture.moe, made[name].router_gradient(config))
@@ -215,6 +215,12 @@ def compute_of(config: ConfigDict, recipe: Recipe, platform: str) -> ComputeConf
         training_routers=recipe.is_moe(config),
         router_gradient=recipe.router_gradient(config),
     )
+
+
+def phase_config(config: ConfigDict, recipe: Recipe) -> PhaseConfig:
+    """Returns the hyperparameters of a recipe's phase."""
+    phase = configs.phase_config(recipe.hyperparameters(config))
+    return dataclasses.replace(phase, expert_rates=recipe.expert_rates(config))
 
 
 def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:

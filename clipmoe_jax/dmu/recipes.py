@@ -39,7 +39,7 @@ BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
 ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
-OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient")
+OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient", "router.expert_learning_rate")
 UPCYCLED_FIELDS = (
     *(*STAGE_FIELDS, *ROUTING_FIELDS),
     *("moe.experts", "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev"),
@@ -130,7 +130,7 @@ class Recipe:
         experts: names of the models it is made from, given the config. One is trained as it is; the
             feed-forward layers of several become the experts of an MoE with random routers. None at all: the
             base, imported or initialised.
-        trains: rules of what trains.
+        trains: rules of what trains, but for experts with a rate of their own (`rules`).
         section: the group of config fields with its hyperparameters.
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
@@ -197,6 +197,18 @@ class Recipe:
     def router_gradient(self, config: ConfigDict) -> str:
         """Returns which experts the gradient of its routers reaches."""
         return config.router.gradient if self.group == "moe" else "chosen"
+
+    def rules(self, config: ConfigDict) -> trees.Rules:
+        """Returns the rules of what trains."""
+        return TRAIN_MOE if self.expert_rates(config) else self.trains
+
+    def expert_rates(self, config: ConfigDict) -> tuple[float, ...]:
+        """Returns the share of the learning rate that each expert has, 0 for copies of the base; () where no
+        expert has a rate of its own."""
+        if self.group != "moe" or not config.router.expert_learning_rate:
+            return ()
+        share = config.router.expert_learning_rate / config.router.learning_rate
+        return tuple(0.0 if name == BASE_NAME else share for name in self.experts(config))
 
     def fields(self, config: ConfigDict) -> str:
         """Returns the name of the config fields with its hyperparameters, for errors."""

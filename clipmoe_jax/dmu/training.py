@@ -243,11 +243,11 @@ def _fit(
     num_steps: int | None = None,
 ) -> dict:
     """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
-    config, section = run.config, recipe.hyperparameters(run.config)
+    config = run.config
     loss = loss_config(config, recipe)
     first_epoch, rehearsal = _epochs_before(run, recipe), _rehearsal(run, recipe, loss)
     model = Clip(architecture, phases.compute_of(config, recipe, sharding.platform()))
-    phase = configs.phase_config(section)
+    phase = phases.phase_config(config, recipe)
     if num_steps is not None:
         phase = dataclasses.replace(phase, num_steps=num_steps)
     if recipe.adapter_rank:
@@ -256,7 +256,7 @@ def _fit(
         recipe.name,
         model,
         params,
-        trainable_rules=recipe.trains,
+        trainable_rules=recipe.rules(config),
         pairs=run.pairs(
             "base" if recipe.group == "base" else "train", short_captions=loss.short_caption_weight > 0
         ),
