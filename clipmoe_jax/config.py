@@ -317,7 +317,7 @@ def run_locally(config: ConfigDict) -> None:
 
 def _phase(**fields: Any) -> ConfigDict:
     section = ConfigDict(dataclasses.asdict(PhaseConfig(**fields)))
-    del section.expert_rates  # of the recipe
+    del section["expert_rates"]  # of the recipe
     return section
 
 
