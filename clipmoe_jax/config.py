@@ -316,9 +316,9 @@ def run_locally(config: ConfigDict) -> None:
 
 
 def _phase(**fields: Any) -> ConfigDict:
-    section = ConfigDict(dataclasses.asdict(PhaseConfig(**fields)))
+    section = dataclasses.asdict(PhaseConfig(**fields))
     del section["expert_rates"]  # of the recipe
-    return section
+    return ConfigDict(section)
 
 
 def phase_config(section: ConfigDict) -> PhaseConfig:
