@@ -173,8 +173,8 @@ def findings(seeds: list[Numbers]) -> list[str]:
     for budget in ("pairs", "flops"):
         lines += _against_dense(seeds, budget)
     lines += _against_blends(seeds)
-    if CURRICULUM_SAME_PAIRS in titles_of(seeds):
-        there = with_model(seeds, CURRICULUM_SAME_PAIRS)
+    there = with_model(with_model(seeds, CURRICULUM_SAME_PAIRS), DIRECT_SAME_PAIRS)
+    if there:
         gain = of(there, CURRICULUM_SAME_PAIRS, "new") - of(there, DIRECT_SAME_PAIRS, "new")
         lines.append(
             f"(d) The dense curriculum is above direct fine-tuning at equal pairs in {(gain > 0).sum()} of "
