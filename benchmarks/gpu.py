@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks.timing import Program
+
 Row = dict[str, Any]
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 # Of the MoE layer: ViT-L/14's vision tower at batch 100.
@@ -49,18 +51,10 @@ def seconds_of(call: Callable[[], Any], rounds: int) -> list[float]:
     """Returns the seconds of one call in each round."""
     import jax
 
-    jax.block_until_ready(call())
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    repeats = max(1, int(ROUND_SECONDS / max(time.perf_counter() - began, 1e-6)))
-    seconds, result = [], None
-    for _ in range(rounds):
-        began = time.perf_counter()
-        for _ in range(repeats):
-            result = call()
-        jax.block_until_ready(result)
-        seconds.append((time.perf_counter() - began) / repeats)
-    return seconds
+    program = Program(call, jax.block_until_ready, flops=0.0)
+    program.seconds()  # compiles
+    repeats = max(1, int(ROUND_SECONDS / max(program.seconds(), 1e-6)))
+    return [program.seconds(repeats) for _ in range(rounds)]
 
 
 def timed(name: str, call: Callable[[], Any], rounds: int, flops: float = 0.0) -> Row:

@@ -26,10 +26,8 @@ from clipmoe_jax.core.terminal import printable, printable_line, shortened, warn
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
-_OF_CONFIG_FILES = (
-    "Failed loading config file",
-    "Configuration is not available",
-)  # ml_collections' OSErrors
+# What ml_collections' OSErrors begin with.
+_OF_CONFIG_FILES = ("Failed loading config file", "Configuration is not available")
 MOST_CHARACTERS = 4000  # of an error's line, which may quote a name in a stranger's file
 
 

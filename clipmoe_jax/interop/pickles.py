@@ -26,9 +26,8 @@ class Unpickler(_Reader):
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="bytes")  # of Python 2's text, which a state dict has none of
-        self._tuples: dict[
-            int, tuple[int, tuple]
-        ] = {}  # by id: how many are in it, and itself, so that it stays
+        # By id: how many tuples are in it, and the tuple itself, so that it stays.
+        self._tuples: dict[int, tuple[int, tuple]] = {}
         self._num_keys = 0
 
     def count_tuples(self) -> None:

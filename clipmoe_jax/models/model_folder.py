@@ -24,7 +24,6 @@ from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.expert_params import EXPERT_LEAF
 
 MODEL_FILE, EXPERTS_FILE, PARAMS = "model.json", "experts.json", "params"
-FLOAT_BYTES = 4
 
 
 def save_model(path: epath.Path, config: ClipConfig, params: trees.Params) -> None:
@@ -94,8 +93,8 @@ def load_model(
 def check_files(abstract: trees.Params, files: Iterable[epath.Path]) -> None:
     """Raises ValueError if params take far more memory than the files that hold them: a few kilobytes of
     zeros, or of one array under many names, would take gigabytes."""
-    num_bytes = sum(map(stored_bytes, files))
-    check_expansion(num_bytes, FLOAT_BYTES * trees.count_parameters(abstract))
+    expanded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    check_expansion(sum(map(stored_bytes, files)), expanded)
 
 
 def _read_experts(path: epath.Path, config: ClipConfig) -> list[int]:

@@ -1,4 +1,4 @@
-"""What share of the device's peak a training step is planned to have: measured where it was, else assumed."""
+"""Chooses the share of a device's peak that a training step is planned to have: measured, or assumed."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What the pages of a Parquet file expand to, by their own headers.
+"""Sums what the pages of a Parquet file expand to, by their own headers.
 
 The footer says it too, but a page is expanded to what its header says. Headers are structs in Thrift's
 compact protocol, read as Thrift does (github.com/apache/thrift, doc/specs/thrift-compact-protocol.md).
