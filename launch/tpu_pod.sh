@@ -118,7 +118,9 @@ ask_all() {
 }
 
 install() {
-    do_it tar --exclude-vcs --exclude=./runs --exclude=./data --exclude='./.venv*' -czf "$archive" . \
+    # No virtual environment, whatever its name: it has gigabytes, and is this machine's.
+    do_it tar --exclude-vcs --exclude=./runs --exclude=./data --exclude='./.venv*' \
+        --exclude-tag-all=pyvenv.cfg -czf "$archive" . \
         && do_it gcloud compute tpus tpu-vm scp "$archive" "$name:clipmoe.tar.gz" --zone="$zone" --worker=all \
         && on_all "rm -rf clipmoe && mkdir clipmoe && cd clipmoe && tar -xzf ../clipmoe.tar.gz \
             && pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 .venv \

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -245,6 +246,21 @@ def changes(tmp_path):
     """What was done to slices, in order."""
     calls = [line.split()[1] for line in (tmp_path / "calls").read_text().splitlines()]
     return [call for call in calls if call not in ("describe", "list", "ssh")]
+
+
+def test_slice_gets_no_virtual_environment_of_whatever_name(tmp_path):
+    lines = run("tpu_pod.sh", *TPU_POD, "--dry-run", "--", "--config=x").stdout.splitlines()
+    [pack] = [line for line in lines if line.startswith("tar ")]
+    (tmp_path / "repository").mkdir()
+    for name in ("configs/mine.py", "env/pyvenv.cfg", "env/lib/large", ".venv311/bin/python", "runs/demo/x"):
+        file = tmp_path / "repository" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    archive = tmp_path / "packed.tar.gz"
+    command = pack.replace("clipmoe.tar.gz", str(archive))
+    subprocess.run(["bash", "-c", command], cwd=tmp_path / "repository", check=True)
+    with tarfile.open(archive) as packed:
+        assert {member.name for member in packed if member.isfile()} == {"./configs/mine.py"}
 
 
 def test_preempted_slice_is_requested_again(tmp_path, slice_of_one):
