@@ -59,6 +59,12 @@ class MaskedLoop(nn.Module):
         return sum((rows @ fc1.weight.t() @ fc2.weight.t()).sum() for rows, (fc1, fc2) in both)
 
 
+def run_exported(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+    """Routes and runs the exported layer. x (N, D) -> (N, D)."""
+    tokens = x.unsqueeze(0)
+    return moe(tokens, moe.route(tokens)).squeeze(0)
+
+
 def _expert(*parts: torch.Tensor) -> nn.ModuleList:
     (weight1, bias1, weight2, bias2) = (nn.Parameter(part.detach().clone()) for part in parts)
     fc1, fc2 = nn.Linear(*weight1.t().shape), nn.Linear(*weight2.t().shape)
@@ -84,14 +90,14 @@ def main() -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     loop = MaskedLoop(moe)
     x = torch.randn(args.tokens, args.width)
-    difference = (moe(x.unsqueeze(0))[0].squeeze(0) - loop(x)).abs().max().item()
+    difference = (run_exported(moe, x) - loop(x)).abs().max().item()
     where = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     moe, mlp, loop, x = (thing.to(**where) for thing in (moe, mlp, loop, x))
     layers = {
         "masked loop": loop,
-        "exported": lambda x: moe(x.unsqueeze(0))[0].squeeze(0),
+        "exported": lambda x: run_exported(moe, x),
         "products alone": loop.products_alone,
-        "dense layer": lambda x: mlp(x)[0],
+        "dense layer": mlp,
     }
 
     def forward(layer):

@@ -16,7 +16,7 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.models.attention import default_implementation
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.experts import GROUPED_MLPS
-from clipmoe_jax.models.transformer import REMAT, ComputeConfig, MoeConfig
+from clipmoe_jax.models.transformer import EXPERT_LAYERS, REMAT, ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
 # Fields that earlier versions had: {dotted name: what it is now}. Under a plain new name, artifacts that were
@@ -46,6 +46,7 @@ PHASE_SECTIONS = ("base.train", *FINE_TUNING_SECTIONS)
 # {field: (value, fields that change nothing then)}
 NEUTRAL = {
     "moe.experts": ((), ()),
+    "moe.expert_layers": ("feed_forward", ()),
     "data.rehearsal_captions": ("", ()),
     "router.loss": ("contrastive", ()),
     "router.gradient": ("chosen", ()),
@@ -106,6 +107,7 @@ CHOICES = {
     "compute.frozen_dtype": ("", "float32", "bfloat16"),
     "mcl.init_from": ("base", "previous"),
     "mcl.small_clusters": ("backoff", "drop"),
+    "moe.expert_layers": EXPERT_LAYERS,
     "moe.routing": ("token", "token_and_sequence"),
     "router.balance": ("paper", "released"),
     "router.loss": ("contrastive", "features"),
@@ -168,6 +170,9 @@ def default_config() -> ConfigDict:
     # Which models become experts: "base", "mcl_1", …, "last_stage", "consolidation", also several times; ()
     # is the base and every stage.
     config.moe.experts = ()
+    # What of a model becomes an expert, and what the stages before train: each block's feed-forward layer, or
+    # "attention_and_feed_forward".
+    config.moe.expert_layers = "feed_forward"
     config.moe.num_selected_experts = 2
     config.moe.num_moe_layers = 0  # of the last blocks of each tower; 0 is all
     config.moe.dispatch = "ragged"  # or "dense", exact too, or "capacity"
@@ -343,6 +348,7 @@ def moe_config(config: ConfigDict) -> MoeConfig:
         num_experts=num_experts(config),
         num_selected_experts=config.moe.num_selected_experts,
         num_moe_layers=config.moe.num_moe_layers or None,
+        expert_layers=config.moe.expert_layers,
         sequence_share=config.moe.sequence_share if config.moe.routing == "token_and_sequence" else 0.0,
     )
 

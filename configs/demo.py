@@ -14,6 +14,7 @@ knew (docs/keeping.md).
     seeds      N runs seeds 1 to N, 41-50 those: means, standard deviations and paired differences
     controls   what docs/keeping.md compares: models of as many pairs, ensembles, blends of dense ones
     flops      with controls: also models of as many FLOPs
+    feed_forward   experts of feed-forward layers alone; with controls also the CLIP-MoE as published
     paper      the published recipe on scenes alone, with the baselines of the paper
     all_baselines  with paper: also full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP
     small      a quick check of the machinery, whose numbers mean nothing
@@ -31,13 +32,23 @@ DENSE = (
     *("curriculum", "curriculum_rehearsed", "curriculum_distilled", "curriculum_rehearsed_throughout"),
 )
 UPCYCLED = ("sparse_upcycling", "drop_upcycling")
-OTHERS = ("published_moe", "base_curriculum_ensemble", "base_rehearsed_ensemble")
+OTHERS = ("base_curriculum_ensemble", "base_rehearsed_ensemble")
+FROM_BASE = ("direct_ft", "full_ft", "lora", *UPCYCLED)
 FIVE = ("direct_ft", "direct_ft_same_pairs", "base_ft_moe", "sparse_upcycling", "feature_ensemble")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the demo's config; arguments as above."""
-    arg = parse_arg(arg, seeds="", small=False, controls=False, flops=False, paper=False, all_baselines=False)
+    arg = parse_arg(
+        arg,
+        seeds="",
+        small=False,
+        controls=False,
+        flops=False,
+        feed_forward=False,
+        paper=False,
+        all_baselines=False,
+    )
     if (arg.all_baselines and not arg.paper) or (arg.paper and arg.controls) or (arg.flops > arg.controls):
         raise ValueError("all_baselines goes with paper, flops with controls, and paper not with controls")
     config = default_config()
@@ -69,14 +80,22 @@ def get_config(arg: str = "") -> ConfigDict:
     if not arg.paper:
         published_routers = {name: config.router[name] for name in ("batch_size", "num_steps")}
         _keep(config, num_pairs)
+        if arg.feed_forward:
+            config.moe.expert_layers = "feed_forward"
         config.baselines = SHOWN
         if arg.controls:
             budgets = ("pairs", "flops") if arg.flops else ("pairs",)
             names = (*DENSE, *UPCYCLED)
             config.baselines = (*(f"{name}_same_{budget}" for budget in budgets for name in names), *OTHERS)
             config.blends = (*(f"{name}_same_pairs" for name in DENSE), "consolidation")
+        # What trains on ordinary batches from the base does so in batches of consolidation's size.
+        from_base = [n for n in config.baselines if n.startswith(FROM_BASE)]
+        settings = {name: {"batch_size": config.consolidation.batch_size} for name in from_base}
+        if arg.controls and arg.feed_forward:
+            config.baselines = (*config.baselines, "published_moe")
             # Its loss compares the pairs of a batch: routers as of the recipe for scenes alone.
-            config.baseline_settings = ConfigDict({"published_moe": published_routers})
+            settings["published_moe"] = published_routers
+        config.baseline_settings = ConfigDict(settings)
     if arg.small:
         config.base.train.num_steps = 60
         for section in (config.mcl, config.router, config.consolidation):
@@ -92,11 +111,12 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     config.data.retention, config.retention = "glyphs:test?pairs=2000", "zero_shot:data.retention"
     config.base.train.num_steps = 1000
     consolidation = {name: config.mcl[name] for name in config.consolidation if name in config.mcl}
-    config.consolidation.update(consolidation, num_steps=960)
+    config.consolidation.update(consolidation, batch_size=128, num_steps=240)
     # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new. A
     # block may still come to send all tokens to the two of the new: gradients for the experts that were not
     # chosen lead it back.
     config.moe.experts = ("base", "last_stage", "base", "consolidation")
+    config.moe.expert_layers = "attention_and_feed_forward"
     config.moe.router_stddev = 0.0
     config.moe.routing = "token_and_sequence"
     # Of what the base learned from, 500 glyphs. Scenes would teach images to be as the base has them, which

@@ -25,9 +25,9 @@ BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)
 # device holds the whole token embedding: if it were split, its rows would have to move to the batch in each
 # step.
 PARAM_RULES = (
-    (r".*/moe/c_(fc|proj)/kernel", PartitionSpec(EXPERT_AXIS, "fsdp", None)),
-    (r".*/moe/c_(fc|proj)/bias", PartitionSpec(EXPERT_AXIS)),
     (r".*/moe/router/kernel", PartitionSpec()),
+    (r".*/moe/\w+/kernel", PartitionSpec(EXPERT_AXIS, "fsdp", None)),
+    (r".*/moe/\w+/bias", PartitionSpec(EXPERT_AXIS)),
     (r".*/(mlp|attn)/\w+/kernel", PartitionSpec("fsdp", None)),
     (r".*", PartitionSpec()),
 )

@@ -20,6 +20,7 @@ from clipmoe_jax.core.errors import Errors
 
 TRAIN_EVERYTHING = [(r".*", True)]
 TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
+TRAIN_BLOCKS = [(r"(visual|text)/resblocks_\d+/(mlp|attn)/.*", True), (r".*", False)]
 TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
 TRAIN_ADAPTERS = [(r".*/lora_[ab]", True), (r".*", False)]
 TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
@@ -37,7 +38,10 @@ Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has n
 # Config fields, by prefix, that an artifact depends on.
 BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
-STAGE_FIELDS = (*FIRST_STAGE_FIELDS, "cluster.", "mcl.", "loss.", "compute.frozen_dtype")
+STAGE_FIELDS = (
+    *FIRST_STAGE_FIELDS,
+    *("cluster.", "mcl.", "loss.", "compute.frozen_dtype", "moe.expert_layers"),
+)
 ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
 OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient", "router.expert_learning_rate")
 UPCYCLED_FIELDS = (
@@ -130,7 +134,8 @@ class Recipe:
         experts: names of the models it is made from, given the config. One is trained as it is; the
             feed-forward layers of several become the experts of an MoE with random routers. None at all: the
             base, imported or initialised.
-        trains: rules of what trains, but for experts with a rate of their own (`rules`).
+        trains: rules of what trains. Where experts have attention too, so do feed-forward layers that train
+            to become experts or to be compared with these; experts may have a rate of their own (`rules`).
         section: the group of config fields with its hyperparameters.
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
@@ -200,6 +205,8 @@ class Recipe:
 
     def rules(self, config: ConfigDict) -> trees.Rules:
         """Returns the rules of what trains."""
+        if self.trains is TRAIN_FFN and config.moe.expert_layers == "attention_and_feed_forward":
+            return TRAIN_BLOCKS
         return TRAIN_MOE if self.expert_rates(config) else self.trains
 
     def expert_rates(self, config: ConfigDict) -> tuple[float, ...]:
@@ -321,6 +328,7 @@ Rows = Recipe | Callable[[ConfigDict], list[Recipe]]
 STAGES: Sequence[Rows] = (BASE, _mcl_recipes, _consolidation, ROUTERS)
 
 ORDINARY = (*STAGE_COUNT, *STAGES_ALONE)  # ignored by a dense model that trains on ordinary batches
+OF_NO_EXPERTS = (*ORDINARY, "moe.expert_layers")  # and by one that trains the same whatever experts are
 
 
 def _rehearsed_stages(config: ConfigDict) -> list[Recipe]:
@@ -343,9 +351,15 @@ def _controls() -> list[Recipe]:
     rehearsals = {"": "none", "_rehearsed": "pairs", "_distilled": "distill"}
     curriculum = Recipe("curriculum", "dense curriculum", "baseline", last_stage, TRAIN_FFN, CONSOLIDATION)
     direct = Recipe("direct_ft", "direct fine-tuning", "baseline", from_base, TRAIN_FFN, ignores=ORDINARY)
-    full = dataclasses.replace(direct, name="full_ft", title="full fine-tuning", trains=TRAIN_EVERYTHING)
+    full = dataclasses.replace(
+        direct,
+        name="full_ft",
+        title="full fine-tuning",
+        trains=TRAIN_EVERYTHING,
+        ignores=OF_NO_EXPERTS,
+    )
     lora = dataclasses.replace(
-        direct, name="lora", title="LoRA", trains=TRAIN_ADAPTERS, adapter_rank=ADAPTER_RANK
+        full, name="lora", title="LoRA", trains=TRAIN_ADAPTERS, adapter_rank=ADAPTER_RANK
     )
     rows = [
         dataclasses.replace(
@@ -406,7 +420,7 @@ BASELINES: Sequence[Recipe] = (
         from_base,
         TRAIN_EVERYTHING,
         num_steps=one_stage,
-        ignores=ORDINARY,
+        ignores=OF_NO_EXPERTS,
     ),
     # Full fine-tuning with Long-CLIP's second loss, of short captions (arXiv 2403.15378).
     Recipe(
@@ -417,7 +431,7 @@ BASELINES: Sequence[Recipe] = (
         TRAIN_EVERYTHING,
         num_steps=one_stage,
         losses=lambda config: {"short_caption_weight": config.loss.short_caption_weight or 1.0},
-        ignores=ORDINARY,
+        ignores=OF_NO_EXPERTS,
     ),
     SPARSE_UPCYCLING,
     DROP_UPCYCLING,
@@ -496,6 +510,8 @@ def check_baselines(config: ConfigDict) -> None:
                 errors.add(f"baselines: {name!r} is made from {needed!r}: add it")
         if CONSOLIDATION in (row.section, *row.experts(config)) and not configs.consolidates(config):
             errors.add(f"baselines: {name!r} needs consolidation: set consolidation.num_epochs or .num_steps")
+        if name == "published_moe" and config.moe.expert_layers != "feed_forward":
+            errors.add(f"baselines: {name!r} is of feed-forward layers: set moe.expert_layers=feed_forward")
         if row.rehearsal in ("pairs", "distill") and not config.router.rehearsal_fraction:
             errors.add(
                 f"baselines: {name!r} rehearses as often as the routers do: set router.rehearsal_fraction"

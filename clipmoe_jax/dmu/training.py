@@ -151,7 +151,7 @@ def _import_base(run: Run) -> tuple[dict, dict]:
 
 
 def upcycle(run: Run, recipe: Recipe) -> None:
-    """Writes the MoE of a recipe before its training: feed-forward layers stacked, routers random."""
+    """Writes the MoE of a recipe before its training: layers of experts stacked, routers random."""
     paths = [model_path(run, name) for name in recipe.experts(run.config)]
 
     def build(folder: epath.Path) -> dict:
@@ -165,6 +165,7 @@ def upcycle(run: Run, recipe: Recipe) -> None:
             experts,
             key,
             num_moe_layers=moe.num_moe_layers,
+            expert_layers=moe.expert_layers,
             router_stddev=recipe.router_stddev(run.config),
             place=place,
         )

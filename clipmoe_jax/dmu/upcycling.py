@@ -1,4 +1,4 @@
-"""Upcycling: the feed-forward layers of several dense models become the experts of one MoE."""
+"""Upcycling: layers of several dense models become the experts of one MoE."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +11,12 @@ import numpy as np
 from clipmoe_jax.core import trees
 from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
 
-MLP_LEAF = re.compile(r"(visual|text)/resblocks_(\d+)/mlp/(.+)")
+# Leaves that become experts', by `MoeConfig.expert_layers`.
+EXPERT_LEAVES = {
+    "feed_forward": re.compile(r"(visual|text)/resblocks_(\d+)/mlp/(.+)"),
+    "attention_and_feed_forward": re.compile(r"(visual|text)/resblocks_(\d+)/(?:mlp|attn)/(.+)"),
+}
+BLOCK_LEAF = EXPERT_LEAVES["attention_and_feed_forward"]
 
 
 def stack_experts(
@@ -19,29 +24,32 @@ def stack_experts(
     router_key: jax.Array,
     *,
     num_moe_layers: int | None = None,
+    expert_layers: str = "feed_forward",
     router_stddev: float = 0.02,
     place: Callable[[trees.Params], Any] = lambda _: None,
 ) -> dict:
-    """Returns params of an MoE whose expert e is the feed-forward layer of tree e in every MoE block; pure.
+    """Returns params of an MoE whose expert e is the layers of tree e in every MoE block; pure.
 
-    trees_of_params: E dense trees of one architecture, equal outside their feed-forward layers; tree 0, the
-    base, gives everything shared, and the feed-forward layers of blocks that stay dense. num_moe_layers: the
-    last n blocks of each tower; None is all. Routers are drawn from a normal distribution. place: from the
-    result as ShapeDtypeStructs to the shardings that it is born with.
-    Raises ValueError naming the first leaf outside the feed-forward layers that is not equal, with the
-    largest difference; and any leaf that one of the trees lacks.
+    trees_of_params: E dense trees of one architecture, equal outside those layers; tree 0, the base, gives
+    everything shared, and these layers of blocks that stay dense. num_moe_layers: the last n blocks of each
+    tower; None is all. expert_layers: as of `MoeConfig`: the feed-forward layer, or attention too. Routers
+    are drawn from a normal distribution. place: from the result as ShapeDtypeStructs to the shardings that it
+    is born with.
+    Raises ValueError naming the first leaf outside the layers of experts that is not equal, with the largest
+    difference; and any leaf that one of the trees lacks.
     """
     flat = [trees.flatten(tree) for tree in trees_of_params]
-    _check(flat)
+    expert_leaf = EXPERT_LEAVES[expert_layers]
+    _check(flat, expert_leaf)
 
     def stack(flat: list, router_key: jax.Array) -> dict:
-        return _stack(flat, router_key, num_moe_layers, router_stddev)
+        return _stack(flat, router_key, expert_leaf, num_moe_layers, router_stddev)
 
     where = place(jax.eval_shape(stack, flat, router_key))
     return jax.jit(stack, out_shardings=where)(flat, router_key)
 
 
-def _check(flat: Sequence[dict[str, Any]]) -> None:
+def _check(flat: Sequence[dict[str, Any]], expert_leaf: re.Pattern[str]) -> None:
     base, *others = flat
     for e, tree in enumerate(others, 1):
         if odd := sorted(base.keys() ^ tree.keys()):
@@ -51,11 +59,12 @@ def _check(flat: Sequence[dict[str, Any]]) -> None:
         for name, leaf in base.items():
             if leaf.shape != tree[name].shape:
                 raise ValueError(f"{name} is {tree[name].shape} in tree {e}, {leaf.shape} in the base")
-            if not MLP_LEAF.fullmatch(name) and not _equal(leaf, tree[name]):
+            if not expert_leaf.fullmatch(name) and not _equal(leaf, tree[name]):
                 difference = float(jnp.max(jnp.abs(jnp.asarray(leaf) - jnp.asarray(tree[name]))))
+                layers = ("attention and " if expert_leaf is BLOCK_LEAF else "") + "feed-forward layers"
                 raise ValueError(
                     f"{name} of tree {e} is not the base's (largest difference {difference:.3g}): experts "
-                    "may differ in their feed-forward layers alone"
+                    f"may differ in their {layers} alone"
                 )
 
 
@@ -66,14 +75,18 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _stack(
-    flat: Sequence[dict[str, Any]], router_key: jax.Array, num_moe_layers: int | None, router_stddev: float
+    flat: Sequence[dict[str, Any]],
+    router_key: jax.Array,
+    expert_leaf: re.Pattern[str],
+    num_moe_layers: int | None,
+    router_stddev: float,
 ) -> dict:
     base = flat[0]
     depth = {tower: _depth(base, tower) for tower in ("visual", "text")}
     moe = MoeConfig(len(flat), 1, num_moe_layers)
     leaves, routers = {}, []
     for name, leaf in base.items():
-        match = MLP_LEAF.fullmatch(name)
+        match = expert_leaf.fullmatch(name)
         if match is None or int(match[2]) < first_moe_layer(depth[match[1]], moe):
             leaves[name] = leaf
             continue
@@ -100,7 +113,7 @@ def reinitialize_experts(
     Every expert of every block draws its own floor(share * F) of the F hidden units. Their columns of c_fc,
     biases of c_fc and rows of c_proj become normal values of the mean and standard deviation that these
     columns, biases and rows had. All else stays, c_proj's biases too, which belong to no unit. (The paper's
-    layers have no biases.) place: as of `stack_experts`.
+    layers have no biases.) Experts of attention have no such units, and stay. place: as of `stack_experts`.
     """
 
     def drawn(params: trees.Params, key: jax.Array) -> dict:
@@ -133,4 +146,4 @@ def _redraw(leaf: jax.Array, where: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _depth(leaves: dict, tower: str) -> int:
-    return 1 + max(int(m[2]) for name in leaves if (m := MLP_LEAF.fullmatch(name)) and m[1] == tower)
+    return 1 + max(int(m[2]) for name in leaves if (m := BLOCK_LEAF.fullmatch(name)) and m[1] == tower)

@@ -42,6 +42,7 @@ def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) 
         "text.mlp_width": (text.mlp_width or 4 * text.width, 4 * text.width),
         "text.eos_token_id": (text.eos_token_id, None),
         "moe.sequence_share": (config.moe.sequence_share if config.moe else 0.0, 0.0),
+        "moe.expert_layers": (config.moe.expert_layers if config.moe else "feed_forward", "feed_forward"),
     }
     if odd := {name: values for name, values in fixed.items() if values[0] != values[1]}:
         has = ", ".join(f"{name}={ours}" for name, (ours, _) in odd.items())

@@ -37,8 +37,10 @@ PROCESSORS = (
     PROCESSOR_CLASS,
 )
 # MoeConfig's, in its order, and the value of one that an older config.json leaves out.
-MOE_FIELDS = ("num_experts", "num_experts_per_tok", "num_moe_layers", "router_sequence_share")
-MOE_DEFAULTS: dict[str, Any] = {"router_sequence_share": 0.0}
+MOE_FIELDS = (
+    *("num_experts", "num_experts_per_tok", "num_moe_layers", "router_sequence_share", "expert_layers"),
+)
+MOE_DEFAULTS: dict[str, Any] = {"router_sequence_share": 0.0, "expert_layers": "feed_forward"}
 
 # Values of fields that a config.json leaves out.
 TEXT_DEFAULTS = {
@@ -77,6 +79,13 @@ def _linear_rows(foreign: str, ours: str, part: str = "") -> list[Row]:
     ]
 
 
+def _stacked_rows(foreign: str, ours: str, part: str = "") -> list[Row]:
+    return [
+        Row(f"{foreign}.weight", f"{ours}/kernel{part}", STACKED_LINEAR),
+        Row(f"{foreign}.bias", f"{ours}/bias{part}", STACKED_BIAS),
+    ]
+
+
 def _block_rows(foreign: str, ours: str) -> list[Row]:
     block, our_block = foreign + ".encoder.layers.{i}", ours + "/resblocks_{i}"
     return [
@@ -89,10 +98,12 @@ def _block_rows(foreign: str, ours: str) -> list[Row]:
         *_linear_rows(f"{block}.mlp.fc1", f"{our_block}/mlp/c_fc"),
         *_linear_rows(f"{block}.mlp.fc2", f"{our_block}/mlp/c_proj"),
         Row(f"{block}.mlp.router.weight", f"{our_block}/moe/router/kernel", LINEAR),
-        Row(f"{block}.mlp.fc1.weight", f"{our_block}/moe/c_fc/kernel", STACKED_LINEAR),
-        Row(f"{block}.mlp.fc1.bias", f"{our_block}/moe/c_fc/bias", STACKED_BIAS),
-        Row(f"{block}.mlp.fc2.weight", f"{our_block}/moe/c_proj/kernel", STACKED_LINEAR),
-        Row(f"{block}.mlp.fc2.bias", f"{our_block}/moe/c_proj/bias", STACKED_BIAS),
+        *_stacked_rows(f"{block}.self_attn.q_proj", f"{our_block}/moe/in_proj", "[q]"),
+        *_stacked_rows(f"{block}.self_attn.k_proj", f"{our_block}/moe/in_proj", "[k]"),
+        *_stacked_rows(f"{block}.self_attn.v_proj", f"{our_block}/moe/in_proj", "[v]"),
+        *_stacked_rows(f"{block}.self_attn.out_proj", f"{our_block}/moe/out_proj"),
+        *_stacked_rows(f"{block}.mlp.fc1", f"{our_block}/moe/c_fc"),
+        *_stacked_rows(f"{block}.mlp.fc2", f"{our_block}/moe/c_proj"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""CLIP-MoE for PyTorch and transformers: two CLIP towers whose feed-forward layers are mixtures of experts.
+"""CLIP-MoE for PyTorch and transformers: two CLIP towers whose layers are mixtures of experts.
 
 Method: arXiv 2409.19291. `clipmoe_jax` writes this file beside the weights that it loads; it needs only torch
 and transformers. Licence: Apache-2.0.
@@ -10,6 +10,7 @@ Letters: B batch, L length, D width, H heads, M MoE blocks, E experts, K selecte
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ LEGACY_EOS_ID = 2  # means in old configs that the end token is the highest id o
 # {name: (f, s)}: an activation is f(s x) / s, so that the products around it can absorb the scaling.
 ACTIVATIONS = {"quick_gelu": (functional.silu, 1.702), "gelu": (functional.gelu, 1.0)}
 
+# What an expert is: a block's feed-forward layer, or its attention too.
+EXPERT_LAYERS = ("feed_forward", "attention_and_feed_forward")
+
 # What a forward returns beside features: its arguments, and the config's fields that they override.
 OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -38,7 +42,7 @@ class _TowerConfig(PretrainedConfig):
     """The fields of both towers. num_moe_layers: the last n blocks are MoE; None means all.
 
     router_sequence_share: how often the mean over an image's tokens, or over a caption's own, is added to
-    what a router sees, the token; 0 routes by the token alone.
+    what a router sees, the token; 0 routes by the token alone. expert_layers: one of EXPERT_LAYERS.
     """
 
     def __init__(
@@ -55,9 +59,12 @@ class _TowerConfig(PretrainedConfig):
         num_experts_per_tok=2,
         num_moe_layers=None,
         router_sequence_share=0.0,
+        expert_layers="feed_forward",
         output_router_logits=False,
         **kwargs,
     ):
+        if expert_layers not in EXPERT_LAYERS:
+            raise ValueError(f"expert_layers={expert_layers!r}: choose one of {', '.join(EXPERT_LAYERS)}")
         if hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={hidden_act!r}: choose one of {sorted(ACTIVATIONS)}")
         if not 1 <= num_experts_per_tok <= num_experts:
@@ -76,6 +83,7 @@ class _TowerConfig(PretrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.num_moe_layers = num_moe_layers
         self.router_sequence_share = router_sequence_share
+        self.expert_layers = expert_layers
         self.output_router_logits = output_router_logits
         super().__init__(**kwargs)
 
@@ -181,6 +189,18 @@ class CLIPMoEOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
+class Routing(NamedTuple):
+    """Where a router sends N = B * L tokens.
+
+    logits (B, L, E) float32; gates (N, K) float32, its K largest probabilities, divided by their sum;
+    expert_ids (N, K) int64.
+    """
+
+    logits: torch.Tensor
+    gates: torch.Tensor
+    expert_ids: torch.Tensor
+
+
 class MLP(nn.Module):
     """Linear, activation, linear: the feed-forward layer of a dense block."""
 
@@ -190,9 +210,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, real=None):
-        """(B, L, D) -> (B, L, D), and None in place of the router logits of an MoE. real: for its routers."""
-        return self.fc2(self.activation(self.scale * self.fc1(x)) / self.scale), None
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
+        return self.fc2(self.activation(self.scale * self.fc1(x)) / self.scale)
 
 
 class StackedLinear(nn.Module):
@@ -223,10 +243,7 @@ class Router(nn.Linear):
 
 
 class MoE(nn.Module):
-    """A router and E feed-forward layers, K of which run for each token. No token is dropped.
-
-    Gates are the router's K largest probabilities, divided by their sum.
-    """
+    """A router and E feed-forward layers, K of which run for each token. No token is dropped."""
 
     def __init__(self, config):
         super().__init__()
@@ -237,36 +254,18 @@ class MoE(nn.Module):
         self.fc1 = StackedLinear(self.num_experts, config.hidden_size, config.intermediate_size)
         self.fc2 = StackedLinear(self.num_experts, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, real=None):
-        """(B, L, D) -> (B, L, D), router logits (B, L, E) float32. real (B, L) bool: False for padding."""
-        tokens = x.flatten(0, 1)
+    def route(self, x, real=None):
+        """Chooses experts: x (B, L, D) -> Routing. real (B, L) bool: False for padding; None for none."""
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
             logits = self.router(x).float()
             if self.sequence_share:
                 logits = logits + self.sequence_share * _sequence_mean(logits, real)
             gates, expert_ids = logits.flatten(0, 1).softmax(dim=-1).topk(self.num_selected, dim=-1)
-            gates = gates / gates.sum(dim=-1, keepdim=True)
-        run = self._run_all if _shapes_are_static(tokens) else self._run_selected
-        y = torch.bmm(gates.to(x.dtype).unsqueeze(1), run(tokens, expert_ids)).squeeze(1)
-        return y.view_as(x), logits
+            return Routing(logits, gates / gates.sum(dim=-1, keepdim=True), expert_ids)
 
-    def _run_selected(self, x, expert_ids):
-        """Runs each token's K experts: x (N, D), expert_ids (N, K) int64 -> (N, K, D).
-
-        Slots are sorted by expert, so that each expert's rows are contiguous and need one product.
-        """
-        slots = expert_ids.flatten()
-        order = slots.argsort()
-        counts = torch.bincount(slots, minlength=self.num_experts).tolist()
-        y = torch.cat(self._run(x.index_select(0, order // self.num_selected).split(counts)))
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        return y.index_select(0, place).view(*expert_ids.shape, -1)
-
-    def _run_all(self, x, expert_ids):
-        """Runs every expert for every token and picks each token's K. No shape depends on a value."""
-        y = torch.stack(self._run([x] * self.num_experts))  # (E, N, D)
-        return y[expert_ids, torch.arange(x.shape[0], device=x.device).unsqueeze(1)]
+    def forward(self, x, routing):
+        """(B, L, D) -> (B, L, D)."""
+        return _mixture(self._run, self.num_experts, x, routing)
 
     def _run(self, groups):
         """Applies expert e to groups[e]: E tensors (N_e, D) -> list of E tensors (N_e, D)."""
@@ -274,23 +273,65 @@ class MoE(nn.Module):
         return self.fc2([self.activation(h) for h in hidden], 1 / self.scale)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
+def _mixture(run, num_experts, x, routing):
+    """Returns the sum of what a token's experts make of it, by gate: x (B, L, D) -> (B, L, out).
 
-    def __init__(self, config):
+    run: E tensors (N_e, D) -> list of E tensors (N_e, out).
+    """
+    tokens = x.flatten(0, 1)
+    run_experts = _run_all if _shapes_are_static(tokens) else _run_selected
+    y = run_experts(run, num_experts, tokens, routing.expert_ids)
+    return torch.bmm(routing.gates.to(x.dtype).unsqueeze(1), y).squeeze(1).unflatten(0, x.shape[:2])
+
+
+def _run_selected(run, num_experts, x, expert_ids):
+    """Runs each token's K experts: x (N, D), expert_ids (N, K) int64 -> (N, K, out).
+
+    Slots are sorted by expert, so that each expert's rows are contiguous and need one product.
+    """
+    slots = expert_ids.flatten()
+    order = slots.argsort()
+    counts = torch.bincount(slots, minlength=num_experts).tolist()
+    y = torch.cat(run(x.index_select(0, order // expert_ids.shape[1]).split(counts)))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return y.index_select(0, place).view(*expert_ids.shape, -1)
+
+
+def _run_all(run, num_experts, x, expert_ids):
+    """Runs every expert for every token and picks each token's K. No shape depends on a value."""
+    y = torch.stack(run([x] * num_experts))  # (E, N, out)
+    return y[expert_ids, torch.arange(x.shape[0], device=x.device).unsqueeze(1)]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; is_moe: with E of each projection, K of which run for each token."""
+
+    def __init__(self, config, is_moe=False):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, mask, is_causal, with_probabilities):
-        """x (B, L, D), mask broadcast to (B, H, L, L) bool or None -> (B, L, D), probabilities or None."""
+        def projection():
+            if is_moe:
+                return StackedLinear(config.num_experts, config.hidden_size, config.hidden_size)
+            return nn.Linear(config.hidden_size, config.hidden_size)
+
+        self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()
+        self.out_proj = projection()
+
+    def forward(self, x, mask, is_causal, with_probabilities, routing=None):
+        """x (B, L, D), mask broadcast to (B, H, L, L) bool or None -> (B, L, D), probabilities or None.
+
+        routing: of the tokens, if the projections are experts.
+        """
+
+        def project(layer, x):
+            return layer(x) if routing is None else _mixture(layer, self.config.num_experts, x, routing)
+
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            project(layer, x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         probabilities = None
         if with_probabilities or self.config._attn_implementation == "eager":
@@ -305,7 +346,7 @@ class Attention(nn.Module):
             y = functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal and mask is None
             )
-        return self.out_proj(y.transpose(1, 2).flatten(2)), probabilities
+        return project(self.out_proj, y.transpose(1, 2).flatten(2)), probabilities
 
 
 class Block(GradientCheckpointingLayer):
@@ -313,17 +354,25 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config, layer):
         super().__init__()
+        is_moe = config.is_moe(layer)
+        self.routes_attention = is_moe and config.expert_layers == EXPERT_LAYERS[1]
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, self.routes_attention)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config)
+        self.mlp = MoE(config) if is_moe else MLP(config)
 
     def forward(self, x, mask, is_causal, with_probabilities, real=None):
         """x (B, L, D) -> x, attention probabilities or None, router logits or None."""
-        y, probabilities = self.self_attn(self.layer_norm1(x), mask, is_causal, with_probabilities)
+        h, routing = self.layer_norm1(x), None
+        if self.routes_attention and isinstance(self.mlp, MoE):
+            routing = self.mlp.route(h, real)
+        y, probabilities = self.self_attn(h, mask, is_causal, with_probabilities, routing)
         x = x + y
-        y, router_logits = self.mlp(self.layer_norm2(x), real)
-        return x + y, probabilities, router_logits
+        h = self.layer_norm2(x)
+        if not isinstance(self.mlp, MoE):
+            return x + self.mlp(h), probabilities, None
+        routing = routing or self.mlp.route(h, real)
+        return x + self.mlp(h, routing), probabilities, routing.logits
 
 
 class Encoder(nn.Module):

@@ -1,12 +1,13 @@
 """Three ways to run the experts that a router chose, under one contract.
 
-Letters: N tokens, D width, F expert hidden width, E experts, K selected experts, R rows sorted by expert (N*K
-routed slots and some spare rows), C rows of an expert's buffer.
+Letters: N tokens, D width, F expert hidden width, O output width (D of feed-forward layers), E experts, K
+selected experts, R rows sorted by expert (N*K routed slots and some spare rows), C rows of an expert's
+buffer.
 
 Contract of a dispatch function `(x, gates, expert_ids, experts, feed_forward) -> (y, dropped)`:
   x (N, D); gates (N, K) float32; expert_ids (N, K) int32, where an id of E means "not an expert of this
   device" to dense and ragged and contributes nothing; experts are stacked `Weights`.
-  y (N, D) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the routed
+  y (N, O) in x's dtype is sum_k gates[n, k] * expert_{ids[n, k]}(x[n]); dropped (N,) int32 counts the routed
   slots of each token that were dropped, zero except under `capacity`.
 Dense and ragged multiply the hidden activations by the gate (`FeedForward.contract` says why).
 """
@@ -55,9 +56,9 @@ def dense(
     expert_ids: Int[Array, "N K"],
     experts: Weights,
     feed_forward: FeedForward,
-) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
+) -> tuple[Float[Array, "N O"], Int[Array, " N"]]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
-    combine_weights = _combine_weights(gates, expert_ids, experts.fc_kernel.shape[0])
+    combine_weights = _combine_weights(gates, expert_ids, experts.proj_kernel.shape[0])
 
     def apply(x, kernel, bias):
         if x.ndim == 2:  # to the hidden activations of every expert
@@ -65,7 +66,8 @@ def dense(
         return jnp.einsum("nef,efd->nd", x, kernel)
 
     no_bias = experts._replace(proj_bias=None)
-    y = feed_forward(x, no_bias, combine_weights[:, :, None], apply=apply)
+    inputs = x if experts.fc_kernel is not None else x[:, None]  # as the hidden activations of every expert
+    y = feed_forward(inputs, no_bias, combine_weights[:, :, None], apply=apply)
     y += _gated_bias(combine_weights, experts)
     return y, jnp.zeros(x.shape[0], jnp.int32)
 
@@ -79,12 +81,12 @@ def ragged(
     *,
     grouped_mlp: str,
     all_grouped: bool,
-) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
+) -> tuple[Float[Array, "N O"], Int[Array, " N"]]:
     """Sorts the routed slots by expert and runs each expert on its rows. Exact.
 
     grouped_mlp: a value of GROUPED_MLPS. all_grouped: no id is E.
     """
-    (num_tokens, num_selected), num_experts = expert_ids.shape, experts.fc_kernel.shape[0]
+    (num_tokens, num_selected), num_experts = expert_ids.shape, experts.proj_kernel.shape[0]
     run_groups, spare_rows = make_grouped_mlp(
         grouped_mlp, num_tokens * num_selected, num_experts, all_grouped=all_grouped
     )
@@ -119,7 +121,7 @@ def capacity(
     *,
     capacity_factor: float,
     expert_axis: str | None = None,
-) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
+) -> tuple[Float[Array, "N O"], Int[Array, " N"]]:
     """Gives each expert a buffer of C = ceil(capacity_factor * N * K / E) rows and drops what overflows.
 
     First choices of all tokens take their places before second choices (GShard, arXiv 2006.16668).
@@ -129,7 +131,7 @@ def capacity(
     """
     num_tokens, num_selected = expert_ids.shape
     num_devices = 1 if expert_axis is None else lax.axis_size(expert_axis)
-    num_experts = num_devices * experts.fc_kernel.shape[0]
+    num_experts = num_devices * experts.proj_kernel.shape[0]
     rows = math.ceil(capacity_factor * num_tokens * num_selected / num_experts)
     rows = min(rows, num_tokens)
     slot_expert = expert_ids.T.reshape(-1)  # all first choices, then all second choices
@@ -168,14 +170,14 @@ def gathered(
     *,
     local: Dispatch,
     expert_axis: str,
-) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
+) -> tuple[Float[Array, "N O"], Int[Array, " N"]]:
     """Runs an exact dispatch over a mesh axis that splits the experts, inside shard_map.
 
     Each device gathers the tokens of its group and runs the experts it holds (`local`: dense or ragged) on
     the slots routed to them; the partial sums are added and scattered back. An all-to-all that drops nothing
     would need buffers of N rows for every expert and so move E / n times as much (docs/scaling.md).
     """
-    num_here, num_selected = experts.fc_kernel.shape[0], expert_ids.shape[1]
+    num_here, num_selected = experts.proj_kernel.shape[0], expert_ids.shape[1]
     x, gates, expert_ids = (lax.all_gather(a, expert_axis, tiled=True) for a in (x, gates, expert_ids))
     expert_ids = expert_ids - lax.axis_index(expert_axis) * num_here
     here = (expert_ids >= 0) & (expert_ids < num_here)
@@ -194,7 +196,7 @@ def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array
 
 
 def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
-    """Returns the sum of the experts' proj_bias by gate, (N, E) -> (N, D); the gates' gradient is float32."""
+    """Returns the sum of the experts' proj_bias by gate, (N, E) -> (N, O); the gates' gradient is float32."""
     bias = experts.proj_bias
     assert bias is not None
     return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)

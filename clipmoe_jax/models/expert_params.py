@@ -6,7 +6,7 @@ import re
 from clipmoe_jax.core import trees
 from clipmoe_jax.models.clip import ClipConfig
 
-EXPERT_LEAF = re.compile(r"((?:visual|text)/resblocks_\d+)/moe/(c_(?:fc|proj)/.+)")
+EXPERT_LEAF = re.compile(r"((?:visual|text)/resblocks_\d+)/moe/((?:c_fc|c_proj|in_proj|out_proj)/.+)")
 
 
 def expert_as_dense(params: trees.Params, config: ClipConfig, e: int) -> tuple[ClipConfig, dict]:
@@ -23,7 +23,8 @@ def expert_as_dense(params: trees.Params, config: ClipConfig, e: int) -> tuple[C
     leaves = {}
     for name, leaf in trees.flatten(params).items():
         if match := EXPERT_LEAF.fullmatch(name):
-            leaves[f"{match[1]}/mlp/{match[2]}"] = leaf[e]
+            layer = "mlp" if match[2].startswith("c_") else "attn"
+            leaves[f"{match[1]}/{layer}/{match[2]}"] = leaf[e]
         elif "/moe/router/" not in name:
             leaves[name] = leaf
     return dataclasses.replace(config, moe=None), trees.unflatten(leaves)

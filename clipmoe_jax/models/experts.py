@@ -1,10 +1,10 @@
-"""Experts on rows of tokens that are sorted by expert: grouped feed-forward layers.
+"""Experts on rows of tokens that are sorted by expert: grouped feed-forward or linear layers.
 
-Letters: R sorted rows, E experts, D width, F expert hidden width.
+Letters: R sorted rows, E experts, D width, F expert hidden width, O output width (D of feed-forward layers).
 
 Contract of a grouped feed-forward layer `(rows, gates, group_sizes, experts, feed_forward) -> y`:
   rows (R, D); gates (R, 1) float32; group_sizes (E,) int32: how many consecutive rows each expert has. Rows
-  after those of the last group are spare; `make_grouped_mlp` says how many there have to be. y (R, D) is
+  after those of the last group are spare; `make_grouped_mlp` says how many there have to be. y (R, O) is
   gate * expert(row) without proj_bias. In spare rows y and the gradients of rows and gates are undefined and
   may be NaN; the inputs there, and the gradient of y, must be finite.
 """
@@ -129,22 +129,24 @@ def _blocks(feed_forward, scan_blocks, words, rows, gates, group_sizes, experts)
 
 def _blocks_fwd(feed_forward, scan_blocks, words, rows, gates, group_sizes, experts):
     y, h = _forward(feed_forward, scan_blocks, words, rows, gates, group_sizes, experts, keep=True)
-    return y, (rows, gates, group_sizes, experts, checkpoint_name(h, HIDDEN))
+    return y, (rows, gates, group_sizes, experts, None if h is None else checkpoint_name(h, HIDDEN))
 
 
 def _forward(feed_forward, scan_blocks, words, rows, gates, group_sizes, experts, keep: bool):
-    """Returns y and, if `keep`, the hidden activations, else None."""
+    """Returns y and, if `keep`, the hidden activations, else None; None where these are the rows."""
     feed_forward = feed_forward._replace(dropout=feed_forward.dropout._replace(words=words))
 
     def block(outputs, expert, weights, row, num_rows):
         x, gate = _slice((rows, gates), row, num_rows)
-        h = feed_forward.expand(x, weights, row)
-        y = feed_forward.contract(h, weights, gate)
-        return _update(outputs, (y, h if keep else None), row), ()
+        h_block = feed_forward.expand(x, weights, row)
+        y = feed_forward.contract(h_block, weights, gate)
+        return _update(outputs, (y, None if h is None else h_block), row), ()
 
     # Not zeros: those of all layers depend on nothing, so XLA would make them all where a step begins.
-    h = lax.empty((len(rows), experts.fc_kernel.shape[2]), rows.dtype) if keep else None
-    outputs = lax.empty(rows.shape, rows.dtype), h
+    h = None
+    if keep and experts.fc_kernel is not None:
+        h = lax.empty((len(rows), experts.fc_kernel.shape[2]), rows.dtype)
+    outputs = lax.empty((len(rows), experts.proj_kernel.shape[2]), rows.dtype), h
     return scan_blocks(block, outputs, (), len(rows), group_sizes, experts)[0]
 
 
@@ -154,7 +156,8 @@ def _blocks_bwd(feed_forward, scan_blocks, residuals, dy):
     ends = jnp.cumsum(group_sizes)
 
     def block(gradients, expert, weights, row, num_rows):
-        x, gate, g, h_block = _slice((rows, gates, dy, h), row, num_rows)
+        x, gate, g = _slice((rows, gates, dy), row, num_rows)
+        h_block = x if h is None else _slice(h, row, num_rows)
         # Rows of the next group must not reach the sums; what they leave in `gradients` is overwritten.
         g = jnp.where((row + jnp.arange(num_rows) < ends[expert])[:, None], g, 0)
         _, contract_vjp = jax.vjp(feed_forward.contract, h_block, weights, gate)

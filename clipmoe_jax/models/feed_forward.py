@@ -3,7 +3,7 @@
 Letters: N tokens (or rows of tokens), D width, F hidden width.
 
 It comes in two halves, `expand` to the hidden activations h and `contract` back, because a backward pass
-written over blocks of rows keeps h between them.
+written over blocks of rows keeps h between them. Experts of attention have the second half alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,14 +38,19 @@ def gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
+def identity(x: Array) -> Array:
+    """Returns x: the activation of one linear layer."""
+    return x
+
+
 class Weights(NamedTuple):
     """The weights of one feed-forward layer; those of E experts have a leading axis E.
 
-    proj_bias None: the caller adds it.
+    fc_kernel and fc_bias None: one linear layer, whose h is x, F = D. proj_bias None: the caller adds it.
     """
 
-    fc_kernel: Float[Array, "... D F"]
-    fc_bias: Float[Array, "... F"]
+    fc_kernel: Float[Array, "... D F"] | None
+    fc_bias: Float[Array, "... F"] | None
     proj_kernel: Float[Array, "... F D"]
     proj_bias: Float[Array, "... D"] | None
 
@@ -90,6 +95,8 @@ class FeedForward(NamedTuple):
 
         x (N, D), the rows from `first_row` of all those that dropout draws for -> (N, F).
         """
+        if weights.fc_kernel is None:
+            return x
         return self.dropout.drop(apply(x, weights.fc_kernel, weights.fc_bias), first_row)
 
     def contract(

@@ -7,7 +7,6 @@ tower is computed for the one token of an image or caption that is pooled.
 Towers go by their key in the parameters, "visual" and "text".
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,8 @@ import numpy as np
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.models.clip import ClipConfig, VisionConfig
-from clipmoe_jax.models.transformer import first_moe_layer
+from clipmoe_jax.models.expert_params import EXPERT_LEAF
+from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
 
 
 class Layer(NamedTuple):
@@ -52,26 +52,34 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
     moe, first_moe = config.moe, first_moe_layer(shape.num_layers, config.moe)
     for i in range(shape.num_layers):
         block = f"{tower}/resblocks_{i}"
+        of_block = moe if i >= first_moe else None
+        num_visited = (slots or of_block.num_selected_experts) if of_block else 1
+        routes_attention = of_block is not None and of_block.expert_layers == "attention_and_feed_forward"
+        attn, mlp = "moe" if routes_attention else "attn", "moe" if of_block else "mlp"
+        times = num_visited if routes_attention else 1
         yield Layer(f"{block}/ln_1", 0)
-        yield Layer(f"{block}/attn/in_proj", 2 * length * width * 3 * width)
+        # The router comes before the first layer whose input its gates multiply (models/feed_forward.py).
+        if of_block and routes_attention:
+            yield from _routing(block, tower, length, width, of_block)
+        yield Layer(f"{block}/{attn}/in_proj", 2 * times * length * width * 3 * width)
         yield Layer("", 2 * 2 * length * length * width, 2)  # scores, and their product with the values
-        yield Layer(f"{block}/attn/out_proj", 2 * length * width * width)
+        yield Layer(f"{block}/{attn}/out_proj", 2 * times * length * width * width)
         yield Layer(f"{block}/ln_2", 0)
-        tokens = length if i < shape.num_layers - 1 else 1
-        if moe is None or i < first_moe:
-            yield Layer(f"{block}/mlp/c_fc", 2 * tokens * width * hidden)
-            yield Layer(f"{block}/mlp/c_proj", 2 * tokens * hidden * width)
-            continue
-        tokens *= slots or moe.num_selected_experts
-        yield Layer(f"{block}/moe/c_fc", 2 * tokens * width * hidden)
-        # The router comes here since its gates multiply the input of c_proj (models/feed_forward.py).
-        yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
-        if moe.sequence_share and tower == "text":  # of router logits
-            yield Layer(f"{block}/moe/sequence_mean", 2 * length * length * moe.num_experts)
-        yield Layer(f"{block}/moe/c_proj", 2 * tokens * hidden * width)
+        tokens = num_visited * (length if i < shape.num_layers - 1 else 1)
+        yield Layer(f"{block}/{mlp}/c_fc", 2 * tokens * width * hidden)
+        if of_block and not routes_attention:
+            yield from _routing(block, tower, length, width, of_block)
+        yield Layer(f"{block}/{mlp}/c_proj", 2 * tokens * hidden * width)
     last = ("ln_post", "proj") if tower == "visual" else ("ln_final", "text_projection")
     yield Layer(f"{tower}/{last[0]}", 0)
     yield Layer(f"{tower}/{last[1]}", 2 * width * config.embed_dim)
+
+
+def _routing(block: str, tower: str, length: int, width: int, moe: MoeConfig) -> Iterator[Layer]:
+    """Yields the layers of a block's router."""
+    yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
+    if moe.sequence_share and tower == "text":  # of router logits
+        yield Layer(f"{block}/moe/sequence_mean", 2 * length * length * moe.num_experts)
 
 
 def forward(config: ClipConfig, length: int | None = None, slots: float = 0) -> float:
@@ -136,7 +144,7 @@ def count_active_parameters(params: trees.Params, config: ClipConfig) -> int:
     total = 0
     for name, leaf in trees.flatten(params).items():
         size = int(np.prod(leaf.shape))
-        if config.moe is not None and re.search(r"/moe/c_(fc|proj)/", name):
+        if config.moe is not None and EXPERT_LEAF.fullmatch(name):
             size = size // config.moe.num_experts * config.moe.num_selected_experts
         total += size
     return total

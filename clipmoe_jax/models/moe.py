@@ -1,7 +1,7 @@
-"""The mixture-of-experts feed-forward layer of CLIP-MoE.
+"""The mixture-of-experts layers of CLIP-MoE.
 
-Letters: B batch, L length, N = B*L tokens, D width, F expert hidden width, E experts, K selected experts, S
-shards of B / S rows each, P pooled positions of each shard.
+Letters: B batch, L length, N = B*L tokens, D width, O output width, F expert hidden width, E experts, K
+selected experts, S shards of B / S rows each, P pooled positions of each shard.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from clipmoe_jax.core.sharding import BATCH_AXES, EXPERT_AXIS, devices_in_use, split_batch
 from clipmoe_jax.models import dispatch
 from clipmoe_jax.models.dropout import Dropout
-from clipmoe_jax.models.feed_forward import FeedForward, Weights
+from clipmoe_jax.models.feed_forward import FeedForward, Weights, identity
 
 Array = jax.Array
 
@@ -93,14 +93,11 @@ class StackedLinear(nn.Module):
     """The parameters of E linear layers. A call returns kernel (E, in, out) and bias (E, out)."""
 
     num_experts: int
-    in_features: int
-    out_features: int
-    kernel_stddev: float
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        shape = (self.num_experts, self.in_features, self.out_features)
-        kernel = self.param("kernel", nn.initializers.normal(self.kernel_stddev), shape)
+    def __call__(self, in_features: int, out_features: int, kernel_stddev: float) -> tuple[Array, Array]:
+        shape = (self.num_experts, in_features, out_features)
+        kernel = self.param("kernel", nn.initializers.normal(kernel_stddev), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (shape[0], shape[2]))
         return kernel, bias
 
@@ -130,57 +127,105 @@ class MoeMlp(nn.Module):
     deterministic: bool = True
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.router = nn.Dense(
+            self.num_experts,
+            use_bias=False,
+            dtype=jnp.float32,
+            precision=lax.Precision.HIGHEST,
+            kernel_init=nn.initializers.normal(0.02),
+        )
+        self.c_fc, self.c_proj = (StackedLinear(self.num_experts) for _ in range(2))
+
     def __call__(
         self,
         x: Float[Array, "B L D"],
         pooled_positions: Int[Array, "S P"] | None = None,
         sequences: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
-        (batch, length, width), num_experts = x.shape, self.num_experts
-        router_logits = nn.Dense(
-            num_experts,
-            use_bias=False,
-            dtype=jnp.float32,
-            precision=lax.Precision.HIGHEST,
-            kernel_init=nn.initializers.normal(0.02),
-            name="router",
-        )(x.astype(jnp.float32))
+        router_logits = self.route(x, sequences)
+        y, dropped_slots = self.feed_forward(x, router_logits, pooled_positions)
+        return y, {"router_logits": router_logits, "dropped_slots": dropped_slots}
+
+    def route(self, x: Float[Array, "B L D"], sequences: Int[Array, "B L"] | None) -> Float[Array, "B L E"]:
+        """Returns the router logits, float32."""
+        router_logits = self.router(x.astype(jnp.float32))
         if self.sequence_share:
             router_logits = add_sequence_mean(router_logits, sequences, self.sequence_share)
-        router_logits = checkpoint_name(router_logits, dispatch.ROUTING)
-        tokens, of_tokens = gather(x, pooled_positions), gather(router_logits, pooled_positions)
-        gates, expert_ids = route(of_tokens, self.num_selected_experts)
-        if self.router_gradient == "all":
-            gates, expert_ids = straight_through(of_tokens, gates, expert_ids)
+        return checkpoint_name(router_logits, dispatch.ROUTING)
 
+    def feed_forward(
+        self,
+        x: Float[Array, "B L D"],
+        router_logits: Float[Array, "B L E"],
+        pooled_positions: Int[Array, "S P"] | None,
+    ) -> tuple[Float[Array, "... D"], Int[Array, " B"]]:
+        """Runs the feed-forward layers that the router chose. Returns y and dropped_slots as of a call."""
+        batch, length, width = x.shape
         fc_stddev, proj_stddev = (2 * width) ** -0.5, self.hidden_dim**-0.5
         experts = Weights(
-            *StackedLinear(num_experts, width, self.hidden_dim, fc_stddev, name="c_fc")(),
-            *StackedLinear(num_experts, self.hidden_dim, width, proj_stddev, name="c_proj")(),
+            *self.c_fc(width, self.hidden_dim, fc_stddev), *self.c_proj(self.hidden_dim, width, proj_stddev)
         )
-        experts = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), experts)
-
-        dropping = self.dropout_rate > 0 and not self.deterministic
-        y, dropped = _run_experts(
-            tokens.reshape(-1, width).astype(self.dtype),
-            gates.reshape(-1, gates.shape[-1]),
-            expert_ids.reshape(-1, gates.shape[-1]),
-            experts,
-            dropout_key=self.make_rng("dropout") if dropping else None,
-            dropout_rate=self.dropout_rate if dropping else 0.0,
-            activation=self.activation,
-            name=self.dispatch,
-            capacity_factor=self.capacity_factor,
-            grouped_mlp=self.grouped_mlp,
-        )
+        tokens, of_tokens = gather(x, pooled_positions), gather(router_logits, pooled_positions)
+        rate = 0.0 if self.deterministic else self.dropout_rate
+        y, dropped = self._run(tokens, of_tokens, experts, self.activation, rate)
         if pooled_positions is not None:  # back to where the pooled tokens came from
             num_shards = len(pooled_positions)
             shards = jnp.zeros((num_shards, batch * length // num_shards), jnp.int32)
             rows = jnp.arange(num_shards)[:, None]
             dropped = shards.at[rows, pooled_positions].add(dropped.reshape(pooled_positions.shape))
-        dropped_slots = dropped.reshape(batch, length).sum(axis=1)
-        return y.reshape(tokens.shape), {"router_logits": router_logits, "dropped_slots": dropped_slots}
+        return y, dropped.reshape(batch, length).sum(axis=1)
+
+    def _run(
+        self,
+        tokens: Array,
+        router_logits: Array,
+        experts: Weights,
+        activation: Callable[[Array], Array],
+        dropout_rate: float = 0.0,
+    ) -> tuple[Array, Array]:
+        """Runs experts on the tokens (…, D) that their logits (…, E) choose; what each token had dropped."""
+        gates, expert_ids = route(router_logits, self.num_selected_experts)
+        if self.router_gradient == "all":
+            gates, expert_ids = straight_through(router_logits, gates, expert_ids)
+        y, dropped = _run_experts(
+            tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype),
+            gates.reshape(-1, gates.shape[-1]),
+            expert_ids.reshape(-1, gates.shape[-1]),
+            jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), experts),
+            dropout_key=self.make_rng("dropout") if dropout_rate else None,
+            dropout_rate=dropout_rate,
+            activation=activation,
+            name=self.dispatch,
+            capacity_factor=self.capacity_factor,
+            grouped_mlp=self.grouped_mlp,
+        )
+        return y.reshape(*tokens.shape[:-1], -1), dropped
+
+
+class MoeBlock(MoeMlp):
+    """E blocks of which each token visits K: experts of attention's projections too, under one router.
+
+    A token's queries, keys, values and output are sums over its experts by gate, so that tokens of one
+    sequence attend to each other whatever experts they chose. Use: `route`, by what attention sees;
+    `project` before and after attention; `feed_forward`.
+    """
+
+    def setup(self):
+        super().setup()
+        self.in_proj, self.out_proj = (StackedLinear(self.num_experts) for _ in range(2))
+
+    def project(
+        self, layer: str, x: Float[Array, "B L D"], router_logits: Float[Array, "B L E"]
+    ) -> tuple[Float[Array, "B L O"], Int[Array, " B"]]:
+        """Runs the experts of a linear layer: "in_proj", O = 3 D, or "out_proj", O = D.
+
+        Returns y and dropped_slots.
+        """
+        width = x.shape[-1]
+        kernel, bias = getattr(self, layer)(width, (3 if layer == "in_proj" else 1) * width, width**-0.5)
+        y, dropped = self._run(x, router_logits, Weights(None, None, kernel, bias), identity)
+        return y, dropped.reshape(x.shape[:2]).sum(axis=1)
 
 
 def _run_experts(

@@ -6,6 +6,8 @@ of B / S rows each (one row, or all rows that a device has of a microbatch), P p
 
 import dataclasses
 import functools
+import reprlib
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -19,13 +21,14 @@ from clipmoe_jax.models.attention import attention
 from clipmoe_jax.models.dispatch import ROUTING
 from clipmoe_jax.models.feed_forward import ACTIVATIONS, HIDDEN, Mlp
 from clipmoe_jax.models.linear import Linear
-from clipmoe_jax.models.moe import MoeMlp, gather
+from clipmoe_jax.models.moe import MoeBlock, MoeMlp, gather
 
 Array = jax.Array
 
 
 MOST_EXPERTS = 1000
 REMAT = ("none", "dots", "full")
+EXPERT_LAYERS = ("feed_forward", "attention_and_feed_forward")
 # The arrays that remat="dots" keeps of a block besides its input: queries, keys and values; the output of
 # attention; the residual stream after attention; hidden activations; where routers send tokens.
 KEPT = ("qkv", "attended", "attention_added", HIDDEN, ROUTING)
@@ -37,6 +40,7 @@ class MoeConfig:
 
     num_moe_layers: how many of the last blocks of each tower are MoE; None is all. sequence_share: how often
     the mean over a token's sequence is added to what its router sees, the token (`moe.add_sequence_mean`).
+    expert_layers: what of a block is an expert, one of EXPERT_LAYERS.
     Raises ValueError for fields out of range.
     """
 
@@ -44,8 +48,12 @@ class MoeConfig:
     num_selected_experts: int = 2
     num_moe_layers: int | None = None
     sequence_share: float = 0.0
+    expert_layers: str = "feed_forward"
 
     def __post_init__(self):
+        if self.expert_layers not in EXPERT_LAYERS:
+            shown = reprlib.repr(self.expert_layers)
+            raise ValueError(f"expert_layers={shown}: choose one of {', '.join(EXPERT_LAYERS)}")
         for name in ("num_experts", "num_selected_experts"):
             whole_number(name, getattr(self, name), MOST_EXPERTS, least=0)
         number("sequence_share", self.sequence_share, 1e3)
@@ -106,12 +114,25 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B L D"], segments: Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        batch, length, width = x.shape
+        width = x.shape[-1]
         qkv = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")(x)
-        qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        y = attention(qkv, causal=self.causal, segments=segments, implementation=self.implementation)
-        y = checkpoint_name(y.reshape(batch, length, width), "attended")
+        y = _attend(qkv, self.num_heads, self.causal, self.implementation, segments)
         return Linear(width, width**-0.5, self.dtype, name="out_proj")(y)
+
+
+def _attend(
+    qkv: Float[Array, "B L 3*D"],
+    num_heads: int,
+    causal: bool,
+    implementation: str,
+    segments: Int[Array, "B L"] | None,
+) -> Float[Array, "B L D"]:
+    """Lets tokens attend to each other; arguments as of `Attention`."""
+    batch, length, width = qkv.shape
+    width //= 3
+    qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, num_heads, width // num_heads)
+    y = attention(qkv, causal=causal, segments=segments, implementation=implementation)
+    return checkpoint_name(y.reshape(batch, length, width), "attended")
 
 
 class Block(nn.Module):
@@ -140,31 +161,50 @@ class Block(nn.Module):
         sequences: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
         dtype = jnp.dtype(self.compute.dtype)
-        x = x + Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
-            layer_norm(self.layer_norm_eps, dtype, "ln_1")(x), segments
-        )
-        x = checkpoint_name(x, "attention_added")
-        ln_2, activation = layer_norm(self.layer_norm_eps, dtype, "ln_2"), ACTIVATIONS[self.activation]
-        if self.moe is None:
+        ln_1, ln_2 = (layer_norm(self.layer_norm_eps, dtype, name) for name in ("ln_1", "ln_2"))
+        activation, h = ACTIVATIONS[self.activation], ln_1(x)
+        moe = None if self.moe is None else self._moe(self.moe, activation, dtype)
+        router_logits, dropped_slots = None, 0
+        if isinstance(moe, MoeBlock):
+            router_logits = moe.route(h, sequences)
+            qkv, dropped_in = moe.project("in_proj", h, router_logits)
+            y = _attend(qkv, self.num_heads, self.causal, self.compute.attention, segments)
+            y, dropped_out = moe.project("out_proj", y, router_logits)
+            dropped_slots = dropped_in + dropped_out
+        else:
+            y = Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
+                h, segments
+            )
+        x = checkpoint_name(x + y, "attention_added")
+        if moe is None:
             x = gather(x, pooled_positions)
             mlp = Mlp(self.mlp_width, activation, dtype, self.compute.mlp_chunk_rows, name="mlp")
             return x + mlp(ln_2(x)), {}
-        y, aux = MoeMlp(
-            num_experts=self.moe.num_experts,
-            num_selected_experts=self.moe.num_selected_experts,
+        h = ln_2(x)
+        if router_logits is None:
+            router_logits = moe.route(h, sequences)
+        y, dropped = moe.feed_forward(h, router_logits, pooled_positions)
+        aux = {"router_logits": router_logits, "dropped_slots": dropped_slots + dropped}
+        return gather(x, pooled_positions) + y, aux
+
+    def _moe(self, moe: MoeConfig, activation: Callable[[Array], Array], dtype: jnp.dtype) -> MoeMlp:
+        """The experts of a block, with attention among their layers or not."""
+        kind = MoeBlock if moe.expert_layers == "attention_and_feed_forward" else MoeMlp
+        return kind(
+            num_experts=moe.num_experts,
+            num_selected_experts=moe.num_selected_experts,
             hidden_dim=self.mlp_width,
             activation=activation,
             dispatch=self.compute.dispatch,
             grouped_mlp=self.compute.grouped_mlp,
-            sequence_share=self.moe.sequence_share,
+            sequence_share=moe.sequence_share,
             router_gradient=self.compute.router_gradient,
             capacity_factor=self.compute.capacity_factor,
             dropout_rate=self.compute.expert_dropout_rate,
             deterministic=self.deterministic,
             dtype=dtype,
             name="moe",
-        )(ln_2(x), pooled_positions, sequences)
-        return gather(x, pooled_positions) + y, aux
+        )
 
 
 def apply_blocks(

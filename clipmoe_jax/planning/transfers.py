@@ -106,6 +106,7 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
         return
     trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config))))
     experts_train = any(yes for name, yes in trains.items() if "/moe/c_fc/" in name)
+    has_attention = moe.expert_layers == "attention_and_feed_forward"
     shared_train = any(yes for name, yes in trains.items() if "/moe/" not in name)
     itemsize = jnp.dtype(compute.dtype).itemsize
     passes, recomputes = _num_forward_passes(phase), compute.remat != "none"
@@ -118,29 +119,35 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
         ("words", text, text.context_length),
     ):
         num_blocks = tower.num_layers - first_moe_layer(tower.num_layers, moe)
-        # Tokens of each block's experts; those of the last compute one of each sequence.
-        tokens = pairs_of_group * np.array([length] * (num_blocks - 1) + [1])
-        x = tokens * tower.width * itemsize
-        # Where the first MoE block is the first to train, its inputs need no gradient.
-        to_inputs = slice(0 if shared_train else 1, None)
-        if compute.dispatch == "capacity":
-            own = tokens / mesh.shape["expert"]
-            slots = compute.capacity_factor * num_visited * own
-            rows = np.minimum(np.ceil(slots / moe.num_experts), own)
-            buffers = moe.num_experts * rows * tower.width * itemsize
-            to_outputs = slice(0 if shared_train or experts_train else 1, None)
-            size = (2 * passes - recomputes) * buffers.sum()
-            size += buffers[to_inputs].sum() + buffers[to_outputs].sum()
-            yield from _on_rings(mesh, ["expert"], f"{what} to experts and back", "all-to-all", size)
-            continue
-        gates = tokens.sum() * num_visited * FLOAT_BYTES
-        for name, operation, size, times in (
-            (f"{what}, gates, ids", "all-gather", x.sum() + 2 * gates, passes),
-            (f"{what}' outputs", "reduce-scatter", x.sum(), passes - recomputes),
-            (f"gradients of {what}' outputs", "all-gather", x.sum(), 1),
-            (f"gradients of {what}, gates", "reduce-scatter", x[to_inputs].sum() + gates, 1),
-        ):
-            yield from _on_rings(mesh, ["expert"], name, operation, size, times)
+        # Tokens of each block's experts; those of the last feed-forward layer are one of each sequence.
+        every, pooled = np.full(num_blocks, length), np.array([length] * (num_blocks - 1) + [1])
+        # Of each layer of experts: its tokens, its outputs' width, whether it is the first of a block.
+        layers = [(pooled, tower.width, not has_attention)]
+        if has_attention:
+            layers += [(every, 3 * tower.width, True), (every, tower.width, False)]
+        sizes: dict[tuple[str, str], float] = collections.defaultdict(float)
+        for tokens, out_width, is_first in layers:
+            tokens = pairs_of_group * tokens
+            x, y = (tokens * width * itemsize for width in (tower.width, out_width))
+            # Where the first MoE block is the first to train, its inputs need no gradient.
+            to_inputs = slice(0 if shared_train or not is_first else 1, None)
+            if compute.dispatch == "capacity":
+                own = tokens / mesh.shape["expert"]
+                slots = compute.capacity_factor * num_visited * own
+                rows = np.minimum(np.ceil(slots / moe.num_experts), own)
+                there, back = (moe.num_experts * rows * w * itemsize for w in (tower.width, out_width))
+                to_outputs = slice(0 if shared_train or experts_train or not is_first else 1, None)
+                size = passes * there.sum() + (passes - recomputes) * back.sum()
+                size += there[to_inputs].sum() + back[to_outputs].sum()
+                sizes[f"{what} to experts and back", "all-to-all"] += size
+                continue
+            gates = tokens.sum() * num_visited * FLOAT_BYTES
+            sizes[f"{what}, gates, ids", "all-gather"] += passes * (x.sum() + 2 * gates)
+            sizes[f"{what}' outputs", "reduce-scatter"] += (passes - recomputes) * y.sum()
+            sizes[f"gradients of {what}' outputs", "all-gather"] += y.sum()
+            sizes[f"gradients of {what}, gates", "reduce-scatter"] += x[to_inputs].sum() + gates
+        for (name, operation), size in sizes.items():
+            yield from _on_rings(mesh, ["expert"], name, operation, size)
 
 
 def transfer_seconds(device: Accelerator, mesh: AbstractMesh, transfer: Transfer) -> float:

@@ -170,7 +170,8 @@ def test_values_and_gradients_equal_a_masked_loop(experts, selected):
     moe, x = make_moe(experts, selected), torch.randn(2, 7, 16, requires_grad=True)
     weights = torch.randn(2, 7, 16)
     inputs = [x, *moe.parameters()]
-    y, logits = moe(x)
+    routing = moe.route(x)
+    y, logits = moe(x, routing), routing.logits
     naive = naive_experts(moe, x.flatten(0, 1)).view_as(x)
     torch.testing.assert_close(y, naive, rtol=1e-5, atol=1e-5)
     assert logits.shape == (2, 7, experts) and logits.dtype == torch.float32
@@ -185,7 +186,7 @@ def test_experts_without_tokens_get_zero_gradients():
     with torch.no_grad():
         moe.router.weight.zero_()
         moe.router.weight[3] += 1  # all inputs are positive: everybody goes to 3, then to a tie's first
-    y, _ = moe(x)
+    y = moe(x, moe.route(x))
     y.sum().backward()
     used = moe.fc1.weight.grad.flatten(1).abs().sum(dim=1) > 0
     assert used.tolist().count(True) == 2 and used[3]
@@ -194,9 +195,10 @@ def test_experts_without_tokens_get_zero_gradients():
 def test_autocast_routes_in_float32():
     moe, x = make_moe(), torch.randn(1, 9, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        y, logits = moe(x)
-    torch.testing.assert_close(logits, moe(x)[1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(y.float(), moe(x)[0], rtol=5e-2, atol=5e-2)
+        routing = moe.route(x)
+        y = moe(x, routing)
+    torch.testing.assert_close(routing.logits, moe.route(x).logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y.float(), moe(x, moe.route(x)), rtol=5e-2, atol=5e-2)
 
 
 @pytest.fixture(scope="module")

@@ -147,8 +147,8 @@ def test_running_all_experts_gives_the_values_and_gradients_of_running_a_few(sel
     weights = torch.randn(14, selected, 16)
     inputs = [x, moe.fc1.weight, moe.fc1.bias, moe.fc2.weight, moe.fc2.bias]
     results = []
-    for run in (moe._run_all, moe._run_selected):
-        y = run(x.flatten(0, 1), ids)
+    for run_experts in (exported._run_all, exported._run_selected):
+        y = run_experts(moe._run, 5, x.flatten(0, 1), ids)
         results.append((y, *torch.autograd.grad((y * weights).sum(), inputs)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
