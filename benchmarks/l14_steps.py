@@ -12,57 +12,27 @@ bounds no accelerator's.
 """
 
 import argparse
-import os
-import pathlib
 import re
 import time
 
+import jax
+
+from clipmoe_jax import config as configs
+from clipmoe_jax.core import accelerators
+from clipmoe_jax.dmu.phases import phases_of
+from clipmoe_jax.planning.targets import PLATFORMS, compile_step
+
 STAGES = ("mcl_1", "router")
-# The smallest slice of each.
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "cuda"}
-# XLA tries kernels out on the device unless told not to, and its Triton products have no default tiling.
-UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
-def target_device(target: str):
-    """Returns a device to compile for: this machine's CPU, or one that is described to its compiler."""
-    import jax
-    from jax.experimental import topologies
-
-    platform = PLATFORMS[target]
-    if platform == "cpu":
-        return jax.devices()[0]
-    try:
-        if platform == "tpu":
-            return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
-        described = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text()
-        topology = topologies.get_topology_desc(target, "cuda", target_config=described, topology="1x1x1")
-        return topology.devices[0]
-    except Exception as error:  # whatever a missing plugin raises
-        package = {"tpu": "jax[tpu]", "cuda": "jax[cuda13]"}[platform]
-        message = f'--target={target}: there is no compiler for it here: pip install "{package}" ({error})'
-        raise SystemExit(message) from error
-
-
-def compile_step(stage: str, args: argparse.Namespace) -> dict[str, float]:
+def account(stage: str, args: argparse.Namespace) -> dict[str, float]:
     """Compiles the step of a stage and returns seconds, GiB, and for a TPU cycles."""
-    import jax
-
-    from clipmoe_jax import config as configs
-    from clipmoe_jax.core import sharding
-    from clipmoe_jax.dmu.phases import phases_of
-    from clipmoe_jax.planning.abstract import abstract_step
-
     config, platform = configs.default_config(), PLATFORMS[args.target]
     config.compute.dtype, config.compute.remat = args.dtype, args.remat
     config.mcl.batch_size = config.router.batch_size = args.batch
     phase = next(p for p in phases_of(config, platform, 10**6) if p.name == stage)
-    mesh = sharding.make_mesh(devices=[target_device(args.target)])
-    step, arguments = abstract_step(mesh, phase)
     began = time.perf_counter()
-    with jax.set_mesh(mesh):
-        compiled = step.lower(*arguments).compile()
+    compiled = compile_step(args.target, phase)
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     numbers = {
@@ -90,12 +60,10 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, help="one of the steps; all if not given")
     args = parser.parse_args()
     args.dtype = args.dtype or ("float32" if args.target == "cpu" else "bfloat16")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    if PLATFORMS[args.target] == "cuda":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
+    accelerators.take_none()
+    jax.config.update("jax_enable_compilation_cache", False)
     for stage in [args.stage] if args.stage else STAGES:
-        for name, value in compile_step(stage, args).items():
+        for name, value in account(stage, args).items():
             print(f"{stage:7} {name:45} {value:8.2f}", flush=True)
 
 
