@@ -28,8 +28,8 @@ def plan(
     """Returns the tables of a config's plan, one after the other if it has variants.
 
     accelerator: a name of ACCELERATORS. num_pairs: of the training set; 0 counts the config's. mfu: the share
-    of the peak to expect; None is what was measured or is assumed. Raises ValueError for a run that would be
-    refused, with what that would say.
+    of the peak to expect; None is what was measured or predicted, or is assumed. Raises ValueError for a run
+    that would be refused, with what that would say.
     """
     errors, tables = Errors(), {}
     count = functools.cache(_count)  # variants have most of their data in common
@@ -87,7 +87,7 @@ def _define_flags() -> None:
     flags.DEFINE_float(
         "mfu",
         None,
-        "Share of the peak to expect; what was measured, or 0.4, if not given.",
+        "Share of the peak to expect; what was measured or predicted, or 0.4, if not given.",
         lower_bound=0.01,
         upper_bound=1.0,
     )

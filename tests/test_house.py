@@ -137,7 +137,15 @@ def test_one_loop_over_steps():
 
 # Code for PyTorch and transformers that exports carry with them: not of this program.
 EXPORTED = ("interop/modeling_clip_moe.py", "data/image_processing_openai_clip.py")
-COMMANDS = {"main.py", "prepare.py", "convert.py", "evaluate.py", "report.py", "plan.py"}
+COMMANDS = {
+    "main.py",
+    "prepare.py",
+    "convert.py",
+    "evaluate.py",
+    "report.py",
+    "plan.py",
+    "planning/roofline.py",
+}
 FLAG_MODULES = {"absl.flags", "absl.app", "ml_collections.config_flags"}
 
 

@@ -125,6 +125,11 @@ def make_plan(
 
 def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
     """Returns FLOPs, memory and transfers of one training step."""
+    return StepPlan(*step_flops(mesh, phase), plan_memory(mesh, phase), plan_transfers(mesh, phase))
+
+
+def step_flops(mesh: AbstractMesh, phase: PlannedPhase) -> tuple[float, float]:
+    """Returns the FLOPs of a pair and how many times as much is computed, as `StepPlan` has them."""
     config, compute = phase.architecture, phase.compute
     trains = trees.match_rules(
         phase.rules, list(trees.flatten(placed_params(mesh, config, phase.adapter_rank)))
@@ -142,12 +147,7 @@ def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
     computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
         compute.remat == "dots"
     )
-    return StepPlan(
-        flops=model_flops,
-        computed=computed / model_flops,
-        memory=plan_memory(mesh, phase),
-        transfers=plan_transfers(mesh, phase),
-    )
+    return model_flops, computed / model_flops
 
 
 def experts_of_token(config: ClipConfig, compute: ComputeConfig, mesh: AbstractMesh) -> float:

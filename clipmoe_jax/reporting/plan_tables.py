@@ -8,8 +8,9 @@ from clipmoe_jax.planning.plan import Plan, Stage
 from clipmoe_jax.planning.transfers import transfer_seconds
 
 FOOTNOTE = """\
-MFU is given (--mfu), measured (ViT-L/14's steps on one such device) or assumed; embedding has that of an
-MCL step. Time is without k-means (on the CPU of process 0), compilation and reading.
+MFU is given (--mfu), measured (ViT-L/14's steps on one such device), predicted (by the roofline of a compiled
+step) or assumed; embedding has that of an MCL step. Time is without k-means (on the CPU of process 0),
+compilation and reading.
 Activations are an upper bound. Transfers are at the vendor's bandwidth; docs/scaling.md says which
 of them run under the computation."""
 
