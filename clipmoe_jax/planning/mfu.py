@@ -20,7 +20,6 @@ MEASURED = {
     ("h100", False, "none"): 0.396,
     ("h100", True, "dots"): 0.2365,
 }
-OF_LAYERS = 1024, 24  # width and number of ViT-L/14's vision tower
 TABLE = pathlib.Path(__file__).with_name("roofline.json")
 
 
@@ -68,7 +67,7 @@ def mfu_of(
     if given is not None:
         return Mfu(given, "given")
     measured = MEASURED.get((accelerator, config.moe is not None, compute.remat))
-    if measured is not None and (config.vision.width, config.vision.num_layers) == OF_LAYERS:
+    if measured is not None and config.vision == VARIANTS["ViT-L/14"].vision:
         return Mfu(measured / computed, "measured")
     step = "experts" if config.moe else "dense"
     if row := read_rows().get((accelerator, variant_of(config), step, compute.remat)):
