@@ -13,12 +13,11 @@ from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.transformer import ComputeConfig
 
 ASSUMED = 0.4
-# Of what a step computes, with what it computes again, by accelerator, whether the model has experts, and
-# remat: steps of ViT-L/14 with 100 pairs of 248 tokens in bfloat16 (benchmarks/results/h100.jsonl).
+# Of what a step computes, with what it computes again, by accelerator, kind of step, and remat: steps of ViT-L/14 with 100 pairs of 248 tokens in bfloat16 (benchmarks/results/h100.jsonl).
 MEASURED = {
-    ("h100", False, "dots"): 0.343,
-    ("h100", False, "none"): 0.396,
-    ("h100", True, "dots"): 0.2365,
+    ("h100", "dense", "dots"): 0.343,
+    ("h100", "dense", "none"): 0.396,
+    ("h100", "experts", "dots"): 0.2365,
 }
 TABLE = pathlib.Path(__file__).with_name("roofline.json")
 
@@ -35,7 +34,7 @@ class Mfu(NamedTuple):
 class Row:
     """A step that roofline.py predicted, in bfloat16.
 
-    step: "dense" or "experts". mfu: as defined, for a step that computes `computed` times what it counts.
+    step: as of `step_of`. mfu: as defined, for a step that computes `computed` times what it counts.
     assumed: of the milliseconds those of kernels that nobody measured.
     """
 
@@ -66,13 +65,20 @@ def mfu_of(
     """
     if given is not None:
         return Mfu(given, "given")
-    measured = MEASURED.get((accelerator, config.moe is not None, compute.remat))
+    step = step_of(config)
+    measured = MEASURED.get((accelerator, step, compute.remat))
     if measured is not None and config.vision == VARIANTS["ViT-L/14"].vision:
         return Mfu(measured / computed, "measured")
-    step = "experts" if config.moe else "dense"
     if row := read_rows().get((accelerator, variant_of(config), step, compute.remat)):
         return Mfu(row.mfu * row.computed / computed, "predicted")
     return Mfu(ASSUMED, "assumed")
+
+
+def step_of(config: ClipConfig) -> str:
+    """Returns "dense", "experts" (of feed-forward layers), or "experts of attention too"."""
+    if config.moe is None:
+        return "dense"
+    return "experts" if config.moe.expert_layers == "feed_forward" else "experts of attention too"
 
 
 def variant_of(config: ClipConfig) -> str:
