@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.config import default_config, validate
+from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
 from clipmoe_jax.dmu.recipes import TRAIN_MOE, TRAIN_ROUTERS
@@ -227,6 +228,26 @@ def test_new_experts_train_with_their_routers_at_a_rate_of_their_own():
     planned = {phase.name: phase for phase in phases_of(config, "cpu", 10**6)}
     assert planned["router"].rules == TRAIN_ROUTERS
     assert planned["router"].hyperparameters.expert_rates == ()
+
+
+def test_what_becomes_experts_is_what_stages_and_their_controls_train():
+    config = keeping_config("direct_ft", "curriculum_same_pairs", "lora_same_pairs", "full_ft")
+    published = {name: row.rules(config) for name, row in recipes.recipes(config).items()}
+    config.moe.expert_layers = "attention_and_feed_forward"
+    found = {name: row.rules(config) for name, row in recipes.recipes(config).items()}
+    changed = {name for name, rules in found.items() if rules != published[name]}
+    stages = {f"mcl_{n}" for n in range(1, config.mcl.num_stages + 1)}
+    assert changed == {*stages, "consolidation", "direct_ft", "curriculum_same_pairs"}
+    names = ["visual/resblocks_0/attn/in_proj/kernel", "text/resblocks_1/mlp/c_fc/bias", "visual/ln_pre/bias"]
+    for name in changed:
+        assert [*trees.match_rules(found[name], names).values()] == [True, True, False]
+
+
+def test_the_published_clip_moe_is_of_feed_forward_layers():
+    config = keeping_config("published_moe")
+    config.moe.expert_layers = "attention_and_feed_forward"
+    with pytest.raises(ValueError, match="'published_moe' is of feed-forward layers: set moe.expert_layers="):
+        recipes.recipes(config)
 
 
 def test_settings_of_a_baseline_replace_those_of_its_section():

@@ -84,3 +84,5 @@ def test_fields_that_change_nothing_are_no_inputs(checkpoint):
     assert names(**{"moe.sequence_share": 3.0, "router.rehearsal": "distill"}) == published
     assert names(**{"moe.routing": "token_and_sequence"}) - published == {"moe.routing", "moe.sequence_share"}
     assert names(**{"moe.experts": ("base", "base")}) - published == {"moe.experts"}
+    of_blocks = {"moe.expert_layers": "attention_and_feed_forward"}
+    assert names(**of_blocks) - published == {"moe.expert_layers"}

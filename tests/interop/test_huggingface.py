@@ -498,7 +498,13 @@ def random_params(config):
 
 
 @pytest.mark.parametrize(
-    "moe", [MoeConfig(3, 2, sequence_share=2.0), MoeConfig(4, 1, num_moe_layers=2)], ids=str
+    "moe",
+    [
+        MoeConfig(3, 2, sequence_share=2.0),
+        MoeConfig(4, 1, num_moe_layers=2),
+        MoeConfig(4, 2, expert_layers="attention_and_feed_forward"),
+    ],
+    ids=str,
 )
 def test_export_of_an_imported_clip_moe_is_the_identity(tmp_path, moe):
     config = make_moe_config(moe)

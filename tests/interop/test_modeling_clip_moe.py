@@ -61,6 +61,10 @@ CASES = {
     "every block": ("gelu", MoeConfig(4, 2, sequence_share=2.0)),
     "the last two blocks, one expert of three": ("quick_gelu", MoeConfig(3, 1, num_moe_layers=2)),
     "all experts": ("quick_gelu", MoeConfig(3, 3, num_moe_layers=1)),
+    "experts of attention too": (
+        "gelu",
+        MoeConfig(4, 2, num_moe_layers=2, sequence_share=2.0, expert_layers="attention_and_feed_forward"),
+    ),
 }
 
 

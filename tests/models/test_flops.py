@@ -24,6 +24,9 @@ DENSE = ClipConfig(
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1))
 SEQUENCE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1, sequence_share=2.0))
+BLOCKS = dataclasses.replace(
+    DENSE, moe=MoeConfig(4, 2, num_moe_layers=1, expert_layers="attention_and_feed_forward")
+)
 BATCH = {
     "image": jax.ShapeDtypeStruct((8, 224, 224, 3), np.uint8),
     "text": jax.ShapeDtypeStruct((8, 248), np.int32),
@@ -68,12 +71,17 @@ def test_forward(config):
 @pytest.mark.parametrize(
     ("config", "rules", "compute", "slots"),
     [
+        (BLOCKS, TRAIN_ROUTERS, ComputeConfig(dispatch="dense"), 4),
+        pytest.param(BLOCKS, TRAIN_MOE, ComputeConfig(dispatch="dense"), 4, marks=exhaustive),
         pytest.param(DENSE, TRAIN_EVERYTHING, ComputeConfig(), 0, marks=exhaustive),
         (DENSE, TRAIN_FFN, ComputeConfig(), 0),
         pytest.param(MOE, TRAIN_ROUTERS, ComputeConfig(dispatch="dense"), 4, marks=exhaustive),
         (MOE, TRAIN_MOE, ComputeConfig(dispatch="capacity", capacity_factor=1.5), 3),
     ],
-    ids=["everything", "feed-forward layers", "routers", "routers and experts"],
+    ids=[
+        *("routers of blocks", "routers and experts of blocks", "everything", "feed-forward layers"),
+        *("routers", "routers and experts"),
+    ],
 )
 def test_a_training_step(config, rules, compute, slots):
     phase, mesh = PhaseConfig(8, 1e-3, 0.1), sharding.make_mesh(devices=jax.devices()[:1])

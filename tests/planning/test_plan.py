@@ -44,6 +44,7 @@ DENSE = ClipConfig(
     text=TextConfig(vocab_size=512, context_length=24, width=48, num_layers=2, head_width=24),
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+BLOCKS = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, expert_layers="attention_and_feed_forward"))
 # ViT-B/32's widths, two blocks a tower.
 WIDE = ClipConfig(vision=VisionConfig(num_layers=2), text=TextConfig(context_length=248, num_layers=2))
 PHASE = PhaseConfig(batch_size=64, learning_rate=1e-3, weight_decay=0.1)
@@ -53,6 +54,8 @@ KINDS = {
     "routers": (MOE, TRAIN_ROUTERS),
     "routers and experts": (MOE, TRAIN_MOE),
     "all of an MoE": (MOE, TRAIN_EVERYTHING),
+    "routers of blocks": (BLOCKS, TRAIN_ROUTERS),
+    "routers and experts of blocks": (BLOCKS, TRAIN_MOE),
 }
 
 
@@ -116,6 +119,10 @@ def test_planned_bytes_are_those_on_a_device(kind, sizes):
             ("routers", (2, 1, 4), "capacity"),
             ("all of an MoE", (2, 1, 4), "ragged"),
             ("all of an MoE", (2, 1, 4), "capacity"),
+            ("routers of blocks", (2, 1, 4), "ragged"),
+            ("routers of blocks", (2, 1, 4), "capacity"),
+            ("routers and experts of blocks", (2, 1, 4), "ragged"),
+            ("routers and experts of blocks", (2, 1, 4), "capacity"),
         ],
     ),
     ids=str,
