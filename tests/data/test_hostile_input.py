@@ -22,7 +22,7 @@ from PIL import Image
 from test_formats import prepared_by_tfds
 
 from clipmoe_jax.core import checks
-from clipmoe_jax.data import array_records, records
+from clipmoe_jax.data import array_record_chunks, records
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -404,7 +404,7 @@ def test_the_records_of_a_prepared_set_are_limited(tmp_path, monkeypatch):
     prepare(open_source("digit_scenes:train?pairs=1"), out)
     found = Records(out)
     for module, name, most, message in (
-        (array_records, "MAX_BYTES", 100, "bytes, of which 100 may be read"),
+        (array_record_chunks, "MAX_BYTES", 100, "bytes, of which 100 may be read"),
         (base, "MAX_TEXT", 5, "characters, of which 5 may be read"),
         (base, "MAX_CAPTIONS", 0, "1, of which 0 may be read"),
     ):
@@ -434,7 +434,7 @@ def test_captions_of_any_source_are_limited_as_they_are_prepared(tmp_path):
 @pytest.mark.parametrize("form", ["array_record", "tfrecord"])
 def test_a_large_record_of_tfds_is_a_bad_record(tmp_path, monkeypatch, form):
     _, (spec, _, _) = prepared_by_tfds(tmp_path, form)
-    for module in (array_records, tfds):
+    for module in (array_record_chunks, tfds):
         monkeypatch.setattr(module, "MAX_BYTES", 100)
     assert {record.detail.partition(" bytes, ")[2] for record in open_source(spec)} == {
         "of which 100 may be read"

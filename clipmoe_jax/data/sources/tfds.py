@@ -9,7 +9,8 @@ import google_crc32c
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from clipmoe_jax.data.array_records import MAX_BYTES, ArrayRecords, split_parts
+from clipmoe_jax.data.array_record_chunks import MAX_BYTES
+from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.sources.base import (
     FOLLOW_LINKS,
     BadRecord,
