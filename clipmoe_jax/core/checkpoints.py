@@ -15,12 +15,12 @@ import tensorstore
 from absl import logging
 from etils import epath
 
-from clipmoe_jax.core import distributed, trees
+from clipmoe_jax.core import distributed, ocdbt, trees
+from clipmoe_jax.core.checks import check_not_sparse
 from clipmoe_jax.core.errors import first_line
 from clipmoe_jax.core.json_files import parse_json
 from clipmoe_jax.core.paths import absolute, in_bucket
-
-MANIFEST = "manifest.ocdbt"  # of a folder whose arrays are in few files
+from clipmoe_jax.core.stamps import named_files
 
 # Orbax raises errors of its threads in the caller's thread. Before, it logs each with its trace, and asyncio
 # logs those that come behind the first.
@@ -55,7 +55,7 @@ def load_params(
         shardings,
     )
     try:
-        _check_chunks(absolute(path))
+        _check_arrays(absolute(path))
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(absolute(path), target)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError):
@@ -68,13 +68,16 @@ def load_params(
     return jax.tree.map(np.asarray, params) if place is None else params
 
 
-def _check_chunks(path: epath.Path) -> None:
-    """Raises ValueError for params in another format than `save_params` writes, or with chunks larger than
-    their array: a few compressed bytes of these are read as gigabytes."""
+def _check_arrays(path: epath.Path) -> None:
+    """Raises ValueError for arrays in another format than Orbax writes here, and if an index or chunks expand
+    far: a few compressed bytes would be read as gigabytes. In a bucket nothing is looked at."""
     if in_bucket(path):
         return
-    if not (path / MANIFEST).exists():
-        raise ValueError(f"it has no {MANIFEST}")
+    if not (path / ocdbt.MANIFEST).exists():
+        raise ValueError(f"it has no {ocdbt.MANIFEST}")
+    for _, file in named_files(path):
+        check_not_sparse(file)
+    ocdbt.check_index(path)
     base = {"driver": "file", "path": os.path.join(path, "")}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     for key in store.list().result():
@@ -86,6 +89,8 @@ def _check_chunks(path: epath.Path) -> None:
             sides = zip(array["chunks"], array["shape"], strict=True)
             if any(chunk > max(1, side) for chunk, side in sides):
                 raise ValueError(f"{name} has chunks larger than itself")
+            if (array["compressor"] or {"id": "zstd"})["id"] != "zstd":
+                raise ValueError(f"{name} is compressed as Orbax never does")
 
 
 def _reason(error: BaseException) -> str:
@@ -161,6 +166,8 @@ class Checkpointer:
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        for item in ("trainable", "opt_state"):
+            _check_arrays(absolute(self._manager.directory) / str(step) / item)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step,

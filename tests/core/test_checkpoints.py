@@ -228,6 +228,27 @@ def test_broken_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog):
         assert checkpointer.restore(saved[1])[1] == {"loss": 7.0}
 
 
+def widen_chunks(folder):
+    """Makes the chunks of an array larger than itself: few bytes would be read as 4 MB."""
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    arrays = {key: json.loads(store[key]) for key in store.list().result() if key.endswith(b"/.zarray")}
+    key, array = next((key, array) for key, array in arrays.items() if array["shape"])
+    chunks = [2**20] + array["chunks"][1:]
+    store[key] = json.dumps(array | {"chunks": chunks, "compressor": {"id": "zlib", "level": 9}})
+    store[key.replace(b".zarray", b".".join([b"0"] * len(chunks)))] = zlib.compress(
+        bytes(4 * int(np.prod(chunks)))
+    )
+
+
+@pytest.mark.parametrize("item", ["trainable", "opt_state"])
+def test_chunks_larger_than_their_array_are_not_restored(saved, tmp_path, item, caplog):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    widen_chunks(folder / "3" / item)
+    with Checkpointer(folder, max_to_keep=2) as checkpointer:
+        assert checkpointer.restore(saved[1])[0].step == 2
+    assert "has chunks larger than itself" in caplog.text
+
+
 def test_checkpoints_stay_if_none_can_be_read(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     cut_files(folder / "2" / "opt_state")
