@@ -8,10 +8,11 @@ from typing import Any
 
 from etils import epath
 
-from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.paths import check_plain_file, in_bucket
 
 EXPANDED, EXPANSION = 2**28, 50  # the bytes that any file may expand to, and how many times its own size
 SPARSE, SPARSENESS = 2**20, 10  # a file of more bytes must have a tenth of them on the disk
+MAX_BYTES = 2**26  # of a file that is read whole, such as JSON, if nothing else is said
 
 
 def whole_number(name: str, value: object, most: int, least: int = 1) -> int:
@@ -71,8 +72,28 @@ def stored_bytes(path: os.PathLike | str) -> int:
 def check_not_sparse(path: os.PathLike | str) -> None:
     """Raises ValueError for a large file that is mostly holes: a few bytes of a stranger's would be read as
     terabytes of zeros."""
-    length = epath.Path(path).stat().length
-    if length > SPARSE and length > SPARSENESS * (stored := stored_bytes(path)):
+    if in_bucket(path):
+        return
+    status = os.stat(path)
+    length, blocks = status.st_size, 512 * status.st_blocks
+    if length <= max(SPARSE, SPARSENESS * blocks):  # most files, without looking for holes
+        return
+    if length > SPARSENESS * (stored := stored_bytes(path)):
         raise ValueError(
             f"{path} has {length:,} bytes and only {stored:,} of them on the disk: copy it again"
         )
+
+
+def check_size(path: os.PathLike | str, most: int = MAX_BYTES, fix: str = "") -> None:
+    """Raises ValueError for a file of more bytes, for a large one that is mostly holes, and for a device or a
+    pipe. fix: says what to do about a file that is too large."""
+    check_plain_file(path)
+    if (length := epath.Path(path).stat().length) > most:
+        raise ValueError(f"{path} has {length:,} bytes, of which {most:,} may be read{fix}")
+    check_not_sparse(path)
+
+
+def read_bytes(path: os.PathLike | str, most: int = MAX_BYTES) -> bytes:
+    """Returns the contents of a plain file. Raises ValueError as `check_size`."""
+    check_size(path, most)
+    return epath.Path(path).read_bytes()

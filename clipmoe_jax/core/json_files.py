@@ -8,18 +8,17 @@ from typing import Any
 
 from etils import epath
 
-from clipmoe_jax.core.paths import check_plain_file
+from clipmoe_jax.core.checks import MAX_BYTES, read_bytes
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 
-def read_json(path: epath.Path | pathlib.Path, kind: type = dict) -> Any:
+def read_json(path: epath.Path | pathlib.Path, kind: type = dict, most: int = MAX_BYTES) -> Any:
     """Returns the content of a JSON file.
 
-    kind: of its outermost value. Raises ValueError naming the file and what is wrong in it.
+    kind: of its outermost value. most: bytes. Raises ValueError naming the file and what is wrong in it.
     """
-    check_plain_file(path)
-    return parse_json(path.read_bytes(), str(path), kind)
+    return parse_json(read_bytes(path, most), str(path), kind)
 
 
 def parse_json(content: bytes, where: str, kind: type = dict) -> Any:

@@ -18,11 +18,13 @@ from etils import epath
 from tqdm import tqdm
 
 from clipmoe_jax.core import checksums, distributed
+from clipmoe_jax.core.checks import read_bytes
 from clipmoe_jax.core.json_files import parse_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.core.terminal import printable_line
 
 UPLOAD_SECONDS = 30
+MAX_LOG = 2**30  # bytes of a metrics.jsonl: 4 million lines
 _CHECKSUM = f', "{checksums.KIND}": "'
 _ADVICE = "copy the file again, or delete the line if its numbers are no loss"
 
@@ -105,7 +107,7 @@ def read_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     A line that a kill has cut off is left out, but not the one that the resumed run then wrote behind it
     without a line break. Raises ValueError naming a damaged line. Lines of earlier versions have no checksum.
     """
-    content = path.read_bytes()
+    content = read_bytes(path, MAX_LOG)
     number, end = 1, 0
     for found in [*re.finditer(rb"\{[^{}]*\}", content), None]:
         before = content[end : found.start() if found else None]

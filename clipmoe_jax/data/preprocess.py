@@ -115,10 +115,15 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
 
 
 def max_pixels() -> int:
-    """Returns how many pixels an image may have. Raises ValueError if MAX_PIXELS is no whole number."""
-    value = os.environ.get(MAX_PIXELS, "") or str(DEFAULT_MAX_PIXELS)
+    """Returns how many pixels an image may have. Raises ValueError as `limit_of`."""
+    return limit_of(MAX_PIXELS, DEFAULT_MAX_PIXELS)
+
+
+def limit_of(variable: str, default: int) -> int:
+    """Returns the limit that an environment variable sets. Raises ValueError if that is no whole number."""
+    value = os.environ.get(variable, "") or str(default)
     if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{MAX_PIXELS}={value} is no number of pixels: set it to one such as 100000000")
+        raise ValueError(f"{variable}={value} is no whole number: set it to one such as {default}")
     return int(value)
 
 

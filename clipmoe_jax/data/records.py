@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from clipmoe_jax.core import checksums
-from clipmoe_jax.core.checks import whole_number
+from clipmoe_jax.core.checks import check_size, read_bytes, whole_number
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import field, parse_json
 from clipmoe_jax.core.paths import in_bucket
@@ -99,10 +99,10 @@ class Records:
         self.path = path
         self.split = split
         # The report has a hash of the records.
-        report = (epath.Path(path) / REPORT).read_bytes()
+        report = read_bytes(epath.Path(path) / REPORT)
         self.attribute_table, described = None, f"{split} ".encode() + report
         if (file := epath.Path(path) / ATTRIBUTES).exists():
-            attributes = file.read_bytes()
+            attributes = read_bytes(file)
             described += b" " + attributes
             self.attribute_table = _attribute_table(parse_json(attributes, str(file)), str(file))
         self.fingerprint = hashlib.sha256(described).hexdigest()[:16]
@@ -226,7 +226,8 @@ def _attribute_table(content: dict[str, Any], where: str) -> dict[str, Attribute
 
 
 def _check_files(*folders: os.PathLike | str) -> None:
-    """Raises ValueError for a device or a pipe, which would be read for ever. Links are followed."""
+    """Raises ValueError for a device or a pipe, which would be read for ever, and for JSON that is too large.
+    Links are followed."""
     for folder in folders:
         if in_bucket(folder):
             continue
@@ -234,3 +235,5 @@ def _check_files(*folders: os.PathLike | str) -> None:
             for entry in entries:
                 if not (entry.is_file() or entry.is_dir()):
                     raise ValueError(f"{entry.path} is no plain file: prepare the data set again")
+                if entry.name.endswith(".json"):
+                    check_size(entry.path)

@@ -135,7 +135,7 @@ def test_the_limit_on_pixels_can_be_set(form, monkeypatch):
 @pytest.mark.parametrize("value", ["1e8", "-1", "0", "many"])
 def test_a_limit_on_pixels_that_is_none_is_told(value, monkeypatch):
     monkeypatch.setenv(MAX_PIXELS, value)
-    with pytest.raises(ValueError, match=f"{MAX_PIXELS}={value} is no number of pixels") as caught:
+    with pytest.raises(ValueError, match=f"{MAX_PIXELS}={value} is no whole number") as caught:
         preprocess_image(FORMATS["PNG"], 8)
     assert not isinstance(caught.value, UnreadableImageError)  # no image is bad
 
@@ -475,6 +475,34 @@ def test_an_image_file_is_that_of_a_limited_number_of_entries(kind, tmp_path, mo
         assert isinstance(other, Pair)
 
 
+@pytest.mark.parametrize("kind", ["csv", "sharegpt4v", "coco"])
+def test_a_file_of_captions_has_a_limited_size(kind, tmp_path, monkeypatch):
+    file = entries_of_one_image(tmp_path, kind)
+    line = f"{kind}:{file}?images={tmp_path}"
+    monkeypatch.setenv(base.MAX_ANNOTATION_BYTES, str(file.stat().st_size))
+    assert len(open_source(line))
+    monkeypatch.setenv(base.MAX_ANNOTATION_BYTES, str(file.stat().st_size - 1))
+    message = (
+        f"bytes, of which {file.stat().st_size - 1:,} may be read: set the .* CLIPMOE_MAX_ANNOTATION_BYT"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_source(line)
+    monkeypatch.undo()
+    os.truncate(file, 2**31)
+    with pytest.raises(ValueError, match="has 2,147,483,648 bytes and only 4,096 of them on the disk"):
+        open_source(line)
+
+
+def test_json_of_data_sets_has_a_limited_size(tmp_path):
+    _, (spec, _, _) = prepared_by_tfds(tmp_path / "theirs", "array_record")
+    prepare(open_source("digit_scenes:train?pairs=1"), out := str(tmp_path / "ours"))
+    for open_set, folder in ((lambda: open_source(spec), "theirs"), (lambda: Records(out), "ours")):
+        (features,) = (tmp_path / folder).rglob("features.json")
+        os.truncate(features, checks.MAX_BYTES + 1)
+        with pytest.raises(ValueError, match="features.json has 67,108,865 bytes, of which 67,108,864 may"):
+            open_set()
+
+
 def test_a_sparse_image_file_is_a_bad_record(tmp_path):
     for name in ("a", "b"):
         with (tmp_path / f"{name}.png").open("wb") as file:
@@ -482,7 +510,7 @@ def test_a_sparse_image_file_is_a_bad_record(tmp_path):
             file.truncate(2**26 if name == "a" else 2**15)
         (tmp_path / f"{name}.txt").write_text("text")
     sparse, other = open_source(f"folder:{tmp_path}")
-    assert sparse.kind == "a sparse file" and "4,096 bytes on disk and holes, 67,108,864" in sparse.detail
+    assert sparse.kind == "a sparse file" and "67,108,864 bytes and only 4,096 of them on" in sparse.detail
     assert isinstance(other, Pair) and len(other.image) == 2**15  # holes alone do no harm
 
 

@@ -1,6 +1,7 @@
 """MMVP-VLM: a small data set of its layout, and its score by hand."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ def test_a_table_of_too_many_rows_is_refused(tmp_path):
     write(tmp_path, ROWS)
     (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n" + "1,a,x\n2,a,y\n" * 5001)
     with pytest.raises(ValueError, match="Questions.csv has 10,002 rows, of which 10,000 may be read"):
+        mmvp_pairs(str(tmp_path))
+
+
+def test_a_large_table_is_refused(tmp_path):
+    write(tmp_path, ROWS)
+    os.truncate(tmp_path / "Questions.csv", 2**23 + 1)
+    with pytest.raises(ValueError, match="Questions.csv has 8,388,609 bytes, of which 8,388,608 may be read"):
         mmvp_pairs(str(tmp_path))
 
 

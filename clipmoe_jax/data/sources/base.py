@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from clipmoe_jax.core.checks import EXPANSION
+from clipmoe_jax.core.checks import check_not_sparse, check_size, read_bytes
 from clipmoe_jax.core.stamps import files_under
+from clipmoe_jax.data.preprocess import limit_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Images of other kinds: not read, and counted as bad where a source looks for images.
@@ -25,7 +26,9 @@ OTHER_IMAGE_SUFFIXES = (
 # tokens, and to tokenise a million characters takes 100 MB.
 MAX_CAPTIONS, MAX_TEXT, MAX_IMAGE_BYTES = 1000, 100_000, 2**28
 MAX_USES = 1000  # entries that name one image file: each takes its bytes anew
-MAX_TEXT_BYTES = 2**23  # of a file that holds captions, or JSON with captions
+MAX_TEXT_BYTES = 2**23  # of a file that holds the captions of an image, or JSON with captions
+MAX_ANNOTATION_BYTES = "CLIPMOE_MAX_ANNOTATION_BYTES"
+DEFAULT_MAX_ANNOTATION_BYTES = 2**33  # ShareGPT4V's captions have 1.5 GB
 # What to do about a link, which may lead to any file of the machine.
 FOLLOW_LINKS = "remove it, or add ?follow_links=true to the source (--follow_links of prepare)"
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -187,8 +190,8 @@ def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
     """Returns the contents of a plain file.
 
     Raises BadFileError for a link, unless links are followed, for a device or a pipe, for more than `most`
-    bytes, and for a sparse file of which little is on disk; OSError as `open`; ValueError for a null byte
-    in the path.
+    bytes, and for a large file that is mostly holes; OSError as `open`; ValueError for a null byte in the
+    path.
     """
     others = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)  # a pipe would be waited for
     try:
@@ -199,11 +202,10 @@ def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
             if status.st_size > most:
                 detail = f"{path} has {status.st_size:,} bytes, of which {most:,} may be read"
                 raise BadFileError("too large a file", detail)
-            on_disk = 512 * status.st_blocks
-            if status.st_size > EXPANSION * on_disk and file.seek(0, os.SEEK_HOLE) < status.st_size:
-                detail = f"{path} has {on_disk:,} bytes on disk and holes, {status.st_size:,} with them"
-                raise BadFileError("a sparse file", detail)
-            file.seek(0)
+            try:
+                check_not_sparse(path)
+            except ValueError as error:
+                raise BadFileError("a sparse file", str(error)) from error
             return file.read()
     except OSError as error:
         if error.errno == errno.ELOOP and not follow_links:
@@ -271,10 +273,20 @@ def excess_of_text(captions: Sequence[str]) -> tuple[str, str] | None:
 
 
 def find_file(path: str, kind: str) -> Path:
-    """Returns the path of a source that is one file. Raises FileNotFoundError if there is none."""
+    """Returns the path of a source that is one file.
+
+    Raises FileNotFoundError if there is none, ValueError if it is too large to read, or mostly holes.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"source {kind}:{path} does not exist")
+    check_size(path, max_annotation_bytes(), f": set the environment variable {MAX_ANNOTATION_BYTES}")
     return Path(path)
+
+
+def max_annotation_bytes() -> int:
+    """Returns how many bytes a file of captions of many images may have. It is held in memory, several times
+    its size."""
+    return limit_of(MAX_ANNOTATION_BYTES, DEFAULT_MAX_ANNOTATION_BYTES)
 
 
 def find_files(path: str, kind: str, suffix: str, follow_links: bool = False) -> dict[str, Path]:
@@ -358,8 +370,9 @@ def parse_json(record_id: str, contents: bytes) -> object:
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 file, with or without a byte order mark. Raises ValueError naming a byte that is not."""
+    """Reads a small UTF-8 file, with or without a byte order mark. Raises ValueError naming a byte that is
+    not, or the size of a large file."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error

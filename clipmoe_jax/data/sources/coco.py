@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, max_annotation_bytes
 
 
 class Coco:
@@ -21,7 +21,7 @@ class Coco:
         file = find_file(path, "coco")
         self._images = Images(images, follow_links)
         try:
-            content = read_json(file)
+            content = read_json(file, most=max_annotation_bytes())
             entries = content["images"]
             karpathy = any("sentences" in entry for entry in entries)
             self._entries = _karpathy(entries, split) if karpathy else _coco(content, split, path)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, parse_json
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, max_annotation_bytes, parse_json
 
 
 class ShareGPT4V:
@@ -24,7 +24,7 @@ class ShareGPT4V:
             lines = filter(bytes.strip, file.read_bytes().splitlines())
             self._entries = [entry for i, line in enumerate(lines) for entry in _entries_of(i, line)]
             return
-        self._entries = read_json(file, list)
+        self._entries = read_json(file, list, max_annotation_bytes())
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -9,6 +9,7 @@ import google_crc32c
 from etils import epath
 from google.protobuf.message import DecodeError
 
+from clipmoe_jax.core.checks import check_size
 from clipmoe_jax.data.array_record_chunks import MAX_BYTES
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.sources.base import (
@@ -141,7 +142,7 @@ def tfds_folder(path: str, data_dir: str | None) -> str | None:
 
 
 def _check_files(path: str, data_dir: str | None, follow_links: bool) -> None:
-    """Raises ValueError for what TFDS would read for ever, and for links."""
+    """Raises ValueError for what TFDS would read for ever, for JSON that is too large, and for links."""
     folder = tfds_folder(path, data_dir)
     if folder is None or not os.path.isdir(folder):
         return
@@ -150,6 +151,8 @@ def _check_files(path: str, data_dir: str | None, follow_links: bool) -> None:
             raise ValueError(f"source tfds:{path} has a link, {entry.path}: {FOLLOW_LINKS}")
         if not entry.is_file():
             raise ValueError(f"source tfds:{path}: {entry.path} is no plain file: remove it")
+        if entry.name.endswith(".json"):
+            check_size(entry.path)
 
 
 class _TfRecords:
