@@ -11,6 +11,7 @@ from PIL import Image
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import sharding
+from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import make_encode
@@ -148,6 +149,7 @@ def _check_token_ids(ids: np.ndarray | jax.Array, vocab_size: int) -> None:
         )
 
 
+@printable_errors()
 def load(
     path: str,
     *,

@@ -12,6 +12,7 @@ from absl import flags, logging
 from etils import epath
 
 from clipmoe_jax.core import accelerators, artifacts, cli, trees
+from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data import preprocess, tokenizer
@@ -34,6 +35,7 @@ WRITERS = {
 }
 
 
+@printable_errors()
 def convert(
     source: str,
     to: str,

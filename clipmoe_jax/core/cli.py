@@ -20,7 +20,13 @@ from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
-from clipmoe_jax.core.terminal import printable, printable_line, shortened, warning_line
+from clipmoe_jax.core.terminal import (
+    MOST_CHARACTERS,
+    printable,
+    printable_line,
+    shortened,
+    warning_line,
+)
 
 # Where this package lies, and Python with what is installed.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -28,7 +34,6 @@ _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "pur
 
 # What ml_collections' OSErrors begin with.
 _OF_CONFIG_FILES = ("Failed loading config file", "Configuration is not available")
-MOST_CHARACTERS = 4000  # of an error's line, which may quote a name in a stranger's file
 
 
 def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | None = None) -> None:

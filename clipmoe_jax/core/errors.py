@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from clipmoe_jax.core.terminal import reading
+from clipmoe_jax.core.terminal import MOST_CHARACTERS, printable, reading, shortened
 
 
 class SeveralErrors(ValueError):
@@ -93,6 +93,30 @@ def naming_files(files: Iterable[object]) -> Iterator[None]:
             f"{' or '.join(names)} is damaged, or of another version ({type(error).__name__}: "
             f"{first_line(error)[:200]}); --debug tells more"
         ) from error
+
+
+@contextlib.contextmanager
+def printable_errors() -> Iterator[None]:
+    """Shortens and escapes the text of an error that ends a block or a function, and of those it comes from.
+
+    It may quote names in a stranger's file. Commands print errors so; this is for functions that Python
+    programs call.
+    """
+    try:
+        yield
+    except Exception as error:
+        found, seen = error, set()
+        while found and id(found) not in seen:
+            seen.add(id(found))
+            found.args = tuple(_shown(part) if isinstance(part, str) else part for part in found.args)
+            if isinstance(found, SeveralErrors):
+                found.messages = tuple(map(_shown, found.messages))
+            found = found.__cause__ or found.__context__
+        raise
+
+
+def _shown(text: str) -> str:
+    return printable(shortened(text, MOST_CHARACTERS))
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 # What moves a cursor or changes colours, turns the direction of text, cannot be seen, or is no text.
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+MOST_CHARACTERS = 4000  # of an error's line, which may quote a name in a stranger's file
 _JOINERS = "\u200c\u200d"  # of these, what emoji and some scripts are written with
 
 _read: contextvars.ContextVar[Iterable[object]] = contextvars.ContextVar("read", default=())

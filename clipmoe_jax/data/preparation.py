@@ -22,6 +22,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, metrics
+from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.core.terminal import reading, shortened
@@ -55,6 +56,7 @@ class _SourceChangedError(Exception):
     """A source yields other entries than a file was made from."""
 
 
+@printable_errors()
 def prepare(
     source: Source,
     out: str,

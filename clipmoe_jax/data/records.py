@@ -17,9 +17,10 @@ from etils import epath
 
 from clipmoe_jax.core import checksums
 from clipmoe_jax.core.checks import check_size, read_bytes, whole_number
-from clipmoe_jax.core.errors import naming
+from clipmoe_jax.core.errors import naming, printable_errors
 from clipmoe_jax.core.json_files import field, parse_json
 from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.terminal import MOST_CHARACTERS, printable, shortened
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import AttributeSpec, excess_of_text
@@ -51,6 +52,7 @@ class Records:
         attribute_table: {name: AttributeSpec} of the attributes that records carry; None if they carry none.
     """
 
+    @printable_errors()
     def __init__(self, path: str, split: str = "train"):
         """Opens a data set.
 
@@ -160,9 +162,10 @@ class Records:
             record = self._features.deserialize_example_np(serialized, decoders=self._decoders)
             return self._pair(record)
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = printable(shortened(str(error), MOST_CHARACTERS))
             raise ValueError(
-                f"record {index} of {self.path} cannot be read ({error}): if its files have changed, prepare "
-                "it again"
+                f"record {index} of {self.path} cannot be read ({reason}): if its files have changed, "
+                "prepare it again"
             ) from error
 
     def _pair(self, record: dict[str, Any]) -> dict[str, Any]:

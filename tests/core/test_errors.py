@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipmoe_jax.core.errors import Errors, SeveralErrors
+from clipmoe_jax.core.errors import Errors, SeveralErrors, printable_errors
 
 
 def collected(*raised, what=""):
@@ -64,3 +64,20 @@ def test_message_that_comes_again_is_told_once_with_all_that_it_is_of():
 def test_errors_that_are_not_made_for_people_pass():
     with pytest.raises(TypeError):
         collected(TypeError("a bug"))
+
+
+def test_names_of_strangers_are_escaped_and_shortened_in_an_error_and_in_what_it_comes_from():
+    @printable_errors()
+    def read():
+        try:
+            raise KeyError("red\x1b[2J")
+        except KeyError as error:
+            raise SeveralErrors(["blue\u202e", f"x{'y' * 10**6}z"]) from error
+
+    with pytest.raises(SeveralErrors) as raised:
+        read()
+    first, second = raised.value.messages
+    assert first == r"blue\u202e" and len(second) < 4001 and "xyy" in second and "yy…yy" in second
+    assert str(raised.value.__cause__) == repr(r"red\x1b[2J") and len(str(raised.value)) < 5000
+    with pytest.raises(FileNotFoundError, match="No such file or directory"), printable_errors():
+        open("/nowhere")

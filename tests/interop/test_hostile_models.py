@@ -9,9 +9,12 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from etils import epath
 
+import clipmoe_jax
+from clipmoe_jax.convert import convert
 from clipmoe_jax.core import checks, trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
 from clipmoe_jax.interop.load import read_model
@@ -388,3 +391,13 @@ def test_what_training_saves_beside_a_model_is_no_obstacle(tmp_path):
     }
     torch.save({"model": model.state_dict(), **beside}, tmp_path / "all.pt")
     assert {"model.weight", "parameter"} < set(tensor_files.open_tensors(epath.Path(tmp_path / "all.pt")))
+
+
+@pytest.mark.parametrize("read", [clipmoe_jax.load, lambda path: convert(path, "openclip", f"{path}.new")])
+def test_names_in_a_file_reach_no_program_as_they_are(tmp_path, read):
+    """A traceback or a notebook prints them as they are, a million characters of them too."""
+    tensors = {"visual.\x1b[2J" + 10**6 * "k": np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "x\x1b[2J.safetensors")
+    with pytest.raises(ValueError) as raised:
+        read(str(tmp_path / "x\x1b[2J.safetensors"))
+    assert len(str(raised.value)) < 5000 and "\x1b" not in str(raised.value)

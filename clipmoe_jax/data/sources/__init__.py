@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from clipmoe_jax.core import stamps
+from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.data.sources.base import (
     AttributeSpec,
     BadRecord,
@@ -121,6 +122,7 @@ def is_source(text: str) -> bool:
     return re.match(_KIND, text) is not None
 
 
+@printable_errors()
 def open_source(spec: str, images: str | None = None, seed: int = 0, follow_links: bool = False) -> Source:
     """Opens a source, or several with commas between them as one; an id that came before is a bad record.
 
