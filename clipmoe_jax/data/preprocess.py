@@ -114,6 +114,14 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
     return opened.convert("RGBA") if opened.mode == "PA" else opened
 
 
+def num_pixels(contents: bytes) -> int:
+    """Returns the pixels that an image file has by its header, 0 if it is none."""
+    try:
+        return _num_pixels(Image.open(io.BytesIO(contents), formats=_formats()))
+    except Exception:  # PIL's format plugins raise anything on a broken file
+        return 0
+
+
 def max_pixels() -> int:
     """Returns how many pixels an image may have. Raises ValueError as `limit_of`."""
     return limit_of(MAX_PIXELS, DEFAULT_MAX_PIXELS)

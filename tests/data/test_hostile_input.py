@@ -26,7 +26,7 @@ from clipmoe_jax.data import array_record_chunks, records
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import Pair, base, open_source, parquet, source_stamp, tfds
+from clipmoe_jax.data.sources import BadRecord, Pair, base, open_source, parquet, source_stamp, tfds
 from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
@@ -465,8 +465,9 @@ def entries_of_one_image(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "sharegpt4v", "coco"])
-def test_an_image_file_is_that_of_a_limited_number_of_entries(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "MAX_USES", 3)
+def test_bytes_of_images_that_are_named_again_are_limited(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "REPEATED", 10)
+    monkeypatch.setattr(base, "REPETITION", 1)
     source = open_source(f"{kind}:{entries_of_one_image(tmp_path, kind)}?images={tmp_path}")
     for _ in range(2):  # each iteration counts anew
         *pairs, fourth, fifth, other = source
@@ -501,6 +502,16 @@ def test_json_of_data_sets_has_a_limited_size(tmp_path):
         os.truncate(features, checks.MAX_BYTES + 1)
         with pytest.raises(ValueError, match="features.json has 67,108,865 bytes, of which 67,108,864 may"):
             open_set()
+
+
+def test_pixels_of_images_that_are_named_again_are_limited(tmp_path):
+    """67 million pixels of 8 kB take half a second each time; a photograph's take no more than its bytes."""
+    Image.new("1", (8192, 8192)).save(tmp_path / "flat.png")
+    Image.effect_noise((400, 400), 50).save(tmp_path / "photograph.png")
+    entries = [base.Entry(str(i), name, "t") for i in range(50) for name in ("flat.png", "photograph.png")]
+    records = list(base.Images(str(tmp_path)).pairs(entries))
+    bad = [record.id for record in records if isinstance(record, BadRecord)]
+    assert bad == [str(i) for i in range(16, 50)]  # 15 times 67 million and the bytes are not quite 2**30
 
 
 def test_a_sparse_image_file_is_a_bad_record(tmp_path):

@@ -7,14 +7,13 @@ import hashlib
 import json
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from clipmoe_jax.core.checks import check_not_sparse, check_size, read_bytes
+from clipmoe_jax.core.checks import check_not_sparse, check_size, read_bytes, stored_bytes
 from clipmoe_jax.core.stamps import files_under
-from clipmoe_jax.data.preprocess import limit_of
+from clipmoe_jax.data.preprocess import limit_of, num_pixels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Images of other kinds: not read, and counted as bad where a source looks for images.
@@ -25,7 +24,9 @@ OTHER_IMAGE_SUFFIXES = (
 # What a record may have: captions, characters in all of them, bytes of an image file. A model reads 248
 # tokens, and to tokenise a million characters takes 100 MB.
 MAX_CAPTIONS, MAX_TEXT, MAX_IMAGE_BYTES = 1000, 100_000, 2**28
-MAX_USES = 1000  # entries that name one image file: each takes its bytes anew
+# What entries that name an image again may cost in all, in bytes that are copied and pixels that are decoded:
+# so many, or so many for each byte of the images.
+REPEATED, REPETITION = 2**30, 1000
 MAX_TEXT_BYTES = 2**23  # of a file that holds the captions of an image, or JSON with captions
 MAX_ANNOTATION_BYTES = "CLIPMOE_MAX_ANNOTATION_BYTES"
 DEFAULT_MAX_ANNOTATION_BYTES = 2**33  # ShareGPT4V's captions have 1.5 GB
@@ -56,6 +57,14 @@ class BadRecord(NamedTuple):
     id: str
     kind: str
     detail: str
+
+
+class Entry(NamedTuple):
+    """An entry that names a file of an image folder. image: its path there, if the entry is whole."""
+
+    id: str
+    image: object
+    captions: Iterable[object]
 
 
 class AttributeSpec(NamedTuple):
@@ -152,14 +161,41 @@ class Images:
         except ValueError:  # a null byte in the path
             return False
 
-    def pair(
-        self, record_id: str, name: object, captions: Iterable[object], uses: Counter[int]
-    ) -> Pair | BadRecord:
-        """Returns the pair of the image at a path under the folder; one that climbs out is a bad record, and
-        so is a file that too many entries name.
-
-        uses: how often each file was named, empty where an iteration begins.
+    def pairs(self, entries: Iterable[Entry | Pair | BadRecord]) -> Iterator[Pair | BadRecord]:
+        """Yields the pair of each entry that names an image, or what is wrong with it, and the others as they
+        are. What images that are named again may cost is limited by the bytes of all.
         """
+        costs, stored, repeated = {}, 0, 0  # of each file what naming it again costs, 0 until it is known
+        for entry in entries:
+            if not isinstance(entry, Entry):
+                yield entry
+                continue
+            path = self._path(entry)
+            if isinstance(path, BadRecord):
+                yield path
+                continue
+            status = _status(path)
+            file = status and status.st_dev << 64 | status.st_ino  # less memory than a tuple
+            if status and file in costs:
+                cost = costs[file] or status.st_size
+                if repeated + cost > (most := max(REPEATED, REPETITION * stored)):
+                    detail = f"{path}: entries that name images again may cost {most:,} bytes and pixels"
+                    yield BadRecord(entry.id, "one image too often", detail)
+                    continue
+                repeated += cost
+            record = pair_of_file(entry.id, path, entry.captions, self._follow_links)
+            if status and file not in costs:
+                costs[file] = 0
+                stored += stored_bytes(path)
+            elif status and isinstance(record, Pair) and not costs[file]:
+                pixels = num_pixels(record.image)
+                costs[file] = status.st_size + pixels
+                repeated += pixels
+            yield record
+
+    def _path(self, entry: Entry) -> str | BadRecord:
+        """Returns the path of an entry's image; one that climbs out or follows links is a bad record."""
+        record_id, name = entry.id, entry.image
         if isinstance(name, list) and len(name) > 1:
             return BadRecord(
                 record_id, "several images", f"a pair has one image, not {len(name)}: {name[:3]}"
@@ -174,10 +210,7 @@ class Images:
                 return BadRecord(record_id, "a link", f"{folder} lies in a linked folder: {FOLLOW_LINKS}")
         except ValueError as error:  # a null byte in the path
             return BadRecord(record_id, "unreadable image", f"{path}: {error}")
-        if _num_uses(path, uses) > MAX_USES:
-            detail = f"{path} is the image of more than {MAX_USES:,} entries"
-            return BadRecord(record_id, "one image too often", detail)
-        return pair_of_file(record_id, path, captions, self._follow_links)
+        return path
 
 
 def is_linked(root: str, path: os.PathLike | str) -> bool:
@@ -213,15 +246,11 @@ def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
         raise
 
 
-def _num_uses(path: str, uses: Counter[int]) -> int:
-    """Counts a use of a file, by whatever name. Returns how many there are now, 0 if there is no file."""
+def _status(path: str) -> os.stat_result | None:
     try:
-        status = os.stat(path)
+        return os.stat(path)
     except (OSError, ValueError):  # ValueError: a null byte in the path
-        return 0
-    file = status.st_dev << 64 | status.st_ino  # less memory than a tuple
-    uses[file] += 1
-    return uses[file]
+        return None
 
 
 def pair_of_file(

@@ -1,10 +1,10 @@
 """COCO's caption annotations, and Karpathy's splits of COCO, Flickr8k and Flickr30k."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, max_annotation_bytes
+from clipmoe_jax.data.sources.base import BadRecord, Entry, Images, Pair, find_file, max_annotation_bytes
 
 
 class Coco:
@@ -34,9 +34,10 @@ class Coco:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        uses = Counter()
-        for i, (name, captions) in enumerate(self._entries):
-            yield self._images.pair(f"entry {i}" if name is None else str(name), name, captions, uses)
+        return self._images.pairs(
+            Entry(f"entry {i}" if name is None else str(name), name, captions)
+            for i, (name, captions) in enumerate(self._entries)
+        )
 
 
 def _coco(content: dict, split: str, path: str) -> list[tuple[object, list]]:

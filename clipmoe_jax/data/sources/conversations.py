@@ -1,11 +1,18 @@
 """ShareGPT4V's captions: conversations about images."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_file, max_annotation_bytes, parse_json
+from clipmoe_jax.data.sources.base import (
+    BadRecord,
+    Entry,
+    Images,
+    Pair,
+    find_file,
+    max_annotation_bytes,
+    parse_json,
+)
 
 
 class ShareGPT4V:
@@ -30,11 +37,9 @@ class ShareGPT4V:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        uses = Counter()
-        for i, entry in enumerate(self._entries):
-            yield self._read(i, entry, uses)
+        return self._images.pairs(self._read(i, entry) for i, entry in enumerate(self._entries))
 
-    def _read(self, i: int, entry: object, uses: Counter[int]) -> Pair | BadRecord:
+    def _read(self, i: int, entry: object) -> Entry | BadRecord:
         if isinstance(entry, BadRecord):
             return entry
         if not isinstance(entry, dict):
@@ -45,7 +50,7 @@ class ShareGPT4V:
             caption = _first_answer(entry["conversations"])
         except (KeyError, TypeError, AttributeError):
             return BadRecord(record_id, "malformed entry", f'entry {i} has malformed "conversations"')
-        return self._images.pair(record_id, name, [caption], uses)
+        return Entry(record_id, name, [caption])
 
 
 def _entries_of(i: int, line: bytes) -> Iterator[object]:

@@ -1,7 +1,6 @@
 """Parquet files, as Hugging Face data sets and img2dataset's metadata come."""
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from clipmoe_jax.data.sources.base import (
     MAX_CAPTIONS,
     MAX_TEXT,
     BadRecord,
+    Entry,
     Images,
     Pair,
     as_text,
@@ -77,9 +77,12 @@ class Parquet:
         return self._len
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        return self._images.pairs(self._entries()) if self._images else self._entries()
+
+    def _entries(self) -> Iterator[Any]:
+        """Yields pairs and bad records, and an `Entry` for each row that names a file of the image folder."""
         import pyarrow.parquet
 
-        uses = Counter()
         for name, file in self._files.items():
             row, size, taken = 0, file.stat().st_size, 0
             # Without pre_buffer a batch is in memory at a time, not a row group.
@@ -89,7 +92,7 @@ class Parquet:
                     try:
                         for fields in _rows(opened, texts, group, file):
                             check_expansion(size, taken := taken + sum(map(_num_bytes, fields)))
-                            yield self._read(f"{name}:{row}", *fields, uses)
+                            yield self._read(f"{name}:{row}", *fields)
                             row += 1
                         if row < end:
                             raise ValueError(f"{end - row:,} of its rows are missing")
@@ -100,9 +103,7 @@ class Parquet:
                         yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in range(row, end))
                     row = end
 
-    def _read(
-        self, place: str, image: Any, captions: Any, record_id: Any, uses: Counter[int]
-    ) -> Pair | BadRecord:
+    def _read(self, place: str, image: Any, captions: Any, record_id: Any) -> Entry | Pair | BadRecord:
         if isinstance(record_id, BadRecord):
             return record_id._replace(id=place)
         record_id = place if record_id is None else str(as_text(record_id))
@@ -115,7 +116,7 @@ class Parquet:
             contents, path = image.get("bytes"), as_text(image.get("path"))
             image = path if contents is None else contents
         if isinstance(image, str) and self._images is not None:
-            return self._images.pair(record_id, image, captions, uses)
+            return Entry(record_id, image, captions)
         if not isinstance(image, bytes):
             detail = "the cell is empty" if image is None else f"only a path, {image}: add ?images=DIR"
             image = BadRecord(record_id, "missing image", detail)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, find_column, find_file
+from clipmoe_jax.data.sources.base import BadRecord, Entry, Images, Pair, find_column, find_file
 
 IMAGE_COLUMNS = ("filepath", "image", "image_name", "image_path", "file_name", "filename")
 CAPTION_COLUMNS = ("title", "caption", "comment", "text")
@@ -36,12 +36,12 @@ class Csv:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        uses = collections.Counter()
-        for name, number, captions in self._groups:
-            if name is None:
-                yield BadRecord(f"line {number}", "malformed entry", f"{self._path}: {captions[0]}")
-            else:
-                yield self._images.pair(name or f"line {number}", name, captions, uses)
+        return self._images.pairs(
+            BadRecord(f"line {number}", "malformed entry", f"{self._path}: {captions[0]}")
+            if name is None
+            else Entry(name or f"line {number}", name, captions)
+            for name, number, captions in self._groups
+        )
 
     def _rows(self) -> Iterator[Row]:
         with _open(self._path) as file:
