@@ -61,12 +61,14 @@ class _Asked(NamedTuple):
 
 
 class _Checkpoint(NamedTuple):
-    """An opened checkpoint: its name table, architecture and tensors, and its kind and format in words."""
+    """An opened checkpoint: its name table, architecture and tensors, its kind and format in words, and the
+    file that it is read from, which may name others."""
 
     table: list[nametable.Row]
     config: ClipConfig
     tensors: Tensors
     source: str
+    weights: epath.Path
 
 
 def read_model(
@@ -111,12 +113,12 @@ def read_model(
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
         open_it = _open_folder if location.is_dir() else _open_file
-        table, config, tensors, source = open_it(location, asked)
+        table, config, tensors, source, weights = open_it(location, asked)
         abstract = abstract_params(config)
         shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract).items()}
         nametable.check_shapes(table, shapes, tensors, path)
         with naming(path):
-            check_files(abstract, _weight_files(location))
+            check_files(abstract, tensor_files.files_of(weights))
         params = trees.unflatten(nametable.to_ours(table, tensor_files.read_as(tensors, dtype, path), place))
     _check_asked(asked, config, path)
     if config.moe and num_selected_experts not in (None, config.moe.num_selected_experts):
@@ -161,12 +163,12 @@ def _open_folder(folder: epath.Path, asked: _Asked) -> _Checkpoint:
             config = huggingface.import_config(described)
         if weights is None:
             raise ValueError(f"{folder} has transformers' config.json and none of {HUGGINGFACE_FILES}")
-        return _huggingface(_open_weights(weights), config, folder)
+        return _huggingface(weights, _open_weights(weights), config, folder)
     if (folder / openclip.CONFIG_FILE).exists():
         weights = _first(folder, OPENCLIP_FILES)
         if weights is None:
             raise ValueError(f"{folder} has an {openclip.CONFIG_FILE} and none of {OPENCLIP_FILES}")
-        return _openclip(_open_weights(weights), folder)
+        return _openclip(weights, _open_weights(weights), folder)
     files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
         return _open_file(files[0], asked)
@@ -187,10 +189,10 @@ def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
             )
         with naming(path.parent / "config.json"):
             config = huggingface.import_config(described)
-        return _huggingface(tensors, config, path)
+        return _huggingface(path, tensors, config, path)
     if (other := _other_kind(tensors)) is None and released.has_these_names(tensors):
         if (path.parent / openclip.CONFIG_FILE).exists():
-            return _openclip(tensors, path.parent)
+            return _openclip(path, tensors, path.parent)
         tensors, kind = released.normalise(tensors)
         beside = path.parent / RELEASED_CONFIG
         said = _read_described(beside)
@@ -204,7 +206,7 @@ def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
                 head_widths=widths if is_bare else (released.HEAD_WIDTH, released.HEAD_WIDTH),
             )
         note = _assumed(asked, config) if is_bare else ""
-        return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}")
+        return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in {kind}{note}", path)
     raise ValueError(f"{path} is not a ViT CLIP: {other or f'its first names are {list(tensors)[:3]}'}")
 
 
@@ -219,7 +221,9 @@ def _assumed(asked: _Asked, config: ClipConfig) -> str:
     return f" (assumed, as the file does not say it: {values})" if values else ""
 
 
-def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _Checkpoint:
+def _huggingface(
+    weights: epath.Path, tensors: Tensors, config: ClipConfig, source: epath.Path
+) -> _Checkpoint:
     folder = source if source.is_dir() else source.parent
     for name in (huggingface.IMAGE_PROCESSOR_FILE, huggingface.PROCESSOR_FILE):
         fields = _read_described(folder / name)
@@ -233,15 +237,17 @@ def _huggingface(tensors: Tensors, config: ClipConfig, source: epath.Path) -> _C
             f"{source} is a vision tower without its projection: give the whole CLIPModel, or "
             "CLIPVisionModelWithProjection"
         )
-    return _Checkpoint(huggingface.TABLE, config, tensors, f"{describe(config)} in transformers' format")
+    told = f"{describe(config)} in transformers' format"
+    return _Checkpoint(huggingface.TABLE, config, tensors, told, weights)
 
 
-def _openclip(tensors: Tensors, folder: epath.Path) -> _Checkpoint:
+def _openclip(weights: epath.Path, tensors: Tensors, folder: epath.Path) -> _Checkpoint:
     described = read_json(folder / openclip.CONFIG_FILE)
     with naming(folder / openclip.CONFIG_FILE):
         config = openclip.import_config(described)
     tensors, _ = released.normalise(tensors)
-    return _Checkpoint(released.TABLE, config, tensors, f"{describe(config)} in open_clip's format")
+    told = f"{describe(config)} in open_clip's format"
+    return _Checkpoint(released.TABLE, config, tensors, told, weights)
 
 
 def _other_kind(tensors: Tensors) -> str | None:
@@ -261,7 +267,7 @@ def _open_weights(path: epath.Path) -> Tensors:
     A training checkpoint has an optimizer beside the model, a module that contains a CLIP has other tensors:
     these are left out. Raises ValueError if there are several CLIPs, such as a student and a teacher.
     """
-    is_index = path.name.endswith(".index.json")
+    is_index = tensor_files.is_index(path)
     opened = (tensor_files.open_sharded if is_index else tensor_files.open_tensors)(path)
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in opened}
     prefixes = sorted({match[1] or "" for name in names.values() if (match := A_CLIP.fullmatch(name))})
@@ -270,14 +276,6 @@ def _open_weights(path: epath.Path) -> Tensors:
         raise ValueError(f"{path} holds several models ({', '.join(firsts)}): save one of them alone")
     [prefix] = prefixes or [""]
     return {n.removeprefix(prefix): opened[name] for name, n in names.items() if n.startswith(prefix)}
-
-
-def _weight_files(location: epath.Path) -> list[epath.Path]:
-    """Returns a file of weights; all that lie in a folder, or beside an index."""
-    if not (location.is_dir() or location.name.endswith(".index.json")):
-        return [location]
-    folder = location if location.is_dir() else location.parent
-    return [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
 
 
 def _first(folder: epath.Path, names: tuple[str, ...]) -> epath.Path | None:

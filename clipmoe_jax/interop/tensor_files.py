@@ -60,21 +60,42 @@ def open_tensors(path: epath.Path) -> Tensors:
 def open_sharded(index: epath.Path) -> Tensors:
     """Opens all files that a `….index.json` names.
 
-    Raises FileNotFoundError naming files that do not exist, ValueError for files that are not in the index's
-    folder and for tensors that their file lacks.
+    Raises ValueError for tensors that their file lacks, and errors as `files_of`.
     """
+    weight_map = _weight_map(index)
+    opened = {file.name: open_tensors(file) for file in files_of(index)}
+    if missing := [name for name, shard in weight_map.items() if name not in opened[shard]]:
+        raise ValueError(f"{index} names tensors that their files lack: {missing[:10]}")
+    return {name: opened[shard].pop(name) for name, shard in weight_map.items()}
+
+
+def files_of(path: epath.Path) -> list[epath.Path]:
+    """Returns the files of tensors that a `….index.json` names; another file is its own.
+
+    Raises FileNotFoundError naming files that do not exist, ValueError for files that are not in the index's
+    folder.
+    """
+    if not is_index(path):
+        return [path]
+    names = sorted(set(_weight_map(path).values()))
+    if missing := [name for name in names if not (path.parent / name).exists()]:
+        raise FileNotFoundError(f"{path} names {len(names)} files, of which {missing[:10]} do not exist")
+    return [path.parent / name for name in names]
+
+
+def is_index(path: epath.Path) -> bool:
+    """Returns whether a file is one that names the files of tensors."""
+    return path.name.endswith(".index.json")
+
+
+def _weight_map(index: epath.Path) -> dict[str, str]:
+    """Returns {tensor: file} of a `….index.json`."""
     weight_map = field(read_json(index), "weight_map", dict, str(index))
     if outside := [name for name in weight_map.values() if not _is_file_name(name)]:
         raise ValueError(
             f"{index} names the file {outside[0]!r}, which is none of its folder: mend or remove it"
         )
-    shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
-    if missing := [name for name, path in shards.items() if not path.exists()]:
-        raise FileNotFoundError(f"{index} names {len(shards)} files, of which {missing[:10]} do not exist")
-    opened = {name: open_tensors(path) for name, path in shards.items()}
-    if missing := [name for name, shard in weight_map.items() if name not in opened[shard]]:
-        raise ValueError(f"{index} names tensors that their files lack: {missing[:10]}")
-    return {name: opened[shard].pop(name) for name, shard in weight_map.items()}
+    return weight_map
 
 
 def _is_file_name(name: object) -> bool:

@@ -228,6 +228,19 @@ def test_one_tensor_under_many_names_is_not_read_as_many(tmp_path, monkeypatch):
         read_model(str(tmp_path / "one.pt"))
 
 
+def test_files_beside_the_one_that_is_read_do_not_count_as_its_bytes(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "EXPANDED", 2**20)
+    deep = dataclasses.replace(DENSE, vision=dataclasses.replace(DENSE.vision, num_layers=200))
+    write_config(tmp_path / "deep" / "config.json", huggingface.export_config(deep, "float32"))
+    state = {n: torch.from_numpy(a) for n, a in huggingface.export_state_dict(zeros(deep)).items()}
+    largest = torch.zeros(max(tensor.numel() for tensor in state.values()))
+    one = {name: largest[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}
+    torch.save(one, tmp_path / "deep" / "pytorch_model.bin")
+    (tmp_path / "deep" / "other.safetensors").write_bytes(os.urandom(2**23))
+    with pytest.raises(ValueError, match=r"deep: its [\d,]+ bytes expand to"):
+        read_model(str(tmp_path / "deep"))
+
+
 def with_tensor(folders, tmp_path, name, tensor):
     """The released model's state dict, one of its tensors another."""
     state = torch.load(folders / "released" / "model.pt", weights_only=True)
