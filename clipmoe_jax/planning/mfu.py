@@ -13,7 +13,8 @@ from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.transformer import ComputeConfig
 
 ASSUMED = 0.4
-# Of what a step computes, with what it computes again, by accelerator, kind of step, and remat: steps of ViT-L/14 with 100 pairs of 248 tokens in bfloat16 (benchmarks/results/h100.jsonl).
+# Of what a step computes, with what it computes again, by accelerator, kind of step, and remat: steps of
+# ViT-L/14 with 100 pairs of 248 tokens in bfloat16 (benchmarks/results/h100.jsonl).
 MEASURED = {
     ("h100", "dense", "dots"): 0.343,
     ("h100", "dense", "none"): 0.396,
