@@ -121,13 +121,18 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
         num_blocks = tower.num_layers - first_moe_layer(tower.num_layers, moe)
         # Tokens of each block's experts; those of the last feed-forward layer are one of each sequence.
         every, pooled = np.full(num_blocks, length), np.array([length] * (num_blocks - 1) + [1])
-        # Of each layer of experts: its tokens, its outputs' width, whether it is the first of a block.
-        layers = [(pooled, tower.width, not has_attention)]
+        # Of each layer of experts: its tokens; those whose gates no layer of the block has sent before; its
+        # outputs' width; whether it is the first of a block.
+        layers = [(pooled, pooled, tower.width, not has_attention)]
         if has_attention:
-            layers += [(every, 3 * tower.width, True), (every, tower.width, False)]
+            layers = [
+                (every, every, 3 * tower.width, True),
+                (every, 0 * every, tower.width, False),
+                (pooled, pooled * (pooled < every), tower.width, False),
+            ]
         sizes: dict[tuple[str, str], float] = collections.defaultdict(float)
-        for tokens, out_width, is_first in layers:
-            tokens = pairs_of_group * tokens
+        for tokens, of_new_gates, out_width, is_first in layers:
+            tokens, of_new_gates = pairs_of_group * tokens, pairs_of_group * of_new_gates
             x, y = (tokens * width * itemsize for width in (tower.width, out_width))
             # Where the first MoE block is the first to train, its inputs need no gradient.
             to_inputs = slice(0 if shared_train or not is_first else 1, None)
@@ -141,8 +146,8 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
                 size += there[to_inputs].sum() + back[to_outputs].sum()
                 sizes[f"{what} to experts and back", "all-to-all"] += size
                 continue
-            gates = tokens.sum() * num_visited * FLOAT_BYTES
-            sizes[f"{what}, gates, ids", "all-gather"] += passes * (x.sum() + 2 * gates)
+            gates, new_gates = (n.sum() * num_visited * FLOAT_BYTES for n in (tokens, of_new_gates))
+            sizes[f"{what}, gates, ids", "all-gather"] += passes * (x.sum() + 2 * new_gates)
             sizes[f"{what}' outputs", "reduce-scatter"] += (passes - recomputes) * y.sum()
             sizes[f"gradients of {what}' outputs", "all-gather"] += y.sum()
             sizes[f"gradients of {what}, gates", "reduce-scatter"] += x[to_inputs].sum() + gates

@@ -34,6 +34,8 @@ def get_config(arg=""):
     config.mcl.num_stages = 1
     config.moe.experts = ("base", "base", "last_stage", "consolidation")
     config.moe.routing = "token_and_sequence"
+    if not arg.baselines:  # one of which is of feed-forward layers
+        config.moe.expert_layers = "attention_and_feed_forward"
     config.data.rehearsal = "digit_scenes:test?pairs=16&captions=coarse&seed=1"
     config.consolidation.rehearsal_fraction, config.router.rehearsal_fraction = 0.3, 0.3
     config.router.update(rehearsal="distill", loss="features", gradient="all")
