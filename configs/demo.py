@@ -91,6 +91,9 @@ def get_config(arg: str = "") -> ConfigDict:
         # What trains on ordinary batches from the base does so in batches of consolidation's size.
         from_base = [n for n in config.baselines if n.startswith(FROM_BASE)]
         settings = {name: {"batch_size": config.consolidation.batch_size} for name in from_base}
+        for name in from_base:
+            if name.startswith("lora"):  # chosen like the others' 2e-3, on the same seeds
+                settings[name]["learning_rate"] = 8e-3
         if arg.controls and arg.feed_forward:
             config.baselines = (*config.baselines, "published_moe")
             # Its loss compares the pairs of a batch: routers as of the recipe for scenes alone.

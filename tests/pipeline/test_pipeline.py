@@ -293,7 +293,7 @@ def test_table_of_several_seeds_has_means_and_paired_differences(finished):
 # Baselines: what they train, from the base, by which losses.
 
 FFN, ATTENTION = "visual/resblocks_0/mlp/c_fc/kernel", "visual/resblocks_0/attn/out_proj/kernel"
-EXPERTS = "visual/resblocks_0/moe/c_fc/kernel"
+EXPERTS, OF_ATTENTION = "visual/resblocks_0/moe/c_fc/kernel", "visual/resblocks_0/moe/out_proj/kernel"
 has_baselines = pytest.mark.parametrize("finished", RUNS[:2], indirect=True)
 
 
@@ -322,12 +322,15 @@ DRAWN_ANEW = {"drop_upcycling": 0.5, "clip_up": 0}  # name: share of each expert
 def test_baseline_trains_what_its_recipe_says(finished, leaves):
     before = leaves("base")
     for name in TRAINED.keys() & finished.config.baselines:
-        (changed, same), after = TRAINED[name], leaves(f"baselines/{name}")
+        after = leaves(f"baselines/{name}")
+        changed, same = ([leaf for leaf in part if leaf in after] for part in TRAINED[name])
+        assert changed or same
         assert [leaf for leaf in changed if np.array_equal(before[leaf], after[leaf])] == []
         assert [leaf for leaf in same if not np.array_equal(before[leaf], after[leaf])] == []
-        if EXPERTS in after:
-            for e, expert in enumerate(after[EXPERTS]):
-                assert not np.array_equal(expert, leaves(f"baselines/{name}_upcycled")[EXPERTS][e])
+        assert (ATTENTION in after) != (OF_ATTENTION in after)  # experts have it, or blocks
+        for leaf in {EXPERTS, OF_ATTENTION} & after.keys():
+            for e, expert in enumerate(after[leaf]):
+                assert not np.array_equal(expert, leaves(f"baselines/{name}_upcycled")[leaf][e])
 
 
 @has_baselines
