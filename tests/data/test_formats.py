@@ -3,6 +3,7 @@ What is bad about them is counted.
 """
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -17,6 +18,8 @@ from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import BadRecord, Pair, open_source
+from clipmoe_jax.data.sources import parquet as parquet_source
+from clipmoe_jax.data.sources.base import entries_from
 
 
 def picture(i, format="PNG"):
@@ -216,6 +219,8 @@ def test_every_format_comes_back_from_a_prepared_set(write, tmp_path):
     source = open_source(spec, images)
     assert len(source) == 3, name
     assert list(source) == list(source)
+    two = open_source(f"{spec},{spec}", images)
+    assert [list(entries_from(two, first)) for first in range(7)] == [list(two)[k:] for k in range(7)]
     report = prepare(source, str(tmp_path / "out"))
     assert report["pairs"] == 3 and report["bad"] == 0, name
     records = Records(str(tmp_path / "out"))
@@ -318,6 +323,30 @@ def test_bad_rows_of_parquet_are_named_by_kind(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
     found = kinds(open_source(f"parquet:{tmp_path / 'x.parquet'}"))
     assert found == ["missing image", "missing caption", "empty caption", "x.parquet:3"]
+
+
+def test_rows_of_parquet_are_read_from_any_on(tmp_path, monkeypatch):
+    """From the row group that it lies in, also behind rows that are damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    captions = [f"caption {i}" for i in range(10)]
+    for name in "ab":
+        table = pyarrow.table({"image": [picture(0)] * 10, "caption": captions})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+    source, groups, read = open_source(f"parquet:{tmp_path}"), [], parquet_source._rows
+
+    def rows(opened, texts, group, file):
+        groups.append(f"{file.name[0]}{group}")
+        yield from itertools.islice(read(opened, texts, group, file), 3 if groups[-1] == "a1" else None)
+
+    monkeypatch.setattr(parquet_source, "_rows", rows)
+    whole = list(source)
+    assert kinds(whole).count("damaged row") == 1 and groups == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    for first in range(21):
+        assert list(entries_from(source, first)) == whole[first:]
+    groups.clear()
+    assert len(list(entries_from(source, 14))) == 6 and groups == ["b1", "b2"]
 
 
 def bad_images():

@@ -4,6 +4,7 @@ import errno
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -81,7 +82,8 @@ class Source(Protocol):
     """A data set, read from the start each time: a `Pair` for each usable entry and a `BadRecord` for each
     other one, in the same order every time.
 
-    A source whose pairs carry attributes also has an `attribute_table`, {name: AttributeSpec}.
+    A source whose pairs carry attributes also has an `attribute_table`, {name: AttributeSpec}. One that can
+    begin in its middle without reading what comes before has `entries_from(first)` (see below).
     """
 
     def __len__(self) -> int:
@@ -96,6 +98,18 @@ def attribute_table(source: Source) -> AttributeTable | None:
     return getattr(source, "attribute_table", None)
 
 
+def entries_from(source: Source, first: int) -> Iterator[Pair | BadRecord]:
+    """Yields the entries of a source from number `first` on, 0 for all. What depends on earlier entries, such
+    as whether an id came before, looks at these alone."""
+    own = getattr(source, "entries_from", None)
+    return own(first) if own else itertools.islice(source, first, None)
+
+
+def id_digest(record_id: str) -> bytes:
+    """Returns 16 bytes that stand for an id."""
+    return hashlib.blake2b(record_id.encode("utf-8"), digest_size=16).digest()
+
+
 class Unique:
     """A source whose ids come once: later records of the same id are bad. Keeps 16 bytes of each id."""
 
@@ -107,14 +121,22 @@ class Unique:
         return len(self._source)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
         seen = set()
-        for record in self._source:
+        for record in entries_from(self._source, first):
             if isinstance(record, Pair):
-                digest = hashlib.blake2b(record.id.encode("utf-8"), digest_size=16).digest()
+                digest = id_digest(record.id)
                 if digest in seen:
-                    record = BadRecord(record.id, "duplicate id", "an earlier record has this id")
+                    record = duplicate_of(record.id)
                 seen.add(digest)
             yield record
+
+
+def duplicate_of(record_id: str) -> BadRecord:
+    """Returns the bad record in place of a pair whose id came before."""
+    return BadRecord(record_id, "duplicate id", "an earlier record has this id")
 
 
 class Concatenated:
@@ -130,9 +152,14 @@ class Concatenated:
         return sum(map(len, self._sources))
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
         for i, source in enumerate(self._sources):
-            for record in source:
-                yield record._replace(id=f"{i}/{record.id}")
+            if first < len(source):
+                for record in entries_from(source, first):
+                    yield record._replace(id=f"{i}/{record.id}")
+            first = max(0, first - len(source))
 
 
 class BadFileError(ValueError):

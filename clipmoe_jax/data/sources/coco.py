@@ -1,5 +1,6 @@
 """COCO's caption annotations, and Karpathy's splits of COCO, Flickr8k and Flickr30k."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -34,9 +35,12 @@ class Coco:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
         return self._images.pairs(
             Entry(f"entry {i}" if name is None else str(name), name, captions)
-            for i, (name, captions) in enumerate(self._entries)
+            for i, (name, captions) in enumerate(itertools.islice(self._entries, first, None), first)
         )
 
 

@@ -1,5 +1,6 @@
 """ShareGPT4V's captions: conversations about images."""
 
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -37,7 +38,11 @@ class ShareGPT4V:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        return self._images.pairs(self._read(i, entry) for i, entry in enumerate(self._entries))
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
+        entries = enumerate(itertools.islice(self._entries, first, None), first)
+        return self._images.pairs(self._read(i, entry) for i, entry in entries)
 
     def _read(self, i: int, entry: object) -> Entry | BadRecord:
         if isinstance(entry, BadRecord):

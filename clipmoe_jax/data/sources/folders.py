@@ -1,5 +1,6 @@
 """Folders of image files with their captions beside them, or named after their classes."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -55,7 +56,10 @@ class ImageFolder:
         return len(self._paths)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        for path in self._paths:
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
+        for path in itertools.islice(self._paths, first, None):
             yield self._read(path.relative_to(self._root).as_posix(), path)
 
     def _read(self, record_id: str, path: Path) -> Pair | BadRecord:

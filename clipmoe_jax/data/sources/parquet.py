@@ -77,9 +77,13 @@ class Parquet:
         return self._len
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        return self._images.pairs(self._entries()) if self._images else self._entries()
+        return self.entries_from(0)
 
-    def _entries(self) -> Iterator[Any]:
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
+        """Yields the rows from number `first` on, and reads the row group that it lies in from its start."""
+        return self._images.pairs(self._entries(first)) if self._images else self._entries(first)
+
+    def _entries(self, first: int) -> Iterator[Any]:
         """Yields pairs and bad records, and an `Entry` for each row that names a file of the image folder."""
         import pyarrow.parquet
 
@@ -89,10 +93,14 @@ class Parquet:
             with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as opened, _texts_of(file) as texts:
                 for group in range(opened.num_row_groups):
                     end = row + opened.metadata.row_group(group).num_rows
+                    if end <= first:
+                        row = end
+                        continue
                     try:
                         for fields in _rows(opened, texts, group, file):
                             check_expansion(size, taken := taken + sum(map(_num_bytes, fields)))
-                            yield self._read(f"{name}:{row}", *fields)
+                            if row >= first:
+                                yield self._read(f"{name}:{row}", *fields)
                             row += 1
                         if row < end:
                             raise ValueError(f"{end - row:,} of its rows are missing")
@@ -100,8 +108,10 @@ class Parquet:
                     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
                         reason = str(error).partition("\n")[0]
                         detail = f"{file}, row group {group}: {reason}"
-                        yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in range(row, end))
+                        rows = range(max(row, first), end)
+                        yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in rows)
                     row = end
+            first = max(0, first - row)
 
     def _read(self, place: str, image: Any, captions: Any, record_id: Any) -> Entry | Pair | BadRecord:
         if isinstance(record_id, BadRecord):

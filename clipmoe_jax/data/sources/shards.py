@@ -2,6 +2,7 @@
 
 import codecs
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -37,17 +38,24 @@ class WebDataset:
         self._shards = find_files(path, "webdataset", ".tar", follow_links)
 
     def __len__(self) -> int:
-        return self._count
+        return sum(self._counts)
 
     @functools.cached_property
-    def _count(self) -> int:
-        """The samples of all shards, counted by their headers."""
-        return sum(1 for name, shard in self._shards.items() for _ in _samples(name, shard, read=False))
+    def _counts(self) -> list[int]:
+        """The samples of each shard, counted by their headers."""
+        return [sum(1 for _ in _samples(*shard, read=False)) for shard in self._shards.items()]
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        for name, shard in self._shards.items():
-            for sample in _samples(name, shard, read=True):
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
+        for i, (name, shard) in enumerate(self._shards.items()):
+            if first and first >= self._counts[i]:
+                first -= self._counts[i]
+                continue
+            for sample in itertools.islice(_samples(name, shard, read=True), first, None):
                 yield sample if isinstance(sample, BadRecord) else _read(*sample)
+            first = 0
 
 
 def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members] | BadRecord]:

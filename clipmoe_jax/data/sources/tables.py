@@ -3,6 +3,7 @@
 import collections
 import csv
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,11 +37,14 @@ class Csv:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
         return self._images.pairs(
             BadRecord(f"line {number}", "malformed entry", f"{self._path}: {captions[0]}")
             if name is None
             else Entry(name or f"line {number}", name, captions)
-            for name, number, captions in self._groups
+            for name, number, captions in itertools.islice(self._groups, first, None)
         )
 
     def _rows(self) -> Iterator[Row]:

@@ -110,7 +110,10 @@ class Tfds:
         return len(self._records)
 
     def __iter__(self) -> Iterator[Pair | BadRecord]:
-        for i in range(len(self)):
+        return self.entries_from(0)
+
+    def entries_from(self, first: int) -> Iterator[Pair | BadRecord]:
+        for i in range(first, len(self)):
             try:
                 record = self._features.deserialize_example_np(self._records[i], decoders=self._decoders)
             except (DecodeError, RuntimeError, ValueError, KeyError, OSError) as error:
