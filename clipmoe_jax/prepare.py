@@ -2,6 +2,8 @@
 
     python -m clipmoe_jax.prepare --source='sharegpt4v:captions.json?images=DIR' --out=DIR
     python -m clipmoe_jax.prepare --source=folder:DIR --out=DIR --pixels=224
+    python -m clipmoe_jax.prepare --source=… --out=DIR --part=3/64    # and the others, on any machines; then
+    python -m clipmoe_jax.prepare --merge --out=DIR
 
 docs/data.md has every kind of source; several become one data set. The result is a TFDS data set in
 ArrayRecord files (`clipmoe_jax.data.records.Records` reads it, and so does `tfds.data_source("pairs",
@@ -10,35 +12,72 @@ data_dir=OUT)`), with the images as they came or, by --pixels, as a model takes 
 lengths. A run that was killed goes on with the file it was writing when the same command starts again.
 """
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
 from absl import flags, logging
 
 from clipmoe_jax.core import accelerators, cli
 from clipmoe_jax.core.terminal import printable_line
-from clipmoe_jax.data import preparation, sources
+from clipmoe_jax.data import parts, preparation, sources
+
+MERGES = ("out", "max_bad_fraction")  # the flags that --merge takes
 
 
 def main(argv: list[str]) -> str:
-    """Prepares the data set that the flags name; returns a line that says what was made."""
+    """Prepares or merges the data set that the flags name; returns a line that says what was made."""
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS logs each thing it does
     accelerators.take_none()
     options = flags.FLAGS
-    spec = ",".join(options.source)
     try:
-        report = preparation.prepare(
-            sources.open_source(spec, options.images, follow_links=options.follow_links),
-            options.out,
-            split=options.split,
-            max_bad_fraction=options.max_bad_fraction,
-            num_shards=options.num_shards,
-            pixels=options.pixels,
-            name=sources.canonical(spec, options.images),
-        )
+        if options.merge:
+            return _described(options.out, _merge())
+        if not options.source:
+            raise ValueError("--source is missing: KIND:PATH, or --merge where all parts are prepared")
+        return _prepare_part(parts.Part.parse(options.part)) if options.part else _prepare()
     except preparation.TooManyBadRecordsError as error:
         raise ValueError(f"{error} (the flag is --max_bad_fraction)") from error
+
+
+def _prepare() -> str:
+    source, arguments = _source_and_arguments()
+    return _described(flags.FLAGS.out, preparation.prepare(source, flags.FLAGS.out, **arguments))
+
+
+def _prepare_part(part: parts.Part) -> str:
+    source, arguments = _source_and_arguments()
+    out, files = flags.FLAGS.out, sources.source_stamp(",".join(flags.FLAGS.source))
+    if flags.FLAGS.follow_links:
+        arguments["name"] += " --follow_links"
+    counts = parts.prepare_part(source, out, part, files=files, **arguments)
+    then = f"When all {part.total:,} parts are there: python -m clipmoe_jax.prepare --merge --out={out}"
+    return f"{_described(part.folder(out), counts)} {printable_line(then)}"
+
+
+def _merge() -> dict[str, Any]:
+    options = flags.FLAGS
+    own = {flag.name for flag in options.get_flags_for_module(_define_flags.__module__)}
+    if given := sorted(name for name in own - {"merge", *MERGES} if options[name].present):
+        raise ValueError(f"--merge has no use for --{', --'.join(given)}: its parts say it; leave it out")
+    return parts.merge(options.out, max_bad_fraction=options.max_bad_fraction)
+
+
+def _source_and_arguments() -> tuple[sources.Source, dict[str, Any]]:
+    """Returns the source that the flags name, and how to prepare it."""
+    options = flags.FLAGS
+    spec = ",".join(options.source)
+    names = ("split", "max_bad_fraction", "num_shards", "pixels")
+    arguments = {name: options[name].value for name in names}
+    source = sources.open_source(spec, options.images, follow_links=options.follow_links)
+    return source, arguments | {"name": sources.canonical(spec, options.images)}
+
+
+def _described(folder: os.PathLike | str, counts: Mapping[str, Any]) -> str:
     return (
-        f"{printable_line(options.out)}: {report['pairs']:,} pairs with {report['captions']:,} captions, "
-        f"{report['image_bytes'] / 1e6:,.1f} MB of images; {report['bad']:,} bad records left out."
+        f"{printable_line(folder)}: {counts['pairs']:,} pairs with {counts['captions']:,} captions, "
+        f"{counts['image_bytes'] / 1e6:,.1f} MB of images; {counts['bad']:,} bad records left out."
     )
 
 
@@ -62,7 +101,11 @@ def _define_flags() -> None:
         f"{preparation.MOST_SHARDS}.",
     )
     flags.DEFINE_integer("pixels", None, "Store images preprocessed at this size, captions tokenised.")
-    flags.mark_flags_as_required(["source", "out"])
+    flags.DEFINE_string(
+        "part", None, "K/N: prepares part K, 0 to N - 1, of N in OUT.parts, for --merge; each on any machine."
+    )
+    flags.DEFINE_bool("merge", False, "Makes OUT of the parts in OUT.parts, as one process would have.")
+    flags.mark_flag_as_required("out")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
+from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.sources import open_source
 
 
 @pytest.fixture
@@ -57,6 +59,21 @@ def test_command_says_what_it_made(pairs, out):
     assert len(Records(str(out), "val")) == 6
 
 
+def test_parts_at_once_and_merged_are_one_data_set(pairs, out, tmp_path):
+    arguments = [f"--source=folder:{pairs}", "--num_shards=3"]
+    command = [sys.executable, "-m", "clipmoe_jax.prepare", *arguments, f"--out={out}"]
+    running = [subprocess.Popen([*command, f"--part={k}/2"], stdout=subprocess.PIPE) for k in range(2)]
+    told = [process.communicate()[0].decode() for process in running]
+    assert told[0].startswith(f"{out}.parts/00000-of-00002: 2 pairs with 4 captions, ")
+    assert told[1].endswith(
+        f"When all 2 parts are there: python -m clipmoe_jax.prepare --merge --out={out}\n"
+    )
+    merged = run_command("--merge", f"--out={out}")
+    assert merged.returncode == 0 and merged.stdout.startswith(f"{out}: 6 pairs with 12 captions")
+    prepare(open_source(f"folder:{pairs}"), f"{tmp_path}/whole", num_shards=3)
+    assert Records(str(out)).fingerprint == Records(f"{tmp_path}/whole").fingerprint
+
+
 def test_several_sources_become_one_data_set(pairs, out):
     flag = f"--source=folder:{pairs}"
     done = run_command(flag, flag, "--source=digit_scenes:test?pairs=1", f"--out={out}")
@@ -79,6 +96,8 @@ def test_links_are_read_where_the_flag_says_so(pairs, out, tmp_path):
     [
         (["--source=folder:/nowhere", "--out=x"], "source folder:/nowhere is not a folder"),
         (["--source=folder:/", "--out=x", "--num_shard=2"], "Did you mean: num_shards"),
+        (["--out=x"], "--source is missing: KIND:PATH, or --merge where all parts are prepared"),
+        (["--merge", "--out=x", "--pixels=8", "--part=0/2"], "--merge has no use for --part, --pixels: its"),
     ],
 )
 def test_command_errors_are_one_line(arguments, message):

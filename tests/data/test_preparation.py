@@ -282,11 +282,12 @@ def contents(folder):
 
 KILLED = """
 import os, signal, sys
-from clipmoe_jax.data import preparation
+from clipmoe_jax.data import preparation, shard_files
 from clipmoe_jax.data.sources import ImageFolder
 
 place, call, root, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
-original, count = getattr(preparation, place), 0
+module = shard_files if hasattr(shard_files, place) else preparation
+original, count = getattr(module, place), 0
 
 def killing(*args, **kwargs):
     global count
@@ -295,7 +296,7 @@ def killing(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 
-setattr(preparation, place, killing)
+setattr(module, place, killing)
 preparation.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, pixels=64, name="it")
 """
 

@@ -102,7 +102,7 @@ def entries_from(source: Source, first: int) -> Iterator[Pair | BadRecord]:
     """Yields the entries of a source from number `first` on, 0 for all. What depends on earlier entries, such
     as whether an id came before, looks at these alone."""
     own = getattr(source, "entries_from", None)
-    return own(first) if own else itertools.islice(source, first, None)
+    return own(first) if own and first else itertools.islice(source, first, None)
 
 
 def id_digest(record_id: str) -> bytes:
