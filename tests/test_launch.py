@@ -13,6 +13,8 @@ import pytest
 import yaml
 from grids import exhaustive, grid, quick
 
+from clipmoe_jax.data.parts import Part
+
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
@@ -374,7 +376,10 @@ JOBSET_SPEC = {
     "ttlSecondsAfterFinished",
 }
 REPLICATED_JOB = {"name", "replicas", "template"}
-JOB_SPEC = {"parallelism", "completions", "completionMode", "backoffLimit", "template", "podFailurePolicy"}
+JOB_SPEC = {
+    *("parallelism", "completions", "completionMode", "backoffLimit", "backoffLimitPerIndex", "template"),
+    "podFailurePolicy",
+}
 POD_SPEC = {
     *("restartPolicy", "hostNetwork", "dnsPolicy", "terminationGracePeriodSeconds", "nodeSelector"),
     *("containers", "serviceAccountName", "volumes", "tolerations"),
@@ -422,3 +427,18 @@ def test_jobset_has_known_fields_and_a_pod_for_each_host():
     for word in command:
         if word.endswith("batch_size=1024"):
             assert 1024 % chips == 0
+
+
+def test_indexed_job_prepares_each_part_once():
+    manifest = yaml.safe_load((LAUNCH / "prepare_job.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("batch/v1", "Job")
+    job, pod = manifest["spec"], manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    for found, known in ((job, JOB_SPEC), (pod, POD_SPEC), (container, CONTAINER)):
+        assert found.keys() <= known
+    assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
+    (part,) = [word for word in container["command"] if word.startswith("--part=")]
+    assert part == f"--part=$({container['env'][0]['name']})/{job['completions']}"
+    assert Part.parse(f"0/{job['completions']}").total == job["completions"]
+    (claimed,) = {volume["name"] for volume in pod["volumes"]}
+    assert [mount["name"] for mount in container["volumeMounts"]] == [claimed]
