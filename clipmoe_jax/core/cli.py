@@ -5,6 +5,7 @@ import dis
 import errno
 import os
 import re
+import resource
 import shlex
 import sys
 import sysconfig
@@ -34,6 +35,7 @@ _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "pur
 
 # What ml_collections' OSErrors begin with.
 _OF_CONFIG_FILES = ("Failed loading config file", "Configuration is not available")
+MOST_FILES = 2**16  # open at a time: some systems allow a billion, and programs then loop over all of them
 
 
 def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | None = None) -> None:
@@ -65,6 +67,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
         with _clear_errors():
             return _parse_flags(argv, renamed or {})
 
+    _raise_file_limit()
     if "debug" not in flags.FLAGS:
         flags.DEFINE_bool("debug", False, "Prints an error with its stack trace.")
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # or --help would list the command's own alone
@@ -75,6 +78,15 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
         # An error that ends a read or a write has others behind it, which nobody waits for any more.
         sys.unraisablehook = lambda unraisable: None
     app.run(main_with_clear_errors, flags_parser=parse)
+
+
+def _raise_file_limit() -> None:
+    """Lets this process, and those that it starts, have more files open, where that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def say(text: str) -> None:
@@ -282,7 +294,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fix(error: Exception) -> str:
-    """Returns the flag that mends an error, where the error itself knows no flags."""
+    """Returns what mends an error, where the error itself does not say it."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"; a process may open {limit:,} here: raise the limit (ulimit -n)"
     if isinstance(error, artifacts.MissingArtifactError) and "stage" in flags.FLAGS:
         return f"; run the same command with --stage={error.stage} first"
     if isinstance(error, distributed.NotStartedError) and "distributed" in flags.FLAGS:

@@ -1,9 +1,11 @@
 """Records of ArrayRecord files by index: of any number of files, few are open at a time."""
 
 import bisect
+import errno
 import functools
 import itertools
 import operator
+import os
 import resource
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +15,9 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.array_record_chunks import Chunks
 
-# Of the files that a process may have open; each is open twice. Opening one takes half a millisecond.
-OPEN_FRACTION = 8
+# Of the files that a process may have open, and at most so many; each is open twice, and takes 47 KB of
+# memory. Opening one takes half a millisecond on a local disk.
+OPEN_FRACTION, MOST_OPEN = 8, 1024
 
 
 class ArrayRecords:
@@ -28,15 +31,24 @@ class ArrayRecords:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> bytes:
-        """Returns a record. Raises RuntimeError or ValueError if it cannot be read or is too large."""
+        """Returns a record.
+
+        Raises RuntimeError or ValueError if it cannot be read or is too large, OSError if too many files are
+        open.
+        """
         index = operator.index(index)
         part = bisect.bisect_right(self._ends, index)
         filename, skip, take = self._parts[part]
         place = skip + index - (self._ends[part] - take)
-        chunks, reader = self._opened(filename)
-        if chunks:
-            chunks.check(place)
-        return reader.read([place])[0]
+        try:
+            chunks, reader = self._opened(filename)
+            if chunks:
+                chunks.check(place)
+            return reader.read([place])[0]
+        except RuntimeError as error:
+            if (reason := os.strerror(errno.EMFILE)) in str(error):
+                raise OSError(errno.EMFILE, reason, filename) from error
+            raise
 
     def __getstate__(self) -> list[tuple[str, int, int]]:
         return self._parts
@@ -45,8 +57,9 @@ class ArrayRecords:
         self._parts = parts
         self._ends = list(itertools.accumulate(take for *_, take in parts))
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = min(limit // OPEN_FRACTION, MOST_OPEN) if limit > 0 else MOST_OPEN
         # A reader that is dropped closes its file once the last thread is done with it.
-        self._opened = functools.lru_cache(max(1, limit // OPEN_FRACTION) if limit > 0 else None)(_open)
+        self._opened = functools.lru_cache(max(1, most))(_open)
 
 
 def split_parts(splits: Any, split: str) -> list[tuple[str, slice]]:

@@ -153,6 +153,7 @@ class Records:
 
         Raises:
             IndexError: index is not in 0 … len - 1.
+            OSError: too many files are open.
             ValueError: the data set's files are damaged or gone.
         """
         if not 0 <= index < len(self):

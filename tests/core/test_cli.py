@@ -2,10 +2,12 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from absl import flags
@@ -16,13 +18,14 @@ from clipmoe_jax.core import artifacts, cli, distributed
 from clipmoe_jax.core.errors import Errors
 
 
-def command(body: str, *arguments: str) -> subprocess.CompletedProcess:
+def command(body: str, *arguments: str, before: Any = None) -> subprocess.CompletedProcess:
     """Runs a command whose main(argv) has this body."""
     script = (
         "from absl import flags\nfrom clipmoe_jax.core import artifacts, cli, distributed\n"
         f"flags.DEFINE_string('stage', '', '')\ndef main(argv):\n    {body}\ncli.run(main)\n"
     )
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    started = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(started, capture_output=True, text=True, preexec_fn=before)
 
 
 def test_missing_artifact_is_completed_with_the_flag_that_makes_it():
@@ -171,6 +174,25 @@ def test_full_disk_is_one_line(run_here, monkeypatch, error, place):
     reason = reason or "No space left on device"
     assert (code, out) == (1, "")
     assert told == f"error: {reason}{place}: make room, and start the same command again\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ((64, 90), "90\n"),
+        (
+            (64, 64),
+            "error: [Errno 24] Too many open files: '/dev/null'; a process may open 64 here: raise the ",
+        ),
+    ],
+)
+def test_command_may_open_as_many_files_as_the_system_allows(limits, told):
+    body = (
+        "import os, resource; [os.open('/dev/null', 0) for _ in range(70)]; "
+        "return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = command(body, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+    assert (done.stdout + done.stderr).startswith(told)
 
 
 def test_memory_that_is_exhausted_is_no_full_disk():

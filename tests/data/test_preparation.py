@@ -1,5 +1,6 @@
 """Preparing a data set and reading it back; what stops it, and what a killed run leaves."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -21,7 +22,7 @@ from etils import epath
 from grids import exhaustive
 from PIL import Image
 
-from clipmoe_jax.data import preparation
+from clipmoe_jax.data import array_records, preparation
 from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preparation import TooManyBadRecordsError, prepare, write_pairs
 from clipmoe_jax.data.preprocess import preprocess_image
@@ -173,6 +174,42 @@ def test_data_set_of_more_files_than_may_be_open_is_read(source, out, monkeypatc
         found = list(pool.map(lambda i: records[i % 6]["id"], range(60)))
     assert found == 10 * [f"{i:02}.png" for i in range(6)]
     assert len(os.listdir("/dev/fd")) <= opened + 2 * 8 // 4
+
+
+@contextlib.contextmanager
+def no_more_files():
+    """Lets this process open no file."""
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 5, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        for file in opened:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_open_files_are_no_damage(source, out):
+    """Neither of a data set nor of a source."""
+    prepare(source, str(out))
+    data_set = open_source(f"tfds:{out}/pairs/1.0.0?split=train")
+    for read in (lambda: Records(str(out))[0], lambda: next(iter(source)), lambda: next(iter(data_set))):
+        read()  # imports what it needs
+    records, data_set = Records(str(out)), open_source(f"tfds:{out}/pairs/1.0.0?split=train")
+    for read in (lambda: records[0], lambda: next(iter(source)), lambda: next(iter(data_set))):
+        with no_more_files(), pytest.raises(OSError, match="Too many open files: .*/(00|pairs-train)"):
+            read()
+
+
+def test_no_more_files_are_open_than_have_room(source, out, monkeypatch):
+    monkeypatch.setattr(array_records, "MOST_OPEN", 2)
+    prepare(source, str(out), num_shards=6)
+    records, opened = Records(str(out)), len(os.listdir("/dev/fd"))
+    assert [records[i]["id"] for i in range(6)] == [f"{i:02}.png" for i in range(6)]
+    assert len(os.listdir("/dev/fd")) <= opened + 2
 
 
 def test_damaged_records_are_named(source, out):

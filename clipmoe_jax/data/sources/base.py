@@ -291,8 +291,15 @@ def pair_of_file(
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         image = BadRecord(record_id, "missing image", f"{path} does not exist")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        check_open_files(error)
         image = BadRecord(record_id, "unreadable image", f"{path}: {error}")
     return make_pair(record_id, image, captions)
+
+
+def check_open_files(error: BaseException) -> None:
+    """Raises an error that comes from too many open files: nothing is wrong with what was to be read."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        raise error
 
 
 def make_pair(record_id: str, image: bytes | BadRecord, captions: Iterable[object]) -> Pair | BadRecord:

@@ -13,6 +13,7 @@ from clipmoe_jax.data.sources.base import (
     BadFileError,
     BadRecord,
     Pair,
+    check_open_files,
     pair_of_file,
     parse_json,
     plain_files_under,
@@ -75,6 +76,7 @@ class ImageFolder:
         except BadFileError as error:
             return BadRecord(record_id, error.kind, str(error))
         except OSError as error:
+            check_open_files(error)
             return BadRecord(record_id, "missing caption", f"{error.filename}: {error.strerror}")
         if isinstance(captions, BadRecord):
             return captions._replace(id=record_id)

@@ -14,6 +14,7 @@ from clipmoe_jax.data.sources.base import (
     Images,
     Pair,
     as_text,
+    check_open_files,
     find_column,
     find_files,
     make_pair,
@@ -106,6 +107,7 @@ class Parquet:
                             raise ValueError(f"{end - row:,} of its rows are missing")
                     # ValueError, OverflowError: a type whose values Python cannot hold
                     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+                        check_open_files(error)
                         reason = str(error).partition("\n")[0]
                         detail = f"{file}, row group {group}: {reason}"
                         rows = range(max(row, first), end)

@@ -15,6 +15,7 @@ from clipmoe_jax.data.sources.base import (
     BadRecord,
     Pair,
     as_text,
+    check_open_files,
     find_files,
     make_pair,
     parse_json,
@@ -84,6 +85,7 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members]
                     raise tar.DamagedTarError("unexpected end of data")
                 members[suffix] = _contents(file, member, here, suffix) if read else b""
     except (tar.DamagedTarError, OSError) as error:
+        check_open_files(error)
         if _is_whole(members):
             yield from _parts(key, members)
         yield BadRecord(name, "damaged shard", f"{shard} after {place}: {error}")

@@ -17,6 +17,7 @@ from clipmoe_jax.data.sources.base import (
     BadRecord,
     Pair,
     as_text,
+    check_open_files,
     make_pair,
     plain_files_under,
 )
@@ -117,6 +118,7 @@ class Tfds:
             try:
                 record = self._features.deserialize_example_np(self._records[i], decoders=self._decoders)
             except (DecodeError, RuntimeError, ValueError, KeyError, OSError) as error:
+                check_open_files(error)
                 detail = str(error).partition("\n")[0]
                 yield BadRecord(f"{self._split}:{i}", "damaged record", detail)
             else:
