@@ -51,6 +51,15 @@ def test_labels_do_not_depend_on_the_chunks(blobs):
         np.testing.assert_array_equal(labels, expected)
 
 
+def test_labels_are_those_of_the_least_distances():
+    """Of features in half precision, as they lie on disk, in more rows than are multiplied at a time."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((5000, 96), np.float32).astype(np.float16)
+    centres = rng.standard_normal((9, 96), np.float32)
+    distances = np.square(features[:, None].astype(np.float64) - centres).sum(axis=2)
+    np.testing.assert_array_equal(nearest_centre(features, centres), distances.argmin(axis=1))
+
+
 def test_labels_do_not_depend_on_the_parts(blobs):
     """Parts as they lie on disk in half precision, of which a sample is drawn across their borders."""
     features = blobs[0].astype(np.float16)
