@@ -1,28 +1,64 @@
 """Times the sampler of multistage contrastive learning at the scale of Recap-DataComp-1B.
 
-    python -m benchmarks.sampler --pairs=100000000
+    (ulimit -n 1024; ulimit -v 8388608; python -m benchmarks.sampler --pairs=100000000 --width=128)
 
-Draws pseudo-labels of three stages, sorts them once, then opens them in a new process as a run does: time,
+Labels features of both modalities, one part of them on disk under the name of each, if there is a width. Then
+draws pseudo-labels of three stages, sorts them once, and opens them in a new process as a run does: time,
 memory, and batches of 800 pairs a second.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from clipmoe_jax.core import checksums
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.samplers import ClusterSampler
 
-CLUSTERS, BATCH = 729, 800
+CLUSTERS, BATCH, PART = 729, 800, 65536
+
+
+def write_features(folder: epath.Path, count: int, width: int) -> None:
+    """Writes features of unit length around three centres, in parts, which are one file by many names."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((PART, width), np.float32)
+    values += rng.standard_normal((3, width), np.float32)[rng.integers(0, 3, PART)]
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    np.save(folder / "image-00000.npy", values.astype(np.float16))
+    (checksum,) = checksums.of_folder(folder).values()
+    names = [f"{modality}-{k:05d}.npy" for modality in ("image", "text") for k in range(-(-count // PART))]
+    for name in names[1:]:
+        os.link(folder / names[0], folder / name)
+    checksums.write(folder, dict.fromkeys(names, checksum))
+
+
+def label(folder: epath.Path) -> dict[str, float]:
+    """Labels features as the stage cluster_1 does."""
+    from clipmoe_jax.dmu import stages  # here because it imports JAX
+
+    settings = SimpleNamespace(num_clusters=3, max_fit_pairs=200_000)
+    run: Any = SimpleNamespace(config=SimpleNamespace(cluster=settings), seed=0)
+    out, sizes, began = folder / "clusters", [], time.perf_counter()
+    out.mkdir()
+    for modality in stages.MODALITIES:
+        sizes = stages._label(run, folder / "features", modality, out)
+    numbers = {"centres and labels, both modalities (s)": time.perf_counter() - began}
+    began = time.perf_counter()
+    stages._write_pseudo_labels(run, out, out, sizes, 1)
+    return numbers | {"pseudo-labels (s)": time.perf_counter() - began}
 
 
 def draw_labels(path: pathlib.Path, count: int) -> None:
@@ -66,17 +102,22 @@ def main() -> None:
     parser.add_argument(
         "--folder", help="where the files go, some 8 bytes a pair; a temporary one if not given"
     )
-    parser.add_argument("--step", choices=("sort", "use"), help=argparse.SUPPRESS)
+    parser.add_argument("--width", type=int, default=0, help="of features to label; none if not given")
+    parser.add_argument("--step", choices=("label", "sort", "use"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        numbers = {"sort": sort, "use": use}[args.step](epath.Path(args.folder))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        numbers = {"label": label, "sort": sort, "use": use}[args.step](epath.Path(args.folder))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        numbers["all, with imports (s of CPU)"] = used.ru_utime + used.ru_stime
+        peak = used.ru_maxrss / 2**20
         print(json.dumps(numbers | {"peak resident memory, mapped files included (GiB)": peak}))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         draw_labels(pathlib.Path(folder) / "labels.npy", args.pairs)
         print(f"{args.pairs:,} pairs in {CLUSTERS} clusters")
-        for step in ("sort", "use"):
+        if args.width:
+            write_features(epath.Path(folder) / "features", args.pairs, args.width)
+        for step in ("label", "sort", "use")[0 if args.width else 1 :]:
             command = [sys.executable, "-m", "benchmarks.sampler", f"--step={step}", f"--folder={folder}"]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             for name, value in json.loads(output).items():

@@ -149,6 +149,7 @@ def merge(out: str, *, max_bad_fraction: float = 1e-3) -> dict[str, Any]:
         ValueError: a part is missing, not whole, damaged or made from something else; no usable pair; `out`
             exists.
     """
+    check_on_disk(out)
     check_arguments("train", max_bad_fraction, None, None)
     _check_free(out)
     folders = _whole_parts(parts_folder(out))
