@@ -50,7 +50,6 @@ NEUTRAL = {
     "data.rehearsal_captions": ("", ()),
     "router.loss": ("contrastive", ()),
     "router.gradient": ("chosen", ()),
-    "router.expert_learning_rate": (0.0, ()),
     "moe.routing": ("token", ("moe.sequence_share",)),
     **{f"{s}.rehearsal_fraction": (0.0, (f"{s}.rehearsal",)) for s in FINE_TUNING_SECTIONS},
 }
@@ -86,7 +85,6 @@ RANGES = {
     "moe.sequence_share": (1e-3, 1e3),
     "moe.capacity_factor": (1e-3, 1e3),
     "router.balance_coefficient": (0.0, 1e3),
-    "router.expert_learning_rate": (0.0, 1e3),
     "router.z_loss_coefficient": (0.0, 1e3),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.max_to_keep": (1, 1000),
@@ -192,8 +190,6 @@ def default_config() -> ConfigDict:
     # Experts whose gates get a gradient: those that a token chose, or "all", so that a router learns what it
     # missed. All then run on every token of a step; outputs are those of the chosen ones either way.
     config.router.gradient = "chosen"
-    # Of experts that are no copy of the base, which train with their routers then; 0 freezes every expert.
-    config.router.expert_learning_rate = 0.0
     config.router.balance = "paper"  # or "released"
     config.router.balance_coefficient = 0.01
     config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
@@ -321,15 +317,12 @@ def run_locally(config: ConfigDict) -> None:
 
 
 def _phase(**fields: Any) -> ConfigDict:
-    section = dataclasses.asdict(PhaseConfig(**fields))
-    del section["expert_rates"]  # of the recipe
-    return ConfigDict(section)
+    return ConfigDict(dataclasses.asdict(PhaseConfig(**fields)))
 
 
 def phase_config(section: ConfigDict) -> PhaseConfig:
     """Returns the hyperparameters of a section, such as `config.mcl` or `config.base.train`."""
-    fields = dataclasses.fields(PhaseConfig)
-    return PhaseConfig(**{field.name: section[field.name] for field in fields if field.name in section})
+    return PhaseConfig(**{f.name: section[f.name] for f in dataclasses.fields(PhaseConfig)})
 
 
 def architecture(config: ConfigDict) -> ClipConfig:
@@ -423,18 +416,6 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         if tuple(config.moe.experts)[-1:] == ("base",):
             errors.add(
                 "router.loss=features: the last of moe.experts teaches, and it is 'base': put another last"
-            )
-    if config.router.expert_learning_rate:
-        if config.router.loss == "features":
-            errors.add(
-                "router.loss=features has an expert for its target, which must not train: set "
-                "router.loss=contrastive, or router.expert_learning_rate=0"
-            )
-        if not config.router.learning_rate:
-            errors.add("router.expert_learning_rate needs a router.learning_rate, whose schedule it follows")
-        if config.moe.experts and set(config.moe.experts) == {"base"}:
-            errors.add(
-                "router.expert_learning_rate trains no copy of the base, and moe.experts has nothing else"
             )
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(

@@ -123,7 +123,7 @@ def phases_of(
             architecture,
             compute,
             recipe.rules(config),
-            phase_config(config, recipe),
+            configs.phase_config(recipe.hyperparameters(config)),
             steps[recipe.name],
             short_length=short_length_of(config) if loss.short_caption_weight else 0,
             frozen_dtype=frozen_dtype(config, compute),
@@ -215,12 +215,6 @@ def compute_of(config: ConfigDict, recipe: Recipe, platform: str) -> ComputeConf
         training_routers=recipe.is_moe(config),
         router_gradient=recipe.router_gradient(config),
     )
-
-
-def phase_config(config: ConfigDict, recipe: Recipe) -> PhaseConfig:
-    """Returns the hyperparameters of a recipe's phase."""
-    phase = configs.phase_config(recipe.hyperparameters(config))
-    return dataclasses.replace(phase, expert_rates=recipe.expert_rates(config))
 
 
 def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:

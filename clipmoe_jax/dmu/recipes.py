@@ -43,7 +43,7 @@ STAGE_FIELDS = (
     *("cluster.", "mcl.", "loss.", "compute.frozen_dtype", "moe.expert_layers"),
 )
 ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
-OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient", "router.expert_learning_rate")
+OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient")
 UPCYCLED_FIELDS = (
     *(*STAGE_FIELDS, *ROUTING_FIELDS),
     *("moe.experts", "moe.num_selected_experts", "moe.num_moe_layers", "moe.router_stddev"),
@@ -135,7 +135,7 @@ class Recipe:
             feed-forward layers of several become the experts of an MoE with random routers. None at all: the
             base, imported or initialised.
         trains: rules of what trains. Where experts have attention too, so do feed-forward layers that train
-            to become experts or to be compared with these; experts may have a rate of their own (`rules`).
+            to become experts or to be compared with these (`rules`).
         section: the group of config fields with its hyperparameters.
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
@@ -207,15 +207,7 @@ class Recipe:
         """Returns the rules of what trains."""
         if self.trains is TRAIN_FFN and config.moe.expert_layers == "attention_and_feed_forward":
             return TRAIN_BLOCKS
-        return TRAIN_MOE if self.expert_rates(config) else self.trains
-
-    def expert_rates(self, config: ConfigDict) -> tuple[float, ...]:
-        """Returns the share of the learning rate that each expert has, 0 for copies of the base; () where no
-        expert has a rate of its own."""
-        if self.group != "moe" or not config.router.expert_learning_rate:
-            return ()
-        share = config.router.expert_learning_rate / config.router.learning_rate
-        return tuple(0.0 if name == BASE_NAME else share for name in self.experts(config))
+        return self.trains
 
     def fields(self, config: ConfigDict) -> str:
         """Returns the name of the config fields with its hyperparameters, for errors."""

@@ -244,11 +244,11 @@ def _fit(
     num_steps: int | None = None,
 ) -> dict:
     """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
-    config = run.config
+    config, section = run.config, recipe.hyperparameters(run.config)
     loss = loss_config(config, recipe)
     first_epoch, rehearsal = _epochs_before(run, recipe), _rehearsal(run, recipe, loss)
     model = Clip(architecture, phases.compute_of(config, recipe, sharding.platform()))
-    phase = phases.phase_config(config, recipe)
+    phase = configs.phase_config(section)
     if num_steps is not None:
         phase = dataclasses.replace(phase, num_steps=num_steps)
     if recipe.adapter_rank:

@@ -2,15 +2,12 @@
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.models.expert_params import EXPERT_LEAF
 
 # Weight decay applies to matrices and convolutions, not to norms, biases, positional embeddings or scalars.
 DECAY_RULES = (
@@ -26,8 +23,7 @@ class PhaseConfig:
     batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps: in how many
     microbatches a batch is computed; the gradient is that of the whole batch. learning_rate: the peak,
     reached at the last of `warmup_steps`, from which it falls to 0 by a cosine. clip_norm: of the global
-    gradient; 0 is none. expert_rates: the share of the learning rate that each expert of an MoE has, 0 for
-    one that stays as it is, also in the gradient's norm; () where experts have no rates of their own.
+    gradient; 0 is none.
     """
 
     batch_size: int
@@ -42,7 +38,6 @@ class PhaseConfig:
     clip_norm: float = 0.0
     label_smoothing: float = 0.0
     accumulation_steps: int = 1
-    expert_rates: tuple[float, ...] = ()
 
     def length(self, steps_per_epoch: int) -> int:
         """Returns the number of steps. Raises ValueError if the warm-up does not fit."""
@@ -85,29 +80,11 @@ class PhaseConfig:
         The rate is an argument of the step, so all schedules share one compiled program.
         """
         clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
-        adam = (
+        return optax.chain(
             clip,
             optax.scale_by_adam(self.b1, self.b2, self.eps),
             optax.add_decayed_weights(self.weight_decay, mask=_decays),
         )
-        if not self.expert_rates:
-            return optax.chain(*adam)
-        trains = tuple(float(rate > 0) for rate in self.expert_rates)
-        return optax.chain(_by_expert(trains), *adam, _by_expert(self.expert_rates))
-
-
-def _by_expert(factors: tuple[float, ...]) -> optax.GradientTransformation:
-    """Multiplies what belongs to each expert by its factor."""
-
-    def scale(updates: Any, params: Any = None) -> Any:
-        del params
-        flat = trees.flatten(updates)
-        for name, leaf in flat.items():
-            if EXPERT_LEAF.fullmatch(name):
-                flat[name] = leaf * jnp.array(factors, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
-        return trees.unflatten(flat)
-
-    return optax.stateless(scale)
 
 
 def _decays(params: trees.Params) -> dict:

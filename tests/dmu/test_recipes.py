@@ -11,7 +11,6 @@ from clipmoe_jax.config import default_config, validate
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
-from clipmoe_jax.dmu.recipes import TRAIN_MOE, TRAIN_ROUTERS
 
 PACKAGE = pathlib.Path(recipes.__file__).parents[1]
 
@@ -211,23 +210,6 @@ def test_a_gradient_of_all_experts_is_the_clip_moes_alone_and_counts():
     computed = {name: phases.compute_of(config, made[name], "cpu") for name in ("router", "base_ft_moe")}
     assert computed["router"].router_gradient == "all"
     assert computed["base_ft_moe"].router_gradient == "chosen"
-
-
-def test_new_experts_train_with_their_routers_at_a_rate_of_their_own():
-    config = default_config()
-    config.baselines, config.mcl.num_stages = ("published_moe", "sparse_upcycling"), 1
-    config.moe.experts = ("base", "last_stage", "base")
-    config.router.learning_rate, config.router.expert_learning_rate = 1e-2, 2e-3
-    planned = {phase.name: phase for phase in phases_of(config, "cpu", 10**6)}
-    assert planned["router"].hyperparameters.expert_rates == (0.0, pytest.approx(0.2), 0.0)
-    assert planned["router"].rules == TRAIN_MOE
-    for name in ("mcl_1", "published_moe", "sparse_upcycling"):
-        assert planned[name].hyperparameters.expert_rates == ()
-    assert planned["published_moe"].rules == TRAIN_ROUTERS
-    config.router.expert_learning_rate = 0.0
-    planned = {phase.name: phase for phase in phases_of(config, "cpu", 10**6)}
-    assert planned["router"].rules == TRAIN_ROUTERS
-    assert planned["router"].hyperparameters.expert_rates == ()
 
 
 def test_what_becomes_experts_is_what_stages_and_their_controls_train():

@@ -191,22 +191,6 @@ def test_taught_routers_need_a_teacher_and_a_loss_for_what_they_rehearse():
         configs.validate(config)
 
 
-def test_experts_that_train_need_a_loss_and_a_schedule_and_to_be_no_copies_of_the_base():
-    config = get_config("vit_l14_sharegpt4v", "keep")
-    config.base.checkpoint = config.data.train = config.data.rehearsal = "x"
-    config.router.expert_learning_rate = 1e-5
-    with pytest.raises(ValueError, match="has an expert for its target, which must not train"):
-        configs.validate(config)
-    config.router.loss = "contrastive"
-    configs.validate(config)
-    config.router.learning_rate = 0.0
-    with pytest.raises(ValueError, match="expert_learning_rate needs a router.learning_rate"):
-        configs.validate(config)
-    config.router.learning_rate, config.moe.experts = 1e-3, ("base", "base")
-    with pytest.raises(ValueError, match="trains no copy of the base, and moe.experts has nothing else"):
-        configs.validate(config)
-
-
 def test_all_that_is_wrong_with_a_config_is_told_at_once():
     config = get_config("vit_l14_sharegpt4v")
     config.moe.num_selected_experts, config.mcl.batch_size, config.seeds = 5, 0, ()
