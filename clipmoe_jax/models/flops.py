@@ -54,12 +54,12 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
         block = f"{tower}/resblocks_{i}"
         of_block = moe if i >= first_moe else None
         num_visited = (slots or of_block.num_selected_experts) if of_block else 1
-        routes_attention = of_block is not None and of_block.expert_layers == "attention_and_feed_forward"
-        attn, mlp = "moe" if routes_attention else "attn", "moe" if of_block else "mlp"
-        times = num_visited if routes_attention else 1
+        has_attention = of_block is not None and of_block.has_attention
+        attn, mlp = "moe" if has_attention else "attn", "moe" if of_block else "mlp"
+        times = num_visited if has_attention else 1
         yield Layer(f"{block}/ln_1", 0)
         # The router comes before the first layer whose input its gates multiply (models/feed_forward.py).
-        if of_block and routes_attention:
+        if of_block and has_attention:
             yield from _routing(block, tower, length, width, of_block)
         yield Layer(f"{block}/{attn}/in_proj", 2 * times * length * width * 3 * width)
         yield Layer("", 2 * 2 * length * length * width, 2)  # scores, and their product with the values
@@ -67,7 +67,7 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
         yield Layer(f"{block}/ln_2", 0)
         tokens = num_visited * (length if i < shape.num_layers - 1 else 1)
         yield Layer(f"{block}/{mlp}/c_fc", 2 * tokens * width * hidden)
-        if of_block and not routes_attention:
+        if of_block and not has_attention:
             yield from _routing(block, tower, length, width, of_block)
         yield Layer(f"{block}/{mlp}/c_proj", 2 * tokens * hidden * width)
     last = ("ln_post", "proj") if tower == "visual" else ("ln_final", "text_projection")

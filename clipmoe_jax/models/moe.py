@@ -143,11 +143,11 @@ class MoeMlp(nn.Module):
         pooled_positions: Int[Array, "S P"] | None = None,
         sequences: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
-        router_logits = self.route(x, sequences)
+        router_logits = self.logits(x, sequences)
         y, dropped_slots = self.feed_forward(x, router_logits, pooled_positions)
         return y, {"router_logits": router_logits, "dropped_slots": dropped_slots}
 
-    def route(self, x: Float[Array, "B L D"], sequences: Int[Array, "B L"] | None) -> Float[Array, "B L E"]:
+    def logits(self, x: Float[Array, "B L D"], sequences: Int[Array, "B L"] | None) -> Float[Array, "B L E"]:
         """Returns the router logits, float32."""
         router_logits = self.router(x.astype(jnp.float32))
         if self.sequence_share:
@@ -207,7 +207,7 @@ class MoeBlock(MoeMlp):
     """E blocks of which each token visits K: experts of attention's projections too, under one router.
 
     A token's queries, keys, values and output are sums over its experts by gate, so that tokens of one
-    sequence attend to each other whatever experts they chose. Use: `route`, by what attention sees;
+    sequence attend to each other whatever experts they chose. Use: `logits`, by what attention sees;
     `project` before and after attention; `feed_forward`.
     """
 

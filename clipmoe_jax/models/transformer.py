@@ -65,6 +65,11 @@ class MoeConfig:
         if self.num_moe_layers is not None:
             whole_number("num_moe_layers", self.num_moe_layers, 1000)
 
+    @property
+    def has_attention(self) -> bool:
+        """Returns whether attention is of the experts."""
+        return self.expert_layers == "attention_and_feed_forward"
+
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
@@ -166,7 +171,7 @@ class Block(nn.Module):
         moe = None if self.moe is None else self._moe(self.moe, activation, dtype)
         router_logits, dropped_slots = None, 0
         if isinstance(moe, MoeBlock):
-            router_logits = moe.route(h, sequences)
+            router_logits = moe.logits(h, sequences)
             qkv, dropped_in = moe.project("in_proj", h, router_logits)
             y = _attend(qkv, self.num_heads, self.causal, self.compute.attention, segments)
             y, dropped_out = moe.project("out_proj", y, router_logits)
@@ -182,14 +187,14 @@ class Block(nn.Module):
             return x + mlp(ln_2(x)), {}
         h = ln_2(x)
         if router_logits is None:
-            router_logits = moe.route(h, sequences)
+            router_logits = moe.logits(h, sequences)
         y, dropped = moe.feed_forward(h, router_logits, pooled_positions)
         aux = {"router_logits": router_logits, "dropped_slots": dropped_slots + dropped}
         return gather(x, pooled_positions) + y, aux
 
     def _moe(self, moe: MoeConfig, activation: Callable[[Array], Array], dtype: jnp.dtype) -> MoeMlp:
         """The experts of a block, with attention among their layers or not."""
-        kind = MoeBlock if moe.expert_layers == "attention_and_feed_forward" else MoeMlp
+        kind = MoeBlock if moe.has_attention else MoeMlp
         return kind(
             num_experts=moe.num_experts,
             num_selected_experts=moe.num_selected_experts,

@@ -79,7 +79,7 @@ def step_of(config: ClipConfig) -> str:
     """Returns "dense", "experts" (of feed-forward layers), or "experts of attention too"."""
     if config.moe is None:
         return "dense"
-    return "experts" if config.moe.expert_layers == "feed_forward" else "experts of attention too"
+    return "experts of attention too" if config.moe.has_attention else "experts"
 
 
 def variant_of(config: ClipConfig) -> str:

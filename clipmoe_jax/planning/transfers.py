@@ -106,7 +106,6 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
         return
     trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config))))
     experts_train = any(yes for name, yes in trains.items() if "/moe/c_fc/" in name)
-    has_attention = moe.expert_layers == "attention_and_feed_forward"
     shared_train = any(yes for name, yes in trains.items() if "/moe/" not in name)
     itemsize = jnp.dtype(compute.dtype).itemsize
     passes, recomputes = _num_forward_passes(phase), compute.remat != "none"
@@ -123,8 +122,8 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
         every, pooled = np.full(num_blocks, length), np.array([length] * (num_blocks - 1) + [1])
         # Of each layer of experts: its tokens; those whose gates no layer of the block has sent before; its
         # outputs' width; whether it is the first of a block.
-        layers = [(pooled, pooled, tower.width, not has_attention)]
-        if has_attention:
+        layers = [(pooled, pooled, tower.width, not moe.has_attention)]
+        if moe.has_attention:
             layers = [
                 (every, every, 3 * tower.width, True),
                 (every, 0 * every, tower.width, False),
