@@ -69,7 +69,7 @@ def ragged_dot(
     feed_forward: FeedForward,
     *,
     all_grouped: bool,
-) -> Float[Array, "R D"]:
+) -> Float[Array, "R O"]:
     """Runs the experts by two grouped products. all_grouped: there are no spare rows."""
     expert_of_row = _count_until(jnp.cumsum(group_sizes), jnp.arange(len(rows)))
 
@@ -103,7 +103,7 @@ def blocks(
     feed_forward: FeedForward,
     *,
     scan_blocks: ScanBlocks,
-) -> Float[Array, "R D"]:
+) -> Float[Array, "R O"]:
     """Runs both layers of an expert on one block of rows after the other.
 
     Only the hidden activations before the activation function outlive a block, and only where a gradient is

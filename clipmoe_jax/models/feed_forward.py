@@ -1,6 +1,6 @@
 """The feed-forward layer: one definition for dense blocks, for experts under every dispatch, for analyses.
 
-Letters: N tokens (or rows of tokens), D width, F hidden width.
+Letters: N tokens (or rows of tokens), D width, F hidden width, O output width (D of feed-forward layers).
 
 It comes in two halves, `expand` to the hidden activations h and `contract` back, because a backward pass
 written over blocks of rows keeps h between them. Experts of attention have the second half alone.
@@ -51,8 +51,8 @@ class Weights(NamedTuple):
 
     fc_kernel: Float[Array, "... D F"] | None
     fc_bias: Float[Array, "... F"] | None
-    proj_kernel: Float[Array, "... F D"]
-    proj_bias: Float[Array, "... D"] | None
+    proj_kernel: Float[Array, "... F O"]
+    proj_bias: Float[Array, "... O"] | None
 
     @classmethod
     def of_params(cls, params: Mapping[str, Any]) -> "Weights":
@@ -78,8 +78,8 @@ class FeedForward(NamedTuple):
         gates: Float[Array, "..."] | None = None,
         *,
         apply: ApplyLinear = linear,
-    ) -> Float[Array, "*N D"]:
-        """Runs the layer. x (N, D), gates as in `contract` -> (N, D)."""
+    ) -> Float[Array, "... O"]:
+        """Runs the layer. x (N, D), gates as in `contract` -> (N, O)."""
         h = checkpoint_name(self.expand(x, weights, apply=apply), HIDDEN)
         return self.contract(h, weights, gates, apply=apply)
 
@@ -106,8 +106,8 @@ class FeedForward(NamedTuple):
         gates: Float[Array, "..."] | None = None,
         *,
         apply: ApplyLinear = linear,
-    ) -> Float[Array, "... D"]:
-        """Returns the output for hidden activations of `expand`. h (N, F) -> (N, D).
+    ) -> Float[Array, "... O"]:
+        """Returns the output for hidden activations of `expand`. h (N, F) -> (N, O).
 
         gates (N, 1) float32 multiply the activations, which is the same as to multiply the output without
         proj_bias: so the output of each routed slot is neither kept nor needed for the gate's gradient.

@@ -126,13 +126,13 @@ class Attention(nn.Module):
 
 
 def _attend(
-    qkv: Float[Array, "B L 3*D"],
+    qkv: Float[Array, "B L W"],
     num_heads: int,
     causal: bool,
     implementation: str,
     segments: Int[Array, "B L"] | None,
-) -> Float[Array, "B L D"]:
-    """Lets tokens attend to each other; arguments as of `Attention`."""
+) -> Float[Array, "B L W//3"]:
+    """Lets tokens attend to each other; qkv: W = 3 D, the other arguments as of `Attention`."""
     batch, length, width = qkv.shape
     width //= 3
     qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, num_heads, width // num_heads)

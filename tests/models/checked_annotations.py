@@ -40,6 +40,7 @@ DENSE = ClipConfig(
     text=TextConfig(vocab_size=50, context_length=12, width=16, num_layers=2, head_width=8),
 )
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, num_moe_layers=1))
+BLOCKS = dataclasses.replace(DENSE, moe=MoeConfig(4, 2, expert_layers="attention_and_feed_forward"))
 IMAGES = np.zeros((3, 16, 16, 3), np.uint8)
 TOKENS = jnp.tile(jnp.array([[48, 5, 7, 49, 0, 0]], jnp.int32), (3, 1))
 PACKED = PackedText(
@@ -82,7 +83,8 @@ for fields in (
     {"grouped_mlp": "fixed_blocks", "remat": "full"},
     {"grouped_mlp": "ragged_dot"},
 ):
-    trace_step(MOE, ComputeConfig(expert_dropout_rate=0.1, **fields), full_loss, TOKENS)
+    for config in (MOE, BLOCKS):
+        trace_step(config, ComputeConfig(expert_dropout_rate=0.1, **fields), full_loss, TOKENS)
 stretch_positions(np.zeros((77, 4), np.float32))
 resize_grid(np.zeros((5, 4), np.float32), 3)
 normalize_features(jnp.ones((2, 4)))
