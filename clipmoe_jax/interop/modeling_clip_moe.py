@@ -190,7 +190,7 @@ class CLIPMoEOutput(ModelOutput):
 
 
 class Routing(NamedTuple):
-    """Where a router sends N = B * L tokens.
+    """The experts that a router chose for N = B * L tokens.
 
     logits (B, L, E) float32; gates (N, K) float32, its K largest probabilities, divided by their sum;
     expert_ids (N, K) int64.

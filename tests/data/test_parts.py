@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from killing import KILLING
 from PIL import Image
 
 from clipmoe_jax.data import parts
@@ -107,30 +108,22 @@ def test_nothing_is_copied_where_a_file_can_have_two_names(spec, out, tmp_path, 
     assert contents(tmp_path / "nested" / "copied") == contents(tmp_path / "nested" / "out")
 
 
-KILLED = """
-import os, signal, sys
+KILLED = (
+    KILLING
+    + """
 from clipmoe_jax.data import parts, shard_files
 from clipmoe_jax.data.sources import open_source
 
 place, call, spec, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 module, name = place.split(".")
-module, count = {"parts": parts, "shard_files": shard_files}[module], 0
-original = getattr(module, name)
-
-def killing(*args, **kwargs):
-    global count
-    count += 1
-    if count == call:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(module, name, killing)
+kill_at(parts if module == "parts" else shard_files, name, call)
 if spec:
     options = {"num_shards": 7, "max_bad_fraction": 0.5, "name": "it"}
     parts.prepare_part(open_source(spec), out, parts.Part(1, 2), **options)
 else:
     parts.merge(out, max_bad_fraction=0.5)
 """
+)
 
 
 def kill(place, call, spec, out):

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 from grids import exhaustive
+from killing import KILLING
 from PIL import Image
 
 from clipmoe_jax.data import array_records, preparation
@@ -317,25 +318,17 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-KILLED = """
-import os, signal, sys
+KILLED = (
+    KILLING
+    + """
 from clipmoe_jax.data import preparation, shard_files
 from clipmoe_jax.data.sources import ImageFolder
 
 place, call, root, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
-module = shard_files if hasattr(shard_files, place) else preparation
-original, count = getattr(module, place), 0
-
-def killing(*args, **kwargs):
-    global count
-    count += 1
-    if count == call:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(module, place, killing)
+kill_at(shard_files if hasattr(shard_files, place) else preparation, place, call)
 preparation.prepare(ImageFolder(root), out, num_shards=8, max_bad_fraction=0.1, pixels=64, name="it")
 """
+)
 
 
 @exhaustive
