@@ -42,6 +42,8 @@ STEPS = {
     "mcl_no_triton": (NO_TRITON, {"remat": "dots"}, "mcl"),
     "mcl_104_no_remat": ("", {"remat": "none", "batch": 104}, "mcl"),
     "router_no_triton": (NO_TRITON, {"remat": "dots"}, "router"),
+    "mcl_keep": ("", {"remat": "dots", "keep": True}, "mcl"),
+    "router_keep": ("", {"remat": "dots", "keep": True}, "router"),
 }
 PARTS = ("ceilings", "attention", "layer")
 ITEMS = (*PARTS, *STEPS)

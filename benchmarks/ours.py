@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Program
-from benchmarks.workload import RULES, Workload
+from benchmarks.workload import Workload
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.train.step import TrainState, init_state, make_train_step
 
@@ -45,7 +45,7 @@ class Training:
     def __init__(self, workload: Workload, kind: str):
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         phase, loss = workload.phase(kind)
-        trainable, self._frozen = trees.partition(workload.params(kind), RULES[kind])
+        trainable, self._frozen = trees.partition(workload.params(kind), workload.rules(kind))
         self._frozen = trees.cast_matrices(self._frozen, workload.dtype)  # as `train.loop.fit` holds them
         trainable = jax.tree.map(jnp.copy, trainable)  # the state takes its arrays
         self.state: TrainState = init_state(mesh, phase, trainable)

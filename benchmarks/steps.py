@@ -4,9 +4,9 @@
     python -m benchmarks.steps --variant=tiny --batch=4 --text=32 --rounds=1     # to try the command
 
 Kinds: product (of two square matrices), mcl, everything, router. Both sides take turns; a time is the median
-of the rounds, "times as fast" the median of each round's ratio. FLOPs are those of the model
-(clipmoe_jax/models/flops.py): padding and what is computed again do not count. MFU is the share of the
-vendor's peak, where it is known.
+of the rounds, "times as fast" the median of each round's ratio. Where one device's memory does not hold both,
+one is measured after the other. FLOPs are those of the model (clipmoe_jax/models/flops.py): padding and what
+is computed again do not count. MFU is the share of the vendor's peak, where it is known.
 
 PyTorch's side is transformers' CLIPModel (SDPA attention, not compiled, fused AdamW) on the same weights, and
 as mixture a CLIPModel with a masked loop over the experts, as the released code has it; its captions are
@@ -35,7 +35,11 @@ SIDES = {
 
 
 def measure(kind: str, sizes: dict[str, Any], rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns a row for each side, and {"sizes", "device"}. A side that fails has an "error" in its row."""
+    """Returns a row for each side, and {"sizes", "device"}.
+
+    A side that fails beside ours, as where one device's memory does not hold both, is measured after it, alone.
+    One that fails then too has an "error" in its row.
+    """
     workers: dict[str, Worker] = {}
     errors: dict[str, str] = {}
     told: dict[str, Any] = {"sizes": sizes, "device": {}}
@@ -61,6 +65,17 @@ def measure(kind: str, sizes: dict[str, Any], rounds: int) -> tuple[list[dict[st
         print(f"{kind}: round {number} of {rounds}", file=sys.stderr)
     for worker in workers.values():
         worker.close()
+    for side, error in list(errors.items()):
+        print(f"{kind}: {side} alone, since beside ours: {error}", file=sys.stderr)
+        try:
+            workers[side] = Worker(SIDES[side], kind, told["sizes"])
+            seconds[side] = [workers[side].seconds() for _ in range(rounds)]
+        except RuntimeError as again:
+            errors[side] = str(again)
+            continue
+        workers[side].close()
+        told["device"] |= workers[side].told["device"]
+        del errors[side]
     accelerator = of_kind(told["device"]["device_kind"])
     in_half = told["sizes"]["dtype"] == "bfloat16"
     peak_flops = accelerator.peak_flops if accelerator and in_half else None

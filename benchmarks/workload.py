@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
 from clipmoe_jax.data.packing import pack, place_captions
-from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipes import TRAIN_BLOCKS, TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.inputs import END_ID, PAD_ID, START_ID
+from clipmoe_jax.models.transformer import num_visited_experts
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import MAX_LOGIT_SCALE, LossConfig
 
@@ -35,7 +36,8 @@ CAPTION_DEVIATION = 20  # tokens
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Sizes of a step. text: the context length. caption_tokens: mean length of the captions; 0 fills the
-    context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. remat: of our steps."""
+    context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. remat: of our steps. keep: the
+    experts and routers of `configs/vit_l14_sharegpt4v.py:keep`, with the contrastive loss."""
 
     variant: str
     batch: int
@@ -45,6 +47,7 @@ class Workload:
     caption_tokens: int = 0
     remat: str = "none"
     expert_dropout_rate: float = 0.1
+    keep: bool = False
 
     def config(self) -> ConfigDict:
         """Returns the default config at these sizes."""
@@ -54,6 +57,9 @@ class Workload:
         configs.set_architecture(config, dataclasses.replace(architecture, text=text))
         config.compute.dtype, config.compute.remat = self.dtype, self.remat
         config.moe.expert_dropout_rate = self.expert_dropout_rate
+        if self.keep:
+            config.moe.update(expert_layers="attention_and_feed_forward", routing="token_and_sequence")
+            config.router.gradient = "all"
         config.mcl.batch_size = config.router.batch_size = self.batch
         return config
 
@@ -61,7 +67,10 @@ class Workload:
         """Returns the module of a kind of step, a key of RULES, as a run has it on this platform."""
         config, routers = self.config(), kind == "router"
         moe = configs.moe_config(config) if routers else None
-        compute = configs.compute_config(config, self.platform, training_routers=routers)
+        gradient = config.router.gradient if routers else "chosen"
+        compute = configs.compute_config(
+            config, self.platform, training_routers=routers, router_gradient=gradient
+        )
         return Clip(dataclasses.replace(configs.architecture(config), moe=moe), compute)
 
     def phase(self, kind: str) -> tuple[PhaseConfig, LossConfig]:
@@ -74,6 +83,10 @@ class Workload:
     def params(self, kind: str) -> dict:
         """Returns random params on the device, the same ones on every device, with a stage's logit_scale."""
         return _params(self.model(kind).config)
+
+    def rules(self, kind: str) -> trees.Rules:
+        """Returns which parameters train in a kind of step."""
+        return TRAIN_BLOCKS if self.keep and kind == "mcl" else RULES[kind]
 
     def lengths(self) -> np.ndarray:
         """Returns the number of tokens of each caption, start and end counted: int (B,)."""
@@ -102,11 +115,12 @@ class Workload:
 
     def step_flops(self, kind: str) -> float:
         """Returns the FLOPs of a step's towers, forward and backward, without padding and recomputation."""
-        config = self.model(kind).config
-        trains = trees.match_rules(RULES[kind], list(trees.flatten(abstract_params(config))))
-        of_image = flops.forward_backward(config, trains, towers=["visual"])
+        model = self.model(kind)
+        config, slots = model.config, num_visited_experts(model.config.moe, model.compute.router_gradient)
+        trains = trees.match_rules(self.rules(kind), list(trees.flatten(abstract_params(config))))
+        of_image = flops.forward_backward(config, trains, slots=slots, towers=["visual"])
         of_text: Callable[[int], float] = functools.cache(
-            lambda length: flops.forward_backward(config, trains, length, towers=["text"])
+            lambda length: flops.forward_backward(config, trains, length, slots, towers=["text"])
         )
         return float(self.batch * of_image + sum(map(of_text, self.lengths().tolist())))
 

@@ -362,14 +362,17 @@ def compute_config(
     """Returns how models are computed on a platform.
 
     platform: "cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention. It decides how attention and the
-    experts run. Ragged dispatch is the exact one that computes least, and on CPU the fastest
-    (benchmarks/moe_block.py); on accelerators nothing has been measured.
+    experts run. Ragged dispatch is the exact one that computes least, unless every token visits every expert
+    (router_gradient="all"): then there is nothing to sort, and dense dispatch takes an H100 half the time.
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    dispatch = config.moe.dispatch
+    if dispatch == "ragged" and router_gradient == "all":
+        dispatch = "dense"
     return ComputeConfig(
         dtype=dtype,
         remat=config.compute.remat,
-        dispatch=config.moe.dispatch,
+        dispatch=dispatch,
         grouped_mlp=GROUPED_MLPS[platform],
         attention=default_implementation(platform, dtype),
         mlp_chunk_rows=1024 if platform == "cpu" else 0,

@@ -19,6 +19,7 @@ MEASURED = {
     ("h100", "dense", "dots"): 0.343,
     ("h100", "dense", "none"): 0.396,
     ("h100", "experts", "dots"): 0.2365,
+    ("h100", "experts of attention too, all of them", "dots"): 0.4045,
 }
 TABLE = pathlib.Path(__file__).with_name("roofline.json")
 
@@ -66,7 +67,7 @@ def mfu_of(
     """
     if given is not None:
         return Mfu(given, "given")
-    step = step_of(config)
+    step = step_of(config, compute)
     measured = MEASURED.get((accelerator, step, compute.remat))
     if measured is not None and config.vision == VARIANTS["ViT-L/14"].vision:
         return Mfu(measured / computed, "measured")
@@ -75,11 +76,13 @@ def mfu_of(
     return Mfu(ASSUMED, "assumed")
 
 
-def step_of(config: ClipConfig) -> str:
-    """Returns "dense", "experts" (of feed-forward layers), or "experts of attention too"."""
+def step_of(config: ClipConfig, compute: ComputeConfig) -> str:
+    """Returns "dense", "experts" (of feed-forward layers) or "experts of attention too", which either may be
+    followed by ", all of them": a token of the step visits every expert."""
     if config.moe is None:
         return "dense"
-    return "experts of attention too" if config.moe.has_attention else "experts"
+    step = "experts of attention too" if config.moe.has_attention else "experts"
+    return f"{step}, all of them" if compute.router_gradient == "all" else step
 
 
 def variant_of(config: ClipConfig) -> str:

@@ -203,7 +203,7 @@ def table_row(of: Estimate) -> mfu.Row:
     return mfu.Row(
         accelerator=of.target,
         variant=variant,
-        step=mfu.step_of(of.phase.architecture),
+        step=mfu.step_of(of.phase.architecture, of.phase.compute),
         remat=of.phase.compute.remat,
         pairs=of.phase.hyperparameters.batch_size,
         milliseconds=round(1e3 * of.seconds, 1),

@@ -209,6 +209,7 @@ def test_a_gradient_of_all_experts_is_the_clip_moes_alone_and_counts():
     assert 1.15 * before["router"] < after["router"] < 1.5 * before["router"]
     computed = {name: phases.compute_of(config, made[name], "cpu") for name in ("router", "base_ft_moe")}
     assert computed["router"].router_gradient == "all"
+    assert computed["router"].dispatch == "dense"  # no tokens to sort, as each visits every expert
     assert computed["base_ft_moe"].router_gradient == "chosen"
 
 
