@@ -37,8 +37,8 @@ SIDES = {
 def measure(kind: str, sizes: dict[str, Any], rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns a row for each side, and {"sizes", "device"}.
 
-    A side that fails beside ours, as where one device's memory does not hold both, is measured after it, alone.
-    One that fails then too has an "error" in its row.
+    A side that fails beside ours, as where one device's memory does not hold both, is measured alone after
+    it. One that fails then too has an "error" in its row.
     """
     workers: dict[str, Worker] = {}
     errors: dict[str, str] = {}
