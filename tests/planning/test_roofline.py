@@ -229,10 +229,10 @@ def test_written_rows_are_the_plans_mfu(table):
 
 
 def test_table_is_near_what_one_h100_measured():
-    """Of the same steps, with XLA's Triton products, which the roofline's programs have not: within 11 %."""
+    """Of the same steps, with XLA's Triton products, which the roofline's programs have not: within 15 %."""
     rows, lengths = mfu.read_rows(), set()
     for (accelerator, step, remat), measured in mfu.MEASURED.items():
         row = rows[accelerator, "ViT-L/14, 248 tokens", step, remat]
-        assert row.mfu * row.computed == pytest.approx(measured, rel=0.11)
+        assert row.mfu * row.computed == pytest.approx(measured, rel=0.15)
         lengths.add(row.pairs)
     assert lengths == {100}
