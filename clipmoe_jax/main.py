@@ -1,11 +1,11 @@
 """Runs diversified multiplet upcycling from a config: base, stages, routers, baselines, evaluation, report.
 
-    python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m clipmoe_jax.main --config=configs/vit_l14_sharegpt4v.py --workdir=runs/l14 \\
+    python -m clipmoe_jax.main --config=demo --workdir=runs/demo
+    python -m clipmoe_jax.main --config=vit_l14_sharegpt4v --workdir=runs/l14 \\
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
 A config with `variants` is a sweep: each variant is a run in WORKDIR/VARIANT, and one table compares them
-(configs/sweep.py). A finished stage is not run again, and a killed run resumes. `--stage` runs one stage
+(--config=sweep). A finished stage is not run again, and a killed run resumes. `--stage` runs one stage
 alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
 
 `python -m clipmoe_jax.plan` estimates beforehand what a run takes on any number of devices.
@@ -16,7 +16,6 @@ import time
 import jax
 from absl import flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli, distributed
@@ -51,13 +50,13 @@ def main(argv: list[str]) -> str | None:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A file of configs/, with its arguments after a colon.")
+    cli.define_config_flag()
     flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
     flags.DEFINE_string("stage", "", "One stage alone; all of them if empty.")
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
     )
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("workdir")
 
 
 _FLAGS_OF_PLAN = dict.fromkeys(

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> str:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A file of configs/, with its arguments after a colon.")
+    cli.define_config_flag()
     flags.DEFINE_enum("accelerator", "h100", list(accelerators.ACCELERATORS), "Whose peak, memory and links.")
     flags.DEFINE_integer("devices", 8, "How many of them.", lower_bound=1)
     flags.DEFINE_integer("pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
@@ -91,7 +91,6 @@ def _define_flags() -> None:
         lower_bound=0.01,
         upper_bound=1.0,
     )
-    flags.mark_flag_as_required("config")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import dis
 import errno
 import os
+import pathlib
 import re
 import resource
 import shlex
@@ -16,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, distributed, paths
 from clipmoe_jax.core.errors import SeveralErrors
+from clipmoe_jax.core.manual import NEEDED, manual
 from clipmoe_jax.core.terminal import (
     MOST_CHARACTERS,
     printable,
@@ -35,6 +37,7 @@ _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "pur
 
 # What ml_collections' OSErrors begin with.
 _OF_CONFIG_FILES = ("Failed loading config file", "Configuration is not available")
+HELP = {"--help", "-help", "-h", "--helpshort"}
 MOST_FILES = 2**16  # open at a time: some systems allow a billion, and programs then loop over all of them
 
 
@@ -72,12 +75,37 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
         flags.DEFINE_bool("debug", False, "Prints an error with its stack trace.")
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # or --help would list the command's own alone
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    if HELP & {*sys.argv[1:]}:
+        print(_manual(main))
+        sys.exit()
     warnings.showwarning = _show_warning
     logging.get_absl_handler().setFormatter(_PrintableLog())
     if not _debugs():
         # An error that ends a read or a write has others behind it, which nobody waits for any more.
         sys.unraisablehook = lambda unraisable: None
     app.run(main_with_clear_errors, flags_parser=parse)
+
+
+def _config_file(text: str) -> str:
+    """Returns --config with the file in place of the name of a config that comes with this package."""
+    name, colon, argument = text.partition(":")
+    if not re.fullmatch(r"\w+", name):
+        return text
+    known = {file.stem: file for file in sorted(config_folder().glob("*.py"))}
+    if name not in known:
+        raise ValueError(
+            f"no such config: choose one of {', '.join(known)}, or give a file (configs/demo.py)"
+        )
+    return f"{known[name]}{colon}{argument}"
+
+
+def _manual(main: Callable) -> str:
+    """Returns the text of --help for a command: its module's docstring, then its flags."""
+    module = main.__globals__
+    text = module["__doc__"] or ""
+    if sys.argv[0].startswith("clipmoe "):  # as it was called
+        text = text.replace(f"python -m {module['__spec__'].name}", sys.argv[0])
+    return manual(text, flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
 
 
 def _raise_file_limit() -> None:
@@ -103,6 +131,26 @@ def announced_preemption() -> Iterator[None]:
         if distributed.is_main():
             say(str(stop))
         raise
+
+
+def config_folder() -> pathlib.Path:
+    """Returns where the configs that come with this package lie: in it, or beside it in the repository."""
+    installed = pathlib.Path(_PACKAGE, "configs")
+    return installed if installed.exists() else installed.parents[1] / "configs"
+
+
+def define_config_flag() -> None:
+    """Defines --config, which every command that works on a config needs."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "The name of a config (demo, vit_b32, …) or a file, with its arguments after a colon: "
+        "demo:controls,seeds=3. Every field of it is an option too: --config.mcl.batch_size=400.",
+    )
+    parser = flags.FLAGS["config"].parser
+    parse = parser.parse
+    parser.parse = lambda argument: parse(_config_file(argument))
+    flags.mark_flag_as_required("config")
 
 
 def define_model_flags() -> None:
@@ -179,6 +227,8 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
         if place := _place(error):
             _fail(f"{_summary(error)}{place}{_renaming(str(error), renamed)}")
         text = _one_line(error)
+        if NEEDED in text:
+            text = f"{text.split()[1].partition('=')[0]} is missing: --help describes it"
         hint = _renaming(text, renamed)
         is_flag = isinstance(error, flags.UnrecognizedFlagError)
         is_field = not is_flag and (hint or isinstance(error, AttributeError))

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli, sharding
@@ -236,12 +235,11 @@ def main(argv: list[str]) -> str:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A file of configs/, with its arguments after a colon.")
+    cli.define_config_flag()
     flags.DEFINE_enum("target", "h100", list(RATES), "Which accelerator to compile for.")
     flags.DEFINE_integer("devices", 1, "Over how many of them the batch is split.", lower_bound=1)
     flags.DEFINE_list("steps", ["mcl_1", "router"], "Names of stages or baselines, with commas between.")
     flags.DEFINE_bool("write", False, "Keeps the results where the plan takes its MFU from.")
-    flags.mark_flag_as_required("config")
 
 
 if __name__ == "__main__":

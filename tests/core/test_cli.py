@@ -121,7 +121,8 @@ def test_line_has_no_breaks(capsys):
 
 def test_help_lists_the_flags_of_every_command():
     done = command("flags.FLAGS.stage", "--help")
-    assert "--[no]debug: Prints an error with its stack trace." in done.stdout and "--stage" in done.stdout
+    assert done.returncode == 0 and "  --stage=…\n" in done.stdout
+    assert "  --debug\n      Prints an error with its stack trace.\n" in done.stdout
 
 
 def test_warning_of_a_library_is_one_line_that_names_what_was_read():
