@@ -1,7 +1,9 @@
 """The command `clipmoe`: one name for what `python -m clipmoe_jax.prepare` and its siblings do.
 
-clipmoe train --config=demo --workdir=runs/demo
-clipmoe prepare --help
+    clipmoe train --config=demo --workdir=runs/demo
+    clipmoe prepare --help
+
+Each is a module beside this one, whose docstring is its manual.
 """
 
 import ast

@@ -127,7 +127,7 @@ def default_config() -> ConfigDict:
     config.data.train = ""
     config.data.train_split = "train"  # or a slice: "train[:1000]"
     config.data.test = ""  # for retrieval and to diagnose the CLIP-MoE on
-    config.data.test_split = "test"
+    config.data.test_split = "test"  # or a slice, as above
     config.data.max_bad_fraction = 1e-3  # of a source's records: the run stops if more are bad
     config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
     config.data.retention = ""  # what config.retention calls data.retention
@@ -143,23 +143,27 @@ def default_config() -> ConfigDict:
     config.base.checkpoint = ""  # a file or folder `clipmoe_jax.load` takes; "" trains one from scratch
     set_architecture(config, "ViT-L/14", context_length=248)
     config.base.logit_scale = 100.0  # the checkpoint's is reset to its logarithm; 0 keeps it
+    # Of the base's training from scratch, where base.checkpoint is empty.
     config.base.train = _phase(batch_size=128, learning_rate=2e-3, weight_decay=0.1)
 
     config.compute = ConfigDict()
     config.compute.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
     config.compute.remat = "none"  # "dots", "full": what the backward pass computes again (`ComputeConfig`)
-    config.compute.frozen_dtype = (
-        ""  # what frozen matrices are held in while a stage trains; "" is compute.dtype's
-    )
+    # What frozen matrices are held in while a stage trains; "" is compute.dtype's.
+    config.compute.frozen_dtype = ""
 
-    config.embed = ConfigDict({"batch_size": 1024})
-    config.cluster = ConfigDict({"num_clusters": 3, "max_fit_pairs": 200_000})
+    config.embed = ConfigDict()
+    config.embed.batch_size = 1024  # pairs that are encoded at a time, for clusters and evaluation
+    config.cluster = ConfigDict()
+    config.cluster.num_clusters = 3  # of each stage, for images and for captions: 3 x 3 cells
+    config.cluster.max_fit_pairs = 200_000  # pairs drawn to find the centres from
 
     ffn = dict(batch_size=800, learning_rate=1e-5, weight_decay=0.2, warmup_steps=200, label_smoothing=0.1)
     config.mcl = _phase(**ffn)
     config.mcl.num_stages = 3  # E - 1
-    config.mcl.init_from = "base"  # or "previous"
-    config.mcl.small_clusters = "backoff"  # or "drop"
+    config.mcl.init_from = "base"  # what a stage starts from: or "previous", the model of the stage before
+    # A cluster that does not fill a batch: "backoff" takes the rest from its parent, "drop" leaves it out.
+    config.mcl.small_clusters = "backoff"
 
     # After the last stage, ordinary batches: "hard clusters, then all pairs". Off without steps and epochs.
     config.consolidation = _phase(**ffn, num_epochs=0)
@@ -171,10 +175,12 @@ def default_config() -> ConfigDict:
     # What of a model becomes an expert, and what the stages before train: each block's feed-forward layer, or
     # "attention_and_feed_forward".
     config.moe.expert_layers = "feed_forward"
-    config.moe.num_selected_experts = 2
+    config.moe.num_selected_experts = 2  # K: experts that each token uses
     config.moe.num_moe_layers = 0  # of the last blocks of each tower; 0 is all
-    config.moe.dispatch = "ragged"  # or "dense", exact too, or "capacity"
-    config.moe.capacity_factor = 1.25  # for dispatch = "capacity"
+    # How tokens reach their experts: "ragged" or "dense", both exact, or "capacity", which drops what is too
+    # much for an expert.
+    config.moe.dispatch = "ragged"
+    config.moe.capacity_factor = 1.25  # room of an expert by dispatch = "capacity", times its even share
     config.moe.expert_dropout_rate = 0.1  # in router training
     # Of the CLIP-MoE's initial routers. 0: all tokens begin with the first experts, as many as are selected.
     config.moe.router_stddev = 0.02
@@ -190,18 +196,19 @@ def default_config() -> ConfigDict:
     # Experts whose gates get a gradient: those that a token chose, or "all", so that a router learns what it
     # missed. All then run on every token of a step; outputs are those of the chosen ones either way.
     config.router.gradient = "chosen"
-    config.router.balance = "paper"  # or "released"
-    config.router.balance_coefficient = 0.01
-    config.router.z_loss_coefficient = 0.0  # ST-MoE's second loss of routers
+    config.router.balance = "paper"  # the load-balance loss of the paper, or of the "released" code
+    config.router.balance_coefficient = 0.01  # its weight
+    config.router.z_loss_coefficient = 0.0  # weight of ST-MoE's loss, which keeps logits small
 
-    # Of each phase's batches, this share is of data.rehearsal: "pairs" by the contrastive loss, or "distill",
-    # by the base's similarities of their images and captions, which need not belong together.
     for section in FINE_TUNING_SECTIONS:
-        config[section].rehearsal_fraction = 0.0
+        config[section].rehearsal_fraction = 0.0  # this share of a phase's batches is of data.rehearsal
+        # Learned by the contrastive loss, or "distill": by the base's similarities of their images and
+        # captions, which need not belong together.
         config[section].rehearsal = "pairs"
 
+    config.loss = ConfigDict()
     # Above 0: Long-CLIP's second loss, of first sentences with the principal components of images.
-    config.loss = ConfigDict({"short_caption_weight": 0.0})
+    config.loss.short_caption_weight = 0.0
     config.baselines = ()  # names of baselines in dmu/recipes.py
     # {name of a baseline: {field: value}}: hyperparameters in place of its section's, such as "batch_size"
     config.baseline_settings = ConfigDict()
@@ -211,9 +218,14 @@ def default_config() -> ConfigDict:
     config.evaluations = ()  # of each model: lines such as "zero_shot:data/imagenet?classes=imagenet"
     # One more line, of what the base knew: the column "old" beside the test set's recall.
     config.retention = ""  # such as "zero_shot:data.retention" or "zero_shot:data/imagenet?classes=imagenet"
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
-    config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 2})
-    config.log_every = 10
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # over how many devices batches are split; -1 is all that are left
+    config.mesh.fsdp = 1  # over how many parameters are
+    config.mesh.expert = 1  # over how many experts are
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 500  # what a kill can cost
+    config.checkpoint.max_to_keep = 2  # of a phase
+    config.log_every = 10  # steps between lines of metrics.jsonl
     config.lock()
     return config
 

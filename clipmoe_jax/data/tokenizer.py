@@ -40,7 +40,7 @@ class Tokenizer:
 
     Attributes:
         context_length: L, the ids in a row.
-        parse_special_tokens: whether the words "<|startoftext|>" and "<|endoftext|>" become those
+        parse_special_tokens: whether the words `<|startoftext|>` and `<|endoftext|>` become those
             tokens, as in OpenAI's code. With False they are the characters they consist of, so that
             no caption of a data set can place an end token.
     """

@@ -29,7 +29,11 @@ Tokens = Int[Array | np.ndarray, "B L"]
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. mlp_width: of the feed-forward layers; None is four times the width."""
+    """The vision tower.
+
+    image_size: pixels a side. patch_size: pixels a side of a patch. width: of the tokens. num_layers: blocks.
+    head_width: of an attention head. mlp_width: of the feed-forward layers; None is four times the width.
+    """
 
     image_size: int = 224
     patch_size: int = 32
@@ -41,8 +45,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tower. mlp_width: as in the vision tower.
+    """The text tower.
 
+    vocab_size: token ids. context_length: positions. width: of the tokens. num_layers: blocks. head_width: of
+    an attention head. mlp_width: of the feed-forward layers; None is four times the width.
     eos_token_id: the end token, at whose first position the text feature is read out; None is the highest id
     of a row, as in OpenAI's CLIP, whose end token has the highest id of all.
     """
@@ -113,7 +119,9 @@ def _check_tower(name: str, tower: VisionConfig | TextConfig) -> None:
 class ClipConfig:
     """The architecture: everything on which the shapes and the meaning of the parameters depend.
 
-    text: None is a vision tower alone, without `logit_scale`.
+    embed_dim: of the features. vision: the vision tower. text: the text tower; None is a vision tower alone,
+    without `logit_scale`. activation: quick_gelu, as OpenAI's models, or gelu. layer_norm_eps: of every norm.
+    moe: the mixture; None is a dense model.
     """
 
     embed_dim: int = 512

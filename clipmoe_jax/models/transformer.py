@@ -77,12 +77,12 @@ class ComputeConfig:
 
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
     remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights
-      (KEPT), so scores, norms and activations; "full": each block from its input.
+    (KEPT), so scores, norms and activations; "full": each block from its input.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
     grouped_mlp: how "ragged" runs the experts, by platform (`experts.GROUPED_MLPS`).
     attention: by platform and dtype (`attention.default_implementation`).
     mlp_chunk_rows: how many rows of a dense feed-forward layer are computed at a time on one device, for CPUs
-      (models/feed_forward.py); 0 is all.
+    (models/feed_forward.py); 0 is all.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     router_gradient: "chosen" or "all" experts (`moe.straight_through`, which runs all on every token).
     compiler_options: of XLA, (name, value), for a training step.

@@ -20,10 +20,12 @@ DECAY_RULES = (
 class PhaseConfig:
     """Hyperparameters of one phase of training.
 
-    batch_size: pairs of a global batch. num_steps: 0 for `num_epochs` epochs. accumulation_steps: in how many
-    microbatches a batch is computed; the gradient is that of the whole batch. learning_rate: the peak,
-    reached at the last of `warmup_steps`, from which it falls to 0 by a cosine. clip_norm: of the global
-    gradient; 0 is none.
+    batch_size: pairs of a global batch. learning_rate: the peak, reached at the last of `warmup_steps`, from
+    which it falls to 0 by a cosine. weight_decay: AdamW's, of matrices alone. num_epochs: the length, where
+    `num_steps` is 0. num_steps: the length in steps, all batches counted. warmup_steps: in which the rate
+    rises from 1 / `warmup_steps` of the peak. b1: AdamW's decay of the first moment. b2: of the second. eps:
+    AdamW's. clip_norm: of the global gradient; 0 is none. label_smoothing: of the contrastive loss.
+    accumulation_steps: in how many microbatches a batch is computed; the gradient is that of the whole batch.
     """
 
     batch_size: int
