@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipmoe_jax.core.varints import Reader
+
 MANIFEST = "manifest.ocdbt"
 MANIFEST_MAGIC, NODE_MAGIC = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")
 SINGLE, PLAIN, ZSTD = 0, 0, 1  # a kind of manifest, and two of compression
@@ -33,7 +35,7 @@ def check_index(folder: os.PathLike | str) -> None:
     """Raises ValueError if the index of a database on a disk is damaged, or expands to more than it may."""
     try:
         _Index(folder).check()
-    except (IndexError, OverflowError) as error:
+    except (EOFError, IndexError, OverflowError) as error:
         raise ValueError(f"its index is damaged ({error})") from error
 
 
@@ -82,7 +84,7 @@ class _Index:
         node.take(int(suffixes.sum()))
         return _places(node, files, num_keys)
 
-    def _files(self, node: "_Bytes", base: bytes) -> list[tuple[bytes, bytes]]:
+    def _files(self, node: Reader, base: bytes) -> list[tuple[bytes, bytes]]:
         """Returns the files that a node tells of: what their names begin with, and their names.
 
         base: what the files' names begin with that the node's own place gives.
@@ -99,7 +101,7 @@ class _Index:
             files.append((base + name[: int(bases[i])], base + name))
         return files
 
-    def _opened(self, place: _Place, magic: bytes) -> "_Bytes":
+    def _opened(self, place: _Place, magic: bytes) -> Reader:
         """Returns what a manifest or a node expands to."""
         if os.path.isabs(place.file) or b".." in place.file.split(b"/"):
             raise ValueError("it names files of other folders")
@@ -110,7 +112,7 @@ class _Index:
             raise ValueError("its index is not where it should be") from error
         if content[:4] != magic or int.from_bytes(content[4:12], "little") != len(content):
             raise ValueError("its index is not where it should be")
-        body = _Bytes(content[12:-4])  # a checksum is last
+        body = Reader(content[12:-4])  # a checksum is last
         body.number()
         if (compression := body.number()) not in (PLAIN, ZSTD):
             raise ValueError(f"its index is compressed by {compression}, which OCDBT does not know")
@@ -124,7 +126,7 @@ class _Index:
             except OSError as error:
                 raise ValueError(f"its index is damaged: {error}") from error
         self._count(len(expanded))
-        return _Bytes(expanded)
+        return Reader(expanded)
 
     def _count_names(self, lengths: list[np.ndarray]) -> None:
         """Counts names, of each of which these are the lengths of parts."""
@@ -139,48 +141,7 @@ class _Index:
             raise ValueError(f"its index expands to more than {MAX_EXPANDED:,} bytes")
 
 
-def _places(node: "_Bytes", files: list[tuple[bytes, bytes]], number: int) -> list[_Place]:
+def _places(node: Reader, files: list[tuple[bytes, bytes]], number: int) -> list[_Place]:
     """Reads so many places of nodes. files: those that the node tells of."""
     fields = (node.numbers(number).tolist() for _ in range(3))
     return [_Place(*files[i], *place) for i, *place in zip(*fields, strict=True)]
-
-
-class _Bytes:
-    """Bytes that are read from the beginning. Raises ValueError where they end too early."""
-
-    def __init__(self, content: bytes):
-        self._content, self._at = content, 0
-
-    def rest(self) -> bytes:
-        """Returns what is not read yet."""
-        return self._content[self._at :]
-
-    def take(self, number: int) -> bytes:
-        """Returns the next bytes."""
-        found = self._content[self._at : self._at + number]
-        self._at += number
-        if len(found) < number:
-            raise ValueError("its index is cut off")
-        return found
-
-    def byte(self) -> int:
-        """Returns a number of one byte."""
-        return self.take(1)[0]
-
-    def number(self) -> int:
-        """Returns a number of variable length."""
-        return int(self.numbers(1)[0])
-
-    def numbers(self, count: int) -> np.ndarray:
-        """Returns numbers of variable length, uint64 (count,): 7 bits a byte, the lowest first."""
-        if not count:
-            return np.zeros(0, np.uint64)
-        array = np.frombuffer(self._content[self._at : self._at + 10 * count], np.uint8)
-        ends = np.flatnonzero(array < 128)[:count] + 1
-        if len(ends) < count:
-            raise ValueError("its index is cut off")
-        starts = np.append(0, ends[:-1])
-        shifts = 7 * (np.arange(ends[-1]) - np.repeat(starts, ends - starts))
-        self._at += int(ends[-1])
-        bits = (array[: ends[-1]] & 127).astype(np.uint64) << shifts.astype(np.uint64)
-        return np.add.reduceat(bits, starts)

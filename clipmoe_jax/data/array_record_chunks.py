@@ -6,15 +6,15 @@ of the file, and one of each chunk before. The library believes them, and reads 
 """
 
 import array
-import itertools
 import os
-import re
 import struct
 import weakref
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from clipmoe_jax.core.checks import check_expansion, check_not_sparse
+from clipmoe_jax.core.varints import Reader
 
 BLOCK, BLOCK_HEADER, HEADER_BYTES = 1 << 16, 24, 40
 USABLE = BLOCK - BLOCK_HEADER
@@ -22,12 +22,11 @@ USABLE = BLOCK - BLOCK_HEADER
 # records, and their bytes. The library holds a simple chunk to these bytes, but not one of another kind.
 HEADER, SIMPLE = struct.Struct("<8xQ8xQQ"), ord("r")
 CODECS = {ord("z"): "zstd", ord("b"): "brotli", ord("s"): "snappy"}
-NUMBER, MAX_NUMBER = re.compile(rb"[\x80-\xff]{0,9}[\0-\x7f]"), 10  # of variable length; its bytes
-# The records of postscript and footer, each field with its tag before it, as the library writes them. Where a
-# field comes twice, it reads the last.
-POSTSCRIPT = re.compile(rb"\x08(V)\x10V".replace(b"V", NUMBER.pattern))
-OF_FILE = re.compile(rb'\n(V)\x08V\x10(V)\x18V(?:"(V)(.*))?'.replace(b"V", NUMBER.pattern), re.DOTALL)
-OF_CHUNK = re.compile(rb"\x08(V)\x10V\x18(V)".replace(b"V", NUMBER.pattern))
+# The tags of the fields in records of postscript and footer, as the library writes them: of what is nested in
+# the footer's first record, of that record, and of an option in it. Where a field comes twice, it reads the
+# last.
+OF_POSTSCRIPT, OF_CHUNK = (0x08, 0x10), (0x08, 0x10, 0x18)
+OF_FILE, NESTED, OPTIONS = (0x08, 0x10, 0x18), 0x0A, 0x22
 MAX_BYTES = 2**29  # of a chunk's records; as a rule it has one
 
 
@@ -51,54 +50,47 @@ class Chunks:
         try:
             if self._num_bytes < 2 * BLOCK or self._num_bytes % BLOCK:
                 raise ValueError("it is cut off")
-            limits, postscript = self._read_records(self._num_bytes - BLOCK)
-            if not (found := POSTSCRIPT.fullmatch(postscript[: limits[0]])):
-                raise ValueError("it does not say where its footer is")
-            self._footer = _number(found[1])
-            self._limits, self._entries = self._read_records(self._footer)
-            self._num_chunks = _num_chunks(self._entries[: self._limits[0]])
-            if self._num_chunks != len(self._limits) - 1:
+            ends, postscript = self._read_records(self._num_bytes - BLOCK)
+            footer = int(_fields(OF_POSTSCRIPT, ends[:1], postscript[: int(ends[0])])[0, 0])
+            ends, entries = self._read_records(footer)
+            first = int(ends[0])
+            if _num_chunks(entries[:first]) != len(ends) - 1:
                 raise ValueError("its footer has other chunks than it says")
-            self._group_size = self._chunk(0)[1] if self._num_chunks else 1
-        except (IndexError, OverflowError, struct.error, OSError, ValueError) as error:
+            chunks = _fields(OF_CHUNK, ends[1:] - ends[0], entries[first:])
+            limits = np.append(chunks[:, 0], np.uint64(footer))
+            if (limits[1:] <= limits[:-1]).any() or not chunks[:, 2].all():
+                raise ValueError("it does not say where its chunks are")
+            self._limits = array.array("Q", limits.tobytes())  # where each chunk begins, and the footer
+            self._group_size = int(chunks[0, 2]) if len(chunks) else 1
+        except (EOFError, IndexError, OverflowError, struct.error, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): copy it again, or make it again") from error
 
     def check(self, index: int) -> None:
         """Raises ValueError if the chunk with a record lies elsewhere or expands to more than it may."""
         chunk = index // self._group_size
-        begin, _ = self._chunk(chunk)
-        end = self._chunk(chunk + 1)[0] if chunk + 1 < self._num_chunks else self._footer
-        if not begin < end <= self._footer:
-            raise ValueError("its file's footer does not say where it is")
+        if chunk + 1 >= len(self._limits):
+            raise ValueError("its file has not so many records")
+        begin, end = self._limits[chunk], self._limits[chunk + 1]
         header = self._read_header(begin)
         if header.expanded > MAX_BYTES:
             raise ValueError(f"it has {header.expanded:,} bytes, of which {MAX_BYTES:,} may be read")
         check_expansion(min(header.packed, end - begin), header.expanded)
 
-    def _chunk(self, chunk: int) -> tuple[int, int]:
-        """Returns where a chunk begins and how many records it has, as the footer says."""
-        if chunk >= self._num_chunks:
-            raise ValueError("its file has not so many records")
-        found = OF_CHUNK.fullmatch(self._entries, *self._limits[chunk : chunk + 2])
-        if not found or not 0 < (num_records := _number(found[2])) <= self._num_bytes:
-            raise ValueError("its file's footer does not say where it is")
-        return _number(found[1]), num_records
-
-    def _read_records(self, begin: int) -> tuple[Sequence[int], bytes]:
+    def _read_records(self, begin: int) -> tuple[np.ndarray, bytes]:
         """Returns where each record of a small chunk ends, and its records, one after the other."""
         header = self._read_header(begin)
-        data = self._read(begin, HEADER_BYTES + header.packed)[HEADER_BYTES:]
-        length, start = _first_number(data[1:11])
-        values = 1 + start + length
-        sizes = _expanded(data[1 + start : values], data[0])
-        content = _expanded(data[values:], data[0])
-        if header.num_records > self._num_bytes or len(sizes) > MAX_NUMBER * header.num_records:
+        if header.num_records > self._num_bytes // HEADER_BYTES:  # the footer has one for each chunk
             raise ValueError(f"the chunk at byte {begin:,} has more records than may be")
-        numbers = sizes if sizes.isascii() else map(_number, NUMBER.findall(sizes))
-        limits = array.array("Q", itertools.accumulate(numbers))
-        if (len(limits), len(content)) != header[1:] or limits[-1] != len(content):
+        data = Reader(self._read(begin, HEADER_BYTES + header.packed)[HEADER_BYTES:])
+        codec = data.byte()
+        sizes = Reader(_expanded(data.take(data.number()), codec))
+        content = _expanded(data.rest(), codec)
+        numbers = sizes.numbers(header.num_records)
+        ends = np.cumsum(numbers)
+        others = sizes.rest() or len(content) != header.expanded or numbers.max(initial=0) > len(content)
+        if others or ends[-1] != len(content):
             raise ValueError(f"the chunk at byte {begin:,} has other records than it says")
-        return limits, content
+        return ends, content
 
     def _read_header(self, begin: int) -> _Header:
         """Returns the header of a simple chunk. Raises ValueError for chunks of another kind."""
@@ -119,35 +111,36 @@ class Chunks:
         raw = os.pread(self._file, end - begin, begin) if end <= self._num_bytes else b""
         if len(raw) < end - begin:
             raise ValueError(f"the chunk at byte {begin:,} is cut off")
+        if len(raw) == length:  # within a block
+            return raw
         blocks = range(begin // BLOCK * BLOCK - begin, end - begin, BLOCK)
         return b"".join([raw[max(block + BLOCK_HEADER, 0) : block + BLOCK] for block in blocks])
 
 
 def _num_chunks(about: bytes) -> int:
     """Returns how many chunks the footer's first record tells of."""
-    found = OF_FILE.fullmatch(about)
-    if (
-        not found
-        or _number(found[1]) != len(about) - found.end(1)
-        or (found[3] and _number(found[3]) != len(found[4]))
-    ):
+    record = Reader(about)
+    nested = record.numbers(2).tolist() == [NESTED, len(record.rest())]
+    found = record.numbers(2 * len(OF_FILE)).tolist()
+    if record.rest():
+        nested = nested and record.numbers(2).tolist() == [OPTIONS, len(record.rest())]
+    if not nested or tuple(found[::2]) != OF_FILE:
         raise ValueError("its footer is not that of an ArrayRecord file")
-    return _number(found[2])
+    return found[3]
 
 
-def _number(data: bytes) -> int:
-    """Returns a number of variable length: 7 bits in each byte, the lowest first."""
-    number = 0
-    for byte in reversed(data):
-        number = number << 7 | byte & 127
-    return number
+def _fields(tags: tuple[int, ...], ends: np.ndarray, content: bytes) -> np.ndarray:
+    """Returns the fields of records, uint64 (records, fields), each of which has its tag before it.
 
-
-def _first_number(data: bytes) -> tuple[int, int]:
-    """Returns the number that bytes begin with, and where it ends. Raises ValueError if there is none."""
-    if not (found := NUMBER.match(data)):
-        raise ValueError("it is cut off")
-    return _number(found[0]), found.end()
+    ends: where each record ends in the content. Raises ValueError for records that have others.
+    """
+    found = Reader(content).numbers(2 * len(tags) * len(ends)).reshape(len(ends), len(tags), 2)
+    is_last = np.frombuffer(content, np.uint8) < 128  # of a number
+    num_read = np.cumsum(is_last)[ends.astype(np.int64) - 1]
+    whole = (num_read == 2 * len(tags) * np.arange(1, len(ends) + 1)).all()
+    if not whole or not is_last[ends.astype(np.int64) - 1].all() or (found[..., 0] != tags).any():
+        raise ValueError("it does not say where its chunks are")
+    return found[..., 1]
 
 
 def _expanded(data: bytes, codec: int) -> bytes:
@@ -158,6 +151,7 @@ def _expanded(data: bytes, codec: int) -> bytes:
         raise ValueError(f"it is compressed by {codec}, which is none of Riegeli's ways")
     import pyarrow  # slow to import
 
-    num_bytes, start = _first_number(data)
+    packed = Reader(data)
+    num_bytes = packed.number()
     check_expansion(len(data), num_bytes)
-    return pyarrow.Codec(CODECS[codec]).decompress(data[start:], num_bytes, asbytes=True)
+    return pyarrow.Codec(CODECS[codec]).decompress(packed.rest(), num_bytes, asbytes=True)

@@ -77,21 +77,18 @@ def test_a_transposed_chunk_is_refused(tmp_path):
 
 def test_a_footer_that_leads_out_of_the_file_is_told(tmp_path):
     (tmp_path / "file").write_bytes(zlib.decompress(base64.b85decode(FAR)))
-    with pytest.raises(ValueError, match="its file's footer does not say where it is"):
+    with pytest.raises(ValueError, match="it does not say where its chunks are"):
         opened(tmp_path / "file", 2)[0]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (
-            b"\x18\x01",
-            b"\x18\x00",
-            "its file's footer does not say where it is",
-        ),  # no records
+        (b"\x18\x01", b"\x18\x00", "it does not say where its chunks are"),  # no records
+        (b"a\x06\x06", b"a\x07\x05", "it does not say where its chunks are"),  # where records end
         (b"\x08\x01\x10\x02", b"\x08\x01\x10\x03", "its footer has other chunks than it says"),
         (b'\x18\x02"', b"\x18\x02*", "its footer is not that of an ArrayRecord file"),
-        (b"\x08@\x10", b"\x10@\x10", "its file's footer does not say where it is"),
+        (b"\x08@\x10", b"\x10@\x10", "it does not say where its chunks are"),
     ],
 )
 def test_a_damaged_footer_is_told(tmp_path, old, new, message):
