@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from clipmoe_jax.core.checks import check_not_sparse
 from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import check_plain_file, written_whole
 from clipmoe_jax.core.stamps import BLOCK, named_files
@@ -89,6 +90,7 @@ def _files(folder: epath.Path, name: str = "") -> dict[str, epath.Path]:
 
 def _of_file(path: epath.Path) -> str:
     check_plain_file(path)
+    check_not_sparse(path)
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from clipmoe_jax.core import artifacts, checkpoints, checksums, distributed, trees
-from clipmoe_jax.core.checks import check_expansion, check_not_sparse, stored_bytes, whole_number
+from clipmoe_jax.core.checks import check_expansion, stored_bytes, whole_number
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.paths import absolute, check_plain_folder
@@ -66,8 +66,6 @@ def load_model(
     config = read_config(path)
     check_plain_folder(path / PARAMS)
     files = [file for _, file in named_files(path / PARAMS)]
-    for file in files:
-        check_not_sparse(file)
     checksums.verify(path, EXPERTS_FILE, PARAMS)
     abstract = abstract_params(config)
     with naming(path / PARAMS):
