@@ -27,15 +27,16 @@ MAX_ASPECT_RATIO = 500  # a line of 1x100,000 pixels would take gigabytes once i
 # Pillow opens 16-bit grey as I;16, in these formats (PNG in older Pillows) as I, which has 32 bits.
 FORMATS_OF_16_BITS = ("PPM", "PNG")
 # Of Pillow's formats those that it decodes itself: for EPS, whatever the file's name, it runs Ghostscript.
-# HEIF is there where pillow-heif has registered it. The header of an ICO does not bound its pixels.
-FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
-    *("TGA", "TIFF", "WEBP"),
-)
+# HEIF is there where pillow-heif has registered it. The header of an ICO does not bound its pixels. The first
+# are those that Pillow imports for any file.
+COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM")
+OTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "MPO", "PCX", "QOI", "TGA", "TIFF", "WEBP")
 
 
-# Of a JPEG: what begins a segment with a length, or ends the image.
+# Of a JPEG: what begins a segment with a length, or ends the image; what begins the frame of an image that is
+# not progressive, a scan, and the end.
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xef\xfe]")
+SEQUENTIAL, SCAN, END = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc9"), b"\xff\xda", b"\xff\xd9"
 
 
 class UnreadableImageError(ValueError):
@@ -79,9 +80,9 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
     palette).
 
     Raises:
-        UnreadableImageError: broken, truncated, of none of `FORMATS`, of more than `max_pixels` pixels by its
-            header, of scans or comments that take long to decode, or of a mode without a known range (I and
-            F: 32 bits a pixel).
+        UnreadableImageError: broken, truncated, of none of `COMMON_FORMATS` and `OTHER_FORMATS`, of more than
+            `max_pixels` pixels by its header, of scans or comments that take long to decode, or of a mode
+            without a known range (I and F: 32 bits a pixel).
         ValueError: as `max_pixels`.
     """
     limit = max_pixels()
@@ -89,7 +90,7 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
     if isinstance(image, bytes):
         _check_contents(image)
     try:
-        opened = Image.open(io.BytesIO(image), formats=_formats()) if isinstance(image, bytes) else image
+        opened = _opened(image) if isinstance(image, bytes) else image
         if (pixels := _num_pixels(opened)) > limit:
             raise UnreadableImageError(
                 f"it has {pixels:,} pixels, of which {limit:,} may be decoded: make it smaller, or set the "
@@ -117,7 +118,7 @@ def decode_image(image: Image.Image | bytes) -> Image.Image:
 def num_pixels(contents: bytes) -> int:
     """Returns the pixels that an image file has by its header, 0 if it is none."""
     try:
-        return _num_pixels(Image.open(io.BytesIO(contents), formats=_formats()))
+        return _num_pixels(_opened(contents))
     except Exception:  # PIL's format plugins raise anything on a broken file
         return 0
 
@@ -129,7 +130,9 @@ def max_pixels() -> int:
 
 def limit_of(variable: str, default: int) -> int:
     """Returns the limit that an environment variable sets. Raises ValueError if that is no whole number."""
-    value = os.environ.get(variable, "") or str(default)
+    value = os.environ.get(variable)
+    if not value:
+        return default
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{variable}={value} is no whole number: set it to one such as {default}")
     return int(value)
@@ -137,20 +140,30 @@ def limit_of(variable: str, default: int) -> int:
 
 def _check_contents(contents: bytes) -> None:
     """Raises UnreadableImageError for a file that takes long to decode, whatever its pixels are."""
-    # To count a scan's marker wherever it stands takes no time.
-    is_jpeg = contents.startswith(b"\xff\xd8")
-    if is_jpeg and contents.count(b"\xff\xda") > MAX_SCANS and _num_scans(contents) > MAX_SCANS:
+    if contents.startswith(b"\xff\xd8") and _num_scans(contents) > MAX_SCANS:
         raise UnreadableImageError(f"a JPEG of more than {MAX_SCANS} scans: save it anew")
     if contents[:2] in (b"P1", b"P2", b"P3") and contents.count(b"#") > MAX_COMMENTS:
         raise UnreadableImageError(f"a PPM of more than {MAX_COMMENTS} comments: save it anew")
 
 
 def _num_scans(contents: bytes) -> int:
-    """Returns the scans of a JPEG file before its end, or MAX_SCANS + 1 if there are more."""
-    place, scans = 2, 0
-    while scans <= MAX_SCANS and (marker := MARKER.search(contents, place)) and marker[0] != b"\xff\xd9":
-        scans += marker[0] == b"\xff\xda"
-        place = marker.end() + int.from_bytes(contents[marker.end() : marker.end() + 2], "big")
+    """Returns the scans of a JPEG file that are decoded, or MAX_SCANS + 1 if there are more.
+
+    An image that is not progressive, and whose first scan has all colours, ends with that scan. Of most files
+    nothing but the header is read.
+    """
+    place, scans, num_colours = 2, 0, b""
+    while scans <= MAX_SCANS and (found := MARKER.search(contents, place)):
+        marker, start = found[0], found.end()
+        if marker == END:
+            break
+        if marker in SEQUENTIAL:
+            num_colours = contents[start + 7 : start + 8]
+        elif marker == SCAN:
+            scans += 1
+            if num_colours and contents[start + 2 : start + 3] == num_colours:
+                break
+        place = start + int.from_bytes(contents[start : start + 2], "big")
     return scans
 
 
@@ -160,11 +173,19 @@ def _num_pixels(image: Image.Image) -> int:
     return max(image.width * image.height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
 
 
+def _opened(contents: bytes) -> Image.Image:
+    """Opens an image file. Raises UnidentifiedImageError for another format, or as PIL's plugins do."""
+    try:
+        return Image.open(io.BytesIO(contents), formats=COMMON_FORMATS)
+    except UnidentifiedImageError:
+        return Image.open(io.BytesIO(contents), formats=_other_formats())
+
+
 @functools.cache
-def _formats() -> list[str]:
-    """Returns those of `FORMATS` that this Pillow reads."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+def _other_formats() -> list[str]:
+    """Returns those of `OTHER_FORMATS` that this Pillow reads."""
+    Image.init()  # slow: it imports them all
+    return [name for name in OTHER_FORMATS if name in Image.OPEN]
 
 
 def _resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:

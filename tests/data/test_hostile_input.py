@@ -181,6 +181,15 @@ def test_the_scans_of_a_jpeg_are_limited(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("num_colours", "message"), [(1, "more than 100 scans"), (3, "broken data stream")])
+def test_the_first_scan_of_all_colours_ends_an_image_that_is_not_progressive(num_colours, message):
+    contents = encoded(Image.new("RGB", (16, 16)), "JPEG")
+    header, _, scan = contents[:-2].partition(b"\xff\xda")
+    scan = b"\xff\xda" + scan[:2] + bytes([num_colours]) + scan[3:]
+    with pytest.raises(UnreadableImageError, match=message):
+        decode_image(header + scan * 101 + contents[-2:])
+
+
 def test_what_looks_like_scans_beside_those_of_a_jpeg_does_not_count():
     contents = jpeg(10)
     profile = b"\xff\xe2" + struct.pack(">H", 2 + 2 * 200) + b"\xff\xda" * 200
