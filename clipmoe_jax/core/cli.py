@@ -31,9 +31,8 @@ from clipmoe_jax.core.terminal import (
     warning_line,
 )
 
-# Where this package lies, and Python with what is installed.
+# Where this package lies.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
 # What ml_collections' OSErrors begin with.
 _OF_CONFIG_FILES = ("Failed loading config file", "Configuration is not available")
@@ -311,11 +310,12 @@ def _place(error: BaseException) -> str:
             error = error.__context__
     if isinstance(error, (ValueError, flags.Error)):
         return ""
+    libraries = [sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")]
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE):
             return ""
-        if not file.startswith(("<", *_LIBRARIES)):
+        if not file.startswith(("<", *libraries)):
             return f" ({file}, line {line})"
     return ""
 

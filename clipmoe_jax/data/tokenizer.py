@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
-import ftfy
 import numpy as np
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -101,6 +100,8 @@ def clean(text: str) -> str:
     """Repairs broken Unicode and HTML entities, collapses white space, lower-cases. The number of an entity
     that has more than 4,300 digits is text, and a line of more than 2,000 characters is repaired in parts."""
     if not text.isascii() or "&" in text or _CONTROL_CHARACTERS.search(text):
+        import ftfy  # slow to import, and most captions need none of it
+
         text = _unescape(_unescape(ftfy.fix_text(text, max_decode_length=_LINE_PART)))
     return " ".join(text.split()).lower()
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from etils import epath
 from markupsafe import Markup
 
@@ -36,6 +35,8 @@ def render(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) 
     say: is told of data sets elsewhere before they are opened. Raises FileNotFoundError if there is no run,
     and ValueError if a file of it is damaged.
     """
+    import jinja2  # slow to import
+
     check_plain_folder(workdir)
     folders = seed_folders(workdir)
     for path in folders[0].data_elsewhere():

@@ -5,7 +5,6 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import google_crc32c
 from etils import epath
 from google.protobuf.message import DecodeError
 
@@ -214,6 +213,8 @@ def _offsets(path: epath.Path) -> Iterator[tuple[int, int]]:
 
 def _checksum(data: bytes) -> bytes:
     """Returns the checksum of a TFRecord's part: CRC32C turned by 15 bits, plus a constant."""
+    import google_crc32c  # slow to import
+
     crc = google_crc32c.value(data)
     return CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
