@@ -72,12 +72,12 @@ def stored_bytes(path: os.PathLike | str) -> int:
             stored += end - start
 
 
-def check_not_sparse(path: os.PathLike | str) -> None:
+def check_not_sparse(path: os.PathLike | str, status: os.stat_result | None = None) -> None:
     """Raises ValueError for a large file that is mostly holes: a few bytes of a stranger's would be read as
-    terabytes of zeros."""
+    terabytes of zeros. status: of the file, if it is known."""
     if in_bucket(path):
         return
-    status = os.stat(path)
+    status = status or os.stat(path)
     length, blocks = status.st_size, 512 * status.st_blocks
     if length <= max(SPARSE, SPARSENESS * blocks):  # most files, without looking for holes
         return

@@ -32,6 +32,7 @@ from clipmoe_jax.data.tokenizer import word_ids
 
 ENTRIES, DONE = ".entries.npy", ".done.json"
 MOST_TOLD = 500  # characters of a bad record's id, and of what is wrong with it
+MOST_TOKENS = np.iinfo(np.uint16).max
 # An entry of the source: the digest of its id (0 if the source calls it bad), the bytes of its image as it
 # came, its captions, and the tokens of the longest, start and end counted (0 if it is bad).
 ENTRY = np.dtype([("id", "<u8", (2,)), ("image_bytes", "<u4"), ("captions", "<u2"), ("tokens", "<u2")])
@@ -111,7 +112,7 @@ class Encoder:
                 if attributes.get(name) not in attribute.values:
                     return BadRecord(record.id, "bad attribute", f"{name} is {attributes.get(name)!r}")
             example["attributes"] = [attributes[name] for name in self._table]
-        longest = min(2 + max(map(len, words)), np.iinfo(np.uint16).max)
+        longest = min(2 + max(map(len, words)), MOST_TOKENS)
         return _Decoded(example, len(words), len(record.image), longest)
 
     def id_of(self, serialized: bytes) -> str:

@@ -255,7 +255,7 @@ def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
     """
     others = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)  # a pipe would be waited for
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | others)) as file:
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | others)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadFileError("not a file", f"{path} is a device or a pipe")
@@ -263,7 +263,7 @@ def read_file(path: os.PathLike | str, follow_links: bool, most: int) -> bytes:
                 detail = f"{path} has {status.st_size:,} bytes, of which {most:,} may be read"
                 raise BadFileError("too large a file", detail)
             try:
-                check_not_sparse(path)
+                check_not_sparse(path, status)
             except ValueError as error:
                 raise BadFileError("a sparse file", str(error)) from error
             return file.read()
