@@ -39,6 +39,7 @@ def progress_bar(description: str, total: int | None, unit: str, delay: float = 
         total=total,
         unit=unit,
         delay=delay,
+        leave=False,
         initial=initial,
         disable=None if distributed.is_main() else True,  # None: unless it is a terminal
         dynamic_ncols=True,
@@ -75,12 +76,16 @@ class Metrics:
             self._tensorboard.add(f"{phase}/{name}", value, step)
 
     def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
-        """Returns a progress bar with rate and time left, refreshed less often in a log file."""
+        """Returns a progress bar with rate and time left, refreshed less often in a log file.
+
+        On a terminal it goes when it is closed: what is done is told by `say`.
+        """
         return tqdm(
             desc=f"{phase:<24}",
             initial=start,
             total=total,
             unit=unit,
+            leave=False,
             disable=not self._active,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file keeps every refresh

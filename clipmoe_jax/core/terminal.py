@@ -43,6 +43,13 @@ def printable_line(text: object) -> str:
     return printable(str(text)).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def duration(seconds: float) -> str:
+    """Returns a time as people say it: 38 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
 def shortened(text: str, most: int) -> str:
     """Returns a text of at most `most` characters: without its middle, if it is longer."""
     if len(text) <= most:

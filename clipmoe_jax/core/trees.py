@@ -66,11 +66,11 @@ def partition(params: Params, trainable_rules: Rules) -> tuple[dict, dict]:
 
 
 def describe(trainable_rules: Rules, params: Params) -> str:
-    """Returns a line for the log: numbers of trainable leaves and parameters, and their names."""
+    """Returns a line: numbers of trainable leaves and parameters, and their names."""
     trainable, frozen = partition(params, trainable_rules)
     kinds = {re.sub(r"\d+", "*", name): None for name in flatten(trainable)}
     return (
-        f"trains {len(flatten(trainable))} leaves, {count_parameters(trainable):,} parameters "
+        f"{len(flatten(trainable))} leaves, {count_parameters(trainable):,} parameters "
         f"({_some(list(kinds))}); {count_parameters(frozen):,} are frozen"
     )
 

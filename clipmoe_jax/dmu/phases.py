@@ -21,6 +21,8 @@ from clipmoe_jax.train.lora import add_adapters
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig
 
+FEW_STEPS = 200  # of a phase on few pairs: many enough for a warm-up of a tenth
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedPhase:
@@ -240,20 +242,38 @@ def frozen_dtype(config: ConfigDict, compute: ComputeConfig) -> str:
 def steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> int:
     """Returns how many steps a section's phase takes on so many pairs.
 
-    Raises ValueError naming the section if its batch is larger than the data, or its warm-up does not fit.
+    Raises ValueError naming the section if its batch is larger than the data, or its warm-up does not fit,
+    with flags that do.
     """
     _check_batch(section, hyperparameters, num_pairs)
     try:
         return hyperparameters.length(num_pairs // hyperparameters.batch_size)
     except ValueError as error:
-        raise ValueError(f"{section}: {error}") from error
+        fitting = _fitting_flags(section, hyperparameters, num_pairs)
+        raise ValueError(f"{section}: {error}, such as {fitting}") from error
+
+
+def _fitting_flags(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> str:
+    """Flags with which a section's phase fits so few pairs.
+
+    An epoch has about as many batches as a batch has pairs, which clusters of few pairs can fill; and a phase
+    has an epoch or FEW_STEPS, whichever is longer.
+    """
+    batch_size = 2 ** (max(num_pairs, 1).bit_length() // 2)
+    settings = {"batch_size": batch_size}
+    if not section.startswith("baseline_settings."):  # whose length may follow from other models'
+        num_steps = max(FEW_STEPS, num_pairs // batch_size)
+        settings |= {"num_steps": num_steps, "warmup_steps": FEW_STEPS // 10}
+    if batch_size % hyperparameters.accumulation_steps:
+        settings["accumulation_steps"] = 1
+    return " ".join(f"--config.{section}.{name}={value}" for name, value in settings.items())
 
 
 def _check_batch(section: str, hyperparameters: PhaseConfig, num_pairs: int) -> None:
     if num_pairs < hyperparameters.batch_size:
         raise ValueError(
             f"{section}.batch_size={hyperparameters.batch_size} is more than the {num_pairs} training pairs: "
-            "choose a smaller batch or more data"
+            f"take more data, or {_fitting_flags(section, hyperparameters, num_pairs)}"
         )
 
 

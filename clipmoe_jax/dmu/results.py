@@ -12,17 +12,21 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, checksums, distributed, trees
 from clipmoe_jax.core.errors import Errors
+from clipmoe_jax.core.json_files import read_json
+from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.data.records import Records
@@ -40,7 +44,8 @@ from clipmoe_jax.evaluation.evaluations import (
     open_applicable,
     parse_evaluation,
 )
-from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
+from clipmoe_jax.evaluation.retrieval import DIRECTIONS, retrieval_features, retrieval_recall
+from clipmoe_jax.evaluation.scores import shown_score
 from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject, Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
@@ -50,6 +55,9 @@ from clipmoe_jax.models.model_folder import load_model, read_config
 RETENTION = {"zero_shot": ("top1",), "retrieval": ("image_to_text_r1", "text_to_image_r1")}
 # Pairs of the test set that routing and experts are diagnosed on, and examples that are shown.
 DIAGNOSED_PAIRS, EXAMPLES = 2048, 8
+DIAGNOSES = ("routing", "changes of routing", "differences of experts", "cost")
+# Below these training changed nothing that a report could show: 1 - CKA, and a share of tokens.
+LEAST_DIVERSITY, LEAST_CHANGE = 5e-4, 5e-3
 BLEND_SHARES = tuple(i / 20 for i in range(1, 20))  # of the model; the rest is the base's
 OWN = {"data.test": "test", "data.retention": "retention"}  # paths that stand for the run's own data sets
 
@@ -102,11 +110,45 @@ def open_evaluations(
     return applicable
 
 
-def evaluate_stage(run: Run, stage: str) -> None:
-    """Evaluates the models that a stage has made, and says the numbers."""
-    for recipe in recipes.table_rows(run.config):
-        if recipe.stage == stage and recipe.group != "ensemble":
-            _evaluate_model(run, recipe)
+def tell_model(run: Run, recipe: Recipe, is_new: bool) -> None:
+    """Evaluates a model, and says in a line how it was made and what it reaches.
+
+    is_new: whether it was made now. One that was made and evaluated before is not told again.
+    """
+    numbers = {}
+    if is_wanted(run.config) and recipe.group != "part":
+        is_new |= not _folder(run, recipe).exists()
+        numbers = _evaluate_model(run, recipe)
+    if is_new:
+        measured = artifacts.measured(run.workdir / recipe.folder)
+        run.metrics.say(f"{recipe.name}: {', '.join([*_making(measured), *_reached(run, numbers)])}")
+
+
+def _making(measured: Mapping[str, Any]) -> list[str]:
+    """The making of a model, in words."""
+    if "num_steps" not in measured:
+        return [measured["source"]]  # an imported base
+    steps, now = measured["num_steps"], measured["steps_now"]
+    took = f"{steps:,} steps" + (f", the last {now:,}" if now < steps else "")
+    took += f" in {duration(measured['seconds_now'])}"
+    if (compiling := measured["compile_seconds_now"]) > 1:
+        took += f" ({duration(compiling)} compiling)"
+    return [took, f"loss {measured['loss']:.3f}"]
+
+
+def _reached(run: Run, numbers: Mapping[str, Any]) -> list[str]:
+    """Recall@1, the first number of each evaluation, and retention, in words."""
+    told = []
+    if "test" in run.datasets and numbers:
+        i2t, t2i = (shown_score(f"{name}_r1", numbers[f"{name}_r1"]) for name in DIRECTIONS)
+        told.append(f"R@1 {i2t} i2t {t2i} t2i")
+    for line, metrics in numbers.get("evaluations", {}).items():
+        if line != run.config.retention:
+            name = "mean" if "mean" in metrics else next(iter(metrics))
+            told.append(f"{line.partition(':')[0]} {name} {shown_score(name, metrics[name])}")
+    if "retention" in numbers:
+        told.append(f"old {shown_score('retention', numbers['retention'])}")
+    return told
 
 
 def evaluate(run: Run) -> dict[str, dict[str, Any]]:
@@ -118,20 +160,52 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     config's evaluations and of retention; "blends", {share of the model: the same numbers of its blend with
     the base}, of those that config.blends names. A feature ensemble joins the features of its members.
     """
-    results, budget = {}, budget_of(run)
-    for recipe in recipes.table_rows(run.config):
-        if recipe.group != "ensemble":
-            results[recipe.title] = _evaluate_model(run, recipe)
-        else:
-            results[recipe.title] = _evaluate_ensemble(run, recipe)
-        results[recipe.title] |= recipes.cost_of(budget, [recipe.name])._asdict()
-        if recipe.name in run.config.blends:
-            results[recipe.title]["blends"] = _evaluate_blends(run, recipe)
+    results, budget, rows = {}, budget_of(run), recipes.table_rows(run.config)
     clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
     inputs = _inputs(run, clip_moe) | _test_inputs(run)
-    run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder))
+    began = time.perf_counter()
+    with run.metrics.progress("evaluate", 0, len(rows) + len(DIAGNOSES), unit="part") as progress:
+        for recipe in rows:
+            progress.set_postfix_str(recipe.title, refresh=False)
+            if recipe.group != "ensemble":
+                results[recipe.title] = _evaluate_model(run, recipe)
+            else:
+                results[recipe.title] = _evaluate_ensemble(run, recipe)
+            results[recipe.title] |= recipes.cost_of(budget, [recipe.name])._asdict()
+            if recipe.name in run.config.blends:
+                results[recipe.title]["blends"] = _evaluate_blends(run, recipe)
+            progress.update()
+        is_new = run.make(run.workdir / "eval", inputs, lambda folder: _diagnose(run, folder, progress))
     artifacts.write_verified_json(run.workdir / "eval" / "results.json", results)
+    if is_new:
+        parts = [f"{len(rows)} models", *(DIAGNOSES if "test" in run.datasets else ())]
+        run.metrics.say(f"evaluate: {', '.join(parts)} in {duration(time.perf_counter() - began)}")
+        for warning in _nothing_changed(run):
+            run.metrics.say(f"warning: {warning}")
     return results
+
+
+def _nothing_changed(run: Run) -> Iterator[str]:
+    """Warnings of training that changed nothing that can be seen, with what to raise."""
+    if "test" not in run.datasets or not distributed.is_main():
+        return
+
+    def how_long(section: str) -> str:
+        settings = run.config[section]
+        length = "num_steps" if settings.num_steps else "num_epochs"
+        names = ("learning_rate", length)
+        return " or ".join(f"{section}.{name} (now {settings[name]:g})" for name in names)
+
+    diversity = read_json(run.workdir / "eval" / "experts.json")["diversity"]
+    changed = read_json(run.workdir / "eval" / "routing_change.json")
+    if diversity < LEAST_DIVERSITY:
+        yield f"the experts compute the same (diversity {diversity:.3f}): raise {how_long('mcl')}"
+    share = float(np.mean([share for of_tower in changed.values() for share in of_tower]))
+    if share < LEAST_CHANGE:
+        yield (
+            f"training the routers changed the experts of {100 * share:.1f} % of the tokens: raise "
+            f"{how_long('router')}"
+        )
 
 
 def _inputs(run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -250,10 +324,6 @@ def _evaluate_test(run: Run, recipe: Recipe, subject: Subject, folder: epath.Pat
     save_array(folder / "image.npy", features.images)
     save_array(folder / "text.npy", features.texts)
     numbers = retrieval_recall(features.images, features.texts, features.image_of_text)
-    image_to_text, text_to_image = (
-        100 * numbers[f"{name}_r1"] for name in ("image_to_text", "text_to_image")
-    )
-    run.metrics.say(f"{recipe.title}: R@1 {image_to_text:.1f} i2t, {text_to_image:.1f} t2i")
     artifacts.write_json(folder / "results.json", numbers)
     return {}
 
@@ -262,8 +332,6 @@ def _evaluate_line(
     run: Run, recipe: Recipe, evaluation: Evaluation, subject: Callable[[], Subject], folder: epath.Path
 ) -> dict:
     numbers = evaluation.measure(subject())
-    told = ", ".join(f"{name} {value:.3f}" for name, value in list(numbers.items())[:3])
-    run.metrics.say(f"{recipe.title}: {evaluation.line}: {told}")
     artifacts.write_json(folder / "results.json", numbers)
     return {}
 
@@ -309,7 +377,6 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
             blend = jax.tree.map(lambda old, new, share=share: old + share * (new - old), base, params)
             encoder = Encoder(run.model(architecture), blend, run.mesh, run.config.embed.batch_size)
             numbers[f"{share:.2f}"] = _both_axes(run, _subject(run, encoder))
-        run.metrics.say(f"{recipe.title}: {len(numbers)} blends with the base")
         artifacts.write_json(folder / "results.json", numbers)
         return {}
 
@@ -329,11 +396,16 @@ def _both_axes(run: Run, subject: Subject) -> dict[str, float]:
     return numbers
 
 
-def _diagnose(run: Run, folder: epath.Path) -> dict:
+def _diagnose(run: Run, folder: epath.Path, progress: tqdm) -> dict:
     """Writes what the CLIP-MoE does with the first pairs of the test set, if there is one."""
     if "test" not in run.datasets:
         return {}
-    run.metrics.say("evaluate: routing, differences of experts and cost of the CLIP-MoE")
+    parts = iter(DIAGNOSES)
+
+    def begin() -> None:
+        progress.set_postfix_str(next(parts))
+        progress.update()
+
     made = recipes.recipes(run.config)
     compared = {recipe.title: recipe for recipe in (made[recipes.BASE_NAME], made[recipes.ROUTER_NAME])}
     captions = _captions(run)
@@ -349,6 +421,7 @@ def _diagnose(run: Run, folder: epath.Path) -> dict:
         functools.partial(diagnostics.write_routing_change, before=untrained),
         diagnostics.write_experts,
     ):
+        begin()
         with encoder.open(pairs, stop=num_pairs, num_workers=run.config.data.num_workers) as batches:
             write(folder, model, params, batches=batches, mesh=run.mesh)
     examples = np.arange(min(len(pairs), EXAMPLES))
@@ -359,6 +432,7 @@ def _diagnose(run: Run, folder: epath.Path) -> dict:
     )
     whole = {title: load_model(run.workdir / recipe.folder) for title, recipe in compared.items()}
     models = {title: (run.model(architecture), params) for title, (architecture, params) in whole.items()}
+    begin()
     if distributed.is_main():  # all processes have read them
         diagnostics.write_cost(folder, models, batch["image"], batch["text"])
     return {"num_images": len(pairs), "num_captions": len(captions.texts), "num_pairs_diagnosed": num_pairs}

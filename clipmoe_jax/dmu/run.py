@@ -15,6 +15,7 @@ from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.datasets import Dataset
+from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.model_folder import load_model
@@ -30,6 +31,7 @@ class Run:
     Attributes:
         datasets: the prepared data sets that the config names, by their fields of `config.data`.
         siblings: the folders of this seed's runs of other variants of the config.
+        after_model: called with the run, the recipe of each model, and whether it was made now.
     """
 
     config: ConfigDict
@@ -39,6 +41,7 @@ class Run:
     metrics: Metrics
     datasets: Mapping[str, Dataset]
     siblings: Sequence[epath.Path] = ()
+    after_model: Callable[["Run", Recipe, bool], None] = lambda run, recipe, is_new: None
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def fields(self, *prefixes: str, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -76,8 +79,11 @@ class Run:
         """Returns the records of a data set of the run."""
         return self.once(f"records {name}", self.datasets[name].open)
 
-    def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> None:
-        """Makes an artifact, or copies the one that another variant made from equal inputs."""
+    def make(self, path: epath.Path, inputs: Mapping[str, Any], build: Callable[[epath.Path], dict]) -> bool:
+        """Makes an artifact, or copies the one that another variant made from equal inputs.
+
+        Returns whether it was built now.
+        """
         if self.siblings:
             name = path.relative_to(self.workdir)
             others = [folder / name for folder in self.siblings]
@@ -88,7 +94,7 @@ class Run:
 
             if source := distributed.on_main(f"{path} may be copied", copy):
                 self.metrics.say(f"{name}: copied from {source}")
-        artifacts.make(path, inputs, build, upgrade=configs.upgrade_inputs)
+        return artifacts.make(path, inputs, build, upgrade=configs.upgrade_inputs)
 
     def pairs(
         self, name: str, *, short_captions: bool | None = None

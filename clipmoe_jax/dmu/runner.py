@@ -82,7 +82,8 @@ def _prepare(dataset: Dataset, config: ConfigDict, stage: str) -> None:
         cli.say(f"{dataset.path}: prepares {dataset.source}")
     if dataset.prepare(config.data.max_bad_fraction) and distributed.is_main():
         report = artifacts.measured(epath.Path(dataset.path))
-        cli.say(f"{dataset.path}: {report['pairs']:,} pairs; {report['bad']:,} bad records left out")
+        bad = f"; {report['bad']:,} bad records left out" if report["bad"] else ""
+        cli.say(f"{dataset.path}: {report['pairs']:,} pairs{bad}")
 
 
 def _run_seed(
@@ -109,12 +110,10 @@ def _run_seed(
         }
         if not all((folder / name).exists() for name in described):  # for a report meanwhile
             _describe(folder, described)
-        run = Run(config, seed, folder, mesh, metrics, datasets, siblings)
+        run = Run(config, seed, folder, mesh, metrics, datasets, siblings, results.tell_model)
         for name, make in stages.items():
             if stage in ("", name):
                 evaluated = make(run)
-                if results.is_wanted(config):
-                    results.evaluate_stage(run, name)
                 if distributed.preempted():
                     raise distributed.Preempted(f"after stage {name}")
     if not stage:  # every one has agreed with this config

@@ -13,6 +13,7 @@
 A stage whose artifact is there is skipped; one whose artifact another config made is refused.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from clipmoe_jax.core import artifacts, checksums, distributed
 from clipmoe_jax.core.paths import written_whole
+from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import array_shape, load_array, load_arrays, map_array
 from clipmoe_jax.dmu import recipes
@@ -92,7 +94,10 @@ def embed(run: Run, stage: int) -> None:
             (folder / BEGUN).unlink(missing_ok=True)
         return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
-    run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_encoding(run, before), build)
+    began = time.perf_counter()
+    if run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_encoding(run, before), build):
+        seconds = duration(time.perf_counter() - began)
+        run.metrics.say(f"{name}: {len(run.pairs('train')):,} pairs encoded in {seconds}")
 
 
 def _encode(
@@ -187,8 +192,8 @@ def cluster(run: Run, stage: int) -> None:
             return {}
         sizes = clusters.sizes
         run.metrics.say(
-            f"cluster_{stage}: {len(sizes)} clusters of {sizes.min()} to {sizes.max()} pairs, "
-            f"median {np.median(sizes):.0f}"
+            f"cluster_{stage}: {len(sizes):,} clusters of {sizes.min():,} to {sizes.max():,} pairs, "
+            f"median {np.median(sizes):,.0f}"
         )
         return {
             "num_clusters": len(sizes),

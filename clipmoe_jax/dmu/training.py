@@ -72,12 +72,14 @@ def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
 def make_model(run: Run, recipe: Recipe) -> None:
     """Makes the model of a recipe in its folder, unless it is there."""
     if recipe.group == "base":
-        _make_base(run, recipe)
+        is_new = _make_base(run, recipe)
     elif recipe.is_moe(run.config):
-        _train(run, recipe, artifacts.require(run.workdir / recipe.upcycled_folder, _upcycling_stage(recipe)))
+        start = artifacts.require(run.workdir / recipe.upcycled_folder, _upcycling_stage(recipe))
+        is_new = _train(run, recipe, start)
     else:
         [source] = recipe.experts(run.config)
-        _train(run, recipe, model_path(run, source))
+        is_new = _train(run, recipe, model_path(run, source))
+    run.after_model(run, recipe, is_new)
 
 
 def make_baselines(run: Run) -> None:
@@ -93,7 +95,7 @@ def _upcycling_stage(recipe: Recipe) -> str:
     return "baselines" if recipe.is_baseline else "upcycle"
 
 
-def _make_base(run: Run, recipe: Recipe) -> None:
+def _make_base(run: Run, recipe: Recipe) -> bool:
     """base/: the checkpoint that the config names, or a CLIP trained from scratch on data.base."""
     architecture = configs.architecture(run.config)
 
@@ -115,7 +117,7 @@ def _make_base(run: Run, recipe: Recipe) -> None:
         sampler = samplers.ShuffledSampler(len(run.records("base")), section.batch_size, run.seed)
         return _fit(run, recipe, architecture, params, folder, sampler)
 
-    run.make(run.workdir / recipe.folder, inputs_of(run, recipe), build)
+    return run.make(run.workdir / recipe.folder, inputs_of(run, recipe), build)
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:
@@ -146,7 +148,6 @@ def _import_base(run: Run) -> tuple[dict, dict]:
     if run.config.base.logit_scale:
         logit_scale = np.asarray(math.log(run.config.base.logit_scale), np.float32)
         params["logit_scale"] = sharding.put_replicated(run.mesh, logit_scale)
-    run.metrics.say(f"base: {checkpoint}: {loaded.source}")
     return params, {"source": loaded.source}
 
 
@@ -182,8 +183,8 @@ def upcycle(run: Run, recipe: Recipe) -> None:
     run.make(run.workdir / recipe.upcycled_folder, _fields(run, recipe, fields), build)
 
 
-def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
-    """Trains a recipe's model from the one in the folder `start`."""
+def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
+    """Trains a recipe's model from the one in the folder `start`, unless it is there."""
     inputs, num_steps = inputs_of(run, recipe), None
     if recipe.num_steps is not None:
         num_steps = recipe.num_steps(budget_of(run), recipe)
@@ -208,11 +209,10 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> None:
                 small_clusters=section.small_clusters,
             )
             report = sampler.report()
-            run.metrics.say(f"{recipe.name}: {_describe(report)}")
         architecture, params = run.load(start)
         return _fit(run, recipe, architecture, params, folder, sampler, num_steps) | report
 
-    run.make(run.workdir / recipe.folder, inputs, build)
+    return run.make(run.workdir / recipe.folder, inputs, build)
 
 
 def budget_of(run: Run) -> recipes.Budget:
@@ -222,16 +222,6 @@ def budget_of(run: Run) -> recipes.Budget:
         return artifacts.measured(model_path(run, name))["num_steps"]
 
     return phases.budget(run.config, steps, len(run.records("train")))
-
-
-def _describe(report: dict[str, int]) -> str:
-    """A sampler's report in words."""
-    own = report.get("pairs_level_0", 0)
-    used = sum(count for name, count in report.items() if name.startswith("pairs_level_"))
-    return (
-        f"an epoch takes {own} pairs from {report['num_clusters']} clusters and {used - own} from their "
-        f"parents; {report['pairs_unused']} stay out"
-    )
 
 
 def _fit(

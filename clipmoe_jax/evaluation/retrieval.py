@@ -13,6 +13,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.subject import Subject
 
+DIRECTIONS = ("image_to_text", "text_to_image")
 RANKS = (1, 5, 10)
 RANDOM_TIES = "_random_ties"  # ends the names of recalls with equal scores in random order
 NO_QUERY = -1  # rows that fill up the last chunk
@@ -86,10 +87,9 @@ def retrieval_recall(
 
     image_ids = np.arange(num_images)
     recall = {}
-    for name, places in (
-        ("image_to_text", _places(image_features, image_ids, text_features, image_of_text, chunk_size)),
-        ("text_to_image", _places(text_features, image_of_text, image_features, image_ids, chunk_size)),
-    ):
+    images, texts = (image_features, image_ids), (text_features, image_of_text)
+    for name, queries, answers in zip(DIRECTIONS, (images, texts), (texts, images), strict=True):
+        places = _places(*queries, *answers, chunk_size)
         position = places.above + places.tied
         recall |= {f"{name}_r{k}": float(np.mean(position < k)) for k in ranks}
         recall |= {f"{name}_r{k}{RANDOM_TIES}": float(np.mean(_chance_of_hit(places, k))) for k in ranks}

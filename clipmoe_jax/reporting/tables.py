@@ -10,6 +10,7 @@ import numpy as np
 
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANKS
+from clipmoe_jax.evaluation.scores import LOWER_IS_BETTER, NO_SHARES
 from clipmoe_jax.reporting.text_tables import (
     COST,
     differences,
@@ -25,9 +26,6 @@ from clipmoe_jax.reporting.text_tables import (
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 FIRST = {f"{direction}_r1": label for direction, label in DIRECTIONS.items()}  # recall@1
-# Endings of metrics' names.
-LOWER_IS_BETTER = ("fpr95", "rank")
-NO_SHARES = ("rank", "C")  # not between 0 and 1
 
 
 class Cell(NamedTuple):

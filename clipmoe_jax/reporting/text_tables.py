@@ -7,6 +7,7 @@ import numpy as np
 
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANDOM_TIES
+from clipmoe_jax.evaluation.scores import NO_SHARES, shown_score
 
 COLUMNS = {
     "i2t R@1": "image_to_text_r1",
@@ -161,14 +162,26 @@ def format_evaluations(seeds: Sequence[Results]) -> str:
         rows = {}
         for title in evaluated:
             of_seeds = [results[title]["evaluations"][line] for results in seeds]
-            rows[title] = [_mean_and_spread([n[m] for n in of_seeds], 1, 3) for m in metrics]
-        tables.append("\n".join([line, *_lines(widths, rows)]))
+            rows[title] = [_score_and_spread(m, [n[m] for n in of_seeds]) for m in metrics]
+        tables.append("\n".join([_in_per_cent(line, metrics), *_lines(widths, rows)]))
     return "\n\n".join(tables)
 
 
 def short_name(metric: str) -> str:
     """Returns a metric's name with the direction cut short: image_to_text_r1 -> i2t_r1."""
     return metric.replace("image_to_text", "i2t").replace("text_to_image", "t2i")
+
+
+def _in_per_cent(line: str, metrics: Sequence[str]) -> str:
+    """The heading of a table of an evaluation."""
+    others = [short_name(metric) for metric in metrics if metric.endswith(NO_SHARES)]
+    return f"{line}, per cent" + (f" but for {', '.join(others)}" if others else "")
+
+
+def _score_and_spread(metric: str, values: Sequence[float]) -> str:
+    """The mean of a metric over seeds and its standard deviation, as `shown_score`."""
+    spread = f" ± {shown_score(metric, float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return shown_score(metric, float(np.mean(values))) + spread
 
 
 def _mean_and_spread(values: Sequence[float], scale: float, digits: int) -> str:
@@ -216,8 +229,8 @@ def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, flo
     """
     metrics = shown_metrics(list(numbers["model"][line]), [of_line[line] for of_line in numbers.values()])
     widths = {name: max(6, len(name)) for name in map(short_name, metrics)}
-    rows = {name: [f"{of_line[line][m]:.3f}" for m in metrics] for name, of_line in numbers.items()}
-    return "\n".join([line, *_lines(widths, rows)])
+    rows = {name: [shown_score(m, of_line[line][m]) for m in metrics] for name, of_line in numbers.items()}
+    return "\n".join([_in_per_cent(line, metrics), *_lines(widths, rows)])
 
 
 def _lines(widths: Mapping[str, int], rows: Mapping[str, Sequence[str]]) -> list[str]:

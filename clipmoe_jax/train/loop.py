@@ -54,14 +54,14 @@ def fit(
     metrics: Metrics,
     loop: LoopConfig,
     rehearsal: Rehearsal | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the leaves that match the rules, from the newest checkpoint on; returns (params, summary).
 
     params: placed on the mesh. The trainable leaves are donated; with another frozen_dtype than float32 so
     are the frozen ones, which the device then holds in that dtype alone. Batches, learning rates and dropout
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
-    one. rehearsal: steps on other pairs, among the phase's num_steps. summary: num_steps; steps_now,
-    seconds_now and compile_seconds_now of this process; the last step's metrics.
+    one. rehearsal: steps on other pairs, among the phase's num_steps. summary: what trains; num_steps;
+    steps_now, seconds_now and compile_seconds_now of this process; the last step's metrics.
 
     Raises ValueError naming the step, its records and the last good checkpoint if a metric stops being
     finite, and Preempted once a checkpoint is written after SIGTERM.
@@ -69,7 +69,7 @@ def fit(
     num_steps = phase.length(sampler.num_steps)
     sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
     trainable, frozen = trees.partition(params, trainable_rules)
-    metrics.say(f"{name}: {trees.describe(trainable_rules, params)}")
+    trains = trees.describe(trainable_rules, params)
     frozen, held = _hold(frozen, loop.frozen_dtype)
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
@@ -143,7 +143,7 @@ def fit(
             step_metrics = fetch(*pending)
             reporter.report(num_steps, step_metrics)
     seconds = {"seconds_now": time.perf_counter() - began, "compile_seconds_now": reporter.compile_seconds}
-    summary = {"num_steps": num_steps, "steps_now": num_steps - start}
+    summary = {"trains": trains, "num_steps": num_steps, "steps_now": num_steps - start}
     summary |= {name: round(value, 2) for name, value in seconds.items()} | step_metrics
     return trees.merge(state.trainable, sharding.to_devices(frozen)), summary
 

@@ -91,7 +91,7 @@ def test_description_counts_and_gives_one_example_of_a_kind():
     kernel = {"mlp": {"kernel": np.zeros((2, 3))}}
     params = {"resblocks_0": kernel, "resblocks_11": kernel, "scale": np.zeros(5)}
     assert trees.describe(MLPS_ONLY, params) == (
-        "trains 2 leaves, 12 parameters (resblocks_*/mlp/kernel); 5 are frozen"
+        "2 leaves, 12 parameters (resblocks_*/mlp/kernel); 5 are frozen"
     )
 
 

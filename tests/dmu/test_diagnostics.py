@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from clipmoe_jax.analysis.words import WORD_CLASSES
-from clipmoe_jax.dmu import diagnostics
+from clipmoe_jax.config import default_config
+from clipmoe_jax.dmu import diagnostics, results
+from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.models.transformer import ComputeConfig
 
@@ -112,3 +115,33 @@ def test_neighbours_file_holds_as_many_examples_as_asked(tmp_path):
         "clip_moe_right": [0],
         "base_right": [2],
     }
+
+
+NOTHING_CHANGED = {
+    "experts": (
+        0.0004,
+        0.5,
+        ["the experts compute the same (diversity 0.000): raise mcl.learning_rate (now "],
+    ),
+    "routers": (
+        0.2,
+        0.004,
+        ["training the routers changed the experts of 0.4 % of the tokens: raise router."],
+    ),
+    "neither": (0.2, 0.006, []),
+}
+
+
+@pytest.mark.parametrize(("diversity", "changed", "told"), NOTHING_CHANGED.values(), ids=NOTHING_CHANGED)
+def test_training_that_changed_nothing_is_told_with_what_to_raise(tmp_path, diversity, changed, told):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "experts.json").write_text(json.dumps({"diversity": diversity}))
+    of_towers = {"visual": [changed, changed], "text": [changed, changed]}
+    (tmp_path / "eval" / "routing_change.json").write_text(json.dumps(of_towers))
+    config = default_config()
+    config.router.num_steps = 24
+    run = Run(config, 0, epath.Path(tmp_path), mesh=None, metrics=None, datasets={"test": None})
+    warnings = list(results._nothing_changed(run))
+    assert [warning[: len(start)] for warning, start in zip(warnings, told, strict=True)] == told
+    fields = {"experts": "mcl.num_epochs (now 1)", "routers": "router.num_steps (now 24)"}
+    assert all(any(field in warning for field in fields.values()) for warning in warnings)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import pytest
 from ml_collections import ConfigDict
@@ -159,6 +160,22 @@ def test_batches_larger_than_what_is_rehearsed_are_refused_before_anything_runs(
         check_rehearsal(config, {"rehearsal": 800, "rehearsal_captions": 500})
     config.router.rehearsal = "pairs"
     check_rehearsal(config, {"rehearsal": 800, "rehearsal_captions": 500})
+
+
+@pytest.mark.parametrize("num_pairs", [48, 500, 10_000, 100_000])
+def test_settings_proposed_for_few_pairs_work_as_flags(num_pairs):
+    """With the paper's batches of 800, in eight parts of an accelerator's, and 200 steps of warm-up."""
+    config = config_of("direct_ft_same_pairs")
+    config.mcl.accumulation_steps = 8
+    with pytest.raises(ValueError) as refused:
+        phases_of(config, "cpu", num_pairs, 10**6)
+    proposed = re.findall(r"--config\.([\w.]+)=(\d+)", str(refused.value))
+    config.update_from_flattened_dict({field: int(value) for field, value in proposed})
+    validate(config, paths=False)
+    planned = {phase.name: phase for phase in phases_of(config, "cpu", num_pairs, 10**6)}
+    assert planned["mcl_1"].num_steps == planned["router"].num_steps >= 200
+    settings = planned["mcl_1"].hyperparameters
+    assert settings.batch_size % settings.accumulation_steps == 0
 
 
 @pytest.mark.parametrize("name", ["router", "base", "feature_ensemble", "nothing"])

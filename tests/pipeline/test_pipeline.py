@@ -22,7 +22,7 @@ from tiny_config import get_config as tiny_config
 import clipmoe_jax
 from clipmoe_jax.core import trees
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.dmu import runner
+from clipmoe_jax.dmu import recipes, runner
 from clipmoe_jax.evaluate import evaluate
 from clipmoe_jax.evaluation.evaluations import parse_evaluation
 from clipmoe_jax.interop.load import read_model
@@ -245,11 +245,25 @@ def test_eval_folder_has_what_a_report_shows(finished):
 
 
 def test_each_model_is_evaluated_when_its_stage_is_done(finished):
-    lines = finished.printed.splitlines()
-    places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in (
-        "base: trains", "base: R@1", "mcl_1: trains", "stage 1 alone: R@1", "mcl_2: trains", "CLIP-MoE: R@1"
-    )]  # fmt: skip
-    assert places == sorted(places)
+    """And told in one line each: what was done, how long it took, and what came out."""
+    before_table, _, _ = finished.printed.partition("i2t R@1")
+    lines = [line for line in before_table.splitlines() if "pairs encoded" not in line and "R@1" in line]
+    score = r"\d+\.\d"
+    told = [
+        re.fullmatch(
+            rf"(\w+): \d+ steps in \d+ s( \(\d+ s compiling\))?, loss {score}\d\d, "
+            rf"R@1 {score} i2t {score} t2i, attributes mean {score}, old {score}",
+            line,
+        )
+        for line in lines
+    ]
+    names = [match[1] for match in told if match]
+    trained = [recipe.name for recipe in recipes.table_rows(finished.config) if recipe.group != "ensemble"]
+    assert sorted(names) == sorted(trained) and len(names) == len(lines)
+    assert [name for name in names if name in ("base", "mcl_1", "mcl_2")] == ["base", "mcl_1", "mcl_2"]
+    assert re.search(
+        rf"^evaluate: {len(ROWS[finished.config_file])} models, routing, .* s$", before_table, re.M
+    )
 
 
 def test_changed_config_is_refused_by_field(finished):

@@ -175,11 +175,16 @@ def test_plan_ends_with_all_that_the_run_would_refuse():
     configs.set_variants(config, variants)
     with pytest.raises(SeveralErrors) as refused:
         plan(config, "h100", 1)
-    too_few = "training pairs: choose a smaller batch or more data"
+
+    def too_few(section: str) -> str:
+        names = {"batch_size": 4, "num_steps": 200, "warmup_steps": 20}
+        flags = " ".join(f"--config.{section}.{name}={value}" for name, value in names.items())
+        return f"training pairs: take more data, or {flags}"
+
     assert refused.value.messages == (
-        f"variants.a, variants.b: base.train.batch_size=16 is more than the 8 {too_few}",
-        f"variants.a: mcl.batch_size=16 is more than the 15 {too_few}",
-        f"variants.a: router.batch_size=16 is more than the 15 {too_few}",
+        f"variants.a, variants.b: base.train.batch_size=16 is more than the 8 {too_few('base.train')}",
+        f"variants.a: mcl.batch_size=16 is more than the 15 {too_few('mcl')}",
+        f"variants.a: router.batch_size=16 is more than the 15 {too_few('router')}",
         "variants.c: mcl.b1=2.0 must lie between 0.0 and 0.999999999",
         "variants.d: moe.dispatch='x': choose one of ragged, dense, capacity",
         "variants.d: baselines: 'base_ft_moe' is made from 'direct_ft': add it",

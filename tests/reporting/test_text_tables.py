@@ -45,7 +45,7 @@ def test_attributes_of_several_data_sets_name_them():
 
 def test_attributes_have_no_table_among_further_evaluations():
     table = text_tables.format_evaluations([make_results()])
-    assert table.splitlines()[0] == "zero_shot:x" and "ink" not in table
+    assert table.splitlines()[0] == "zero_shot:x, per cent" and "ink" not in table
     assert text_tables.format_results([make_results()]).count("background") == 1
 
 
@@ -82,3 +82,16 @@ def test_cost_of_training_is_two_columns_where_it_is_known():
     assert lines[0].split()[-2:] == ["pairs", "FLOPs"]
     assert [line.split()[-2:] for line in lines[1:3]] == [["0", "0.0"], ["15.36k", "225.00B"]]
     assert text_tables.HOW_TO_READ_COST in lines[-1]
+
+
+def test_evaluations_are_in_per_cent_but_for_ranks():
+    numbers = {"model": {"retrieval:x": {"image_to_text_r1": 0.4567, "image_to_text_mean_rank": 12.5}}}
+    assert text_tables.format_models("retrieval:x", numbers).splitlines() == [
+        "retrieval:x, per cent but for i2t_mean_rank",
+        "       i2t_r1  i2t_mean_rank",
+        "model    45.7           12.5",
+    ]
+    seeds = [make_results(), make_results()]
+    seeds[0]["base"]["evaluations"]["zero_shot:x"] = {"top1": 0.29}
+    [row] = [r for r in text_tables.format_evaluations(seeds).splitlines() if r.startswith("base")]
+    assert row.split() == ["base", "27.0", "±", "2.8"]
