@@ -1,10 +1,10 @@
 """Folders that a run makes: whole or absent, and recording the inputs they were made from.
 
 A finished artifact has a `done.json`: the inputs it depends on (config fields, mostly), a hash of them,
-package versions, and what was measured while it was made; `checksums.json` has the checksums of its files.
-Inputs that name data or files agree if the contents do, under any path. It is built as `NAME.unfinished` and
-renamed once it is whole. A killed run leaves that folder, and the next run continues in it. Its
-`checkpoints/` serve until then and are deleted last.
+package versions, when and on which devices it was made, and what was measured meanwhile; `checksums.json` has
+the checksums of its files. Inputs that name data or files agree if the contents do, under any path. It is
+built as `NAME.unfinished` and renamed once it is whole. A killed run leaves that folder, and the next run
+continues in it. Its `checkpoints/` serve until then and are deleted last.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
+import jax
 from etils import epath
 
 from clipmoe_jax.core import checksums, distributed
@@ -88,6 +90,7 @@ def make(
 
         if not distributed.on_main(f"{path} begins", begin):
             return False
+        began = time.monotonic()
         measurements = build(unfinished)
         distributed.barrier(f"{path} is made")
         if distributed.is_main():
@@ -95,6 +98,11 @@ def make(
                 "inputs": inputs,
                 "inputs_sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
                 "measured": measurements,
+                "made": {
+                    "finished": round(time.time()),
+                    "seconds": round(time.monotonic() - began, 1),
+                    "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+                },
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
             _write_done(unfinished, done)
@@ -153,6 +161,11 @@ def done_field(path: epath.Path, name: str) -> dict[str, Any]:
 def measured(path: epath.Path) -> dict[str, Any]:
     """Returns the measurements that were taken while the artifact was made."""
     return done_field(path, "measured")
+
+
+def made(path: epath.Path) -> dict[str, Any]:
+    """Returns "finished" (seconds since 1970), "seconds" and "devices"; {} of earlier versions."""
+    return checksums.read_verified(epath.Path(path) / DONE).get("made", {})
 
 
 def require(path: epath.Path, stage: str) -> epath.Path:

@@ -72,8 +72,12 @@ class Metrics:
         values = {name: float(value) for name, value in values.items()}
         line = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
         self._lines.add(_with_checksum(json.dumps(line)) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add(f"{phase}/{name}", value, step)
+        self._tensorboard.add(phase, step, values)
+
+    def log_scores(self, phase: str, step: int, scores: Mapping[str, float]) -> None:
+        """Shows what evaluations found after `step` steps of a phase; files of their own keep it."""
+        if self._active:
+            self._tensorboard.add(phase, step, scores)
 
     def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
         """Returns a progress bar with rate and time left, refreshed less often in a log file.
@@ -146,8 +150,9 @@ def _checked(line: bytes, where: str) -> dict[str, Any]:
 
 
 class _TensorBoard:
-    """A TensorBoard event file. Its numbers are written out every UPLOAD_SECONDS and on close.
+    """TensorBoard event files, in a folder for each phase: a number of all phases is one chart.
 
+    Numbers are written out every UPLOAD_SECONDS and on close.
     Not by the library's SummaryWriter: a full disk ends its thread, and whoever adds numbers then waits.
     """
 
@@ -156,19 +161,28 @@ class _TensorBoard:
         from tensorboardX import event_file_writer, summary
 
         self._event: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
-        event_file_writer.directory_check(os.fspath(folder))
-        self._file = event_file_writer.EventsWriter(os.fspath(folder / "events"))
-        self._scalar, self._written = summary.scalar, time.monotonic()
+        self._writers, self._scalar = event_file_writer, summary.scalar
+        self._folder, self._files, self._written = folder, {}, time.monotonic()
 
-    def add(self, name: str, value: float, step: int) -> None:
-        event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
-        self._file.write_event(event)
+    def file(self, phase: str) -> Any:
+        """Returns the writer of a phase's events."""
+        if phase not in self._files:
+            folder = os.fspath(self._folder / phase)
+            self._writers.directory_check(folder)
+            self._files[phase] = self._writers.EventsWriter(os.path.join(folder, "events"))
+        return self._files[phase]
+
+    def add(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self.file(phase).write_event(event)
         if time.monotonic() - self._written > UPLOAD_SECONDS:
-            self._file.flush()
+            self.file(phase).flush()
             self._written = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
 
 
 class _Lines:

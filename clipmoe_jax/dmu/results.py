@@ -58,6 +58,7 @@ DIAGNOSED_PAIRS, EXAMPLES = 2048, 8
 DIAGNOSES = ("routing", "changes of routing", "differences of experts", "cost")
 # Below these training changed nothing that a report could show: 1 - CKA, and a share of tokens.
 LEAST_DIVERSITY, LEAST_CHANGE = 5e-4, 5e-3
+FIRST = tuple(f"{direction}_r1" for direction in DIRECTIONS)
 BLEND_SHARES = tuple(i / 20 for i in range(1, 20))  # of the model; the rest is the base's
 OWN = {"data.test": "test", "data.retention": "retention"}  # paths that stand for the run's own data sets
 
@@ -122,6 +123,9 @@ def tell_model(run: Run, recipe: Recipe, is_new: bool) -> None:
     if is_new:
         measured = artifacts.measured(run.workdir / recipe.folder)
         run.metrics.say(f"{recipe.name}: {', '.join([*_making(measured), *_reached(run, numbers)])}")
+        scores = {f"recall/{name}": numbers[name] for name in FIRST if name in numbers}
+        scores |= {"recall/retention": numbers["retention"]} if "retention" in numbers else {}
+        run.metrics.log_scores(recipe.name, measured.get("num_steps", 0), scores)
 
 
 def _making(measured: Mapping[str, Any]) -> list[str]:
@@ -140,7 +144,7 @@ def _reached(run: Run, numbers: Mapping[str, Any]) -> list[str]:
     """Recall@1, the first number of each evaluation, and retention, in words."""
     told = []
     if "test" in run.datasets and numbers:
-        i2t, t2i = (shown_score(f"{name}_r1", numbers[f"{name}_r1"]) for name in DIRECTIONS)
+        i2t, t2i = (shown_score(name, numbers[name]) for name in FIRST)
         told.append(f"R@1 {i2t} i2t {t2i} t2i")
     for line, metrics in numbers.get("evaluations", {}).items():
         if line != run.config.retention:
@@ -155,10 +159,11 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """Returns {title: numbers} of every model, which also go to eval/results.json.
 
     Numbers: parameters, active_parameters; pairs and flops, which its training took after the base's; expert
-    (which expert of the CLIP-MoE a dense model became, or None); with a test set `retrieval_recall`'s; with
-    config.retention "retention", a share; "evaluations" and "chance", {line: {metric: value}}, of the
-    config's evaluations and of retention; "blends", {share of the model: the same numbers of its blend with
-    the base}, of those that config.blends names. A feature ensemble joins the features of its members.
+    (which expert of the CLIP-MoE a dense model became, or None); with a test set `retrieval_recall`'s, errors
+    among them; with config.retention "retention", a share; "evaluations" and "chance", {line: {metric:
+    value}}, of the config's evaluations and of retention; "blends", {share of the model: the same numbers of
+    its blend with the base}, of those that config.blends names. A feature ensemble joins the features of its
+    members.
     """
     results, budget, rows = {}, budget_of(run), recipes.table_rows(run.config)
     clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
@@ -323,7 +328,8 @@ def _evaluate_test(run: Run, recipe: Recipe, subject: Subject, folder: epath.Pat
     features = retrieval_features(subject, run.records("test"), _captions(run))
     save_array(folder / "image.npy", features.images)
     save_array(folder / "text.npy", features.texts)
-    numbers = retrieval_recall(features.images, features.texts, features.image_of_text)
+    arrays = features.images, features.texts, features.image_of_text
+    numbers = retrieval_recall(*arrays, with_errors=True)
     artifacts.write_json(folder / "results.json", numbers)
     return {}
 
@@ -346,7 +352,7 @@ def _evaluate_ensemble(run: Run, recipe: Recipe) -> dict[str, Any]:
     if "test" in run.datasets:
         parts = zip(*(_features(run, member) for member in members), strict=True)
         images, texts = (np.concatenate(of_members, axis=1) for of_members in parts)
-        numbers |= retrieval_recall(images, texts, _captions(run).image_of_text)
+        numbers |= retrieval_recall(images, texts, _captions(run).image_of_text, with_errors=True)
     made_from = {
         f"{member.name}: {name}": value for member in members for name, value in _inputs(run, member).items()
     }

@@ -16,6 +16,8 @@ from clipmoe_jax.evaluation.subject import Subject
 DIRECTIONS = ("image_to_text", "text_to_image")
 RANKS = (1, 5, 10)
 RANDOM_TIES = "_random_ties"  # ends the names of recalls with equal scores in random order
+ERROR = "_error"  # ends the names of halves of 95 % intervals
+DRAWS = 1000  # of a bootstrap
 NO_QUERY = -1  # rows that fill up the last chunk
 
 
@@ -62,6 +64,7 @@ def retrieval_recall(
     *,
     ranks: tuple[int, ...] = RANKS,
     chunk_size: int = 256,
+    with_errors: bool = False,
 ) -> dict[str, float]:
     """Returns recall and ranks in both directions.
 
@@ -69,6 +72,8 @@ def retrieval_recall(
     `image_to_text_mean_rank`, `…_median_rank`: of the answers, 1 if it comes first.
     `image_to_text_r1_random_ties`, …: the share to expect if equal scores stood in random order. Tools that
     sort, such as clip-benchmark, report some number near it; where captions occur twice it is higher.
+    with_errors: `image_to_text_r1_error`, … too: half of the 95 % interval by a bootstrap over images,
+    each with its captions.
 
     image_features (I, d), text_features (T, d) float32, compared by inner product; image_of_text (T,) int,
     the image that each caption belongs to. An image's rank is that of its best caption. Elsewhere ties count
@@ -92,10 +97,24 @@ def retrieval_recall(
         places = _places(*queries, *answers, chunk_size)
         position = places.above + places.tied
         recall |= {f"{name}_r{k}": float(np.mean(position < k)) for k in ranks}
+        if with_errors:
+            found = np.stack([position < k for k in ranks], axis=1)
+            errors = _errors(found, queries[1], num_images)
+            recall |= {f"{name}_r{k}{ERROR}": error for k, error in zip(ranks, errors, strict=True)}
         recall |= {f"{name}_r{k}{RANDOM_TIES}": float(np.mean(_chance_of_hit(places, k))) for k in ranks}
         recall[f"{name}_mean_rank"] = float(np.mean(position + 1))
         recall[f"{name}_median_rank"] = float(np.median(position + 1))
     return recall
+
+
+def _errors(found: np.ndarray, image_of_query: np.ndarray, num_images: int) -> list[float]:
+    """Halves of the 95 % intervals of the means of `found` (B, ranks), by drawing images anew."""
+    of_image = np.zeros((num_images, found.shape[1] + 1))  # what is found, and how many queries
+    np.add.at(of_image, image_of_query, np.column_stack([found, np.ones(len(found))]))
+    rng, even = np.random.default_rng(0), np.full(num_images, 1 / num_images)
+    sums = np.stack([rng.multinomial(num_images, even) @ of_image for _ in range(DRAWS)])
+    low, high = np.percentile(sums[:, :-1] / sums[:, -1:], (2.5, 97.5), axis=0)
+    return ((high - low) / 2).tolist()
 
 
 def _chance_of_hit(places: _Places, k: int) -> np.ndarray:

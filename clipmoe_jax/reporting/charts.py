@@ -5,9 +5,10 @@ Letters: T points in a curve, R rows, C columns, E experts.
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -18,19 +19,22 @@ from clipmoe_jax.reporting.pictures import EXPERT_COLOURS
 INK, MUTED, RULE, PAGE, ACCENT = "#010101", "#010102", "#010103", "#010104", "#010105"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAGE: "--page", ACCENT: "--accent"}
 MAX_POINTS = 240  # of a curve; more are averaged
+MAX_IN_PANEL = 5  # curves
 MAX_LABELS, MAX_CELLS = 300, 2000  # of a chart; each takes some milliseconds
 WIDTH = 4.5  # of a panel in inches, 72 units of the SVG each
 SCALE = 1.15  # pixels a unit where there is room
 FONT = 10
+NUMBER_AWAY, NUMBER_SIZE = 10.0, (11.0, 9.0)  # of a scatter's numbers: from their points, and of two digits
 
 
 class Curve(NamedTuple):
-    """A line of points x, y (T,). noisy: drawn faintly, with its running mean over it."""
+    """A line of points x, y (T,). noisy: drawn faintly, with its running mean over it. dash: matplotlib's."""
 
     x: np.ndarray
     y: np.ndarray
     colour: str
     noisy: bool = False
+    dash: Any = "-"
 
 
 def expert_colour(expert: int) -> str:
@@ -50,15 +54,25 @@ def draw_curves(
     from_zero: bool = False,
     log_x: bool = False,
 ) -> Markup:
-    """Draws lines by label. reference: the label and height of a level to compare with."""
-    columns = 1 if max(map(len, curves)) > 20 else 3  # of the legend
-    figure, axis = _panel(WIDTH, 2.7 + 0.2 * -(-len(curves) // columns))
+    """Draws lines by label. reference: the label and height of a level to compare with.
+
+    More than MAX_IN_PANEL make a wide chart, whose legend stands beside it.
+    """
+    labels = [*curves, *([reference[0]] if reference else [])]
+    is_wide = len(curves) > MAX_IN_PANEL
+    columns = _legend_columns(labels, WIDTH)
+    if is_wide:
+        figure, axis = _panel(10, max(3.2, 0.6 + 0.2 * len(labels)))
+    else:
+        figure, axis = _panel(WIDTH, 2.7 + 0.2 * -(-len(labels) // columns))
     for label, curve in curves.items():
         xs, ys = _thin(np.asarray(curve.x)), _thin(np.asarray(curve.y))
         if curve.noisy and len(ys) > 12:
-            axis.plot(xs, ys, color=curve.colour, linewidth=0.8, alpha=0.35)
+            if not is_wide:  # noise of many would hide their means
+                axis.plot(xs, ys, color=curve.colour, linewidth=0.8, alpha=0.35)
             ys = _running_mean(ys, max(3, len(ys) // 12))
-        axis.plot(xs, ys, color=curve.colour, linewidth=1.8, label=label, marker="o" if dots else None)
+        look: dict[str, Any] = {"color": curve.colour, "linestyle": curve.dash, "label": label}
+        axis.plot(xs, ys, linewidth=1.8, marker="o" if dots else None, **look)
     if reference:
         axis.axhline(reference[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=reference[0])
     if dots:
@@ -71,7 +85,9 @@ def draw_curves(
     axis.margins(x=0.02, y=0.1)
     if from_zero:
         axis.set_ylim(bottom=0)
-    if len(curves) + bool(reference) > 1:
+    if is_wide:
+        _legend(axis, 1, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif len(labels) > 1:
         _legend_above(axis, columns)
     return _svg(figure, name, alt)
 
@@ -87,10 +103,11 @@ def draw_paired_bars(
 ) -> Markup:
     """Draws two horizontal bars for each label.
 
-    pairs: {legend: (values (R,), standard deviations (R,) or None)}. strong: the label in bold.
+    pairs: {legend: (values (R,), what they may be off (R,) or None)}. strong: the label in bold.
     """
     _check_count(len(labels), MAX_LABELS)
-    figure, axis = _panel(5.2, 0.9 + 0.36 * len(labels))
+    names = [textwrap.fill(label, 34) for label in labels]
+    figure, axis = _panel(6.4, 0.9 + 0.4 * len(labels))
     rows = np.arange(len(labels))
     for (label, (values, spread)), shift, alpha in zip(pairs.items(), (-0.19, 0.19), (1, 0.5), strict=True):
         axis.barh(rows + shift, values, 0.34, color=ACCENT, alpha=alpha, linewidth=0, label=label)
@@ -101,9 +118,9 @@ def draw_paired_bars(
         for row, (value, end) in enumerate(zip(values, ends, strict=True)):
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axis.annotate(f"{value:.1f}", (end, row + shift), fontsize=FONT - 1, color=INK, **place)
-    axis.set_yticks(rows, [label.replace(", ", ",\n") for label in labels], color=INK)
+    axis.set_yticks(rows, names, color=INK)
     for tick in axis.get_yticklabels():
-        tick.set_fontweight("bold" if tick.get_text() == strong else "normal")
+        tick.set(fontweight="bold" if tick.get_text() == strong else "normal", linespacing=1)
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(False)
@@ -122,29 +139,48 @@ def draw_scatter(
     y: str,
     strong: str,
 ) -> Markup:
-    """Draws a numbered point for each label, whose legend stands beside.
+    """Draws a point for each label, and its number beside it, from 1; the page lists the labels.
 
     points: {label: (x, y)}. curves: {label: (T, 2)}, faint lines through a point of that label. strong: the
-    label in bold.
+    label whose point stands out.
     """
     _check_count(len(points), MAX_LABELS)
-    figure, axis = _panel(7.6, max(3.2, 0.6 + 0.21 * len(points)))
+    figure, axis = _panel(6.0, 4.0)
     for curve in curves.values():
         axis.plot(*curve.T, color=MUTED, linewidth=1, marker=".", markersize=3, alpha=0.6)
-    for number, (label, (left, up)) in enumerate(points.items(), 1):
-        weight, fill, ink, size = "normal", PAGE, INK, 12
-        if label == strong:
-            weight, fill, ink, size = "bold", ACCENT, PAGE, 15
-        axis.plot(left, up, "o", color=fill, markersize=size, markeredgecolor=INK, markeredgewidth=0.8)
-        look = {"fontweight": weight, "va": "center", "annotation_clip": False}
-        axis.annotate(str(number), (left, up), None, fontsize=FONT - 2, color=ink, ha="center", **look)
-        beside, where = (1.03, 1 - (number - 0.5) / len(points)), {"xycoords": "axes fraction"}
-        axis.annotate(f"{number}  {label}", beside, None, fontsize=FONT - 1, color=INK, **where, **look)
+    for label, (left, up) in points.items():
+        fill, size = (ACCENT, 9) if label == strong else (PAGE, 6)
+        axis.plot(left, up, "o", color=fill, markersize=size, markeredgecolor=INK, markeredgewidth=0.9)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.margins(0.08)
     axis.grid(axis="x", color=RULE, linewidth=0.6)
+    figure.draw_without_rendering()  # places the axes
+    places = axis.transData.transform(list(points.values())) * 72 / figure.dpi
+    for number, (label, place, number_at) in enumerate(zip(points, places, _apart(places), strict=True), 1):
+        weight = "bold" if label == strong else "normal"
+        look: dict[str, Any] = {"fontsize": FONT - 1, "fontweight": weight, "ha": "center", "va": "center"}
+        if np.hypot(*(number_at - place)) > 1.5 * NUMBER_AWAY:
+            look["arrowprops"] = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0}
+        offset = {"xytext": tuple(number_at - place), "textcoords": "offset points"}
+        axis.annotate(str(number), points[label], color=INK, **offset, **look)
     return _svg(figure, name, alt)
+
+
+def _apart(places: np.ndarray) -> np.ndarray:
+    """Places of numbers (R, 2), each beside its place (R, 2), away from other numbers and places; points.
+
+    Each goes to the nearest free spot on circles around its place.
+    """
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    taken = places
+    for place in places:
+        spots = np.concatenate([place + away * circle for away in NUMBER_AWAY * np.arange(1, 8)])
+        gaps = np.abs(spots[:, None] - taken) / NUMBER_SIZE  # (spots, taken, 2)
+        free = (gaps.max(axis=2) >= 1).all(axis=1)
+        taken = np.concatenate([taken, spots[[int(np.argmax(free))]]])
+    return taken[len(places) :]
 
 
 def draw_matrix(
@@ -251,9 +287,19 @@ def _whole_numbers():
     return MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
 
 
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Returns in how many columns labels have room in a panel of so many inches, 3 at most."""
+    characters = 12.5 * (width - 0.4)  # of the font
+    return max(1, min(3, int(characters / (max(map(len, labels)) + 8))))
+
+
 def _legend_above(axis, columns: int) -> None:
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "columnspacing": 1.4}
-    axis.legend(frameon=False, labelcolor=INK, fontsize=FONT, handlelength=1.2, ncols=columns, **place)
+    _legend(axis, columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3)
+
+
+def _legend(axis, columns: int, **place: Any) -> None:
+    look = {"handlelength": 2.2, "columnspacing": 1.4, "ncols": columns}
+    axis.legend(frameon=False, labelcolor=INK, fontsize=FONT, **look, **place)
 
 
 def _svg(figure, name: str, alt: str) -> Markup:

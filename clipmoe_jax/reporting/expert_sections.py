@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from clipmoe_jax.dmu.recipes import find_recipe
 from clipmoe_jax.reporting import charts, pictures
 from clipmoe_jax.reporting.charts import ACCENT, INK, Curve
 from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder
@@ -27,9 +28,11 @@ def routing(folders: Sequence[Folder]) -> Context:
     change = folders[0].json("eval/routing_change.json", DIAGNOSTICS)
     num_experts = len(tables["visual"]["load"][0])
     even = math.log(num_experts)
+    # Twice an even share, or the largest of both towers, is as strong as one gets: the same in both.
+    most = 100 * max(2 / num_experts, *(np.max(tables[tower]["load"]) for tower in TOWERS))
     return {
-        "experts": expert_names(num_experts),
-        "towers": {title: _routing_of(tower, tables[tower]) for tower, title in TOWERS.items()},
+        "experts": expert_names(folders[0], num_experts),
+        "towers": {title: _routing_of(tower, tables[tower], most) for tower, title in TOWERS.items()},
         "entropy": _by_block(
             "entropy",
             "Entropy of the router",
@@ -52,14 +55,14 @@ def routing(folders: Sequence[Folder]) -> Context:
     }
 
 
-def _routing_of(tower: str, tables: dict) -> Context:
+def _routing_of(tower: str, tables: dict, most: float) -> Context:
+    """most: the share in per cent that has the strongest colour."""
     title, load = TOWERS[tower], 100 * np.array(tables["load"])
     together = 100 * np.mean(tables["coactivation"], axis=0)
     names = [f"expert {e}" for e in range(load.shape[1])]
     blocks = [f"block {i}" for i in tables["layers"]]
     loads = (f"{block} {_list(row)}" for block, row in zip(blocks, load, strict=True))
     load_alt = f"Heat map of the experts' shares of routed slots, {title}, in per cent: {'; '.join(loads)}."
-    most = max(2 * load.mean(), load.max())  # twice an even share is as strong as one gets
     together_alt = (
         f"Heat map of the share of tokens that chose two experts together, {title}, mean over blocks. On the "
         f"diagonal, that chose the expert: {_list(np.diagonal(together))} per cent."
@@ -114,7 +117,7 @@ def heat_maps(folders: Sequence[Folder]) -> Context:
     return {
         "examples": examples,
         "blocks": routing_tables["text"]["layers"],
-        "experts": expert_names(num_experts),
+        "experts": expert_names(folder, num_experts),
     }
 
 
@@ -122,16 +125,17 @@ def experts(folders: Sequence[Folder]) -> Context:
     """Returns how much the experts differ: outputs by CKA and divergence, weights by cosine."""
     differences = folders[0].json("eval/experts.json", DIAGNOSTICS)
     towers, by_depth = {}, {}
+    divergences = {tower: np.mean(differences[tower]["js_divergence"], axis=0) for tower in TOWERS}
+    most = max(1e-6, *(divergence.max() for divergence in divergences.values()))
     for tower, title in TOWERS.items():
         of_tower = differences[tower]
         cka = np.array(of_tower["cka"])
         pairs = ~np.eye(cka.shape[1], dtype=bool)
         by_depth[tower] = (of_tower["layers"], 1 - cka[:, pairs].mean(axis=1))
-        divergence = np.mean(of_tower["js_divergence"], axis=0)
         towers[title] = {
             "Outputs alike: CKA": _pairs(f"cka-{tower}", title, cka.mean(axis=0), 0, 1),
             "Outputs apart: Jensen-Shannon divergence, bits": _pairs(
-                f"divergence-{tower}", title, divergence, 0, max(divergence.max(), 1e-6)
+                f"divergence-{tower}", title, divergences[tower], 0, most
             ),
             "Weights alike: cosine of what changed": _pairs(
                 f"cosine-{tower}", title, np.mean(of_tower["weight_cosine"], axis=0), 1, 1
@@ -145,9 +149,15 @@ def experts(folders: Sequence[Folder]) -> Context:
     }
 
 
-def expert_names(num_experts: int) -> list[tuple[int, str]]:
-    """Returns (number, origin) of each expert: expert 0 is the base, expert s the model of stage s."""
-    return [(e, f"stage {e}" if e else "base") for e in range(num_experts)]
+def expert_names(folder: Folder, num_experts: int) -> list[tuple[int, str]]:
+    """Returns (number, origin) of each expert: by the config, else the base and the stages in order."""
+    named = ["base", *(f"mcl_{stage}" for stage in range(1, num_experts))]
+    if folder.has("config.json"):
+        config = folder.config()
+        last = f"mcl_{config['mcl']['num_stages']}"
+        named = [last if n == "last_stage" else n for n in config["moe"].get("experts", ())] or named
+    titles = [recipe.title if (recipe := find_recipe(name)) else name for name in named]
+    return [(e, title.removesuffix(" alone")) for e, title in enumerate(titles[:num_experts])]
 
 
 def _pairs(name: str, tower: str, values: np.ndarray, first: int, high: float) -> charts.Markup:

@@ -62,6 +62,7 @@ def render(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) 
         palette=[(e, colour, _ink_on(colour)) for e, colour in enumerate(EXPERT_COLOURS)],
         seeds=[folder.path.name for folder in folders],
         head=_made(sections.summary, folders),
+        made=_made(sections.made, folders),
         sections=[
             {"id": name, "title": title, **_made(function, folders)}
             for name, (title, function) in SECTIONS.items()

@@ -92,11 +92,15 @@ class Folder:
 
     def done_field(self, name: str, field_name: str) -> dict[str, Any]:
         """Returns a field of an artifact's done.json, as `artifacts.done_field`; {} if it is not there."""
-        path = self.path / name
-        if not artifacts.is_done(path):
-            return {}
-        self.read.append(path / artifacts.DONE)
-        return artifacts.done_field(path, field_name)
+        return artifacts.done_field(self.path / name, field_name) if self._is_done(name) else {}
+
+    def made(self, name: str) -> dict[str, Any]:
+        """Returns when and where an artifact was made, as `artifacts.made`; {} if it is not there."""
+        return artifacts.made(self.path / name) if self._is_done(name) else {}
+
+    def _is_done(self, name: str) -> bool:
+        self.read.append(self.path / name / artifacts.DONE)
+        return artifacts.is_done(self.path / name)
 
     def records(self, name: str) -> Records:
         """Returns the data set "train" or "test". Raises NotThereError where it has gone."""

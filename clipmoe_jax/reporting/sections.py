@@ -4,6 +4,7 @@ A section is a function (the seeds' folders) -> dict for the page's template. It
 file that it reads is not there. All but means over seeds are of the first seed.
 """
 
+import datetime
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from clipmoe_jax.core.errors import naming
-from clipmoe_jax.core.terminal import reading
+from clipmoe_jax.core.terminal import duration, reading
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
+from clipmoe_jax.evaluation.retrieval import ERROR, RANKS
 from clipmoe_jax.reporting import charts, pictures, tables
-from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder, NotThereError, read_labels
+from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder, NotThereError, read_curves, read_labels
 from clipmoe_jax.reporting.text_tables import (
     MEAN,
     attribute_lines,
     dense_experts,
+    has_cost,
     has_retention,
     has_retrieval,
     titles_with_retention,
@@ -27,11 +30,13 @@ from clipmoe_jax.reporting.text_tables import (
 
 Context = dict[str, Any]
 EXAMPLES_OF_CLUSTER = 6
+EQUAL_PAIRS = 0.02  # how far numbers of pairs may be apart: budgets end with whole batches
 FIRST = tables.FIRST
 
 
 def summary(folders: Sequence[Folder]) -> Context:
-    """Returns recall@1 of CLIP-MoE, its base and the best model, in per cent, mean over seeds."""
+    """Returns recall@1 of CLIP-MoE, its base, the best model of as many pairs and the best of all, in per
+    cent, mean over seeds."""
     seeds = read_results(folders)
     if not has_retrieval(seeds):
         command = f"{folders[0].command} --stage=evaluate --config.data.test=FOLDER"
@@ -41,6 +46,7 @@ def summary(folders: Sequence[Folder]) -> Context:
         for title in seeds[0]
     }
     best = max(mean, key=lambda title: sum(mean[title].values()))
+    control = _control(seeds, mean)
     active = {title: result["active_parameters"] for title, result in seeds[0].items()}
     return {
         "base": mean["base"],
@@ -49,7 +55,9 @@ def summary(folders: Sequence[Folder]) -> Context:
         "times_active": active[CLIP_MOE] / active["base"],
         "num_ahead": sum(all(r[CLIP_MOE][key] > r["base"][key] for key in FIRST) for r in seeds),
         "num_seeds": len(seeds),
-        "old": _old(seeds, best) if has_retention(seeds) else None,
+        "old": _old(seeds, best, control) if has_retention(seeds) else None,
+        "control": control,
+        "control_scores": mean.get(control or ""),
         "best": None if best == CLIP_MOE else best,
         "best_scores": mean[best],
         "best_times_active": active[best] / active["base"],
@@ -57,10 +65,19 @@ def summary(folders: Sequence[Folder]) -> Context:
     }
 
 
-def _old(seeds: Sequence[Results], best: str) -> dict[str, float]:
-    """Returns retention of the base, CLIP-MoE and the model with the highest recall: per cent, mean over
-    seeds."""
-    titles = {"base": "base", "moe": CLIP_MOE, "best": best}
+def _control(seeds: Sequence[Results], mean: dict[str, dict[str, float]]) -> str | None:
+    """Returns the title of the model with the highest recall among those of as many pairs as CLIP-MoE."""
+    if not has_cost(seeds):
+        return None
+    pairs = {title: numbers["pairs"] for title, numbers in seeds[0].items()}
+    controls = [t for t in mean if t != CLIP_MOE and abs(pairs[t] / pairs[CLIP_MOE] - 1) < EQUAL_PAIRS]
+    return max(controls, key=lambda title: sum(mean[title].values()), default=None)
+
+
+def _old(seeds: Sequence[Results], best: str, control: str | None) -> dict[str, float]:
+    """Returns retention of the base, CLIP-MoE, the model with the highest recall and that of as many pairs:
+    per cent, mean over seeds."""
+    titles = {"base": "base", "moe": CLIP_MOE, "best": best, "control": control}
     titles = {name: title for name, title in titles.items() if title in titles_with_retention(seeds)}
     return {
         name: 100 * float(np.mean([r[title]["retention"] for r in seeds])) for name, title in titles.items()
@@ -72,7 +89,7 @@ def results(folders: Sequence[Folder]) -> Context:
     seeds = read_results(folders)
     with_recall = has_retrieval(seeds)
     return {
-        "table": tables.recall_table(seeds),
+        "table": tables.recall_table(seeds, _chance(folders[0], seeds)),
         "differences": tables.difference_table(seeds) if with_recall and len(seeds) > 1 else None,
         "both_axes": _both_axes(seeds) if with_recall and has_retention(seeds) else None,
         "bars": _recall_bars(seeds) if with_recall else None,
@@ -81,11 +98,30 @@ def results(folders: Sequence[Folder]) -> Context:
     }
 
 
+def _chance(folder: Folder, seeds: Sequence[Results]) -> dict[str, float]:
+    """Returns what guessing reaches of recall@k, for as many captions to each image, and of retention."""
+    numbers, chance = seeds[0]["base"].get("chance", {}), {}
+    if folder.has("config.json"):
+        of_line = numbers.get(folder.config().get("retention", ""), {})
+        chance |= {"retention": of_line["top1"]} if "top1" in of_line else {}
+    counts = folder.done_field("eval", "measured")
+    if images := counts.get("num_images"):
+        for k in RANKS:
+            # The first caption of k that are drawn may be an own one, or else the second, …
+            own = counts["num_captions"] / images
+            missed = np.prod([1 - own / (counts["num_captions"] - j) for j in range(min(k, images))])
+            chance |= {f"image_to_text_r{k}": 1 - missed, f"text_to_image_r{k}": min(1.0, k / images)}
+    return chance
+
+
 def _recall_bars(seeds: Sequence[Results]) -> charts.Markup:
     titles, pairs = list(seeds[0]), {}
     for key, label in FIRST.items():
         values = 100 * np.array([[r[title][key] for title in titles] for r in seeds])
-        pairs[label] = (values.mean(axis=0), values.std(axis=0, ddof=1) if len(seeds) > 1 else None)
+        spread = values.std(axis=0, ddof=1) if len(seeds) > 1 else None
+        if tables.has_errors(seeds):
+            spread = 100 * np.array([seeds[0][title][f"{key}{ERROR}"] for title in titles])
+        pairs[label] = (values.mean(axis=0), spread)
     numbers = (
         f"{title} {' and '.join(f'{values[row]:.1f}' for values, _ in pairs.values())}"
         for row, title in enumerate(titles)
@@ -94,7 +130,7 @@ def _recall_bars(seeds: Sequence[Results]) -> charts.Markup:
     return charts.draw_paired_bars("recall", alt, titles, pairs, x="recall@1 (%)", strong=CLIP_MOE)
 
 
-def _both_axes(seeds: Sequence[Results]) -> charts.Markup:
+def _both_axes(seeds: Sequence[Results]) -> Context:
     """New detail against old knowledge, a point for each model, means over seeds; curves of blends."""
 
     def place(numbers: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -111,7 +147,8 @@ def _both_axes(seeds: Sequence[Results]) -> charts.Markup:
     told = (f"{title} {old:.1f} and {new:.1f}" for title, (old, new) in points.items())
     alt = f"Old knowledge and new detail in per cent: {'; '.join(told)}."
     axes = {"x": "old: what the base knew (%)", "y": "new: mean recall@1 (%)"}
-    return charts.draw_scatter("both-axes", alt, points, curves, **axes, strong=CLIP_MOE)
+    chart = charts.draw_scatter("both-axes", alt, points, curves, **axes, strong=CLIP_MOE)
+    return {"chart": chart, "labels": list(points)}
 
 
 def read_results(folders: Sequence[Folder]) -> list[Results]:
@@ -136,13 +173,19 @@ def _attributes(seeds: Sequence[Results]) -> dict[str, charts.Markup]:
     rows, lines, maps = list(labels.values()), attribute_lines(seeds), {}
     for number, line in enumerate(lines):
         title = "Zero-shot accuracy" + (f" on {line.partition(':')[2]}" if len(lines) > 1 else "")
-        attributes = [name for name in seeds[0][CLIP_MOE]["evaluations"][line] if name != MEAN]
+        names = list(seeds[0][CLIP_MOE]["evaluations"][line])
+        attributes = [*(name for name in names if name != MEAN), *(MEAN for name in names if name == MEAN)]
         accuracies = [[[r[t]["evaluations"][line][a] for a in attributes] for t in labels] for r in seeds]
         values = 100 * np.mean(accuracies, axis=0)
         best = (f"{a} {rows[i]}" for a, i in zip(attributes, values.argmax(axis=0), strict=True))
         alt = f"Heat map in per cent. {title}, the best by attribute: {', '.join(best)}."
-        look = {"low": 0, "high": 100, "form": "{:.0f}", "width": 7.6, "strong": CLIP_MOE}
-        maps[title] = charts.draw_matrix(f"attributes-{number}", alt, values, rows, attributes, **look)
+        chance = seeds[0][CLIP_MOE]["chance"][line]
+        chance = {MEAN: float(np.mean(list(chance.values())))} | chance
+        values = np.concatenate([values, [[100 * chance[a] for a in attributes]]])
+        width = 2.2 + 0.75 * len(attributes)
+        look = {"low": 0, "high": 100, "form": "{:.0f}", "width": width, "strong": CLIP_MOE}
+        shown = [*rows, "chance"]
+        maps[title] = charts.draw_matrix(f"attributes-{number}", alt, values, shown, attributes, **look)
     return maps
 
 
@@ -244,3 +287,18 @@ def config(folders: Sequence[Folder]) -> Context:
     """Returns the config as JSON, and the versions with which the routers were trained."""
     versions = folders[0].done_field("moe/params", "versions")
     return {"json": json.dumps(folders[0].config(), indent=2), "versions": versions}
+
+
+def made(folders: Sequence[Folder]) -> Context:
+    """Returns when a run was made, how long it took, on which devices, and by which versions, as far as it
+    is known."""
+    folder = folders[0]
+    times = [float(curve["time"][end]) for curve in read_curves(folder).values() for end in (0, -1)]
+    finished = folder.made("eval").get("finished", max(times))
+    first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (min(times), finished))
+    return {
+        "date": f"{first:%-d %B %Y}",
+        "duration": duration((last - first).total_seconds()),
+        "devices": folder.made("moe/params").get("devices", ""),
+        "versions": folder.done_field("moe/params", "versions"),
+    }

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
-from clipmoe_jax.evaluation.retrieval import RANKS
+from clipmoe_jax.evaluation.retrieval import ERROR, RANKS
 from clipmoe_jax.evaluation.scores import LOWER_IS_BETTER, NO_SHARES
 from clipmoe_jax.reporting.text_tables import (
     COST,
@@ -45,9 +46,12 @@ class Table(NamedTuple):
     strong: str = CLIP_MOE
 
 
-def recall_table(seeds: Sequence[Results]) -> Table:
+def recall_table(seeds: Sequence[Results], chance: Mapping[str, float] | None = None) -> Table:
     """Returns recall by model and retention, in per cent, mean ± standard deviation over seeds; the models'
-    sizes, and the cost of training them."""
+    sizes, and the cost of training them.
+
+    Of one seed there are 95 % intervals in place of deviations. chance: of these metrics, a row of its own.
+    """
     sizes = {"all": "parameters", "active": "active_parameters"}
     groups = {"parameters": list(sizes)}
     if has_cost(seeds):
@@ -66,10 +70,32 @@ def recall_table(seeds: Sequence[Results]) -> Table:
         keys.append("retention")
         headings["what the base knew"] = ["old"]
     scores = 100 * np.array([[[r[title].get(key, np.nan) for key in keys] for title in rows] for r in seeds])
-    cells = dict(zip(rows, score_cells(scores), strict=True))
-    spread = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    cells = dict(zip(rows, score_cells(scores, errors=_errors(seeds, list(rows), keys)), strict=True))
+    spread = ""
+    if len(seeds) > 1:
+        spread = f", mean ± standard deviation of {len(seeds)} seeds"
+    elif has_errors(seeds):
+        spread = "; ± half of the 95 % interval, by a bootstrap over test images"
     caption = f"Recall in per cent{spread}. Bold: the best of a column."
-    return Table(caption, headings | groups, {title: cells[title] + rows[title] for title in rows})
+    table = {title: cells[title] + rows[title] for title in rows}
+    if chance:
+        guesses = [chance.get(key) for key in keys]
+        guessed = [Cell("" if guess is None else f"{100 * guess:.1f}") for guess in guesses]
+        table["chance"] = guessed + [Cell("")] * len(sizes)
+    return Table(caption, headings | groups, table)
+
+
+def has_errors(seeds: Sequence[Results]) -> bool:
+    """Returns whether there is one seed, and intervals of its recall; earlier versions had none."""
+    return len(seeds) == 1 and all(f"{key}{ERROR}" in n for key in FIRST for n in seeds[0].values())
+
+
+def _errors(seeds: Sequence[Results], titles: Sequence[str], keys: Sequence[str]) -> np.ndarray | None:
+    """Halves of intervals of recall@1 (M, C) in per cent, NaN for others; None where there are none."""
+    if not has_errors(seeds):
+        return None
+    errors = [{key: seeds[0][title][f"{key}{ERROR}"] for key in FIRST} for title in titles]
+    return 100 * np.array([[of_model.get(key, np.nan) for key in keys] for of_model in errors])
 
 
 def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
@@ -84,24 +110,33 @@ def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
         scales = np.array([1 if m.endswith(NO_SHARES) else 100 for m in metrics])
         cells = score_cells(scales * np.array(scores), [m.endswith(LOWER_IS_BETTER) for m in metrics])
         columns = [short_name(metric).replace("_", " ") for metric in metrics]
-        tables.append(Table(line, {"": columns}, dict(zip(titles, cells, strict=True))))
+        rows = dict(zip(titles, cells, strict=True))
+        if chance := seeds[0][titles[0]].get("chance", {}).get(line):
+            rows["chance"] = [Cell(f"{100 * chance[m]:.1f}" if m in chance else "") for m in metrics]
+        tables.append(Table(line, {"": columns}, rows))
     return tables
 
 
-def score_cells(scores: np.ndarray, lower_is_better: Sequence[bool] | None = None) -> list[list[Cell]]:
+def score_cells(
+    scores: np.ndarray,
+    lower_is_better: Sequence[bool] | None = None,
+    errors: np.ndarray | None = None,
+) -> list[list[Cell]]:
     """Returns the cells of numbers (S, M, C), per cent or as they are: mean ± standard deviation over seeds,
-    the best mean of each column marked; empty for NaN."""
+    or errors (M, C), the best mean of each column marked; empty for NaN."""
     means = scores.mean(axis=0)
     sign = np.where(lower_is_better, -1, 1) if lower_is_better is not None else 1
     best = sign * means >= np.nanmax(sign * means, axis=0) - 1e-12
-    spread = scores.std(axis=0, ddof=1) if len(scores) > 1 else None
+    spread = scores.std(axis=0, ddof=1) if len(scores) > 1 else errors
+    if spread is None:
+        spread = np.full(means.shape, np.nan)
     return [
         [
             Cell("")
             if np.isnan(means[row, column])
             else Cell(
                 f"{means[row, column]:.1f}",
-                "" if spread is None else f"± {spread[row, column]:.1f}",
+                "" if np.isnan(spread[row, column]) else f"± {spread[row, column]:.1f}",
                 bool(best[row, column]),
             )
             for column in range(means.shape[1])
@@ -122,20 +157,40 @@ def difference_table(seeds: Sequence[Results]) -> Table:
     return Table(f"{caption}, {' / '.join(DIRECTIONS.values())}", {"": columns}, rows)
 
 
-def phase_table(curves: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[str, str]) -> Table:
-    """Returns steps, minutes, speed and the last numbers of each phase; curves as of `read.read_curves`."""
+def phase_table(
+    curves: Mapping[str, Mapping[str, np.ndarray]],
+    names: Mapping[str, str],
+    measured: Mapping[str, Mapping[str, Any]],
+) -> Table:
+    """Returns steps, time, speed and the last numbers of each phase.
+
+    curves: as of `read.read_curves`. measured: of a phase's model in done.json, {} where it is not made yet.
+    """
     rows = {}
     for phase, curve in curves.items():
-        minutes = (curve["time"][-1] - curve["time"][0]) / 60
+        times, note = measured.get(phase, {}), ""
+        seconds = times.get("seconds_now", curve["time"][-1] - curve["time"][0])
+        if "steps_now" in times and times["steps_now"] < times["num_steps"]:
+            note = f"for the last {times['steps_now']:,}"
+        compiling = times.get("compile_seconds_now")
         rows[names[phase]] = [
             Cell(f"{curve['step'][-1]:,.0f}"),
-            Cell(f"{minutes:,.1f}"),
+            Cell(duration(seconds), note),
+            Cell("" if compiling is None else duration(compiling)),
             Cell(f"{np.median(curve['pairs_per_second']):,.0f}"),
             Cell(f"{100 * np.median(curve['input_wait_fraction']):.0f} %"),
             Cell(f"{curve['loss'][-1]:.3f}"),
             Cell(f"{100 * curve['batch_accuracy'][-1]:.0f} %"),
         ]
-    columns = ["steps", "minutes", "pairs/s", "waits for input", "last loss", "right in last batch"]
+    columns = [
+        "steps",
+        "time",
+        "of it compiling",
+        "pairs/s",
+        "waits for input",
+        "last loss",
+        "right in last batch",
+    ]
     return Table("Phases of training. Speed and waiting: the median.", {"": columns}, rows, strong="")
 
 

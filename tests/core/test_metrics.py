@@ -21,12 +21,19 @@ def test_numbers_reach_tensorboard_from_the_callers_thread(tmp_path):
     run = metrics.Metrics(epath.Path(tmp_path))
     run.log("mcl_1", 3, {"loss": 0.5})
     run.log("mcl_1", 4, {"loss": 0.25})
+    run.log("mcl_2", 4, {"loss": 0.125})
+    run.log_scores("mcl_1", 4, {"recall/image_to_text_r1": 0.75})
     assert threading.active_count() == threads
     run.close()
-    [file] = (tmp_path / "tensorboard").iterdir()
-    events = list(tfrecords(file.read_bytes()))
-    numbers = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
-    assert numbers == [(3, "mcl_1/loss", 0.5), (4, "mcl_1/loss", 0.25)]
+    numbers = {}
+    for folder in (tmp_path / "tensorboard").iterdir():  # TensorBoard draws a tag of all folders as one chart
+        [file] = folder.iterdir()
+        events = list(tfrecords(file.read_bytes()))
+        numbers[folder.name] = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert numbers == {
+        "mcl_1": [(3, "loss", 0.5), (4, "loss", 0.25), (4, "recall/image_to_text_r1", 0.75)],
+        "mcl_2": [(4, "loss", 0.125)],
+    }
 
 
 def tfrecords(content: bytes):
@@ -41,7 +48,7 @@ def test_full_disk_ends_the_run_where_numbers_are_written(tmp_path, monkeypatch)
     run = metrics.Metrics(epath.Path(tmp_path))
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", -1)  # writes all at once
     (tmp_path / "full").symlink_to("/dev/full")
-    run._tensorboard._file._py_recordio_writer._writer = (tmp_path / "full").open("wb")
+    run._tensorboard.file("mcl_1")._py_recordio_writer._writer = (tmp_path / "full").open("wb")
     with pytest.raises(OSError, match="No space left on device"):
         run.log("mcl_1", 3, {"loss": 0.5})
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipmoe_jax.evaluation.retrieval import RANDOM_TIES, retrieval_recall
+from clipmoe_jax.evaluation.retrieval import RANDOM_TIES, _errors, retrieval_recall
 
 # Image features along the axes make the scores what is written here. Two images, a row each; captions 0 and 1
 # are of image 0, caption 2 is of image 1.
@@ -191,3 +191,17 @@ def test_images_without_caption_are_named():
 def test_captions_of_images_that_are_not_there_are_named():
     with pytest.raises(ValueError, match=r"captions are of images \[-1, 2\], of 2 images"):
         retrieval_recall(np.eye(2), np.ones((4, 2)), np.array([0, 1, 2, -1]))
+
+
+def test_errors_are_those_of_a_mean_over_images_with_their_captions():
+    """Captions of an image that are found or missed together count as one."""
+    found = np.repeat(np.random.default_rng(0).random(400) < 0.3, 5)
+    [error] = _errors(found[:, None], np.repeat(np.arange(400), 5), 400)
+    assert error == pytest.approx(1.96 * np.sqrt(found.mean() * (1 - found.mean()) / 400), rel=0.1)
+
+
+def test_errors_are_of_every_recall():
+    features = np.eye(3, dtype=np.float32)
+    numbers = retrieval_recall(features, features, np.arange(3), with_errors=True)
+    assert numbers["image_to_text_r1_error"] == 0  # all are right in every draw
+    assert sum(name.endswith("_error") for name in numbers) == 6

@@ -19,8 +19,9 @@ from grids import grid
 from PIL import Image
 
 from clipmoe_jax.core import artifacts, metrics
-from clipmoe_jax.reporting import charts, tables
+from clipmoe_jax.reporting import charts, tables, training
 from clipmoe_jax.reporting import page as page_of_report
+from clipmoe_jax.reporting.expert_sections import expert_names
 from clipmoe_jax.reporting.output import write_report
 from clipmoe_jax.reporting.read import Folder, NotThereError, read_curves, seed_folders
 
@@ -116,6 +117,9 @@ def table_rows(page: Page, caption: str) -> dict[str, list[tuple[str, bool]]]:
 def test_best_value_of_each_column_is_bold(page, workdir):
     results = json.loads((workdir / "eval" / "results.json").read_text())
     rows = table_rows(page, "Recall in per cent")
+    chance = rows.pop("chance")
+    # One caption to each of 12 images: the right one among k of them.
+    assert [text for text, _ in chance[:6]] == 2 * ["8.3", "41.7", "83.3"]
     assert list(rows) == list(synthetic_run.TITLES)
     for column, metric in enumerate(synthetic_run.METRICS):
         best = max(results, key=lambda title: results[title][metric])
@@ -182,6 +186,70 @@ def test_summary_states_the_numbers_of_the_results(page, workdir):
     assert "feature ensemble" in lead and "at 4.03 times" in lead  # 13.7 / 3.4
 
 
+def test_page_says_when_and_where_the_run_was_made(page):
+    """metrics.jsonl begins a billion seconds after 1970, 9 September 2001, with a line every 6 seconds."""
+    assert "9 September 2001, 16 min on 8 × TPU v5p; jax 0.10.2" in {p["text"] for p in page.all("p")}
+
+
+def test_phases_have_their_time_and_what_of_it_was_compilation(page):
+    rows = table_rows(page, "Phases of training")
+    assert [text for text, _ in rows["stage 1"][:3]] == ["400", "61 s", "12 s"]
+    assert [text for text, _ in rows["routers"][:3]] == ["200", "7 min for the last 80", "30 s"]
+    assert [text for text, _ in rows["dense base"][1:3]] == ["2 min", ""]  # no done.json: of logged lines
+
+
+def test_lead_names_the_best_control_of_as_many_pairs(workdir, tmp_path):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    results = json.loads((folder / "eval" / "results.json").read_text())
+    pairs = {"base": 0, "stage 1 alone": 992, "stage 2 alone": 1008, "feature ensemble": 1100}
+    for title, numbers in results.items():
+        numbers |= {"retention": 0.25, "pairs": pairs.get(title, 1000), "flops": 1.0}
+    results["stage 2 alone"]["retention"] = 0.125
+    synthetic_run.write_json(folder / "eval" / "results.json", results)
+    [lead] = [
+        e["text"]
+        for e in Page(write_report(epath.Path(folder)).read_text()).all("p")
+        if e.get("class") == "lead"
+    ]
+    i2t, t2i = (100 * results["stage 2 alone"][f"{d}_r1"] for d in ("image_to_text", "text_to_image"))
+    lead = " ".join(lead.split())
+    assert f"best control, stage 2 alone, reaches {i2t:.1f} % and {t2i:.1f} %" in lead
+    assert "CLIP-MoE keeps 25.0 %, that control 12.5 %" in lead
+
+
+def test_one_seed_has_intervals(workdir, tmp_path):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    results = json.loads((folder / "eval" / "results.json").read_text())
+    for row, numbers in enumerate(results.values()):
+        numbers |= {f"{m}_error": 0.01 * (row + 1) for m in synthetic_run.METRICS}
+    synthetic_run.write_json(folder / "eval" / "results.json", results)
+    rows = table_rows(Page(write_report(epath.Path(folder)).read_text()), "Recall in per cent; ±")
+    assert [rows[title][0][0].partition(" ± ")[2] for title in list(rows)[:3]] == ["1.0", "2.0", "3.0"]
+
+
+def test_every_curve_of_a_panel_looks_its_own():
+    looks = {training._look(f"baseline {place}", place) for place in range(training.MAX_CURVES)}
+    assert len(looks) == training.MAX_CURVES
+
+
+def test_numbers_of_points_stand_apart():
+    places = np.concatenate([np.random.default_rng(0).normal(100, 6, (12, 2)), [[300, 300]]])
+    numbers = charts._apart(places)
+    gaps = np.abs(numbers[:, None] - np.concatenate([places, numbers])) / charts.NUMBER_SIZE
+    gaps[np.arange(13), np.arange(13) + 13] = 1  # each to itself
+    assert (gaps.max(axis=2) >= 1).all()
+    assert np.hypot(*(numbers[-1] - places[-1])) == pytest.approx(charts.NUMBER_AWAY)
+
+
+def test_experts_are_named_by_the_config(tmp_path):
+    folder = Folder(epath.Path(tmp_path), epath.Path(tmp_path))
+    assert expert_names(folder, 2) == [(0, "base"), (1, "stage 1")]
+    config = {"mcl": {"num_stages": 3}, "moe": {"experts": ["base", "last_stage", "base", "consolidation"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ["base", "stage 3", "base", "dense curriculum"]
+    assert expert_names(folder, 4) == list(enumerate(names))
+
+
 @pytest.fixture(scope="module")
 def keeping_page(workdir, tmp_path_factory):
     """The page of the run with retention, costs, and two blends of its last stage with the base."""
@@ -199,7 +267,7 @@ def keeping_page(workdir, tmp_path_factory):
 
 def test_what_the_base_knew_is_a_column_and_a_sentence(keeping_page):
     rows = table_rows(keeping_page, "Recall in per cent")
-    assert [cells[6] for cells in rows.values()] == [
+    assert [cells[6] for title, cells in rows.items() if title != "chance"] == [
         *(("70.0", True), ("60.0", False), ("50.0", False), ("40.0", False), ("30.0", False))
     ]
     [lead] = [element["text"] for element in keeping_page.all("p") if element.get("class") == "lead"]
@@ -216,10 +284,12 @@ def test_training_costs_are_columns(keeping_page, page):
 def test_both_axes_are_a_chart_with_a_point_for_each_model(keeping_page, page):
     [chart] = [e for e in keeping_page.all("svg") if e["aria-label"].startswith("Old knowledge and new")]
     for number, title in enumerate(synthetic_run.TITLES, 1):
-        assert (
-            f"{number}  {title}" in chart["text"]
-            and f"{title} {70 - 10 * (number - 1)}.0" in chart["aria-label"]
-        )
+        assert f"{title} {70 - 10 * (number - 1)}.0" in chart["aria-label"] and str(number) in chart["text"]
+    [points] = [e for e in keeping_page.all("ol") if e.get("class") == "points"]
+    [listed] = [
+        [e["text"] for e in keeping_page.all("li") if "ol" in e["parents"]],
+    ]
+    assert listed == list(synthetic_run.TITLES) and points["text"] == "".join(listed)
     assert not [e for e in page.all("svg") if e["aria-label"].startswith("Old knowledge")]
 
 
@@ -229,6 +299,7 @@ def test_several_seeds_are_means_with_deviations(seeds):
         json.loads((seeds / f"seed_{s}" / "eval" / "results.json").read_text())["CLIP-MoE"] for s in (1, 2)
     )
     rows = table_rows(page, "Recall in per cent, mean ± standard deviation of 2 seeds")
+    rows.pop("chance")
     for column, metric in enumerate(synthetic_run.METRICS):
         mean = 50 * (first[metric] + second[metric])
         assert rows["CLIP-MoE"][column][0] == f"{mean:.1f} ± 1.4"  # two values 2 apart: sqrt(2)
