@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import json
+import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
+import clipmoe_jax
 from clipmoe_jax.api import LoadedClip
+from clipmoe_jax.core import trees
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.dmu.upcycling import stack_experts
+from clipmoe_jax.evaluation.classes import templates
 from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params, normalize_features
-from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "python.md"
 LENGTH = 12
 TEXTS = ["A photo of a cat.", "Two dogs"]
 
@@ -72,6 +80,8 @@ IMAGE_INPUTS = {
     "tuple": tuple,
     "generator": iter,
     "column of a table": Column,
+    "uint8 arrays": lambda images: [np.asarray(image) for image in images],
+    "arrays and images": lambda images: [np.asarray(images[0]), images[1]],
     "pixels": lambda images: np.stack([preprocess_image(image, 16) for image in images]),
     "pixels in JAX": lambda images: jnp.stack([preprocess_image(image, 16) for image in images]),
     "pixels in PyTorch": lambda images: torch.tensor(np.stack([preprocess_image(i, 16) for i in images])),
@@ -157,15 +167,19 @@ WRONG_IMAGES = {
     "nothing": (
         None,
         TypeError,
-        r"encode_image takes PIL images or one array \(B, H, W, 3\), not a NoneType",
+        r"encode_image takes image files, PIL images or uint8 arrays .*, not a NoneType",
     ),
-    "a file's name": ("photo.jpg", TypeError, "not a str"),
-    "a path": (pathlib.Path("photo.jpg"), TypeError, "not a PosixPath"),
-    "names of files": (["a.jpg"], TypeError, "not a list with str: open files with PIL.Image.open"),
-    "a column of names": (Column(["a.jpg"]), TypeError, "not a list with str: open files"),
-    "arrays": ([np.zeros((4, 4, 3), np.uint8)], TypeError, "with ndarray: .*make arrays images with PIL"),
+    "no file": ("nowhere.jpg", FileNotFoundError, "No such file or directory: 'nowhere.jpg'"),
+    "no image": (__file__, ValueError, r"test_api.py does not decode: not an image file \("),
+    "contents of a file": ([b"P5 1 1"], TypeError, "an image is a bytes: give image files, PIL images or"),
+    "floats in a list": (
+        [np.zeros((4, 4, 3))],
+        ValueError,
+        r"an image is float64 of shape \(4, 4, 3\): give u",
+    ),
+    "grey arrays": ([np.zeros((4, 4), np.uint8)], ValueError, r"an image is uint8 of shape \(4, 4\): give"),
     "one array": (
-        np.zeros((16, 16, 3), np.uint8),
+        np.zeros((16, 16, 3), np.float32),
         ValueError,
         r"shape \(16, 16, 3\); this model takes \(B, ",
     ),
@@ -184,6 +198,20 @@ WRONG_IMAGES = {
 def test_other_images_are_refused_with_one_line(clip, images, error, message):
     with pytest.raises(error, match=message):
         clip.encode_image(images)
+
+
+def test_patches_lie_in_their_places_and_may_be_units(clip):
+    """A red image with a blue corner: one patch of four differs from those of a red one."""
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    pixels[..., 0], pixels[1, 8:, :8] = 255, (0, 0, 255)
+    red, corner = (clip.encode_image(p, output="patches", normalize=True)[0] for p in pixels)
+    assert red.shape == (2, 2, 16)
+    np.testing.assert_allclose(jnp.linalg.norm(corner, axis=-1), 1, atol=1e-6)
+    differences = np.abs(corner - red).max(axis=-1)
+    assert np.unravel_index(differences.argmax(), (2, 2)) == (1, 0)
+    assert clip.encode_image([], output="patches").shape == (0, 2, 2, 16)
+    with pytest.raises(ValueError, match="output='tokens': choose one of pooled, patches"):
+        clip.encode_image(IMAGES, output="tokens")
 
 
 def test_a_program_of_the_users_own_may_contain_the_model(clip):
@@ -208,4 +236,133 @@ def test_a_program_is_compiled_for_each_power_of_two():
     clip.model = clip.model.clone(compute=dataclasses.replace(clip.model.compute, attention="chunked"))
     for num_rows in (*range(1, 18), 260):
         clip.encode_image(np.zeros((num_rows, 16, 16, 3), np.uint8))
-    assert make_encode(clip.model, "encode_image")._cache_size() == 7  # 1, 2, 4, 8, 16, 32, 256
+    program = make_encode(clip.model, "encode_image", output="pooled", value_attention=False)
+    assert program._cache_size() == 7  # 1, 2, 4, 8, 16, 32, 256
+
+
+def test_files_are_read_as_they_are_encoded(clip, tmp_path):
+    """By any kind of path, alone or among images, more than are computed at once."""
+    for i, image in enumerate(IMAGES):
+        image.save(tmp_path / f"{i}.png")
+    files = [tmp_path / "0.png", str(tmp_path / "1.png")]
+    expected = clip.encode_image(IMAGES)
+    np.testing.assert_array_equal(clip.encode_image(files), expected)
+    np.testing.assert_array_equal(clip.encode_image(Column(list(map(str, files)))), expected)
+    np.testing.assert_allclose(clip.encode_image(files[1]), expected[1:], atol=1e-6)
+    mixed = (files + IMAGES) * 65
+    np.testing.assert_allclose(clip.encode_image(mixed), np.tile(expected, (130, 1)), atol=1e-6)
+
+
+def test_preprocess_and_tokenize_give_what_the_towers_take(clip):
+    pixels, ids = clip.preprocess(IMAGES), clip.tokenize(TEXTS)
+    assert (pixels.dtype, pixels.shape, ids.dtype, ids.shape) == (np.uint8, (2, 16, 16, 3), np.int32, (2, 12))
+    np.testing.assert_array_equal(pixels[1], preprocess_image(IMAGES[1], 16))
+    np.testing.assert_array_equal(clip.preprocess(np.stack([np.asarray(i) for i in IMAGES])), pixels)
+    np.testing.assert_array_equal(clip.preprocess(IMAGES[1]), pixels[1:])
+    np.testing.assert_array_equal(ids, Tokenizer(LENGTH)(TEXTS))
+    np.testing.assert_array_equal(clip.tokenize(TEXTS[0]), ids[:1])
+    with pytest.raises(ValueError, match="has 300 tokens of its own, not CLIP's 49,408: give token ids"):
+        make_clip(300).tokenize(TEXTS)
+
+
+def test_similarity_is_the_cosine(clip):
+    images, texts = (np.asarray(f, np.float64) for f in (clip.encode_image(IMAGES), clip.encode_text(TEXTS)))
+    lengths = np.linalg.norm(images, axis=1)[:, None] * np.linalg.norm(texts, axis=1)
+    np.testing.assert_allclose(clip.similarity(IMAGES, TEXTS), images @ texts.T / lengths, atol=1e-6)
+
+
+def test_probabilities_are_those_of_one_prompt_a_class(clip):
+    prompts = ["a photo of a cat.", "a photo of a dog."]
+    expected = jax.nn.softmax(jnp.exp(clip.logit_scale) * clip.similarity(IMAGES, prompts))
+    found = clip.classify(IMAGES, ["cat", "dog"])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(clip.classify(IMAGES, ["cat", "dog"], "a photo of a {}."), found, atol=1e-6)
+    np.testing.assert_allclose(clip.classify(IMAGES[0], "cat"), [[1.0]])
+
+
+def test_a_table_of_templates_is_an_ensemble(clip):
+    """As in OpenAI's notebook: unit features of a class's prompts, their mean, made a unit again."""
+    classes = []
+    for label in ("cat", "dog"):
+        prompts = [sentence.replace("{}", label) for sentence in templates("imagenet")]
+        mean = np.asarray(clip.encode_text(prompts, normalize=True)).mean(axis=0)
+        classes.append(mean / np.linalg.norm(mean))
+    cosines = clip.encode_image(IMAGES, normalize=True) @ np.stack(classes).T
+    expected = jax.nn.softmax(jnp.exp(clip.logit_scale) * cosines)
+    np.testing.assert_allclose(clip.classify(IMAGES, ["cat", "dog"], "imagenet"), expected, atol=1e-6)
+
+
+WRONG_CLASSES = {
+    "no label": (([],), ValueError, "labels are empty: give one or more"),
+    "a number": ((["cat", 7],), TypeError, "classify takes labels as strings, not a list with int"),
+    "no sentence": ((["cat"], ()), ValueError, "templates are empty: give one or more"),
+    "no place": (
+        (["cat"], ["a {}", "a photo"]),
+        ValueError,
+        "template 'a photo' has no {}: put it in place of the class name, or name one of the tables cif",
+    ),
+    "no table": ((["cat"], "imagenett"), ValueError, "template 'imagenett' has no {}: put it in place of"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), WRONG_CLASSES.values(), ids=WRONG_CLASSES)
+def test_labels_and_templates_that_are_none_are_refused(clip, arguments, error, message):
+    with pytest.raises(error, match=message):
+        clip.classify(IMAGES, *arguments)
+
+
+EXPERT_LAYERS = {"feed_forward": ("mlp",), "attention_and_feed_forward": ("mlp", "attn")}
+
+
+@pytest.mark.parametrize("expert_layers", EXPERT_LAYERS)
+def test_an_expert_is_the_dense_model_that_it_came_from(clip, tmp_path, expert_layers):
+    """What is saved is loaded again, the mixture with its K."""
+    rng, experts = np.random.default_rng(1), [clip.params]
+    leaves = trees.flatten(clip.params)
+    own = [
+        name for name in leaves if name.split("/")[2:3] and name.split("/")[2] in EXPERT_LAYERS[expert_layers]
+    ]
+    experts += [trees.unflatten({**leaves, **{n: rng.normal(0, 0.1, leaves[n].shape) for n in own}})]
+    moe = MoeConfig(2, 1, expert_layers=expert_layers)
+    params = stack_experts(experts, jax.random.key(0), expert_layers=expert_layers)
+    mixture = LoadedClip(dataclasses.replace(clip.config, moe=moe), params, "CLIP-MoE", ComputeConfig())
+    mixture.save(tmp_path / "moe")
+    mixture = clipmoe_jax.load(str(tmp_path / "moe"))
+    assert mixture.config.moe == moe
+    for e, of_expert in enumerate(experts):
+        dense = LoadedClip(clip.config, of_expert, "dense CLIP", ComputeConfig())
+        found = mixture.expert(e)
+        assert repr(found) == f"<expert {e} of a CLIP-MoE (2 experts, 1 selected) of a run, embed_dim 16>"
+        np.testing.assert_allclose(found.encode_image(IMAGES), dense.encode_image(IMAGES), atol=1e-6)
+        np.testing.assert_allclose(found.encode_text(TEXTS), dense.encode_text(TEXTS), atol=1e-6)
+    with pytest.raises(ValueError, match="there is no expert 2: choose one of 0 to 1"):
+        mixture.expert(2)
+    with pytest.raises(ValueError, match="moe exists already: delete it or choose another folder"):
+        mixture.save(tmp_path / "moe")
+
+
+def test_damage_to_a_saved_model_is_told(clip, tmp_path):
+    clip.save(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved" / "model.json").read_text())
+    (tmp_path / "saved" / "model.json").write_text(json.dumps(content | {"activation": "gelu"}))
+    with pytest.raises(ValueError, match=r"model.json is damaged \(its CRC-32 is"):
+        clipmoe_jax.load(str(tmp_path / "saved"))
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_dir_shows_what_there_is_to_call():
+    assert {"load", "LoadedClip"} <= set(dir(clipmoe_jax))
+
+
+def test_lines_of_the_docs_run(clip, tmp_path, monkeypatch):
+    """In docs/python.md, after the demo: here with an untrained model."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    moe = MoeConfig(2, 1, expert_layers="attention_and_feed_forward")
+    params = stack_experts([clip.params] * 2, jax.random.key(0), expert_layers=moe.expert_layers)
+    mixture = LoadedClip(dataclasses.replace(clip.config, moe=moe), params, "CLIP-MoE", ComputeConfig())
+    mixture.save("runs/demo/moe/params")
+    found = {}
+    exec("\n".join(blocks), found)
+    assert found["heat"].shape == (1, 2, 2) and found["images"].shape == (2, 16)
+    assert clipmoe_jax.load("runs/last").config.moe is None

@@ -1,4 +1,4 @@
-"""Decoding many images in order, on all cores where that is faster."""
+"""Decoding image files, and many of them in order, on all cores where that is faster."""
 
 import collections
 import itertools
@@ -7,6 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+import numpy as np
+
+from clipmoe_jax.core.terminal import reading
+from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
+from clipmoe_jax.data.sources.base import MAX_IMAGE_BYTES, read_file
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,6 +27,18 @@ BYTES_AHEAD = 2**28  # of items that are read before it is their turn
 def num_cores() -> int:
     """Returns how many cores this process may use: under SLURM or in a container fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def preprocess_file(file: os.PathLike | str, image_size: int) -> np.ndarray:
+    """Returns the pixels of an image file as `preprocess_image`, uint8 (image_size, image_size, 3).
+
+    Raises ValueError naming a file that does not decode, and errors as `read_file`.
+    """
+    try:
+        with reading([file]):
+            return preprocess_image(read_file(file, True, MAX_IMAGE_BYTES), image_size)
+    except UnreadableImageError as error:
+        raise ValueError(f"{file} does not decode: {error}") from error
 
 
 def map_decoding(

@@ -63,6 +63,24 @@ def templates(name: str) -> tuple[str, ...]:
     return tuple(_read("templates.json")[TEMPLATES[name]])
 
 
+def chosen_templates(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns sentences with {} in place of a class name, given as such or by the name of a table.
+
+    Raises ValueError if there is none, or if a sentence has no {}.
+    """
+    if isinstance(given, str):
+        given = templates(given) if given in TEMPLATES else (given,)
+    if not given:
+        raise ValueError("templates are empty: give one or more")
+    for sentence in given:
+        if "{}" not in sentence:
+            raise ValueError(
+                f"template {sentence!r} has no {{}}: put it in place of the class name, or name one of the "
+                f"tables {', '.join(sorted(TEMPLATES))}"
+            )
+    return tuple(given)
+
+
 def table_digest(name: str) -> str:
     """Returns a hash of a table of `class_table`, but "none", and of its templates."""
     described = json.dumps([list(class_table(name).items()), templates(name)])

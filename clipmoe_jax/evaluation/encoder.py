@@ -26,10 +26,12 @@ def cache_programs(function: Function) -> Function:
 
 
 @cache_programs
-def make_encode(model: Clip, method: str) -> Callable[[trees.Params, Any], jax.Array]:
+def make_encode(model: Clip, method: str, **options: Any) -> Callable[[trees.Params, Any], jax.Array]:
     """Returns a jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or
-    "encode_text"."""
-    return jax.jit(lambda params, inputs: model.apply({"params": params}, inputs, method=method)[0])
+    "encode_text". options: arguments of the method."""
+    return jax.jit(
+        lambda params, inputs: model.apply({"params": params}, inputs, method=method, **options)[0]
+    )
 
 
 class Encoder:

@@ -10,12 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from clipmoe_jax.core.terminal import reading
-from clipmoe_jax.data.decoding import map_decoding
+from clipmoe_jax.data.decoding import map_decoding, preprocess_file
 from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs
-from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources.base import MAX_IMAGE_BYTES, read_file
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
 
@@ -72,16 +69,8 @@ class ModelSubject:
 
         Each file is read once, and a few batches are in memory at a time.
         """
-
-        def decode(file: Path) -> np.ndarray:
-            try:
-                with reading([file]):
-                    return preprocess_image(read_file(file, True, MAX_IMAGE_BYTES), self._image_size)
-            except UnreadableImageError as error:
-                raise ValueError(f"{file} does not decode: {error}") from error
-
         rows = {file: row for row, file in enumerate(dict.fromkeys(files))}
-        images, features = map_decoding(decode, rows), []
+        images, features = map_decoding(lambda file: preprocess_file(file, self._image_size), rows), []
         while batch := list(itertools.islice(images, self.encoder.batch_size)):
             features.append(self.encoder.images(np.stack(batch)))
         return np.concatenate(features)[[rows[file] for file in files]]

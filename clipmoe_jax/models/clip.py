@@ -1,6 +1,7 @@
 """CLIP, dense or mixture-of-experts: two towers into one embedding space.
 
-Letters: B batch, R rows of packed captions, L length, H and W height and width of images.
+Letters: B batch, R rows of packed captions, L length, H and W height and width of images, G patches along a
+side.
 """
 
 import dataclasses
@@ -217,18 +218,30 @@ def positions_in_segments(segments: Int[Array | np.ndarray, "R L"]) -> Int[Array
 
 # The methods of Clip by the input that they take.
 METHODS = {"image": "encode_image", "text": "encode_text"}
+OUTPUTS = ("pooled", "patches")  # of the vision tower
 
 
 class VisionTower(nn.Module):
-    """Encodes images (B, H, W, 3), uint8 or normalised float: features (B, embed) float32 and aux."""
+    """Encodes images (B, H, W, 3), uint8 or normalised float: features (B, embed) float32 and aux.
+
+    output "patches": features of the patches in their places, (B, G, G, embed) float32, each token through
+    ln_post and the projection as the class token is. value_attention: of the last block, as of
+    `transformer.Attention`.
+    """
 
     config: ClipConfig
     compute: ComputeConfig
 
     @nn.compact
     def __call__(
-        self, images: Images, deterministic: bool = True
-    ) -> tuple[Float[Array, "B embed"], dict[str, Array]]:
+        self,
+        images: Images,
+        deterministic: bool = True,
+        output: str = "pooled",
+        value_attention: bool = False,
+    ) -> tuple[Float[Array, "B ... embed"], dict[str, Array]]:
+        if output not in OUTPUTS:
+            raise ValueError(f"output={output!r}: choose one of {', '.join(OUTPUTS)}")
         config, vision = self.config, self.config.vision
         size, patch, width = vision.image_size, vision.patch_size, vision.width
         if images.shape[1:] != (size, size, 3):
@@ -249,13 +262,22 @@ class VisionTower(nn.Module):
         class_token = jnp.broadcast_to(class_embedding.astype(dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([class_token, x], axis=1) + positions.astype(dtype)
         x = layer_norm(config.layer_norm_eps, dtype, "ln_pre")(x)
-        class_positions = jnp.zeros((x.shape[0], 1), jnp.int32)
+        places = (grid, grid) if output == "patches" else ()
+        wanted = jnp.arange(1, grid * grid + 1) if places else jnp.zeros(1, jnp.int32)  # 0: the class token
         x, aux = _apply_blocks(
-            x, class_positions, config, vision, self.compute, causal=False, deterministic=deterministic
+            x,
+            jnp.broadcast_to(wanted, (x.shape[0], *wanted.shape)),
+            config,
+            vision,
+            self.compute,
+            causal=False,
+            deterministic=deterministic,
+            value_attention=value_attention,
         )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x)
         projection = self.param("proj", normal, (width, config.embed_dim))
-        return (x @ projection.astype(dtype)).astype(jnp.float32), aux
+        features = (x @ projection.astype(dtype)).astype(jnp.float32)
+        return features.reshape(-1, *places, config.embed_dim), aux
 
 
 class TextTower(nn.Module):
@@ -321,10 +343,17 @@ class Clip(nn.Module):
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def encode_image(
-        self, images: Images, deterministic: bool = True
-    ) -> tuple[Float[Array, "B embed"], dict[str, Array]]:
-        """Encodes images (B, H, W, 3), uint8 or normalised float -> (B, embed) float32, aux."""
-        return self.visual(images, deterministic)
+        self,
+        images: Images,
+        deterministic: bool = True,
+        output: str = "pooled",
+        value_attention: bool = False,
+    ) -> tuple[Float[Array, "B ... embed"], dict[str, Array]]:
+        """Encodes images (B, H, W, 3), uint8 or normalised float -> (B, embed) float32, aux.
+
+        output, value_attention: as of `VisionTower`.
+        """
+        return self.visual(images, deterministic, output, value_attention)
 
     def encode_text(
         self, tokens: Tokens | PackedText, deterministic: bool = True
@@ -397,6 +426,7 @@ def _apply_blocks(
     *,
     causal: bool,
     deterministic: bool,
+    value_attention: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     return apply_blocks(
         x,
@@ -412,4 +442,5 @@ def _apply_blocks(
         moe=config.moe,
         compute=compute,
         deterministic=deterministic,
+        value_attention=value_attention,
     )

@@ -108,12 +108,17 @@ def num_visited_experts(moe: MoeConfig | None, router_gradient: str) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one per row."""
+    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one per row.
+
+    value_attention: values stand for queries and keys too, softmax(v vᵀ / √head width) v, so that tokens
+    attend to those that are like them (CLIP Surgery, arXiv 2304.05653).
+    """
 
     num_heads: int
     causal: bool
     implementation: str
     dtype: jnp.dtype
+    value_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -121,7 +126,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "B L D"]:
         width = x.shape[-1]
         qkv = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")(x)
-        y = _attend(qkv, self.num_heads, self.causal, self.implementation, segments)
+        y = _attend(qkv, self.num_heads, self.causal, self.implementation, segments, self.value_attention)
         return Linear(width, width**-0.5, self.dtype, name="out_proj")(y)
 
 
@@ -131,10 +136,13 @@ def _attend(
     causal: bool,
     implementation: str,
     segments: Int[Array, "B L"] | None,
+    value_attention: bool,
 ) -> Float[Array, "B L W//3"]:
     """Lets tokens attend to each other; qkv: W = 3 D, the other arguments as of `Attention`."""
     batch, length, width = qkv.shape
     width //= 3
+    if value_attention:
+        qkv = jnp.tile(qkv[..., 2 * width :], 3)
     qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, num_heads, width // num_heads)
     y = attention(qkv, causal=causal, segments=segments, implementation=implementation)
     return checkpoint_name(y.reshape(batch, length, width), "attended")
@@ -145,7 +153,7 @@ class Block(nn.Module):
 
     sequences (B, L) int32 as in `moe.add_sequence_mean`, for routers that see them. pooled_positions (S, P)
     int32 as in `moe.gather`: only these tokens come out, as (S, P, D), and the feed-forward layer is computed
-    for them alone; None is all tokens, as (B, L, D).
+    for them alone; None is all tokens, as (B, L, D). value_attention: as of `Attention`.
     """
 
     num_heads: int
@@ -156,6 +164,7 @@ class Block(nn.Module):
     moe: MoeConfig | None
     compute: ComputeConfig
     deterministic: bool
+    value_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -170,16 +179,15 @@ class Block(nn.Module):
         activation, h = ACTIVATIONS[self.activation], ln_1(x)
         moe = None if self.moe is None else self._moe(self.moe, activation, dtype)
         router_logits, dropped_slots = None, 0
+        how = self.num_heads, self.causal, self.compute.attention
         if isinstance(moe, MoeBlock):
             router_logits = moe.logits(h, sequences)
             qkv, dropped_in = moe.project("in_proj", h, router_logits)
-            y = _attend(qkv, self.num_heads, self.causal, self.compute.attention, segments)
+            y = _attend(qkv, *how, segments, self.value_attention)
             y, dropped_out = moe.project("out_proj", y, router_logits)
             dropped_slots = dropped_in + dropped_out
         else:
-            y = Attention(self.num_heads, self.causal, self.compute.attention, dtype, name="attn")(
-                h, segments
-            )
+            y = Attention(*how, dtype, self.value_attention, name="attn")(h, segments)
         x = checkpoint_name(x + y, "attention_added")
         if moe is None:
             x = gather(x, pooled_positions)
@@ -227,12 +235,14 @@ def apply_blocks(
     moe: MoeConfig | None,
     compute: ComputeConfig,
     deterministic: bool,
+    value_attention: bool = False,
 ) -> tuple[Float[Array, "S*P D"], dict[str, Array]]:
     """Runs a tower's blocks; call it inside a tower's compact method, which owns `resblocks_i`.
 
     x (B, L, D), the other arrays as in `Block` -> (S * P, D) and aux, whose leaves are stacked over the MoE
     blocks on axis 1: router_logits (B, M, L, E) float32, dropped_slots (B, M) int32; empty for a dense tower.
-    The feed-forward layer of the last block is computed for the pooled positions alone.
+    The feed-forward layer of the last block is computed for the pooled positions alone. value_attention: of
+    the last block, as of `Attention`.
     """
     block_class = _block_class(compute.remat)
     first_moe = first_moe_layer(num_layers, moe)
@@ -247,6 +257,7 @@ def apply_blocks(
             moe=moe if i >= first_moe else None,
             compute=compute,
             deterministic=deterministic,
+            value_attention=value_attention and i == num_layers - 1,
             name=f"resblocks_{i}",
         )
         pooled = pooled_positions if i == num_layers - 1 else None

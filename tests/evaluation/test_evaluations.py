@@ -131,7 +131,7 @@ def test_picture_of_many_rows_is_decoded_once_and_few_are_in_memory(folder, subj
     files = sorted((folder / "test").rglob("*.png"))
     decoded, encoded, images = [], [], subject.encoder.images
     monkeypatch.setattr(
-        "clipmoe_jax.evaluation.subject.preprocess_image",
+        "clipmoe_jax.data.decoding.preprocess_image",
         lambda content, size: decoded.append(content) or preprocess_image(content, size),
     )
     monkeypatch.setattr(subject.encoder, "images", lambda of: encoded.append(len(of)) or images(of))
@@ -144,7 +144,7 @@ def test_picture_of_many_rows_is_decoded_once_and_few_are_in_memory(folder, subj
 
 
 def test_large_picture_is_not_read(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipmoe_jax.evaluation.subject.MAX_IMAGE_BYTES", 99, raising=False)
+    monkeypatch.setattr("clipmoe_jax.data.decoding.MAX_IMAGE_BYTES", 99)
     (tmp_path / "large.jpg").write_bytes(bytes(100))
     with pytest.raises(ValueError, match="large.jpg has 100 bytes, of which 99 may be read"):
         subject.pictures([tmp_path / "large.jpg"])

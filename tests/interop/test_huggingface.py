@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from grids import exhaustive, grid
+from patches import patch_features
 from safetensors.numpy import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
@@ -115,6 +116,17 @@ def test_architecture_and_format_are_read_from_the_folder(pair):
 def test_features_equal_transformers(outputs, name):
     theirs, ours = outputs
     np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value_attention", [False, True], ids=["queries and keys", "values alone"])
+def test_patch_features_equal_transformers(pair, value_attention):
+    torch_model, _, loaded = pair
+    images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
+    options = {"output": "patches", "value_attention": value_attention}
+    ours, _ = Clip(loaded.config).apply({"params": loaded.params}, images, method="encode_image", **options)
+    theirs = patch_features(torch_model, torch.tensor(images.transpose(0, 3, 1, 2)), value_attention)
+    assert ours.shape == (3, 4, 4, 24)
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_equal_transformers(pair, outputs):

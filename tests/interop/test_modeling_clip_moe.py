@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from grids import exhaustive, quick
+from patches import patch_features
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -102,6 +103,15 @@ def test_features_equal_ours(pair, outputs):
         image, text = model.get_image_features(PIXELS), model.get_text_features(IDS)
     np.testing.assert_allclose(image.pooler_output, ours["image_features"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(text.pooler_output, ours["text_features"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value_attention", [False, True], ids=["queries and keys", "values alone"])
+def test_patch_features_equal_ours(pair, value_attention):
+    config, params, _, model = pair
+    options = {"output": "patches", "value_attention": value_attention}
+    ours, _ = Clip(config).apply({"params": params}, IMAGES, method="encode_image", **options)
+    theirs = patch_features(model, PIXELS, value_attention)
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

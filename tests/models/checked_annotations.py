@@ -4,6 +4,7 @@ The import hook only reaches modules that are imported after it, so this is a pr
 """
 
 import dataclasses
+import functools
 
 from jaxtyping import install_import_hook
 
@@ -85,6 +86,9 @@ for fields in (
 ):
     for config in (MOE, BLOCKS):
         trace_step(config, ComputeConfig(expert_dropout_rate=0.1, **fields), full_loss, TOKENS)
+for config in (DENSE, BLOCKS):
+    apply = functools.partial(Clip(config).apply, method="encode_image", output="patches")
+    jax.eval_shape(apply, {"params": abstract_params(config)}, IMAGES)
 stretch_positions(np.zeros((77, 4), np.float32))
 resize_grid(np.zeros((5, 4), np.float32), 3)
 normalize_features(jnp.ones((2, 4)))
