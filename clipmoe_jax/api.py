@@ -22,6 +22,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.classes import GENERIC_TEMPLATES, chosen_templates, make_prompts
 from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.evaluation.zero_shot import class_embeddings
+from clipmoe_jax.interop.hub import OPEN_CLIP
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, normalize_features
 from clipmoe_jax.models.expert_params import expert_as_dense
@@ -295,6 +296,7 @@ def _check_token_ids(ids: np.ndarray | jax.Array, vocab_size: int) -> None:
 def load(
     path: str,
     *,
+    pretrained: str | None = None,
     num_selected_experts: int | None = None,
     activation: str | None = None,
     vision_head_width: int | None = None,
@@ -305,6 +307,8 @@ def load(
 ) -> LoadedClip:
     """Returns a CLIP or CLIP-MoE read from any of the formats in docs/interop.md.
 
+    path: a file or folder, or a model on the Hugging Face hub, "hf-hub:OWNER/NAME". pretrained: open_clip's
+    tag of weights, where path is its name of a model: load("ViT-B-32", pretrained="laion2b_s34b_b79k").
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation: of a
     bare state dict; None means quick_gelu. vision_head_width, text_head_width: of a bare state dict too; None
     means 64, or what open_clip's vision towers of that width have. context_length: 248 stretches a text tower
@@ -312,7 +316,7 @@ def load(
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     model = read_model(
-        path,
+        path if pretrained is None else f"{OPEN_CLIP}{path}/{pretrained}",
         num_selected_experts=num_selected_experts,
         activation=activation,
         vision_head_width=vision_head_width,

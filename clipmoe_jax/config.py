@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from clipmoe_jax.core.errors import Errors
+from clipmoe_jax.interop import hub
 from clipmoe_jax.models.attention import default_implementation
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
 from clipmoe_jax.models.experts import GROUPED_MLPS
@@ -31,9 +32,9 @@ RENAMED = {
     "data.digit_scenes": "data.train=digit_scenes:train?pairs=N (and data.test, data.base: configs/demo.py)",
 }
 
-# Fields of base.architecture that may be None, with the type that they have otherwise. (Its `moe` is always
-# None: the base is dense.)
-OPTIONAL = {"vision.mlp_width": int, "text.mlp_width": int, "text.eos_token_id": int}
+# Fields of base.architecture that may be None, with the type that they have otherwise: a run takes them from
+# the base's checkpoint. (Its `moe` is always None: the base is dense.)
+OPTIONAL = {"activation": str, "vision.mlp_width": int, "text.mlp_width": int, "text.eos_token_id": int}
 
 # XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
 CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),)
@@ -140,7 +141,8 @@ def default_config() -> ConfigDict:
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
 
     config.base = ConfigDict()
-    config.base.checkpoint = ""  # a file or folder `clipmoe_jax.load` takes; "" trains one from scratch
+    # What `clipmoe_jax.load` takes: a file, a folder, "hf-hub:OWNER/NAME"; "" trains a base from scratch.
+    config.base.checkpoint = ""
     set_architecture(config, "ViT-L/14", context_length=248)
     config.base.logit_scale = 100.0  # the checkpoint's is reset to its logarithm; 0 keeps it
     # Of the base's training from scratch, where base.checkpoint is empty.
@@ -233,12 +235,13 @@ def default_config() -> ConfigDict:
 def set_architecture(config: ConfigDict, variant: str | ClipConfig, context_length: int = 248) -> None:
     """Makes a variant ("ViT-B/32", …) the dense base, its 77 text positions stretched to `context_length`.
 
+    The activation of a variant is left to the base's checkpoint: LAION's models have another than OpenAI's.
     An architecture in place of a variant's name is taken as it is.
     """
     if isinstance(variant, ClipConfig):
         architecture = ConfigDict(variant.to_dict())
     elif variant in VARIANTS:
-        architecture = ConfigDict(VARIANTS[variant].to_dict())
+        architecture = ConfigDict(VARIANTS[variant].to_dict() | {"activation": None})
         architecture.text.context_length = context_length
     else:
         raise ValueError(f"variant {variant!r} is not known: choose one of {', '.join(VARIANTS)}")
@@ -249,10 +252,10 @@ def set_architecture(config: ConfigDict, variant: str | ClipConfig, context_leng
 def _type_optional(architecture: ConfigDict) -> None:
     """Gives fields that are None their type, without which no flag could set them."""
     for field, kind in OPTIONAL.items():
-        tower, _, name = field.partition(".")
-        if architecture[tower] is not None:
-            value = architecture[tower][name]
-            architecture[tower][name] = FieldReference(value, field_type=kind)
+        tower, _, name = field.rpartition(".")
+        section = architecture[tower] if tower else architecture
+        if section is not None:
+            section[name] = FieldReference(section[name], field_type=kind)
 
 
 def set_variants(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]]) -> None:
@@ -338,13 +341,17 @@ def phase_config(section: ConfigDict) -> PhaseConfig:
 
 
 def architecture(config: ConfigDict) -> ClipConfig:
-    """Returns the dense base's architecture."""
-    return ClipConfig.from_dict(config.base.architecture.to_dict())
+    """Returns the dense base's architecture; an activation that is not known yet is OpenAI's."""
+    fields = config.base.architecture.to_dict()
+    return ClipConfig.from_dict(fields | {"activation": fields["activation"] or ClipConfig.activation})
 
 
 def base_checkpoint(config: ConfigDict) -> str:
-    """Returns the path of the base's checkpoint, "" if there is none; it may begin with `~`."""
-    return os.path.expanduser(config.base.checkpoint)
+    """Returns the path of the base's checkpoint, "" if there is none.
+
+    The field may begin with `~`, or be a name of `hub.local_path`, which raises for what is not there.
+    """
+    return hub.local_path(os.path.expanduser(config.base.checkpoint))
 
 
 def moe_config(config: ConfigDict) -> MoeConfig:

@@ -1,10 +1,11 @@
 """ViT-B/32 as a CLIP-MoE: the recipe at a size for one GPU, with every baseline of published recipes.
 
     python -m clipmoe_jax.main --config=configs/vit_b32.py --workdir=runs/b32 \\
-        --config.base.checkpoint=clip-vit-base-patch32 --config.data.train=data/train \\
+        --config.base.checkpoint=hf-hub:openai/clip-vit-base-patch32 --config.data.train=data/train \\
         --config.data.test=data/test
 
-`data/train` and `data/test` are made by clipmoe_jax.prepare. Any other ViT: `vit_b32.py:variant=ViT-B/16`.
+`data/train` and `data/test` are made by clipmoe_jax.prepare. Another base of this size is another name, such
+as `open_clip:ViT-B-32/laion2b_s34b_b79k` (docs/interop.md); another ViT: `vit_b32.py:variant=ViT-B/16`.
 Hardware: meant for one GPU: remat, and the batch of 800 in eight parts (not measured yet). The paper has no
 numbers at this size, so every baseline is trained beside it.
 

@@ -1,6 +1,7 @@
 """One seed's run: its config, folder, mesh, numbers and data, as all of its stages share them."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.evaluation.encoder import Encoder
+from clipmoe_jax.interop import hub
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.model_folder import load_model
 
@@ -67,11 +69,10 @@ class Run:
             if chosen.get(f"data.{name}"):
                 chosen[f"{artifacts.CONTENTS}data.{name}"] = self.records(name).fingerprint
         if chosen.get("base.checkpoint"):
-            checkpoint = configs.base_checkpoint(self.config)
             chosen[f"{artifacts.CONTENTS}base.checkpoint"] = self.once(
                 "digest of base.checkpoint",
                 # Process 0 alone compares inputs.
-                lambda: stamps.digest(checkpoint) if distributed.is_main() else "",
+                lambda: _digest_of_base(self.config) if distributed.is_main() else "",
             )
         return {"seed": self.seed, **chosen}
 
@@ -147,3 +148,11 @@ class Run:
         """Returns an encoder of the model in a folder."""
         architecture, params = self.load(path)
         return Encoder(self.model(architecture), params, self.mesh, self.config.embed.batch_size)
+
+
+def _digest_of_base(config: ConfigDict) -> str:
+    """A hash of what base.checkpoint names; of a repository of the hub its commit, as the cache may come to
+    hold more of its files."""
+    path = configs.base_checkpoint(config)
+    is_repository = hub.is_name(config.base.checkpoint) and os.path.isdir(path)
+    return os.path.basename(path) if is_repository else stamps.digest(path)

@@ -20,6 +20,7 @@ from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
 from clipmoe_jax.dmu.recipes import Results, check_baselines, distills, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
+from clipmoe_jax.dmu.training import take_architecture
 
 DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
 # For any batch and warm-up: how many pairs a source has is known when it is prepared.
@@ -49,6 +50,7 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     for name, variant in variants.items():
         with errors.of(configs.label(name)):
             check_config(variant, stage)
+            take_architecture(variant)
         for seed in variant.seeds:
             with errors.of(configs.label(name)):
                 datasets[name, seed] = datasets_of(variant, config, workdir, name, seed)
@@ -138,11 +140,11 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
     with errors.of():
         check_baselines(config)
     is_valid = not errors.any()
-    if config.base.checkpoint and not epath.Path(configs.base_checkpoint(config)).exists():
-        with errors.of():
+    with errors.of():
+        if config.base.checkpoint and not epath.Path(configs.base_checkpoint(config)).exists():
             raise FileNotFoundError(
                 f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
-                "transformers' CLIPModel or a model folder of a run"
+                "transformers' CLIPModel, a model folder of a run, or hf-hub:OWNER/NAME"
             )
     if is_valid and stage and stage not in (names := stage_names(config)):
         errors.add(f"{stage!r} is not a stage of this config: choose one of {', '.join(names)}")

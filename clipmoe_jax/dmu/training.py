@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, sharding, trees
@@ -22,7 +23,7 @@ from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
-from clipmoe_jax.interop.load import read_model
+from clipmoe_jax.interop.load import read_architecture, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
@@ -118,6 +119,26 @@ def _make_base(run: Run, recipe: Recipe) -> bool:
         return _fit(run, recipe, architecture, params, folder, sampler)
 
     return run.make(run.workdir / recipe.folder, inputs_of(run, recipe), build)
+
+
+def take_architecture(config: ConfigDict) -> None:
+    """Sets the fields of base.architecture that are None to those of the base's checkpoint, if it has one."""
+    wanted = configs.architecture(config)
+    if config.base.checkpoint:
+        found = read_architecture(
+            configs.base_checkpoint(config),
+            activation=config.base.architecture.activation,
+            vision_head_width=wanted.vision.head_width,
+            text_head_width=wanted.text.head_width if wanted.text else None,
+        )
+    else:
+        found = wanted
+    known = trees.flatten(found.to_dict())
+    for field in configs.OPTIONAL:
+        tower, _, name = field.rpartition(".")
+        section = config.base.architecture[tower] if tower else config.base.architecture
+        if section[name] is None:
+            section[name] = known.get(field.replace(".", "/"))  # a vision tower alone has no text
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:

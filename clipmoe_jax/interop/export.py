@@ -15,7 +15,6 @@ from tokenizers import Tokenizer as Backend
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
-from clipmoe_jax.interop.load import RELEASED_CONFIG, RELEASED_FILE
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.inputs import SPECIAL_IDS
 from clipmoe_jax.models.positions import stretched_length
@@ -60,8 +59,8 @@ def write_clipmoe(folder: epath.Path, config: ClipConfig, params: trees.Params) 
             "num_selected_experts": config.moe.num_selected_experts,
             "num_moe_layers": depth - first_moe_layer(depth, config.moe),
         }
-    _write_json(folder / RELEASED_CONFIG, beside)
-    tensor_files.write_torch(folder / RELEASED_FILE, released.export_state_dict(params))
+    _write_json(folder / released.CONFIG_FILE, beside)
+    tensor_files.write_torch(folder / released.FILE, released.export_state_dict(params))
 
 
 def write_huggingface(

@@ -42,6 +42,14 @@ MOE_FIELDS = (
 )
 MOE_DEFAULTS: dict[str, Any] = {"router_sequence_share": 0.0, "expert_layers": "feed_forward"}
 
+# Names of a folder's weights. The first that exists is read.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
 # Values of fields that a config.json leaves out.
 TEXT_DEFAULTS = {
     "vocab_size": 49408,

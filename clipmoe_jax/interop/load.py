@@ -11,30 +11,14 @@ from etils import epath
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import field, read_json
-from clipmoe_jax.interop import huggingface, nametable, openclip, released, tensor_files
+from clipmoe_jax.interop import hub, huggingface, nametable, openclip, released, tensor_files
 from clipmoe_jax.interop.tensor_files import Tensors
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
-from clipmoe_jax.models.model_folder import check_files, load_model
+from clipmoe_jax.models.model_folder import check_files, load_model, read_config
 from clipmoe_jax.models.positions import resize_grid, stretch_positions, stretched_length
 
 TEXT_POSITIONS, VISION_POSITIONS = "text/positional_embedding", "visual/positional_embedding"
 
-# A state dict for the released code as we write it, and the file beside it with what it does not say.
-RELEASED_FILE, RELEASED_CONFIG = "model.pt", "clipmoe.json"
-
-# Names of a folder's weights. The first that exists is read.
-HUGGINGFACE_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-OPENCLIP_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.safetensors",
-    *HUGGINGFACE_FILES,
-)
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 # Parts of names that torch's wrappers of modules add: DistributedDataParallel, compile, FSDP, checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -85,6 +69,7 @@ def read_model(
 ) -> Loaded:
     """Reads a model from any format in docs/interop.md.
 
+    path: a file or folder, or a name of `hub.local_path`.
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation:
     "quick_gelu" or "gelu" for a bare state dict, which does not say it; None means quick_gelu.
     vision_head_width, text_head_width: of a bare state dict too; None means 64, or what open_clip's vision
@@ -97,13 +82,7 @@ def read_model(
     infinite values, in the file or in `dtype`.
     """
     asked = _Asked(num_selected_experts, activation, vision_head_width, text_head_width)
-    location = epath.Path(path)
-    if not location.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist: give a file or a folder of OpenAI's CLIP, transformers, open_clip, the "
-            "released CLIP-MoE, or a model folder of a run"
-        )
-    run_folder = next((f for f in (location, location / "params") if (f / "model.json").exists()), None)
+    location, run_folder = _find(path)
     if run_folder is not None:
         config, params = load_model(run_folder)
         leaves = trees.flatten(params)
@@ -112,8 +91,7 @@ def read_model(
             leaves[name] = place(name, tensor_files.finite(np.asarray(leaves.pop(name)), name, dtype, path))
         params, source = trees.unflatten(leaves), f"{describe(config)} of a run"
     else:
-        open_it = _open_folder if location.is_dir() else _open_file
-        table, config, tensors, source, weights = open_it(location, asked)
+        table, config, tensors, source, weights = _open(location, asked)
         abstract = abstract_params(config)
         shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract).items()}
         nametable.check_shapes(table, shapes, tensors, path)
@@ -129,6 +107,20 @@ def read_model(
     if image_size is not None:
         config, params = _with_image_size(config, params, image_size, place)
     return Loaded(config, params, source)
+
+
+def read_architecture(
+    path: str,
+    *,
+    activation: str | None = None,
+    vision_head_width: int | None = None,
+    text_head_width: int | None = None,
+) -> ClipConfig:
+    """Returns the architecture of a model, without its params; arguments and errors as of `read_model`."""
+    location, run_folder = _find(path)
+    if run_folder is not None:
+        return read_config(run_folder)
+    return _open(location, _Asked(None, activation, vision_head_width, text_head_width)).config
 
 
 def describe(config: ClipConfig) -> str:
@@ -153,21 +145,36 @@ def _check_asked(asked: _Asked, config: ClipConfig, path: str) -> None:
             )
 
 
+def _find(path: str) -> tuple[epath.Path, epath.Path | None]:
+    """Returns where a model lies, and its model folder if it is a run's."""
+    location = epath.Path(hub.local_path(path))
+    if not location.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: give a file or a folder of OpenAI's CLIP, transformers, open_clip, the "
+            "released CLIP-MoE, a model folder of a run, or hf-hub:OWNER/NAME"
+        )
+    return location, next((f for f in (location, location / "params") if (f / "model.json").exists()), None)
+
+
+def _open(location: epath.Path, asked: _Asked) -> _Checkpoint:
+    return (_open_folder if location.is_dir() else _open_file)(location, asked)
+
+
 def _open_folder(folder: epath.Path, asked: _Asked) -> _Checkpoint:
-    weights = _first(folder, HUGGINGFACE_FILES)
+    weights = _first(folder, huggingface.WEIGHT_FILES)
     described = _read_described(folder / "config.json")
     if "model_type" in described and not (
-        weights is None and _first(folder, OPENCLIP_FILES) and (folder / openclip.CONFIG_FILE).exists()
+        weights is None and _first(folder, openclip.WEIGHT_FILES) and (folder / openclip.CONFIG_FILE).exists()
     ):
         with naming(folder / "config.json"):  # another kind of model is refused before a missing file
             config = huggingface.import_config(described)
         if weights is None:
-            raise ValueError(f"{folder} has transformers' config.json and none of {HUGGINGFACE_FILES}")
+            raise ValueError(f"{folder} has transformers' config.json and none of {huggingface.WEIGHT_FILES}")
         return _huggingface(weights, _open_weights(weights), config, folder)
     if (folder / openclip.CONFIG_FILE).exists():
-        weights = _first(folder, OPENCLIP_FILES)
+        weights = _first(folder, openclip.WEIGHT_FILES)
         if weights is None:
-            raise ValueError(f"{folder} has an {openclip.CONFIG_FILE} and none of {OPENCLIP_FILES}")
+            raise ValueError(f"{folder} has an {openclip.CONFIG_FILE} and none of {openclip.WEIGHT_FILES}")
         return _openclip(weights, _open_weights(weights), folder)
     files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
@@ -194,7 +201,7 @@ def _open_file(path: epath.Path, asked: _Asked) -> _Checkpoint:
         if (path.parent / openclip.CONFIG_FILE).exists():
             return _openclip(path, tensors, path.parent)
         tensors, kind = released.normalise(tensors)
-        beside = path.parent / RELEASED_CONFIG
+        beside = path.parent / released.CONFIG_FILE
         said = _read_described(beside)
         is_bare = kind == released.BARE and not said
         widths = asked.vision_head_width, asked.text_head_width

@@ -6,10 +6,18 @@ from typing import Any
 
 from clipmoe_jax.core.checks import number, whole_number
 from clipmoe_jax.core.json_files import field
+from clipmoe_jax.interop import huggingface
 from clipmoe_jax.models.clip import MOST_OF_ANY, ClipConfig, TextConfig, VisionConfig, check_size
 from clipmoe_jax.models.inputs import MEAN, STD, check_preprocessing
 
 CONFIG_FILE, WEIGHTS_STEM = "open_clip_config.json", "open_clip_model"
+# Names of a folder's weights. The first that exists is read.
+WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.safetensors",
+    *huggingface.WEIGHT_FILES,
+)
 
 # Fields of open_clip's tower configs with the only value that this program's towers can compute.
 FIXED = {

@@ -19,6 +19,8 @@ from clipmoe_jax.models.transformer import MoeConfig
 
 # {width: head width} of open_clip's vision towers H, g, bigG and e. All others of open_clip, and all of
 # OpenAI's and the released code, have HEAD_WIDTH.
+# A state dict for the released code as we write it, and the file beside it with what it does not say.
+FILE, CONFIG_FILE = "model.pt", "clipmoe.json"
 VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 HEAD_WIDTH = 64
 

@@ -62,11 +62,11 @@ def open_sharded(index: epath.Path) -> Tensors:
 
     Raises ValueError for tensors that their file lacks, and errors as `files_of`.
     """
-    weight_map = _weight_map(index)
+    shards = weight_map(index)
     opened = {file.name: open_tensors(file) for file in files_of(index)}
-    if missing := [name for name, shard in weight_map.items() if name not in opened[shard]]:
+    if missing := [name for name, shard in shards.items() if name not in opened[shard]]:
         raise ValueError(f"{index} names tensors that their files lack: {missing[:10]}")
-    return {name: opened[shard].pop(name) for name, shard in weight_map.items()}
+    return {name: opened[shard].pop(name) for name, shard in shards.items()}
 
 
 def files_of(path: epath.Path) -> list[epath.Path]:
@@ -77,7 +77,7 @@ def files_of(path: epath.Path) -> list[epath.Path]:
     """
     if not is_index(path):
         return [path]
-    names = sorted(set(_weight_map(path).values()))
+    names = sorted(set(weight_map(path).values()))
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names {len(names)} files, of which {missing[:10]} do not exist")
     return [path.parent / name for name in names]
@@ -88,7 +88,7 @@ def is_index(path: epath.Path) -> bool:
     return path.name.endswith(".index.json")
 
 
-def _weight_map(index: epath.Path) -> dict[str, str]:
+def weight_map(index: epath.Path) -> dict[str, str]:
     """Returns {tensor: file} of a `….index.json`."""
     weight_map = field(read_json(index), "weight_map", dict, str(index))
     if outside := [name for name in weight_map.values() if not _is_file_name(name)]:

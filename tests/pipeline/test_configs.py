@@ -19,6 +19,7 @@ from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.phases import phases_of
 from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.training import take_architecture
 from clipmoe_jax.models.clip import VARIANTS, Clip, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import MoeConfig
@@ -258,8 +259,10 @@ def test_variant_sets_a_field_that_is_none():
 
 
 def test_recorded_architecture_is_that_of_an_earlier_version():
-    """Typed fields are recorded as the None that they were, so that workdirs go on."""
+    """Typed fields are recorded as the None that they were, and the activation as OpenAI's without a
+    checkpoint that says another, so that workdirs go on."""
     config = configs.default_config()
+    take_architecture(config)
     text = dataclasses.replace(VARIANTS["ViT-L/14"].text, context_length=248)
     expected = dataclasses.replace(VARIANTS["ViT-L/14"], text=text).to_dict()
     assert config.base.architecture.to_dict() == expected

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import torch
 from etils import epath
 from grids import exhaustive
+from hub_cache import COMMIT, fill_cache
 from PIL import Image
 from test_configs import get_config
 
 import clipmoe_jax
-from clipmoe_jax.core import sharding
+from clipmoe_jax.core import artifacts, sharding
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.records import Records
@@ -24,7 +26,7 @@ from clipmoe_jax.data.sources import ImageFolder
 from clipmoe_jax.dmu import recipes, runner
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import make_model
-from clipmoe_jax.interop import released
+from clipmoe_jax.interop import export, released
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.model_folder import read_config
 from clipmoe_jax.reporting.text_tables import format_evaluations
@@ -38,14 +40,16 @@ TINY = ClipConfig(
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "gray": (120, 120, 120)}
 
 
+def tiny_params():
+    images, tokens = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 77), jnp.int32)
+    return Clip(TINY).init(jax.random.key(0), images, tokens)["params"]
+
+
 @pytest.fixture(scope="module")
 def users_files(tmp_path_factory):
     """A released-code state dict and a folder of captioned images, several captions each."""
     folder = tmp_path_factory.mktemp("user")
-    params = Clip(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 77), jnp.int32))[
-        "params"
-    ]
-    state = {name: torch.tensor(a) for name, a in released.export_state_dict(params).items()}
+    state = {name: torch.tensor(a) for name, a in released.export_state_dict(tiny_params()).items()}
     torch.save(state, folder / "clip.pt")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -104,6 +108,26 @@ def test_run_from_a_users_checkpoint_and_images(users_files, tmp_path):
     for line in lines:  # label smoothing and all
         parts = line["contrastive_loss"] + line["short_caption_loss"] + line.get("balance_loss", 0)
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_base_of_the_hub_has_the_activation_of_its_checkpoint(users_files, tmp_path, monkeypatch):
+    """LAION's models have GELU, and the config of a variant says nothing. Other files may come into the
+    cache."""
+    config = users_config(users_files)
+    export.write_openclip(epath.Path(tmp_path), dataclasses.replace(TINY, activation="gelu"), tiny_params())
+    files = [tmp_path / name for name in ("open_clip_config.json", "open_clip_model.safetensors")]
+    snapshot = fill_cache(tmp_path / "hub", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", *files)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config.base.checkpoint = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    config.base.architecture.activation = get_config("vit_b32").base.architecture.activation
+    for stage in ("base", "embed_1"):
+        runner.run_variants(config, epath.Path(tmp_path / "run"), stage)
+        (snapshot / "merges.txt").write_text("of another program")
+    assert read_config(epath.Path(tmp_path / "run" / "base")).activation == "gelu"
+    made_from = artifacts.done_field(epath.Path(tmp_path / "run" / "base"), "inputs")
+    assert made_from["base.architecture.activation"] == "gelu"
+    assert made_from["contents of base.checkpoint"] == COMMIT
 
 
 def truncated_checkpoint(config, folder, tmp_path):
