@@ -176,7 +176,7 @@ class LoadedClip:
         Raises ValueError for a dense model, and for an expert number out of range.
         """
         config, params = expert_as_dense(self.params, self.config, e)
-        return LoadedClip(config, params, f"expert {e} of a {self.source}", self.model.compute)
+        return LoadedClip(config, params, f"dense CLIP, expert {e} of a {self.source}", self.model.compute)
 
     @printable_errors()
     def save(self, path: str | os.PathLike) -> None:

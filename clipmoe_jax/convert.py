@@ -6,6 +6,7 @@ Formats: huggingface (transformers), openclip (dense models), clipmoe (the relea
 README.md written into each folder, and docs/interop.md, say what it holds and how to use it.
 """
 
+import functools
 import pathlib
 
 from absl import flags, logging
@@ -18,7 +19,9 @@ from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data import preprocess, tokenizer
 from clipmoe_jax.interop import export
 from clipmoe_jax.interop.load import Loaded, read_model
+from clipmoe_jax.interop.tensor_files import finite
 from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.reporting.model_card import model_card
 
 
@@ -48,32 +51,74 @@ def convert(
     text_head_width: int | None = None,
     context_length: int | None = None,
     image_size: int | None = None,
+    expert: int | None = None,
+    interpolate: float | None = None,
+    base: str | None = None,
 ) -> Loaded:
     """Reads a model and writes it to the new folder `out`, whole or not at all. Returns the model.
 
-    to: a key of WRITERS. dtype: of the written tensors; None keeps each tensor's own. The other arguments are
-    those of `clipmoe_jax.load`. Raises FileNotFoundError or ValueError naming what does not fit.
+    to: a key of WRITERS. dtype: of the written tensors; None keeps each tensor's own, and is float32 for an
+    average. expert: of a CLIP-MoE, as a dense model. interpolate: the share of the model, from 0 to 1, in its
+    average with the model of the path `base`; None is expert 0. The other arguments are those of
+    `clipmoe_jax.load`. Raises FileNotFoundError or ValueError naming what does not fit.
     """
     if to not in WRITERS:
         raise ValueError(f"{to!r} is not a format: choose one of {', '.join(WRITERS)}")
     if in_bucket(out):
         raise ValueError(f"{out} is in a bucket: write to a local folder, then copy it there")
+    if interpolate is not None and not 0 <= interpolate <= 1:
+        raise ValueError(f"interpolate={interpolate} must lie between 0, the base, and 1, the model")
+    if base is not None and interpolate is None:
+        raise ValueError(f"base={base} has no share: give interpolate, such as 0.5")
+    read = functools.partial(
+        read_model,
+        num_selected_experts=num_selected_experts,
+        activation=activation,
+        vision_head_width=vision_head_width,
+        text_head_width=text_head_width,
+        context_length=context_length,
+        image_size=image_size,
+        dtype=dtype if interpolate is None else "float32",
+    )
     with artifacts.new_folder(epath.Path(out)) as folder:
-        model = read_model(
-            source,
-            num_selected_experts=num_selected_experts,
-            activation=activation,
-            vision_head_width=vision_head_width,
-            text_head_width=text_head_width,
-            context_length=context_length,
-            image_size=image_size,
-            dtype=dtype,
-        )
+        whole = read(source)
+        model = whole if expert is None else _expert(whole, expert)
+        if interpolate is not None:
+            if base is None and expert is None:
+                raise ValueError(
+                    f"{source} is to be averaged with nothing: give base, the dense model it came from"
+                )
+            model = _between(_expert(whole, 0) if base is None else read(base), model, interpolate, dtype)
         (folder / "README.md").write_text(
             model_card(source, model.config, model.params, model.source, to, epath.Path(out).name)
         )
         WRITERS[to](folder, model.config, model.params)
     return model
+
+
+def _expert(model: Loaded, e: int) -> Loaded:
+    """Returns an expert as a dense model. Raises ValueError as `expert_as_dense`."""
+    return Loaded(
+        *expert_as_dense(model.params, model.config, e), f"dense CLIP, expert {e} of a {model.source}"
+    )
+
+
+def _between(base: Loaded, model: Loaded, share: float, dtype: str | None) -> Loaded:
+    """Returns the average of two dense models of one architecture, cast to `dtype`; share: of `model`."""
+    for one in (base, model):
+        if one.config.moe:
+            raise ValueError(f"a {one.source} has no single weights to average: choose an expert")
+    if base.config != model.config:
+        ours, theirs = (trees.flatten(one.config.to_dict()) for one in (model, base))
+        name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        raise ValueError(
+            f"the model has {name}={ours.get(name)!r} and the base {theirs.get(name)!r}: only models of one "
+            "architecture have averages"
+        )
+    source = f"blend of {share:g} {model.source} and {1 - share:g} {base.source}"
+    leaves = trees.flatten(trees.blend(base.params, model.params, share))
+    params = trees.unflatten({name: finite(leaf, name, dtype, source) for name, leaf in leaves.items()})
+    return Loaded(model.config, params, source)
 
 
 def main(argv: list[str]) -> str:
@@ -88,6 +133,9 @@ def main(argv: list[str]) -> str:
         options.to,
         options.out,
         dtype=options.dtype,
+        expert=options.expert,
+        interpolate=options.interpolate,
+        base=options.base,
         **cli.model_options(),
     )
     out = printable_line(options.out)
@@ -104,6 +152,11 @@ def _define_flags() -> None:
         None,
         ["float32", "float16", "bfloat16"],
         "Of the written tensors; by default each keeps its own.",
+    )
+    flags.DEFINE_integer("expert", None, "An expert of a CLIP-MoE alone, as the dense model it came from.")
+    flags.DEFINE_float("interpolate", None, "The model's share in its average with --base, weight by weight.")
+    flags.DEFINE_string(
+        "base", None, "The other model of the average; of an expert it is expert 0 if not given."
     )
     cli.define_model_flags()
     flags.mark_flags_as_required(["from", "to", "out"])

@@ -332,7 +332,10 @@ def test_an_expert_is_the_dense_model_that_it_came_from(clip, tmp_path, expert_l
     for e, of_expert in enumerate(experts):
         dense = LoadedClip(clip.config, of_expert, "dense CLIP", ComputeConfig())
         found = mixture.expert(e)
-        assert repr(found) == f"<expert {e} of a CLIP-MoE (2 experts, 1 selected) of a run, embed_dim 16>"
+        assert (
+            repr(found)
+            == f"<dense CLIP, expert {e} of a CLIP-MoE (2 experts, 1 selected) of a run, embed_dim 16>"
+        )
         np.testing.assert_allclose(found.encode_image(IMAGES), dense.encode_image(IMAGES), atol=1e-6)
         np.testing.assert_allclose(found.encode_text(TEXTS), dense.encode_text(TEXTS), atol=1e-6)
     with pytest.raises(ValueError, match="there is no expert 2: choose one of 0 to 1"):

@@ -90,6 +90,11 @@ def cast_matrices(params: Params, dtype: str) -> dict:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= 2 else leaf, params)
 
 
+def blend(base: Params, params: Params, share: float) -> dict:
+    """Returns (1 - share) · base + share · params, leaf by leaf (WiSE-FT, arXiv 2109.01903)."""
+    return jax.tree.map(lambda old, new: (1 - share) * old + share * new, base, params)
+
+
 def _some(names: Sequence[str], most: int = 4) -> str:
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -380,7 +379,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
         _, params = run.load(run.workdir / recipe.folder)
         numbers = {}
         for share in BLEND_SHARES:
-            blend = jax.tree.map(lambda old, new, share=share: old + share * (new - old), base, params)
+            blend = trees.blend(base, params, share)
             encoder = Encoder(run.model(architecture), blend, run.mesh, run.config.embed.batch_size)
             numbers[f"{share:.2f}"] = _both_axes(run, _subject(run, encoder))
         artifacts.write_json(folder / "results.json", numbers)

@@ -288,6 +288,70 @@ def test_existing_folder_is_refused_and_not_touched(dense_folder, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_a_model_between_two_is_their_average(dense_folder, tmp_path):
+    """A quarter of one and three of the other; at 0 and 1 they themselves, in any type."""
+    base = read_model(dense_folder)
+    other = jax.tree.map(lambda leaf: leaf + np.float32(0.1) * np.cos(leaf), base.params)
+    save_model(epath.Path(tmp_path / "other"), base.config, other)
+    for share, dtype in ((0.25, None), (0.0, "float16"), (1.0, None)):
+        out = str(tmp_path / f"between {share}")
+        convert(str(tmp_path / "other"), "openclip", out, interpolate=share, base=dense_folder, dtype=dtype)
+        expected = jax.tree.map(lambda old, new, n=share: (1 - n) * old + n * new, base.params, other)
+        found = read_model(out, dtype=None)
+        assert found.config == base.config and found.params["logit_scale"].dtype == (dtype or "float32")
+        atol = 1e-3 if dtype else 1e-7
+        chex.assert_trees_all_close(found.params, jax.tree.map(np.asarray, expected), atol=atol)
+
+
+def test_an_expert_is_averaged_with_the_base_of_its_mixture(golden_dir, tmp_path):
+    source = str(golden_dir / "moe_last1.pt")
+    for out, options in (
+        ("2", {"expert": 2}),
+        ("between", {"expert": 2, "interpolate": 0.5}),
+        ("0", {"expert": 0}),
+    ):
+        convert(source, "huggingface", str(tmp_path / out), dtype="float32", **options)
+    first, last, between = (read_model(str(tmp_path / out)) for out in ("0", "2", "between"))
+    assert between.config == first.config and between.config.moe is None
+    of_expert = [m.params["visual"]["resblocks_1"]["mlp"]["c_fc"]["kernel"] for m in (first, last)]
+    assert not np.array_equal(*of_expert)
+    expected = jax.tree.map(lambda old, new: (old + new) / 2, first.params, last.params)
+    chex.assert_trees_all_close(between.params, expected, atol=1e-6)
+    card = (tmp_path / "between" / "README.md").read_text()
+    assert "from a blend of 0.5 dense CLIP, expert 2 of a CLIP-MoE" in card
+
+
+NO_AVERAGES = {
+    "no base": (
+        {"interpolate": 0.5},
+        "is to be averaged with nothing: give base, the dense model it came from",
+    ),
+    "no share": ({"base": "x"}, "base=x has no share: give interpolate, such as 0.5"),
+    "a share above 1": (
+        {"interpolate": 1.5, "base": "x"},
+        "interpolate=1.5 must lie between 0, the base, and 1",
+    ),
+    "a mixture": (
+        {"interpolate": 0.5, "base": "moe_all.pt"},
+        "has no single weights to average: choose an exp",
+    ),
+    "an expert of none": ({"expert": 1}, "expert 1 of a dense model was asked for: it has no experts"),
+    "another architecture": (
+        {"interpolate": 0.5, "base": "dense.pt"},
+        "the model has .*=.* and the base .*: only models of one architecture have averages",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), NO_AVERAGES.values(), ids=NO_AVERAGES)
+def test_models_that_have_no_average_are_refused(dense_folder, golden_dir, tmp_path, options, message):
+    if options.get("base", "").endswith(".pt"):
+        options = options | {"base": str(golden_dir / options["base"])}
+    with pytest.raises(ValueError, match=message):
+        convert(dense_folder, "huggingface", str(tmp_path / "out"), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def run_command(*arguments, **options):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "clipmoe_jax.convert", *arguments]
