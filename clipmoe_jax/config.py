@@ -228,6 +228,7 @@ def default_config() -> ConfigDict:
     config.checkpoint.every_steps = 500  # what a kill can cost
     config.checkpoint.max_to_keep = 2  # of a phase
     config.log_every = 10  # steps between lines of metrics.jsonl
+    config.wandb = ""  # a project of Weights & Biases (pip install wandb); "" sends nothing there
     config.lock()
     return config
 

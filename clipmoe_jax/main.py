@@ -8,9 +8,11 @@ A config with `variants` is a sweep: each variant is a run in WORKDIR/VARIANT, a
 (--config=sweep). A finished stage is not run again, and a killed run resumes. `--stage` runs one stage
 alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
 
+`--profile=100:105` traces steps 100 to 105 of each phase: WORKDIR/profile/PHASE, for ui.perfetto.dev.
 `python -m clipmoe_jax.plan` estimates beforehand what a run takes on any number of devices.
 """
 
+import re
 import time
 
 import jax
@@ -33,10 +35,11 @@ def main(argv: list[str]) -> str | None:
     workdir = epath.Path(flags.FLAGS.workdir)
     if flags.FLAGS.stage == DATA_STAGE:
         accelerators.take_none()
+    profiled = _parse_profile(flags.FLAGS.profile)
     distributed.initialize(flags.FLAGS.distributed)
     distributed.keep_compiled_programs()
     began = time.perf_counter()
-    variants = run_variants(flags.FLAGS.config, workdir, flags.FLAGS.stage)
+    variants = run_variants(flags.FLAGS.config, workdir, flags.FLAGS.stage, profiled)
     if not all(variants.values()) or not distributed.is_main():
         return None
     shown = write_results(variants, workdir)
@@ -49,10 +52,20 @@ def main(argv: list[str]) -> str | None:
     )
 
 
+def _parse_profile(text: str) -> range:
+    """Returns the steps, from 0, that "100:105" names: the hundredth to the hundred and fifth."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(match[1]) - 1, int(match[2])) if match else range(0)
+    if text and (not steps or steps.start < 0):
+        raise ValueError(f"--profile={text} must be the first and the last step of a trace, such as 100:105")
+    return steps
+
+
 def _define_flags() -> None:
     cli.define_config_flag()
     flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
     flags.DEFINE_string("stage", "", "One stage alone; all of them if empty.")
+    flags.DEFINE_string("profile", "", "Steps of each phase to trace, such as 100:105.")
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "off"], "Whether to join other processes that the environment shows."
     )

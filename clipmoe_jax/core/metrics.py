@@ -1,19 +1,23 @@
-"""Output of a run: progress bars and lines on the console, `metrics.jsonl` and TensorBoard.
+"""Output of a run: progress bars and lines on the console, `metrics.jsonl`, TensorBoard, Weights & Biases
+and traces of a profiler.
 
 Process 0 alone writes.
 """
 
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
 import reprlib
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from tqdm import tqdm
 
@@ -52,18 +56,36 @@ class Metrics:
     A resumed run repeats the steps since its last checkpoint: of two lines for a step, the later counts.
     """
 
-    def __init__(self, workdir: epath.Path):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+        profiled: range = range(0),
+    ):
+        """Opens a run's files.
+
+        wandb: a project of Weights & Biases that numbers go to as well, with the run's config; "" for none.
+        profiled: the steps of each phase, from 0, that a profiler traces.
+        Raises ValueError if wandb is not installed.
+        """
         self._active = distributed.is_main()
+        self._profiled, self._traces = profiled, False
         if not self._active:
             return
+        if wandb and not importlib.util.find_spec("wandb"):
+            raise ValueError(f"wandb={wandb} needs the package wandb: pip install wandb")
+        self._wandb, self._config = wandb, config or {}
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._lines = _Lines(self._workdir / "metrics.jsonl")
 
     @functools.cached_property
-    def _tensorboard(self):
+    def _sinks(self) -> list["_TensorBoard | _WandB"]:
         """Opens with the first numbers, so that a run with nothing left to do writes no file."""
-        return _TensorBoard(self._workdir / "tensorboard")
+        sinks: list[_TensorBoard | _WandB] = [_TensorBoard(self._workdir / "tensorboard")]
+        return [*sinks, _WandB(self._wandb, self._workdir, self._config)] if self._wandb else sinks
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers after `step` steps of a phase ("mcl_1", "router", …)."""
@@ -72,12 +94,36 @@ class Metrics:
         values = {name: float(value) for name, value in values.items()}
         line = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
         self._lines.add(_with_checksum(json.dumps(line)) + "\n")
-        self._tensorboard.add(phase, step, values)
+        self._show(phase, step, values)
 
     def log_scores(self, phase: str, step: int, scores: Mapping[str, float]) -> None:
         """Shows what evaluations found after `step` steps of a phase; files of their own keep it."""
         if self._active:
-            self._tensorboard.add(phase, step, scores)
+            self._show(phase, step, scores)
+
+    def _show(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.add(phase, step, values)
+
+    def profile(self, phase: str, step: int, running: Any) -> None:
+        """Begins or ends a trace ahead of a step of a phase. running: arrays of the steps before it.
+
+        Traces go to profile/PHASE, of process 0, and open in ui.perfetto.dev.
+        """
+        if not self._active:
+            return
+        if self._traces and step >= self._profiled.stop:
+            jax.block_until_ready(running)
+            self.end_profile()
+        if step in self._profiled and not self._traces:
+            jax.profiler.start_trace(self._workdir / "profile" / phase, create_perfetto_trace=True)
+            self._traces = True
+
+    def end_profile(self) -> None:
+        """Ends a trace that a phase's last step has left open."""
+        if self._traces:
+            self._traces = False
+            jax.profiler.stop_trace()
 
     def progress(self, phase: str, start: int, total: int, unit: str = "step") -> tqdm:
         """Returns a progress bar with rate and time left, refreshed less often in a log file.
@@ -105,8 +151,9 @@ class Metrics:
         if not self._active:
             return
         self._lines.close()
-        if "_tensorboard" in vars(self):
-            self._tensorboard.close()
+        if "_sinks" in vars(self):
+            for sink in self._sinks:
+                sink.close()
 
 
 def read_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,6 +230,32 @@ class _TensorBoard:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+class _WandB:
+    """A run of Weights & Biases. Its id is kept in the workdir, so that a resumed run goes on in it.
+
+    Steps of each phase begin anew: they are an axis of their own for its numbers.
+    """
+
+    def __init__(self, project: str, workdir: epath.Path, config: Mapping[str, Any]):
+        wandb = importlib.import_module("wandb")
+        file = workdir / "wandb_id.txt"
+        run_id = file.read_text() if file.exists() else secrets.token_hex(4)
+        file.write_text(run_id)
+        where = {} if in_bucket(workdir) else {"dir": os.fspath(workdir)}
+        name = workdir.resolve().name
+        self._run = wandb.init(project=project, name=name, id=run_id, resume="allow", config=config, **where)
+        self._phases: set[str] = set()
+
+    def add(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        if phase not in self._phases:
+            self._phases.add(phase)
+            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+        self._run.log({f"{phase}/step": step, **{f"{phase}/{name}": v for name, v in values.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class _Lines:

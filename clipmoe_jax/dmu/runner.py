@@ -32,11 +32,14 @@ def stage_names(config: ConfigDict) -> list[str]:
     return [DATA_STAGE, *stages_of(config), *([EVALUATE_STAGE] if results.is_wanted(config) else [])]
 
 
-def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> dict[str, list[Results]]:
+def run_variants(
+    config: ConfigDict, workdir: epath.Path, stage: str = "", profiled: range = range(0)
+) -> dict[str, list[Results]]:
     """Runs every stage, or one alone, for every seed of every variant.
 
     A config without variants is one named "", in the workdir itself. Data is prepared and everything checked
-    before the first stage begins; what several variants have in common is made once and copied.
+    before the first stage begins; what several variants have in common is made once and copied. profiled: as
+    of `Metrics`.
 
     Returns {variant: results of each seed}, empty lists where `stage` is another than the evaluation. Raises
     ValueError or FileNotFoundError naming what cannot work.
@@ -68,7 +71,9 @@ def run_variants(config: ConfigDict, workdir: epath.Path, stage: str = "") -> di
     results_of = {name: [] for name in variants}
     if stage != DATA_STAGE:
         for (name, seed), of_run in datasets.items():
-            evaluated = _run_seed(variants[name], seed, workdir, name, list(variants), of_run, stage)
+            evaluated = _run_seed(
+                variants[name], seed, workdir, name, list(variants), of_run, stage, profiled
+            )
             if evaluated is not None:
                 results_of[name].append(evaluated)
     return results_of
@@ -96,6 +101,7 @@ def _run_seed(
     variants: Sequence[str],
     datasets: Mapping[str, Dataset],
     stage: str,
+    profiled: range,
 ) -> Results | None:
     """The results of one seed, None where the stage is another than the evaluation."""
     part = f"seed_{seed}" if len(config.seeds) > 1 else ""
@@ -105,9 +111,11 @@ def _run_seed(
     if results.is_wanted(config):
         stages[EVALUATE_STAGE] = results.evaluate
     mesh, evaluated = sharding.make_mesh(**config.mesh), None
-    with contextlib.closing(Metrics(folder)) as metrics:
+    whole_config = {"seed": seed, **config.to_dict()}
+    metrics = Metrics(folder, wandb=config.wandb, config=whole_config, profiled=profiled)
+    with contextlib.closing(metrics):
         described = {
-            "config.json": {"seed": seed, **config.to_dict()},
+            "config.json": whole_config,
             "datasets.json": describe(datasets, folder),
         }
         if not all((folder / name).exists() for name in described):  # for a report meanwhile

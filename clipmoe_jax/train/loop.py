@@ -103,6 +103,7 @@ def fit(
 
         stack.enter_context(jax.set_mesh(mesh))
         progress = stack.enter_context(metrics.progress(name, start, num_steps))
+        stack.callback(metrics.end_profile)
         batches = stack.enter_context(
             open_batches(
                 pairs,
@@ -122,6 +123,7 @@ def fit(
         for step, (rehearses, batch) in enumerate(reporter.time_waits(batches), start):
             arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
+            metrics.profile(name, step, state)
             # Nothing else goes to the devices or comes back.
             with reporter.tell_compilation(rehearses, arrays), jax.transfer_guard("disallow"):
                 take_step = rehearse_step if rehearses else train_step
