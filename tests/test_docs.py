@@ -116,6 +116,18 @@ def test_readme_is_read_in_a_minute():
     assert all(len(sentence.split()) <= 35 for sentence in sentences)
 
 
+def test_links_lead_to_files():
+    """Within the site Sphinx checks them, with their anchors."""
+    links = [
+        (page, target)
+        for page in (*PAGES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")
+        for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
+        if ":" not in target and not target.startswith("generated/")
+    ]
+    assert len(links) > 50
+    assert [link for link in links if not (ROOT / link[0]).parent.joinpath(link[1]).exists()] == []
+
+
 def messages() -> list[str]:
     """The likeliest errors: the first column of the tables of docs/troubleshooting.md."""
     return re.findall(r"^\| `([^`]+)`", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
@@ -151,7 +163,7 @@ def test_blocks_are_of_three_kinds():
 @exhaustive
 def test_blocks_run_as_they_stand(tmp_path):
     """In one folder, page by page, with the demo's small settings. (.ci/run and .ci/nightly install.)"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for block in blocks():
         if block.needs or block.language == "text" or ">>>" in block.code:
