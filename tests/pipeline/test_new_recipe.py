@@ -46,7 +46,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "BASELINES", (*recipes.BASELINES, ROW))
         patch.setattr(recipes, "STAGES", (*recipes.STAGES, STAGE))
-        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # of the CLIP-MoE alone
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder, progress: {})  # of the CLIP-MoE alone
+        patch.setattr(dmu_results, "_nothing_changed", lambda run: [])
         config.baselines = (ROW.name,)
         [results] = runner.run_variants(config, workdir)[""]
         yield workdir, config, results

@@ -104,7 +104,8 @@ def test_what_comes_from_another_base_is_not_shared(files, tmp_path):
     config.update_from_flattened_dict(fields_of(files))
     configs.set_variants(config, {"shard": {}, "scenes": {"data.base": "digit_scenes:train?pairs=64"}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})
+        patch.setattr(dmu_results, "_diagnose", lambda run, folder, progress: {})
+        patch.setattr(dmu_results, "_nothing_changed", lambda run: [])
         runner.run_variants(config, workdir)
     assert {path.parent for path in workdir.glob("*/data/base/report.json")} == {workdir / "scenes/data/base"}
     for name in ("base", "stage_1/features", "stage_1/params", "moe/params"):

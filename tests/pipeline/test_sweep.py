@@ -27,7 +27,10 @@ def sweep(tmp_path_factory):
     workdir, config = epath.Path(tmp_path_factory.mktemp("sweep")), tiny_config()
     configs.set_variants(config, VARIANTS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dmu_results, "_diagnose", lambda run, folder: {})  # is looked at in test_pipeline.py
+        patch.setattr(
+            dmu_results, "_diagnose", lambda run, folder, progress: {}
+        )  # is looked at in test_pipeline.py
+        patch.setattr(dmu_results, "_nothing_changed", lambda run: [])
         return workdir, runner.run_variants(config, workdir)
 
 
