@@ -6,17 +6,21 @@
 
 --data is KIND:PATH?option=value, a line of `clipmoe_jax.evaluation.evaluations`; a path alone is a prepared
 data set for retrieval. --experts evaluates each expert of a CLIP-MoE alone, too, as the dense model it came
-from.
+from. --cost measures latency, throughput and memory of encoding, with --experts of one expert alone in turns.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
+from clipmoe_jax.analysis.cost import costs
 from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data.tokenizer import Tokenizer
@@ -26,7 +30,7 @@ from clipmoe_jax.evaluation.subject import ModelSubject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.expert_params import expert_as_dense
-from clipmoe_jax.reporting.text_tables import format_models
+from clipmoe_jax.reporting.text_tables import format_cost, format_models
 
 
 def evaluate(
@@ -49,10 +53,7 @@ def evaluate(
     Raises:
         ValueError: a model without text tower, or experts of a dense one.
     """
-    if model.config.text is None:
-        raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
-    if not model.config.text.has_clips_tokens:
-        raise ValueError(f"the model is a {model.source} with tokens of its own: evaluations need CLIP's")
+    _check_towers(model)
     config = config or configs.default_config()
     mesh = sharding.make_mesh()
     tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)
@@ -64,6 +65,32 @@ def evaluate(
         )
         numbers[name] = {evaluation.line: evaluation.measure(subject) for evaluation in evaluations}
     return numbers
+
+
+def measure_cost(
+    model: Loaded, *, experts: bool = False, config: ConfigDict | None = None
+) -> dict[str, dict[str, Any]]:
+    """Returns {name: numbers of `cost.costs`}, of "model" and with `experts` of "expert 0", timed in turns.
+
+    Images are noise and captions short, padded as they always are. Raises ValueError as `evaluate`.
+    """
+    _check_towers(model)
+    config = config or configs.default_config()
+    compute = configs.compute_config(config, sharding.platform())
+    size, length = model.config.vision.image_size, model.config.text.context_length
+    images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    models = {
+        name: (Clip(architecture, compute), params)
+        for name, (architecture, params) in itertools.islice(_models(model, experts), 2)  # all cost the same
+    }
+    return costs(models, images, Tokenizer(length)(["a photo of a cat"]))
+
+
+def _check_towers(model: Loaded) -> None:
+    if model.config.text is None:
+        raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
+    if not model.config.text.has_clips_tokens:
+        raise ValueError(f"the model is a {model.source} with tokens of its own: evaluations need CLIP's")
 
 
 def _models(model: Loaded, experts: bool) -> Iterator[tuple[str, tuple[ClipConfig, trees.Params]]]:
@@ -86,16 +113,24 @@ def main(argv: list[str]) -> str:
     logging.set_verbosity(logging.WARNING)  # tfds and orbax log every file they open
     given = flags.FLAGS
     distributed.keep_compiled_programs()
-    lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data]
+    if not given.data and not given.cost:
+        raise ValueError("there is nothing to measure: give --data=KIND:PATH, --cost or both")
+    lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data or ()]
     # An error in them is raised before the model is read.
     evaluations, reasons = open_applicable([parse_evaluation(line) for line in lines])
     if given.out:
         epath.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     model = read(given.model, **cli.model_options())
-    numbers = evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size)
+    numbers = (
+        evaluate(model, evaluations, experts=given.experts, batch_size=given.batch_size) if lines else {}
+    )
+    tables = [format_models(evaluation.line, numbers) for evaluation in evaluations]
+    if given.cost:
+        cost = measure_cost(model, experts=given.experts)
+        numbers |= {name: {**numbers.get(name, {}), "cost": of_one} for name, of_one in cost.items()}
+        tables.append(format_cost(cost))
     if given.out:
         artifacts.write_json(epath.Path(given.out), {"model": given.model, "source": model.source, **numbers})
-    tables = [format_models(evaluation.line, numbers) for evaluation in evaluations]
     return "\n\n".join(
         [
             f"{printable_line(given.model)}: {model.source}",
@@ -108,11 +143,12 @@ def main(argv: list[str]) -> str:
 def _define_flags() -> None:
     flags.DEFINE_string("model", None, "Any file or folder that clipmoe_jax.load takes.")
     flags.DEFINE_multi_string("data", None, "KIND:PATH?option=value; may be given several times.")
+    flags.DEFINE_bool("cost", False, "Measures latency, throughput and memory of encoding.")
     flags.DEFINE_bool("experts", False, "Also each expert of a CLIP-MoE alone.")
     flags.DEFINE_string("out", None, "A JSON file for the numbers.")
     flags.DEFINE_integer("batch_size", 256, "Images or texts at a time.", lower_bound=1)
     cli.define_model_flags()
-    flags.mark_flags_as_required(["model", "data"])
+    flags.mark_flag_as_required("model")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ def costs(
 
     models: {title: (model as it is to be run, params whole in this process)}. images (N, H, W, 3) uint8 and
     tokens (N, L) int32, repeated where a batch takes more.
-    Numbers: parameters, active_parameters; flops_per_image and flops_per_caption (of L tokens) of the experts
-    that a token visits, by hand; xla_flops_per_image (`xla_flops`); latency_ms, an image and a caption
+    Numbers: those of `counted_costs`; xla_flops_per_image (`xla_flops`); latency_ms, an image and a caption
     together, median of the rounds; pairs_per_second at best_batch, the fastest of the batch sizes; peak_bytes
     at the largest of them, the same for all models: arguments (the parameters among them), results and
     temporaries of the compiled program.
@@ -43,10 +42,7 @@ def costs(
     for title, (model, params) in models.items():
         encoders[title] = (jax.jit(_encode_pairs(model)), jax.device_put(params, device))
         results[title] = {
-            "parameters": trees.count_parameters(params),
-            "active_parameters": count_active_parameters(params, model.config),
-            "flops_per_image": hand_flops(model.config, "visual"),
-            "flops_per_caption": hand_flops(model.config, "text", tokens.shape[1]),
+            **counted_costs(model.config, tokens.shape[1]),
             "xla_flops_per_image": xla_flops(model.config, "visual"),
             "pairs_per_second": 0.0,
         }
@@ -65,6 +61,18 @@ def costs(
                 numbers |= {"pairs_per_second": size / median, "best_batch": size}
             numbers["peak_bytes"] = peak_bytes(programs[title])  # the last size is the largest
     return results
+
+
+def counted_costs(config: ClipConfig, length: int) -> dict[str, float]:
+    """Returns what the architecture alone tells: parameters, active_parameters; flops_per_image and
+    flops_per_caption (of `length` tokens) of the experts that a token visits, by hand."""
+    params = abstract_params(config)
+    return {
+        "parameters": trees.count_parameters(params),
+        "active_parameters": count_active_parameters(params, config),
+        "flops_per_image": hand_flops(config, "visual"),
+        "flops_per_caption": hand_flops(config, "text", length),
+    }
 
 
 def hand_flops(config: ClipConfig, tower: str, length: int | None = None) -> float:

@@ -66,8 +66,7 @@ def expert_difference(
         )
     for tower, arrays in placed_inputs(batches, mesh):
         with jax.set_mesh(mesh):
-            mask = token_mask(model.config, tower, arrays)
-            captured = _make_capture(model, tower)(params, arrays["inputs"])
+            mask, captured = _make_capture(model, tower)(params, arrays)
         for layer, x in zip(layers[tower], captured, strict=True):
             key = tower, layer
             experts = expert_leaves(params, tower, layer)
@@ -199,20 +198,22 @@ def expert_outputs(x: Array, experts: trees.Params, config: ClipConfig) -> Array
 
 
 @functools.cache
-def _make_capture(model: Clip, tower: str) -> Callable[[trees.Params, Array], list[Array]]:
-    """Returns the jitted (params, inputs) -> input of each MoE block's experts, ln_2's output (B, L, D)."""
+def _make_capture(model: Clip, tower: str) -> Callable[..., tuple[Array, list[Array]]]:
+    """Returns the jitted (params, arrays of `placed_inputs`) -> `token_mask`, and the input of each MoE
+    block's experts, ln_2's output (B, L, D)."""
 
-    def capture(params, inputs):
+    def capture(params, arrays):
         _, state = model.apply(
             {"params": params},
-            inputs,
+            arrays["inputs"],
             method=METHODS[INPUTS[tower]],
             capture_intermediates=lambda module, _: module.name == "ln_2",
             mutable=["intermediates"],
         )
         blocks = state["intermediates"][tower]
         numbers = moe_layers(model.config)[tower]
-        return [blocks[f"resblocks_{i}"]["ln_2"]["__call__"][0] for i in numbers]
+        captured = [blocks[f"resblocks_{i}"]["ln_2"]["__call__"][0] for i in numbers]
+        return token_mask(model.config, tower, arrays), captured
 
     return jax.jit(capture)
 

@@ -4,6 +4,7 @@ Letters: B batch, L length, M MoE blocks, E experts, K selected experts, P place
 C classes of words, G patches along a side.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ def route_by_model(
     totals: dict[str, RoutingSums] = {}
     for tower, arrays in placed_inputs(batches, mesh):
         with jax.set_mesh(mesh):
-            on_device = sharding.replicate(mesh, _make_sums(model, tower)(params, arrays))
+            logits = make_logits(model, tower)(params, arrays["inputs"])
+            on_device = sharding.replicate(mesh, _make_sums(model.config, tower)(logits, arrays))
         sums = RoutingSums(*map(_on_host, on_device))
         sums = sums._replace(entropy=sums.entropy.sum(axis=0), top1_gate=sums.top1_gate.sum(axis=0))
         totals[tower] = jax.tree.map(np.add, totals[tower], sums) if tower in totals else sums
@@ -150,23 +152,30 @@ def changed_routing(
     num_tokens = dict.fromkeys(layers, np.zeros((), np.int64))
     for tower, arrays in placed_inputs(batches, mesh):
         with jax.set_mesh(mesh):
-            counts = sharding.replicate(mesh, _make_changed(model, tower)(params, other, arrays))
+            both = (make_logits(model, tower)(tree, arrays["inputs"]) for tree in (params, other))
+            counts = sharding.replicate(mesh, _make_changed(model.config, tower)(*both, arrays))
         changed[tower] = changed[tower] + _on_host(counts[0])
         num_tokens[tower] = num_tokens[tower] + _on_host(counts[1])
     return {tower: (changed[tower] / num_tokens[tower]).tolist() for tower in changed}
 
 
 def top1_experts(
-    model: Clip, params: trees.Params, images: np.ndarray, tokens: np.ndarray, mesh: Mesh
+    model: Clip,
+    params: trees.Params,
+    images: np.ndarray,
+    tokens: np.ndarray,
+    mesh: Mesh,
+    batch_size: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the expert with the largest gate: int8 (n, M, G, G) of each patch, (n, M, L) of each token of a
     caption, -1 after the end token.
 
-    images (n, H, W, 3) uint8, tokens (n, L) int32, the same in every process; computed as one batch.
+    images (n, H, W, 3) uint8, tokens (n, L) int32, the same in every process; computed as one batch
+    of n, or of batch_size where that is more: that of other batches shares their program.
     """
     moe_layers(model.config)
     count, grid = len(images), _grid(model.config)
-    rows = -(-count // mesh.size) * mesh.size
+    rows = -(-max(count, batch_size) // mesh.size) * mesh.size
     part = slice(*(rows // jax.process_count() * (jax.process_index() + i) for i in range(2)))
     batch = {"image": images, "text": tokens, "valid": np.ones(count, bool)}
     batch = {
@@ -176,7 +185,8 @@ def top1_experts(
     top = {}
     for tower, arrays in placed_inputs([batch], mesh):
         with jax.set_mesh(mesh):
-            experts = sharding.replicate(mesh, _make_top1(model, tower)(params, arrays))
+            logits = make_logits(model, tower)(params, arrays["inputs"])
+            experts = sharding.replicate(mesh, _make_top1(model.config, tower)(logits, arrays))
         top[tower] = np.asarray(experts, np.int8)[:count]
     visual = top["visual"][:, :, 1:]  # the class token is no place in the image
     return visual.reshape(*visual.shape[:2], grid, grid), top["text"]
@@ -215,46 +225,51 @@ def _places(config: ClipConfig, tower: str, inputs: Array) -> tuple[Array, int]:
     return jnp.where(position == end, len(FIRST_POSITIONS), place), len(TEXT_PLACES)
 
 
-def _logits(model: Clip, tower: str, params: trees.Params, inputs: Array) -> Array:
-    outputs: Any = model.apply({"params": params}, inputs, method=METHODS[INPUTS[tower]])
-    return outputs[1]["router_logits"]
-
-
 @cache_programs
-def _make_sums(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Array]], RoutingSums]:
-    def sums(params, arrays):
-        logits = _logits(model, tower, params, arrays["inputs"])
-        mask = token_mask(model.config, tower, arrays)
-        place, num_places = _places(model.config, tower, arrays["inputs"])
+def make_logits(model: Clip, tower: str) -> Callable[[trees.Params, Array], Array]:
+    """Returns a jitted (params, inputs (B, …)) -> router logits (B, M, L, E), which every analysis of routing
+    shares: one program of the model for each tower."""
+
+    def logits(params, inputs):
+        outputs: Any = model.apply({"params": params}, inputs, method=METHODS[INPUTS[tower]])
+        return outputs[1]["router_logits"]
+
+    return jax.jit(logits)
+
+
+@functools.cache
+def _make_sums(config: ClipConfig, tower: str) -> Callable[[Array, dict[str, Array]], RoutingSums]:
+    def sums(logits, arrays):
+        mask = token_mask(config, tower, arrays)
+        place, num_places = _places(config, tower, arrays["inputs"])
         word = arrays.get("word", jnp.full(mask.shape, -1))
-        return routing_sums(logits, _moe(model.config).num_selected_experts, mask, place, word, num_places)
+        return routing_sums(logits, _moe(config).num_selected_experts, mask, place, word, num_places)
 
     return jax.jit(sums)
 
 
-@cache_programs
-def _make_changed(model: Clip, tower: str) -> Callable[..., tuple[Array, Array]]:
-    """Returns a jitted function: (tokens (M,) int32 whose set of experts differs, tokens () int32)."""
+@functools.cache
+def _make_changed(config: ClipConfig, tower: str) -> Callable[..., tuple[Array, Array]]:
+    """Returns a jitted function of two checkpoints' logits: (tokens (M,) int32 whose set of experts differs,
+    tokens () int32)."""
 
-    def changed(params, other, arrays):
-        mask = token_mask(model.config, tower, arrays)
+    def changed(logits, other, arrays):
+        mask = token_mask(config, tower, arrays)
 
-        def sets(params):  # (B, M, L, E) of 0 and 1
-            logits = _logits(model, tower, params, arrays["inputs"])
-            _, expert_ids = route(logits, _moe(model.config).num_selected_experts)
+        def sets(logits):  # (B, M, L, E) of 0 and 1
+            _, expert_ids = route(logits, _moe(config).num_selected_experts)
             return jax.nn.one_hot(expert_ids, logits.shape[-1], dtype=jnp.int32).sum(axis=-2)
 
-        differs = jnp.any(sets(params) != sets(other), axis=-1) & mask[:, None]
+        differs = jnp.any(sets(logits) != sets(other), axis=-1) & mask[:, None]
         return differs.sum(axis=(0, 2), dtype=jnp.int32), mask.sum(dtype=jnp.int32)
 
     return jax.jit(changed)
 
 
-@cache_programs
-def _make_top1(model: Clip, tower: str) -> Callable[[trees.Params, dict[str, Array]], Array]:
-    def top1(params, arrays):
-        logits = _logits(model, tower, params, arrays["inputs"])
-        mask = token_mask(model.config, tower, arrays)
+@functools.cache
+def _make_top1(config: ClipConfig, tower: str) -> Callable[[Array, dict[str, Array]], Array]:
+    def top1(logits, arrays):
+        mask = token_mask(config, tower, arrays)
         return jnp.where(mask[:, None], route(logits, 1)[1][..., 0], -1)
 
     return jax.jit(top1)

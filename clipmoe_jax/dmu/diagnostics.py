@@ -12,13 +12,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from clipmoe_jax.analysis.cost import BATCH_SIZES, costs
+from clipmoe_jax.analysis.cost import counted_costs
 from clipmoe_jax.analysis.expert_difference import expert_difference
 from clipmoe_jax.analysis.neighbours import Features, neighbours
 from clipmoe_jax.analysis.routing import changed_routing, route_by_model, routing_tables, top1_experts
 from clipmoe_jax.analysis.words import token_texts
 from clipmoe_jax.core import artifacts, distributed, trees
-from clipmoe_jax.models.clip import Clip
+from clipmoe_jax.models.clip import Clip, ClipConfig
 
 Batches = Iterable[Mapping[str, Any]]  # of a loader, captions not packed
 
@@ -67,14 +67,16 @@ def write_heat_maps(
     captions: Sequence[str],
     records: Sequence[int] | np.ndarray,
     mesh: Mesh,
+    batch_size: int = 1,
 ) -> None:
     """Writes heat_maps.npz and heat_maps.json: some examples, and the top-1 expert of each of their tokens.
 
-    images (n, H, W, 3) uint8, tokens (n, L) int32 of the n captions, records: the numbers of the images. The
-    npz has images, tokens, visual_experts int8 (n, M, G, G) and text_experts int8 (n, M, L), -1 after the end
-    token; the json caption, words (the text of each token up to the end token) and record.
+    images (n, H, W, 3) uint8, tokens (n, L) int32 of the n captions, records: the numbers of the images;
+    batch_size as of `top1_experts`. The npz has images, tokens, visual_experts int8 (n, M, G, G) and
+    text_experts int8 (n, M, L), -1 after the end token; the json caption, words (the text of each token up to
+    the end token) and record.
     """
-    visual, text = top1_experts(model, params, images, tokens, mesh)
+    visual, text = top1_experts(model, params, images, tokens, mesh, batch_size)
     if distributed.is_main():
         packed = io.BytesIO()
         np.savez_compressed(packed, images=images, visual_experts=visual, text_experts=text, tokens=tokens)
@@ -86,17 +88,11 @@ def write_heat_maps(
     artifacts.write_json(folder / "heat_maps.json", examples)
 
 
-def write_cost(
-    folder: epath.Path,
-    models: Mapping[str, tuple[Clip, trees.Params]],
-    images: np.ndarray,
-    tokens: np.ndarray,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    rounds: int = 15,
-) -> None:
-    """Writes cost.json: parameters, FLOPs, latency, throughput and memory of each model (`cost.costs`)."""
-    costs_of_models = costs(models, images, tokens, batch_sizes=batch_sizes, rounds=rounds)
-    artifacts.write_json(folder / "cost.json", costs_of_models)
+def write_cost(folder: epath.Path, architectures: Mapping[str, ClipConfig], length: int) -> None:
+    """Writes cost.json: parameters and FLOPs of each model, captions of `length` tokens
+    (`cost.counted_costs`)."""
+    costs = {title: counted_costs(architecture, length) for title, architecture in architectures.items()}
+    artifacts.write_json(folder / "cost.json", costs)
 
 
 def write_neighbours(

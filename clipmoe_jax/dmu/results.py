@@ -48,7 +48,7 @@ from clipmoe_jax.evaluation.scores import shown_score
 from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject, Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
-from clipmoe_jax.models.model_folder import load_model, read_config
+from clipmoe_jax.models.model_folder import read_config
 
 # What an evaluation says of what the base knew: {kind: metrics whose mean it is}.
 RETENTION = {"zero_shot": ("top1",), "retrieval": ("image_to_text_r1", "text_to_image_r1")}
@@ -432,12 +432,9 @@ def _diagnose(run: Run, folder: epath.Path, progress: tqdm) -> dict:
     examples = np.arange(min(len(pairs), EXAMPLES))
     batch = pairs.gather(examples)
     first_captions = [run.records("test")[int(i)]["captions"][0] for i in examples]
-    diagnostics.write_heat_maps(
-        folder, model, params, batch["image"], batch["text"], first_captions, examples, run.mesh
-    )
-    whole = {title: load_model(run.workdir / recipe.folder) for title, recipe in compared.items()}
-    models = {title: (run.model(architecture), params) for title, (architecture, params) in whole.items()}
+    arrays = batch["image"], batch["text"], first_captions, examples
+    diagnostics.write_heat_maps(folder, model, params, *arrays, run.mesh, encoder.batch_size)
     begin()
-    if distributed.is_main():  # all processes have read them
-        diagnostics.write_cost(folder, models, batch["image"], batch["text"])
+    architectures = {title: read_config(run.workdir / recipe.folder) for title, recipe in compared.items()}
+    diagnostics.write_cost(folder, architectures, batch["text"].shape[1])
     return {"num_images": len(pairs), "num_captions": len(captions.texts), "num_pairs_diagnosed": num_pairs}

@@ -207,15 +207,18 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
         "best_batch": ("speed", "at batch", "{:,}".format),
         "peak_bytes": ("memory", "peak, MB", lambda count: f"{count / 1e6:,.1f}"),
     }
+    base, rows = costs.get("base", {}), {}
+    forms = {key: form for key, form in forms.items() if key in base}  # earlier versions measured more
     groups: dict[str, list[str]] = {}
     for heading, column, _ in forms.values():
         groups.setdefault(heading, []).append(column)
-    base, rows = costs.get("base", {}), {}
     for title, cost in costs.items():
         ratios = base.keys() - {"best_batch"} if title == CLIP_MOE else ()
         rows[title] = [
             Cell(form(cost[key]), f"{cost[key] / base[key]:.2f}×" if key in ratios else "")
             for key, (_, _, form) in forms.items()
         ]
-    caption = "On the machine that evaluated. Latency: of one image and one caption together."
+    caption = "What encoding takes."
+    if "latency_ms" in base:
+        caption = "On the machine that evaluated. Latency: of one image and one caption together."
     return Table(caption, groups, rows)

@@ -1,6 +1,6 @@
 """Tables of results for a terminal: of one run, or of several seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -231,6 +231,19 @@ def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, flo
     widths = {name: max(6, len(name)) for name in map(short_name, metrics)}
     rows = {name: [shown_score(m, of_line[line][m]) for m in metrics] for name, of_line in numbers.items()}
     return "\n".join([_in_per_cent(line, metrics), *_lines(widths, rows)])
+
+
+def format_cost(costs: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns the table of measured costs: a row for each model. costs: {model: numbers of `cost.costs`}."""
+    forms: dict[str, tuple[str, Callable[[float], str]]] = {
+        "latency_ms": ("latency, ms", "{:,.2f}".format),
+        "pairs_per_second": ("pairs/s", "{:,.0f}".format),
+        "best_batch": ("at batch", "{:,}".format),
+        "peak_bytes": ("peak, MB", lambda count: f"{count / 1e6:,.1f}"),
+    }
+    widths = {column: max(8, len(column)) for column, _ in forms.values()}
+    rows = {name: [form(numbers[key]) for key, (_, form) in forms.items()] for name, numbers in costs.items()}
+    return "\n".join(["cost of encoding an image and a caption", *_lines(widths, rows)])
 
 
 def _lines(widths: Mapping[str, int], rows: Mapping[str, Sequence[str]]) -> list[str]:

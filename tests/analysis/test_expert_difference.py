@@ -118,9 +118,8 @@ def naive_outputs(trained, tower, layer):
     block = f"{tower}/resblocks_{layer}/moe"
     inputs = []
     for batch in trained.batches:
-        x = difference._make_capture(trained.model, tower)(
-            trained.params, batch["image" if tower == "visual" else "text"]
-        )[layer]
+        arrays = {"inputs": batch["image" if tower == "visual" else "text"], "valid": batch["valid"]}
+        x = difference._make_capture(trained.model, tower)(trained.params, arrays)[1][layer]
         mask = np.broadcast_to(batch["valid"][:, None], x.shape[:2])
         if tower == "text":
             mask = mask & np.asarray(text_mask(batch["text"]))
@@ -141,8 +140,9 @@ def naive_outputs(trained, tower, layer):
 def test_captured_inputs_are_the_routers(trained, tower):
     """Times the router's kernel they are the logits that the model gives."""
     name = "image" if tower == "visual" else "text"
-    inputs = trained.batches[0][name]
-    captured = difference._make_capture(trained.model, tower)(trained.params, inputs)
+    inputs, valid = trained.batches[0][name], trained.batches[0]["valid"]
+    arrays = {"inputs": inputs, "valid": valid}
+    _, captured = difference._make_capture(trained.model, tower)(trained.params, arrays)
     logits = trained.router_logits(trained.params, inputs, f"encode_{name}")
     for layer, x in enumerate(captured):
         router = trained.params[tower][f"resblocks_{layer}"]["moe"]["router"]["kernel"]

@@ -10,8 +10,6 @@ from clipmoe_jax.analysis.words import WORD_CLASSES
 from clipmoe_jax.config import default_config
 from clipmoe_jax.dmu import diagnostics, results
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.models.clip import Clip
-from clipmoe_jax.models.transformer import ComputeConfig
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +23,8 @@ def folder(trained, tmp_path_factory):
     images, tokens = batch["image"][:2], batch["text"][:2]
     captions, records = ["a small red two", "dogs."], np.array([7, 4])
     diagnostics.write_heat_maps(*arguments, images, tokens, captions, records, trained.mesh)
-    models = {
-        "base": (Clip(trained.dense, ComputeConfig()), trained.dense_params[0]),
-        "CLIP-MoE": (trained.model, trained.params),
-    }
-    diagnostics.write_cost(folder, models, images, tokens, batch_sizes=(2,), rounds=2)
+    architectures = {"base": trained.dense, "CLIP-MoE": trained.model.config}
+    diagnostics.write_cost(folder, architectures, length=64)
     return folder
 
 
@@ -98,9 +93,8 @@ def test_cost_file_compares_the_models(folder):
     found = read(folder, "cost.json")
     assert list(found) == ["base", "CLIP-MoE"]
     for numbers in found.values():
-        keys = "parameters active_parameters flops_per_image flops_per_caption xla_flops_per_image latency_ms"
-        assert numbers.keys() == {*keys.split(), "pairs_per_second", "best_batch", "peak_bytes"}
-        assert min(numbers.values()) > 0 and numbers["best_batch"] == 2
+        keys = "parameters active_parameters flops_per_image flops_per_caption"
+        assert numbers.keys() == {*keys.split()} and min(numbers.values()) > 0
 
 
 def test_neighbours_file_holds_as_many_examples_as_asked(tmp_path):

@@ -419,6 +419,19 @@ def test_command_shows_a_table_a_line_and_writes_a_file(folder, trained, tmp_pat
     assert missing.stderr.strip().startswith("error: evaluation mmvp:nowhere: nowhere/Questions.csv")
 
 
+def test_cost_is_measured_of_the_model_and_of_one_expert(trained, monkeypatch):
+    """In turns, on inputs of the model's sizes; `tests/analysis/test_cost.py` looks at the numbers."""
+
+    def costs(models, images, tokens):
+        assert images.shape == (1, 32, 32, 3) and tokens.shape == (1, 64)
+        return {name: {"moe": clip.config.moe is not None} for name, (clip, _) in models.items()}
+
+    monkeypatch.setattr(evaluate, "costs", costs)
+    model = evaluate.Loaded(trained.model.config, trained.params, "CLIP-MoE")
+    assert evaluate.measure_cost(model) == {"model": {"moe": True}}
+    assert evaluate.measure_cost(model, experts=True) == {"model": {"moe": True}, "expert 0": {"moe": False}}
+
+
 def test_models_without_text_tower_clips_tokens_or_experts_are_refused(trained):
     dense = evaluate.Loaded(trained.dense, trained.dense_params[0], "dense CLIP")
     with pytest.raises(ValueError, match="the model is a dense CLIP and has no experts"):
