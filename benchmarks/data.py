@@ -60,7 +60,7 @@ def rate(count: int, work: Callable[[], object]) -> float:
 def read_epochs(folder: str) -> Callable[[int], None]:
     """Returns a function that reads so many epochs of a data set through the loader, in batches of 64."""
     records = Records(folder)
-    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, packing_steps=16)
+    pairs = loader.StreamedPairs(records, Tokenizer(248), 224, packs=True)
     sampler = ShuffledSampler(len(records), 64, seed=0)
 
     def read(num_epochs: int) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
-from clipmoe_jax.data.packing import pack, place_captions
+from clipmoe_jax.data.packing import pack, place_captions, with_room
 from clipmoe_jax.dmu.recipes import TRAIN_BLOCKS, TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
@@ -97,8 +97,9 @@ class Workload:
 
     def make_batch(self) -> dict[str, Any]:
         """Returns what our loader would give one device: image uint8 (B, H, W, 3), text PackedText."""
-        lengths, steps = self.lengths(), self.config().data.packing_steps
-        places = place_captions(lengths, 1, self.text, steps)
+        lengths = self.lengths()
+        places = place_captions(lengths, 1, self.text)
+        places = places._replace(num_rows=int(with_room(places.num_rows, len(lengths))))
         return {"image": self.images(), "text": pack(self.padded_tokens(), lengths, places, 1)}
 
     def images(self) -> np.ndarray:

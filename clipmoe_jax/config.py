@@ -29,6 +29,7 @@ RENAMED = {
     "run.frozen_dtype": "compute.frozen_dtype",
     "run.attention": "chosen by platform",
     "run.grouped_mlp": "chosen by platform",
+    "data.packing_steps": "chosen by the program",
     "data.digit_scenes": "data.train=digit_scenes:train?pairs=N (and data.test, data.base: configs/demo.py)",
 }
 
@@ -95,7 +96,6 @@ RANGES = {
     "checkpoint.max_to_keep": (1, 1000),
     "data.num_workers": (0, 1000),
     "data.max_caption_tokens": (0, _MANY),
-    "data.packing_steps": (0, 1000),
     "data.max_bad_fraction": (0.0, 1.0),
     "loss.short_caption_weight": (0.0, 1e3),
     "log_every": (1, _MANY),
@@ -140,7 +140,6 @@ def default_config() -> ConfigDict:
     # To distill: captions that need not belong to the images of data.rehearsal; "" is its own.
     config.data.rehearsal_captions = ""
     config.data.in_memory = False  # decode once and hold in memory: for small data sets
-    config.data.packing_steps = 16  # captions share rows, of which a batch has one of so many numbers; 0: no
     config.data.max_caption_tokens = 0  # cuts captions, start and end counted; 0 is the context length
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
 

@@ -59,7 +59,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.base = f"digit_scenes:train?pairs={num_pairs}&captions=coarse"
     config.evaluations = ("attributes:data.test",)
     config.data.in_memory = True
-    config.data.packing_steps = 4  # each number of rows is a step to compile: longer than they save
     architecture = ClipConfig(
         embed_dim=64,
         vision=VisionConfig(image_size=32, patch_size=16, width=64, num_layers=2, head_width=32),
@@ -104,7 +103,6 @@ def get_config(arg: str = "") -> ConfigDict:
         for section in (config.mcl, config.router, config.consolidation):
             section.num_steps = 24 if section.num_steps else 0
         config.checkpoint.every_steps = 10
-        config.data.packing_steps = 2
     return config
 
 

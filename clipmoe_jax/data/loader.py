@@ -6,9 +6,9 @@ length, R rows of packed text.
 `StreamedPairs` reads and decodes what a batch needs; `DecodedPairs` decodes the whole data set once and keeps
 it in memory. `batches` takes either and gives the same arrays.
 
-Text has a caption in each row, or, with `packing_steps` and `num_text_shards`, several (data/packing.py). The
-number of rows must be the same in every process. So each process places all captions of the global batch, by
-the length of each record's longest caption, which leaves room for whichever has its turn.
+Text has a caption in each row, or, with `packs` and `num_text_shards`, several (data/packing.py). The number
+of rows must be the same in every process. So each process places all captions of the global batch, by the
+length of each record's longest caption, which leaves room for whichever has its turn.
 
 With `short_captions` there is also "short_text", int32 (B, L'): the first sentence of each caption, for
 `losses.short_caption_loss`.
@@ -19,7 +19,7 @@ Captions of a record take turns (`CaptionTurns`): training sees each as often as
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -28,7 +28,7 @@ import numpy as np
 from clipmoe_jax.core import cli, distributed, metrics
 from clipmoe_jax.core.terminal import reading
 from clipmoe_jax.data.decoding import map_decoding, num_cores
-from clipmoe_jax.data.packing import Places, pack, place_captions
+from clipmoe_jax.data.packing import Places, pack, place_captions, row_numbers, with_room
 from clipmoe_jax.data.permutation import make_key
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records
@@ -39,6 +39,7 @@ Batch = dict[str, np.ndarray | PackedText]
 
 # L', or the context length where that is less: longer first sentences lose their last words.
 SHORT_LENGTH = 64
+SAMPLED_STEPS = 32  # whose captions tell how many rows batches need
 
 
 class Sampler(Protocol):
@@ -90,7 +91,7 @@ class StreamedPairs:
         records: the data set.
         tokenizer: of captions.
         image_size: of the decoded images.
-        packing_steps: how many numbers of rows packed text may have; 0 never packs.
+        packs: whether captions may share rows.
         short_captions: whether batches have "short_text".
         num_threads: that decode, in all.
     """
@@ -98,7 +99,7 @@ class StreamedPairs:
     records: Records
     tokenizer: Tokenizer
     image_size: int
-    packing_steps: int = 0
+    packs: bool = False
     short_captions: bool = False
     num_threads: int = num_cores()
 
@@ -169,7 +170,7 @@ class DecodedPairs:
         records: Records,
         tokenizer: Tokenizer,
         image_size: int,
-        packing_steps: int = 0,
+        packs: bool = False,
         short_captions: bool = False,
     ):
         """Decodes everything, with a progress bar if it takes more than two seconds.
@@ -199,7 +200,7 @@ class DecodedPairs:
             self._short_text = _short_tokenizer(tokenizer)([first_sentence(caption) for caption in captions])
         lengths = _lengths(self._text)
         self._longest = np.maximum.reduceat(lengths, self._first_caption)  # (N,) of a record's captions
-        self.packing_steps, self.context_length = packing_steps, tokenizer.context_length
+        self.packs, self.context_length = packs, tokenizer.context_length
 
     def __len__(self) -> int:
         return len(self._image)
@@ -233,6 +234,7 @@ def batches(
     process_count: int = 1,
     num_workers: int = 0,
     num_text_shards: int = 0,
+    rows: Sequence[int] = (),
 ) -> Iterator[Iterator[Batch]]:
     """Opens an iterator over this host's part of the batches of some steps.
 
@@ -254,8 +256,10 @@ def batches(
             do, which is enough up to some 10,000 images per second. Workers hand batches over in
             shared memory: /dev/shm must hold a few of them for each.
         num_text_shards: how many parts the global batch has for text, one for each device and microbatch:
-            captions of a part share rows if the pairs have packing_steps. 0 leaves a caption a row, which
-            whatever looks at single tokens needs.
+            captions of a part share rows if the pairs say `packs`. 0 leaves a caption a row, which whatever
+            looks at single tokens needs.
+        rows: the numbers of rows that a part may have, ascending (`rows_of_batches`); one that needs more has
+            a row for each caption.
 
     Yields:
         an iterator of {"image": uint8 (B, H, W, 3), "text": int32 (B, L), or PackedText of this host's
@@ -276,8 +280,9 @@ def batches(
             "processes: the shards must divide the batch, and the processes the shards"
         )
     steps = range(start_step, start_step + num_steps)
-    num_text_shards = num_text_shards if pairs.packing_steps else 0
-    local_batch = _LocalBatch(pairs, sampler, caption_turns, process_index, process_count, num_text_shards)
+    num_text_shards = num_text_shards if pairs.packs else 0
+    processes = process_index, process_count
+    local_batch = _LocalBatch(pairs, sampler, caption_turns, *processes, num_text_shards, tuple(rows))
     if isinstance(pairs, DecodedPairs):
         yield map(local_batch, steps)
         return
@@ -290,6 +295,36 @@ def batches(
         iterator.close()
 
 
+def rows_of_batches(
+    pairs: StreamedPairs | DecodedPairs,
+    sampler: Sampler,
+    num_steps: int,
+    num_text_shards: int,
+    row_cost: float,
+) -> tuple[int, ...]:
+    """Returns the numbers of rows that the text of a phase's batches should have, as `batches` takes them.
+
+    By some batches of the first epoch, with room for others that need a little more: the same in every
+    process, and whenever a phase resumes. num_steps: of the phase. row_cost: what a row of all parts costs in
+    a step, in compilations of it. Batches that need more have a row for each caption, as `batches` gives
+    them.
+    """
+    if not pairs.packs or not num_steps:
+        return ()
+    num_sampled = min(SAMPLED_STEPS, num_steps, sampler.num_steps)
+    steps = np.arange(num_sampled) * min(num_steps, sampler.num_steps) // num_sampled
+    indices = (np.asarray(sampler.indices(int(step)), np.int64) for step in steps)
+    needed = np.array(
+        [
+            place_captions(pairs.caption_lengths(of_step), num_text_shards, pairs.context_length).num_rows
+            for of_step in indices
+        ]
+    )
+    size = sampler.global_batch // num_text_shards
+    numbers = row_numbers(with_room(needed, size), row_cost * num_steps / num_sampled)
+    return tuple(number for number in numbers if number < size)
+
+
 @dataclasses.dataclass(frozen=True)
 class _LocalBatch:
     """Returns this host's batch of a step. Worker processes get a copy of it."""
@@ -300,6 +335,7 @@ class _LocalBatch:
     process_index: int
     process_count: int
     num_text_shards: int
+    rows: tuple[int, ...]
 
     def __call__(self, step: int) -> Batch:
         all_indices = np.asarray(self.sampler.indices(step), np.int64)
@@ -311,9 +347,10 @@ class _LocalBatch:
         batch: Batch = {**arrays, "index": indices, "valid": indices >= 0}
         if self.num_text_shards:
             lengths = self.pairs.caption_lengths(all_indices)
-            context_length, steps = self.pairs.context_length, self.pairs.packing_steps
-            places = place_captions(lengths, self.num_text_shards, context_length, steps)
-            places = Places(places.num_rows, self._part(places.starts), self._part(places.segments))
+            places = place_captions(lengths, self.num_text_shards, self.pairs.context_length)
+            size = len(all_indices) // self.num_text_shards
+            num_rows = next(number for number in (*self.rows, size) if number >= places.num_rows)
+            places = Places(num_rows, self._part(places.starts), self._part(places.segments))
             lengths = np.where(indices >= 0, _lengths(arrays["text"]), 0)
             num_shards = self.num_text_shards // self.process_count
             batch["text"] = pack(arrays["text"], lengths, places, num_shards)

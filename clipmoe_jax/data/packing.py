@@ -1,13 +1,14 @@
 """Several captions in a row of text, so that padding is not computed.
 
-Letters: B captions, S shards, b = B / S captions of a shard, R rows, L row length, K = `steps`.
+Letters: B captions, S shards, b = B / S captions of a shard, R rows, L row length.
 
 A shard is the part of a batch that one device computes at once. Captions share rows only within a shard, so
-that nothing moves between devices. All shards have the same number of rows, one of K numbers, because each
-number is a shape to compile.
+that nothing moves between devices. All shards have the same number of rows, one of a few (`row_numbers`),
+because each number is a shape to compile.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,14 +29,13 @@ class Places(NamedTuple):
     segments: np.ndarray
 
 
-def place_captions(lengths: np.ndarray, num_shards: int, row_length: int, steps: int) -> Places:
+def place_captions(lengths: np.ndarray, num_shards: int, row_length: int) -> Places:
     """Places captions by first-fit decreasing: the longest first, each into the first row with room for it.
 
-    lengths (B,) int, at most `row_length`; 0 is no caption. The rows of a shard are the fewest of
-    ceil(b * k / steps), k = 1 … steps, that hold every shard's captions.
+    lengths (B,) int, at most `row_length`; 0 is no caption. A shard has as many rows as the fullest needs.
     """
     lengths = np.asarray(lengths, np.int64).reshape(num_shards, -1)  # (S, b)
-    shards, size = np.arange(num_shards), lengths.shape[1]
+    shards = np.arange(num_shards)
     used, count = np.zeros_like(lengths), np.zeros_like(lengths)  # (S, rows): tokens, captions
     starts, segments = np.zeros_like(lengths), np.zeros_like(lengths)
     most = 1
@@ -47,8 +47,35 @@ def place_captions(lengths: np.ndarray, num_shards: int, row_length: int, steps:
         count[shards, row] += 1
         segments[shards, caption] = count[shards, row]
         most = max(most, int(row.max()) + 1)
-    choices = -(-size * np.arange(1, steps + 1) // steps)
-    return Places(int(choices[choices >= most][0]), starts.reshape(-1), segments.reshape(-1))
+    return Places(most, starts.reshape(-1), segments.reshape(-1))
+
+
+def with_room(num_rows: Any, size: int) -> Any:
+    """Returns `num_rows`, an int or an array, and a sixteenth more, for batches that need a little more.
+
+    They are so many sixteenths of the `size` captions of a shard, at most all: phases that are alike have the
+    same number of rows then, and one program.
+    """
+    needed = num_rows + (num_rows + 12) // 16
+    return np.minimum(size, -(-16 * needed // size) * size // 16)
+
+
+def row_numbers(needed: Sequence[int] | np.ndarray, row_cost: float) -> tuple[int, ...]:
+    """Returns the numbers of rows that batches should have, ascending: those that cost least.
+
+    needed: the rows that some batches need. row_cost: what a row of each of these batches costs, in
+    compilations of a step: another number of rows pays where it saves more rows than one compilation costs.
+    """
+    values, counts = np.unique(needed, return_counts=True)
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # of the batches that need the least
+    for stop, value in enumerate(values.tolist(), 1):
+        best.append(
+            min(
+                (cost + 1 + row_cost * value * counts[first:stop].sum(), (*numbers, value))
+                for first, (cost, numbers) in enumerate(best)
+            )
+        )
+    return best[-1][1]
 
 
 def pack(tokens: np.ndarray, lengths: np.ndarray, places: Places, num_shards: int) -> PackedText:

@@ -127,9 +127,7 @@ class Records:
         """
         path = epath.Path(self.path) / f"token_counts-{self.split_name}.npy"
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist: prepare the data set again, or use packing_steps=0"
-            )
+            raise FileNotFoundError(f"{path} does not exist: prepare the data set again")
         return self.take(map_array(path))
 
     def take(self, of_split: Any) -> Any:

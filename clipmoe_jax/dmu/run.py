@@ -109,13 +109,10 @@ class Run:
         kind = loader.DecodedPairs if self.config.data.in_memory else loader.StreamedPairs
         image_size = configs.architecture(self.config).vision.image_size
         # The released code's load balance counts padding, of which there must then be as much as it has.
-        released = self.config.router.balance == "released"
-        packing_steps = 0 if released else self.config.data.packing_steps
+        packs = self.config.router.balance != "released"
         return self.once(
             f"pairs {name}, short captions {with_short}",
-            lambda: kind(
-                self.records(name), self.tokenizer(), image_size, packing_steps, short_captions=with_short
-            ),
+            lambda: kind(self.records(name), self.tokenizer(), image_size, packs, short_captions=with_short),
         )
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:

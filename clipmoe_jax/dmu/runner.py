@@ -207,7 +207,7 @@ def check_data(
     records = {name: dataset.open() for name, dataset in datasets.items()}
     num_pairs = len(records["train"])
     with errors.of():
-        if config.data.packing_steps and not config.data.in_memory:
+        if config.router.balance != "released" and not config.data.in_memory:
             _ = records["train"].token_counts  # is not there in data sets of an earlier version
     with errors.of():
         results.open_evaluations(config, datasets)

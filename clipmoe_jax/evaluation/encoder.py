@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipmoe_jax.core import distributed, sharding, trees
+from clipmoe_jax.core import accelerators, distributed, sharding, trees
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.samplers import SequentialSampler
+from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import METHODS, Clip, normalize_features
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -103,8 +104,10 @@ class Encoder:
         num_text_shards: int = 0,
     ) -> AbstractContextManager[Iterator[loader.Batch]]:
         """Opens this process's rows of the batches of records `first` to `stop`, in order. num_text_shards:
-        as for `loader.batches`."""
+        as for `loader.batches`; captions have a row each where sharing them saves less than it costs to
+        compile another program than that of `texts`."""
         sampler = SequentialSampler(len(pairs) if stop is None else stop, self.batch_size, first)
+        rows = self._rows(pairs, num_text_shards) if num_text_shards else ()
         return loader.batches(
             pairs,
             sampler,
@@ -113,8 +116,21 @@ class Encoder:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_workers=num_workers,
-            num_text_shards=num_text_shards,
+            num_text_shards=num_text_shards if rows else 0,
+            rows=rows,
         )
+
+    def _rows(self, pairs: loader.StreamedPairs | loader.DecodedPairs, num_shards: int) -> tuple[int, ...]:
+        """The numbers of rows of a data set's batches; none where a row for each caption costs least."""
+        sampler = SequentialSampler(len(pairs), self.batch_size)
+        row_flops = sum(
+            layer.flops for layer in flops.layers(self._model.config, "text", pairs.context_length)
+        )
+        row_cost = row_flops / accelerators.flops_of_compilation()
+        rows = loader.rows_of_batches(pairs, sampler, sampler.num_steps, num_shards, row_cost)
+        size = self.batch_size // num_shards
+        saved = sampler.num_steps * row_cost * (size - max(rows, default=size))
+        return rows if saved > len(rows) else ()
 
     def texts(self, tokens: np.ndarray) -> np.ndarray:
         """Encodes captions, the same in every process: (N, L) int32 -> (N, d) float32 unit features."""

@@ -12,10 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from clipmoe_jax.core import distributed, sharding, trees
+from clipmoe_jax.core import accelerators, distributed, sharding, trees
 from clipmoe_jax.core.checkpoints import Checkpointer
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
+from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.rehearsal import Rehearsal, open_batches
@@ -68,6 +69,10 @@ def fit(
     """
     num_steps = phase.length(sampler.num_steps)
     sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
+    num_text_shards = mesh.size * phase.accumulation_steps
+    trains = trees.match_rules(trainable_rules, list(trees.flatten(params)))
+    row_flops = flops.forward_backward(model.config, trains, pairs.context_length, towers=["text"])
+    row_cost = phase.accumulation_steps * row_flops / accelerators.flops_of_compilation()
     trainable, frozen = trees.partition(params, trainable_rules)
     trains = trees.describe(trainable_rules, params)
     frozen, held = _hold(frozen, loop.frozen_dtype)
@@ -115,7 +120,8 @@ def fit(
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 num_workers=loop.num_workers,
-                num_text_shards=mesh.size * phase.accumulation_steps,
+                num_text_shards=num_text_shards,
+                row_cost=row_cost,
             )
         )
         reporter = _Reporter(name, metrics, progress, start, num_steps, loop.log_every, phase.batch_size)

@@ -65,10 +65,16 @@ def open_batches(
     start_step: int,
     num_steps: int,
     caption_turns: loader.CaptionTurns,
+    num_text_shards: int,
+    row_cost: float,
     **options: Any,
 ) -> Iterator[Iterator[tuple[bool, loader.Batch]]]:
-    """Opens an iterator over (whether it rehearses, batch) of some steps of a phase; arguments as of
-    `loader.batches`."""
+    """Opens an iterator over (whether it rehearses, batch) of a phase's last steps; arguments as of
+    `loader.batches` and, row_cost, of `loader.rows_of_batches`."""
+
+    def rows(pairs, sampler, num_steps):
+        return loader.rows_of_batches(pairs, sampler, num_steps, num_text_shards, row_cost)
+
     first = rehearsal.before(start_step) if rehearsal else 0
     count = rehearsal.before(start_step + num_steps) - first if rehearsal else 0
     with contextlib.ExitStack() as stack:
@@ -79,6 +85,8 @@ def open_batches(
                 start_step=start_step - first,
                 num_steps=num_steps - count,
                 caption_turns=caption_turns,
+                num_text_shards=num_text_shards,
+                rows=rows(pairs, sampler, start_step - first + num_steps - count),
                 **options,
             )
         )
@@ -92,6 +100,8 @@ def open_batches(
                     start_step=first,
                     num_steps=count,
                     caption_turns=None if rehearsal.targets else loader.CaptionTurns(caption_turns.seed),
+                    num_text_shards=num_text_shards,
+                    rows=rows(*drawn, first + count),
                     **options,
                 )
             )

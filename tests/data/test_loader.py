@@ -147,13 +147,14 @@ def test_captions_that_share_rows_are_the_same_captions(kind, num_workers, long_
     plain = take(kind(long_records, tokenizer, SIZE), sampler, num_steps=6)
     packed = [
         take(
-            kind(long_records, tokenizer, SIZE, packing_steps=8),
+            kind(long_records, tokenizer, SIZE, packs=True),
             sampler,
             num_steps=6,
             process_index=host,
             process_count=2,
             num_text_shards=2,
             num_workers=num_workers,
+            rows=(1, 2),
         )
         for host in (0, 1)
     ]
@@ -181,16 +182,16 @@ def test_captions_that_share_rows_are_the_same_captions(kind, num_workers, long_
 
 
 def test_pairs_are_packed_only_where_both_sides_ask(long_records):
-    pairs = {steps: DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=steps) for steps in (0, 8)}
-    for steps, num_text_shards in ((0, 2), (8, 0)):
+    pairs = {packs: DecodedPairs(long_records, Tokenizer(13), SIZE, packs) for packs in (False, True)}
+    for packs, num_text_shards in ((False, 2), (True, 0)):
         options = {"num_text_shards": num_text_shards, "caption_turns": None}
-        (batch,) = take(pairs[steps], InOrder(6, 2), num_steps=1, **options)
+        (batch,) = take(pairs[packs], InOrder(6, 2), num_steps=1, **options)
         np.testing.assert_array_equal(batch["text"], pairs[0].gather(np.arange(6))["text"])
 
 
 @pytest.mark.parametrize(("num_text_shards", "process_count"), [(4, 1), (3, 2)])
 def test_shards_must_divide_the_batch_and_hosts_the_shards(long_records, num_text_shards, process_count):
-    pairs = DecodedPairs(long_records, Tokenizer(13), SIZE, packing_steps=8)
+    pairs = DecodedPairs(long_records, Tokenizer(13), SIZE, packs=True)
     with pytest.raises(
         ValueError, match=f"batch of 6 in {num_text_shards} shards of {process_count} processes"
     ):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from clipmoe_jax.data.packing import Places, pack, place_captions
+from clipmoe_jax.data.packing import Places, pack, place_captions, row_numbers
 
 
 def test_first_fit_decreasing_by_hand():
     """Rows of 10. Unit 0 places 7, 5, 5, 3, 2: the 7 in row 0, both 5 in row 1, the 3 beside the 7, and the 2
     opens row 2. Unit 1 has captions of 4, 4 and 1 alone, in row 0, and two places without one."""
-    places = place_captions([3, 5, 7, 2, 5, 4, 0, 4, 1, 0], num_shards=2, row_length=10, steps=5)
+    places = place_captions([3, 5, 7, 2, 5, 4, 0, 4, 1, 0], num_shards=2, row_length=10)
     assert places.num_rows == 3
     assert places.starts.tolist()[:5] == [0 + 7, 10 + 0, 0 + 0, 20 + 0, 10 + 5]
     assert places.segments.tolist()[:5] == [2, 1, 1, 1, 2]
@@ -18,18 +18,17 @@ def test_first_fit_decreasing_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("steps", "num_rows"),
+    ("row_cost", "numbers"),
     [
-        (1, 5),  # all or nothing
-        (2, 3),  # ceil(5 / 2) = 3, 5
-        (3, 4),  # ceil(5 / 3) = 2, ceil(10 / 3) = 4, 5
-        (5, 3),
-        (100, 3),
+        (0.0, (9,)),  # a compilation is all that costs
+        (0.1, (9,)),  # 6 as well would save 3 rows in three batches: 0.9 of a compilation
+        (0.15, (6, 9)),  # 1.35; and 5 as well a row in two batches, 0.3
+        (0.6, (5, 6, 9)),  # 1.2
     ],
 )
-def test_numbers_of_rows_are_few(steps, num_rows):
-    """Captions of 7, 5, 5, 3, 2 fill three rows of 10."""
-    assert place_captions([3, 5, 7, 2, 5], 1, 10, steps).num_rows == num_rows
+def test_numbers_of_rows_are_as_many_as_pay(row_cost, numbers):
+    """Batches that need 5, 5, 6 and 9 rows."""
+    assert row_numbers([5, 9, 5, 6], row_cost) == numbers
 
 
 def test_pack_by_hand():
@@ -52,7 +51,7 @@ def test_every_caption_arrives_once(num_shards, seed):
     lengths = np.where(rng.random(size) < 0.1, 0, rng.integers(1, row_length + 1, size) // rng.integers(1, 9))
     placed = np.maximum(lengths, 1)
     own = np.minimum(placed, rng.integers(1, row_length, size)) * (lengths > 0)
-    places = place_captions(placed, num_shards, row_length, steps=8)
+    places = place_captions(placed, num_shards, row_length)
     tokens = (1000 * np.arange(size)[:, None] + 1 + np.arange(row_length)).astype(np.int32)
     packed = pack(tokens, own, places, num_shards)
 
@@ -79,6 +78,6 @@ def test_every_caption_arrives_once(num_shards, seed):
 
 
 def test_two_thirds_of_the_rows_are_spared():
-    """100 captions of 60 tokens on average fill about 25 rows of 248; sixteenths of 100 are 25, 32, …"""
+    """100 captions of 60 tokens on average fill about 25 rows of 248."""
     lengths = np.clip(np.random.default_rng(0).normal(60, 20, 800), 5, 248).astype(int)
-    assert place_captions(lengths, 8, 248, 16).num_rows == 25
+    assert place_captions(lengths, 8, 248).num_rows == 25

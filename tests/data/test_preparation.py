@@ -82,7 +82,7 @@ def test_token_counts_are_those_of_the_longest_caption(source, out):
     assert Records(str(out), "val").token_counts.tolist() == 6 * [6]
     assert Records(str(out), "val[1:4]").token_counts.tolist() == 3 * [6]
     (out / "token_counts-val.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"prepare the data set again, or use packing_steps=0"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist: prepare the data set again"):
         _ = Records(str(out), "val").token_counts
 
 

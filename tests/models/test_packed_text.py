@@ -46,7 +46,7 @@ def captions(end_token=49) -> np.ndarray:
 
 def packed(tokens, copies=1) -> PackedText:
     """`copies` units, each of all four captions, in three rows."""
-    places = place_captions(copies * PLACED, copies, 10, steps=10)
+    places = place_captions(copies * PLACED, copies, 10)
     assert places.num_rows == 3
     return pack(np.tile(tokens, (copies, 1)), np.array(copies * ENDS) + 1, places, copies)
 

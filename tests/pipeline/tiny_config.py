@@ -21,7 +21,6 @@ def get_config(arg=""):
     config.data.test = "digit_scenes:test?pairs=8"
     config.data.base = "digit_scenes:train?pairs=64&captions=coarse"
     config.data.in_memory = True
-    config.data.packing_steps = 2  # each number of rows is a program to compile
     architecture = ClipConfig(
         embed_dim=16,
         vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),

@@ -245,7 +245,7 @@ def test_captions_that_share_rows_give_the_same_steps(
     batch, lengths = short_captions
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     num_units = mesh.size * num_microbatches
-    places = place_captions(lengths, num_units, 32, steps=16)
+    places = place_captions(lengths, num_units, 32)
     packed = batch | {"text": pack(batch["text"], lengths, places, num_units)}
     assert len(packed["text"].tokens) <= 16  # of 32
     phase = dataclasses.replace(PHASE, accumulation_steps=num_microbatches)
@@ -258,7 +258,7 @@ def test_captions_that_share_rows_give_the_same_steps(
 def test_microbatches_stay_on_their_devices(short_captions):
     """Pairs and rows of text are dealt where they lie: of activations only the captions' features travel."""
     (batch, lengths), mesh = short_captions, sharding.make_mesh()
-    text = pack(batch["text"], lengths, place_captions(lengths, 16, 32, steps=16), 16)
+    text = pack(batch["text"], lengths, place_captions(lengths, 16, 32), 16)
     phase = dataclasses.replace(PHASE, accumulation_steps=2)
     trainable, frozen = trees.partition(init_params(DENSE, mesh), TRAIN_FFN)
     state, step = init_state(mesh, phase, trainable), make_train_step(Clip(DENSE), LOSS, phase)
