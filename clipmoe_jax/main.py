@@ -22,6 +22,7 @@ from etils import epath
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli, distributed
 from clipmoe_jax.core.terminal import printable_line
+from clipmoe_jax.dmu.recipes import Results
 from clipmoe_jax.dmu.runner import DATA_STAGE, run_variants
 from clipmoe_jax.reporting.output import write_results
 
@@ -39,7 +40,14 @@ def main(argv: list[str]) -> str | None:
     distributed.initialize(flags.FLAGS.distributed)
     distributed.keep_compiled_programs()
     began = time.perf_counter()
-    variants = run_variants(flags.FLAGS.config, workdir, flags.FLAGS.stage, profiled)
+
+    def show_first(results: Results) -> None:
+        if distributed.is_main():
+            write_results({"": [results]}, workdir)
+            seconds = time.perf_counter() - began
+            cli.say(f"{workdir}/report.html: a first report, after {seconds:.0f} s; baselines follow")
+
+    variants = run_variants(flags.FLAGS.config, workdir, flags.FLAGS.stage, profiled, show_first)
     if not all(variants.values()) or not distributed.is_main():
         return None
     shown = write_results(variants, workdir)

@@ -29,6 +29,7 @@ Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/
 
 BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
 CONSOLIDATION = "consolidation"
+BASELINES_STAGE = "baselines"
 REHEARSAL_FOLDER = "rehearsal/features"
 ADAPTER_RANK = 8
 BALANCE_COEFFICIENT = 0.01  # the paper's, where the config has none
@@ -174,7 +175,7 @@ class Recipe:
     @property
     def stage(self) -> str:
         """Returns the name of the stage that makes it; all baselines are one."""
-        return "baselines" if self.is_baseline else self.name
+        return BASELINES_STAGE if self.is_baseline else self.name
 
     @property
     def folder(self) -> str:

@@ -154,8 +154,10 @@ def _reached(run: Run, numbers: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def evaluate(run: Run) -> dict[str, dict[str, Any]]:
+def evaluate(run: Run, *, with_baselines: bool = True) -> dict[str, dict[str, Any]]:
     """Returns {title: numbers} of every model, which also go to eval/results.json.
+
+    with_baselines: False leaves out baselines, and ensembles, which may be of them: before they are made.
 
     Numbers: parameters, active_parameters; pairs and flops, which its training took after the base's; expert
     (which expert of the CLIP-MoE a dense model became, or None); with a test set `retrieval_recall`'s, errors
@@ -165,6 +167,8 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     members.
     """
     results, budget, rows = {}, budget_of(run), recipes.table_rows(run.config)
+    if not with_baselines:
+        rows = [row for row in rows if not row.is_baseline and row.group != "ensemble"]
     clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
     inputs = _inputs(run, clip_moe) | _test_inputs(run)
     began = time.perf_counter()
@@ -210,6 +214,13 @@ def _nothing_changed(run: Run) -> Iterator[str]:
             f"training the routers changed the experts of {100 * share:.1f} % of the tokens: raise "
             f"{how_long('router')}"
         )
+
+
+def lacks_baselines(run: Run) -> bool:
+    """Returns whether a run's numbers are wanted and some baseline is still to be made."""
+    made = recipes.recipes(run.config).values()
+    missing = any(row.is_baseline and not artifacts.is_done(run.workdir / row.folder) for row in made)
+    return missing and is_wanted(run.config)
 
 
 def _inputs(run: Run, recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
-from clipmoe_jax.dmu.recipes import Results, check_baselines, distills, rehearses
+from clipmoe_jax.dmu.recipes import BASELINES_STAGE, Results, check_baselines, distills, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.dmu.training import take_architecture
@@ -33,13 +33,18 @@ def stage_names(config: ConfigDict) -> list[str]:
 
 
 def run_variants(
-    config: ConfigDict, workdir: epath.Path, stage: str = "", profiled: range = range(0)
+    config: ConfigDict,
+    workdir: epath.Path,
+    stage: str = "",
+    profiled: range = range(0),
+    show_first: Callable[[Results], None] | None = None,
 ) -> dict[str, list[Results]]:
     """Runs every stage, or one alone, for every seed of every variant.
 
     A config without variants is one named "", in the workdir itself. Data is prepared and everything checked
     before the first stage begins; what several variants have in common is made once and copied. profiled: as
-    of `Metrics`.
+    of `Metrics`. show_first: is given the results of the CLIP-MoE and its stages before baselines are made, in
+    a run of one seed.
 
     Returns {variant: results of each seed}, empty lists where `stage` is another than the evaluation. Raises
     ValueError or FileNotFoundError naming what cannot work.
@@ -71,8 +76,9 @@ def run_variants(
     results_of = {name: [] for name in variants}
     if stage != DATA_STAGE:
         for (name, seed), of_run in datasets.items():
+            show = show_first if len(datasets) == 1 and not name else None
             evaluated = _run_seed(
-                variants[name], seed, workdir, name, list(variants), of_run, stage, profiled
+                variants[name], seed, workdir, name, list(variants), of_run, stage, profiled, show
             )
             if evaluated is not None:
                 results_of[name].append(evaluated)
@@ -102,6 +108,7 @@ def _run_seed(
     datasets: Mapping[str, Dataset],
     stage: str,
     profiled: range,
+    show_first: Callable[[Results], None] | None,
 ) -> Results | None:
     """The results of one seed, None where the stage is another than the evaluation."""
     part = f"seed_{seed}" if len(config.seeds) > 1 else ""
@@ -122,6 +129,9 @@ def _run_seed(
             _describe(folder, described)
         run = Run(config, seed, folder, mesh, metrics, datasets, siblings, results.tell_model)
         for name, make in stages.items():
+            if show_first and name == BASELINES_STAGE and not stage:
+                if distributed.agree(results.lacks_baselines(run)):
+                    show_first(results.evaluate(run, with_baselines=False))
             if stage in ("", name):
                 evaluated = make(run)
                 if distributed.preempted():

@@ -65,7 +65,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
         if recipe.group == "base" and recipes.rehearses(config):
             stages["rehearsal"] = encode_rehearsal
     if config.baselines:
-        stages["baselines"] = make_baselines
+        stages[recipes.BASELINES_STAGE] = make_baselines
     return stages
 
 

@@ -93,7 +93,7 @@ def make_baselines(run: Run) -> None:
 
 
 def _upcycling_stage(recipe: Recipe) -> str:
-    return "baselines" if recipe.is_baseline else "upcycle"
+    return recipes.BASELINES_STAGE if recipe.is_baseline else "upcycle"
 
 
 def _make_base(run: Run, recipe: Recipe) -> bool:

@@ -49,7 +49,9 @@ def run(tmp_path_factory):
         patch.setattr(dmu_results, "_diagnose", lambda run, folder, progress: {})  # of the CLIP-MoE alone
         patch.setattr(dmu_results, "_nothing_changed", lambda run: [])
         config.baselines = (ROW.name,)
-        [results] = runner.run_variants(config, workdir)[""]
+        first = []
+        [results] = runner.run_variants(config, workdir, show_first=first.append)[""]
+        assert first == [{title: numbers for title, numbers in results.items() if title != TITLE}]
         yield workdir, config, results
 
 
