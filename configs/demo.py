@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.router.learning_rate = 1e-2
     config.moe.expert_dropout_rate = 0.0
     config.embed.batch_size = 500
-    config.checkpoint.every_steps = 100
+    config.checkpoint.every_steps = 500  # a run lasts minutes
     config.baselines = OF_PAPERS if arg.all_baselines else FIVE
     if not arg.paper:
         published_routers = {name: config.router[name] for name in ("batch_size", "num_steps")}
