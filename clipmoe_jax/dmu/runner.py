@@ -43,8 +43,8 @@ def run_variants(
 
     A config without variants is one named "", in the workdir itself. Data is prepared and everything checked
     before the first stage begins; what several variants have in common is made once and copied. profiled: as
-    of `Metrics`. show_first: is given the results of the CLIP-MoE and its stages before baselines are made, in
-    a run of one seed.
+    of `Metrics`. show_first: is given the results of the CLIP-MoE and its stages before baselines are made,
+    in a run of one seed.
 
     Returns {variant: results of each seed}, empty lists where `stage` is another than the evaluation. Raises
     ValueError or FileNotFoundError naming what cannot work.
