@@ -53,10 +53,9 @@ def evaluate(
     Raises:
         ValueError: a model without text tower, or experts of a dense one.
     """
-    _check_towers(model)
+    tokenizer = Tokenizer(_context_length(model), parse_special_tokens=False)
     config = config or configs.default_config()
     mesh = sharding.make_mesh()
-    tokenizer = Tokenizer(model.config.text.context_length, parse_special_tokens=False)
     numbers = {}
     for name, (architecture, params) in _models(model, experts):
         clip = Clip(architecture, configs.compute_config(config, sharding.platform()))
@@ -74,10 +73,9 @@ def measure_cost(
 
     Images are noise and captions short, padded as they always are. Raises ValueError as `evaluate`.
     """
-    _check_towers(model)
+    size, length = model.config.vision.image_size, _context_length(model)
     config = config or configs.default_config()
     compute = configs.compute_config(config, sharding.platform())
-    size, length = model.config.vision.image_size, model.config.text.context_length
     images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
     models = {
         name: (Clip(architecture, compute), params)
@@ -86,11 +84,13 @@ def measure_cost(
     return costs(models, images, Tokenizer(length)(["a photo of a cat"]))
 
 
-def _check_towers(model: Loaded) -> None:
-    if model.config.text is None:
+def _context_length(model: Loaded) -> int:
+    text = model.config.text
+    if text is None:
         raise ValueError(f"the model is a {model.source}: evaluations need a text tower too")
-    if not model.config.text.has_clips_tokens:
+    if not text.has_clips_tokens:
         raise ValueError(f"the model is a {model.source} with tokens of its own: evaluations need CLIP's")
+    return text.context_length
 
 
 def _models(model: Loaded, experts: bool) -> Iterator[tuple[str, tuple[ClipConfig, trees.Params]]]:
