@@ -294,8 +294,10 @@ def made(folders: Sequence[Folder]) -> Context:
     is known."""
     folder = folders[0]
     times = [float(curve["time"][end]) for curve in read_curves(folder).values() for end in (0, -1)]
-    finished = folder.made("eval").get("finished", max(times))
-    first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (min(times), finished))
+    times.append(
+        folder.made("eval").get("finished", max(times))
+    )  # before the baselines, where there are some
+    first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (min(times), max(times)))
     return {
         "date": f"{first:%-d %B %Y}",
         "duration": duration((last - first).total_seconds()),
