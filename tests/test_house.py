@@ -141,6 +141,7 @@ COMMANDS = {
     "main.py",
     "prepare.py",
     "convert.py",
+    "embed.py",
     "evaluate.py",
     "report.py",
     "plan.py",

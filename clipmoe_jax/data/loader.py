@@ -31,7 +31,7 @@ from clipmoe_jax.data.decoding import map_decoding, num_cores
 from clipmoe_jax.data.packing import Places, pack, place_captions, row_numbers, with_room
 from clipmoe_jax.data.permutation import make_key
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
-from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.records import Records, check_stored_size
 from clipmoe_jax.data.tokenizer import Tokenizer, first_sentence
 from clipmoe_jax.models.inputs import END_ID, PackedText
 
@@ -412,11 +412,7 @@ def _lengths(text: np.ndarray) -> np.ndarray:
 
 def _decode(record: dict, index: int, image_size: int) -> np.ndarray:
     if isinstance(record["image"], np.ndarray):
-        if len(record["image"]) != image_size:
-            raise ValueError(
-                f"the data set holds pixels of size {len(record['image'])} and the model takes {image_size}: "
-                f"prepare it with pixels={image_size}, or without pixels for every size"
-            )
+        check_stored_size(len(record["image"]), image_size)
         return record["image"]
     try:
         with reading([f"record {index} ({record['id']!r})"]):

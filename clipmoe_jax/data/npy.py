@@ -12,10 +12,10 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from clipmoe_jax.core import checksums
+from clipmoe_jax.core import checksums, distributed
 from clipmoe_jax.core.checks import check_expansion
 from clipmoe_jax.core.errors import first_line
-from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.paths import in_bucket, written_whole
 
 
 def load_array(path: epath.Path) -> np.ndarray:
@@ -35,6 +35,14 @@ def map_array(path: epath.Path, *, verify: bool = True) -> np.ndarray:
         return _load(path)
     with _naming_damage(path):
         return np.lib.format.open_memmap(path, mode="r")
+
+
+def save_array(path: epath.Path, array: np.ndarray) -> None:
+    """Writes an array whole or not at all; process 0 does."""
+    if not distributed.is_main():
+        return
+    with written_whole(path) as where, where.open("wb") as file:
+        np.save(file, array)
 
 
 def array_shape(path: epath.Path) -> tuple[int, ...]:

@@ -200,6 +200,15 @@ class Records:
         }
 
 
+def check_stored_size(stored: int, image_size: int) -> None:
+    """Raises ValueError if stored pixels have another size than a model takes."""
+    if stored != image_size:
+        raise ValueError(
+            f"the data set holds pixels of size {stored} and the model takes {image_size}: prepare it with "
+            f"pixels={image_size}, or without pixels for every size"
+        )
+
+
 def _image_size(report: dict[str, Any], where: str) -> int | None:
     """Returns the size of the pixels that a report.json tells, None for image files."""
     with naming(where):

@@ -158,7 +158,7 @@ def make_shard(
     """
     table, done = beside(path)
     source_digest, ids = hashlib.sha256(), bytearray()
-    entries = _added_to(source_digest, ids, entries)
+    entries = added_to(source_digest, ids, entries)
     if done.exists() and table.exists():
         progress.update(sum(1 for _ in entries))
         if read_json(done).get("source") != source_digest.hexdigest():
@@ -169,11 +169,11 @@ def make_shard(
         return shard
     rows, bad = [], []
     with _Writer(path) as writer:
-        for record in map_decoding(encoder.decode, entries, _image_bytes):
+        for record in map_decoding(encoder.decode, entries, image_bytes):
             progress.update()
             after_entry()
             if isinstance(record, BadRecord):
-                record = _as_told(record)
+                record = as_told(record)
                 rows.append((0, 0, 0))
                 bad.append(record)
                 add_bad(record)
@@ -210,7 +210,7 @@ def without_duplicates(
             serialized = records_of_file.read([number])[0]
             number += 1
             if i in dropped:
-                bad.append(_as_told(duplicate_of(encoder.id_of(serialized))))
+                bad.append(as_told(duplicate_of(encoder.id_of(serialized))))
             else:
                 writer.write(serialized)
     return Shard(entries, bad, writer.sha256)
@@ -254,7 +254,7 @@ class _Writer:
             self.sha256 = self._digest.hexdigest()
 
 
-def _added_to(digest: Any, ids: bytearray, entries: Iterable[Pair | BadRecord]) -> Iterator[Pair | BadRecord]:
+def added_to(digest: Any, ids: bytearray, entries: Iterable[Pair | BadRecord]) -> Iterator[Pair | BadRecord]:
     """Yields the entries, and adds each to a hash and its `id_digest`, 0 if it is bad, to `ids`."""
     for entry in entries:
         ids += id_digest(entry.id) if isinstance(entry, Pair) else bytes(16)
@@ -267,10 +267,11 @@ def _added_to(digest: Any, ids: bytearray, entries: Iterable[Pair | BadRecord]) 
         yield entry
 
 
-def _as_told(bad: BadRecord) -> BadRecord:
+def as_told(bad: BadRecord) -> BadRecord:
     """Returns a bad record as it is told: a stranger's names may have any length."""
     return bad._replace(id=shortened(bad.id, MOST_TOLD), detail=shortened(bad.detail, MOST_TOLD))
 
 
-def _image_bytes(entry: Pair | BadRecord) -> int:
+def image_bytes(entry: Pair | BadRecord) -> int:
+    """Returns the bytes of an entry's image, 0 if it is bad."""
     return len(entry.image) if isinstance(entry, Pair) else 0

@@ -27,13 +27,12 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.data.loader import DecodedPairs
-from clipmoe_jax.data.npy import load_array
+from clipmoe_jax.data.npy import load_array, save_array
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import diagnostics, recipes
 from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Recipe
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.dmu.stages import save_array
 from clipmoe_jax.dmu.training import budget_of
 from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.encoder import Encoder

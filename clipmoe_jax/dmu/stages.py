@@ -27,7 +27,7 @@ from clipmoe_jax.core import artifacts, checksums, distributed
 from clipmoe_jax.core.paths import written_whole
 from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.data.clusters import ClusterIndex
-from clipmoe_jax.data.npy import array_shape, load_array, load_arrays, map_array
+from clipmoe_jax.data.npy import array_shape, load_array, load_arrays, map_array, save_array
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
 from clipmoe_jax.dmu.recipes import Recipe
@@ -272,11 +272,3 @@ def _write_pseudo_labels(
 
 def _labels_file(folder: epath.Path, modality: str, part: int) -> epath.Path:
     return folder / f"{modality}-{part:05d}.npy"
-
-
-def save_array(path: epath.Path, array: np.ndarray) -> None:
-    """Writes an array whole or not at all; process 0 does."""
-    if not distributed.is_main():
-        return
-    with written_whole(path) as where, where.open("wb") as file:
-        np.save(file, array)

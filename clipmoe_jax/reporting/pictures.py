@@ -1,14 +1,16 @@
-"""Images of a data set as small data URIs, and maps of experts to lay over them.
+"""Images of a data set, small: as data URIs, with maps of experts to lay over them, and on one sheet.
 
 Letters: H, W image height and width, G patches along a side.
 """
 
 import base64
 import io
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from clipmoe_jax.core.terminal import shortened
 from clipmoe_jax.data.preprocess import decode_image
 
 # Expert 0, the base, is grey. The rest: Okabe and Ito's colours, which the colour-blind tell apart
@@ -31,13 +33,39 @@ PIXEL_ART = 64  # images up to this size are shown as they are, pixel by pixel
 
 def thumbnail(record_image: bytes | np.ndarray, size: int = 176) -> str:
     """Returns a data URI of an image file's bytes or of pixels uint8 (H, W, 3), sides at most `size`."""
-    if isinstance(record_image, bytes):
-        image = decode_image(record_image)
-    else:
-        image = Image.fromarray(record_image)
-    image = image.convert("RGB")
+    image = _decoded(record_image)
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     return _data_uri(image, "PNG" if max(image.size) <= PIXEL_ART else "JPEG")
+
+
+def contact_sheet(record_images: Sequence[bytes | np.ndarray], labels: Sequence[str]) -> Image.Image:
+    """Returns images in rows of five, each with its label below it; a long one loses its middle.
+
+    Images are those of `thumbnail`, of which small ones are enlarged.
+    """
+    side, line, gap = 200, 20, 8
+    columns = min(5, len(record_images))
+    rows = -(-len(record_images) // columns)
+    size = columns * (side + gap) + gap, rows * (side + line + gap) + gap
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, (record_image, label) in enumerate(zip(record_images, labels, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = gap + column * (side + gap), gap + row * (side + line + gap)
+        image = _decoded(record_image)
+        method = Image.Resampling.NEAREST if max(image.size) <= PIXEL_ART else Image.Resampling.LANCZOS
+        image = ImageOps.contain(image, (side, side), method)
+        sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+        while draw.textlength(label, font) > side:
+            label = shortened(label, len(label) - 1)
+        draw.text((left, top + side + 2), label, "black", font)
+    return sheet
+
+
+def _decoded(record_image: bytes | np.ndarray) -> Image.Image:
+    is_file = isinstance(record_image, bytes)
+    image = decode_image(record_image) if is_file else Image.fromarray(record_image)
+    return image.convert("RGB")
 
 
 def overlay(experts: np.ndarray) -> str:

@@ -31,7 +31,7 @@ from clipmoe_jax.data.sources.base import (
 from clipmoe_jax.data.sources.coco import Coco
 from clipmoe_jax.data.sources.conversations import ShareGPT4V
 from clipmoe_jax.data.sources.digit_scenes import DigitScenes
-from clipmoe_jax.data.sources.folders import IMAGES, Classes, ImageFolder, Img2Dataset
+from clipmoe_jax.data.sources.folders import IMAGES, Classes, ImageFolder, Img2Dataset, NamedImages
 from clipmoe_jax.data.sources.glyphs import Glyphs
 from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.data.sources.parquet import Parquet
@@ -48,6 +48,7 @@ __all__ = [
     "ShareGPT4V",
     "Source",
     "canonical",
+    "is_captioned",
     "is_source",
     "open_source",
     "source_stamp",
@@ -66,6 +67,7 @@ class Kind(NamedTuple):
         options: the others that `opens` takes; "data_dir" is a folder too.
         names: of the files that count in a folder of this kind (`core.stamps.stamp`).
         generated: whether the pairs are made up, from an option `seed`; nothing is read then.
+        captioned: whether captions tell of the images; else they are names of files.
     """
 
     opens: Callable[..., Source]
@@ -74,6 +76,7 @@ class Kind(NamedTuple):
     options: tuple[str, ...] = ()
     names: str = ""
     generated: bool = False
+    captioned: bool = True
 
     @property
     def all_options(self) -> tuple[str, ...]:
@@ -86,6 +89,7 @@ KINDS = {
     "folder": Kind(ImageFolder, "folder:DIR", names=f"{IMAGES}|{ImageFolder.captions}"),
     "img2dataset": Kind(Img2Dataset, "img2dataset:DIR", names=f"{IMAGES}|{Img2Dataset.captions}"),
     "classes": Kind(Classes, "classes:DIR", names=IMAGES),
+    "images": Kind(NamedImages, "images:DIR", names=IMAGES, captioned=False),
     "webdataset": Kind(WebDataset, "webdataset:DIR", names=r"\.tar$"),
     "parquet": Kind(Parquet, "parquet:DIR", images="optional", names=r"\.parquet$"),
     "coco": Kind(Coco, "coco:captions_val2017.json?images=DIR", images="needed"),
@@ -120,6 +124,11 @@ def is_source(text: str) -> bool:
     """Returns whether a text is a source, not the path of a prepared data set: it begins with a kind and a
     colon."""
     return re.match(_KIND, text) is not None
+
+
+def is_captioned(spec: str) -> bool:
+    """Returns whether the captions of a source, of one at least of several, tell of the images."""
+    return any(KINDS[one.kind].captioned for one in _parse(spec))
 
 
 @printable_errors()

@@ -1,4 +1,4 @@
-"""Folders of image files with their captions beside them, or named after their classes."""
+"""Folders of image files: with their captions beside them, named after their classes, or alone."""
 
 import itertools
 import os
@@ -123,3 +123,14 @@ class Classes(ImageFolder):
         if not inside:
             return BadRecord(path.name, "missing caption", f"{path} is in no class's subfolder")
         return [name]
+
+
+class NamedImages(ImageFolder):
+    """A folder of images without captions. The one caption of an image is its file's name without the
+    ending."""
+
+    kind = "images"
+    captions = "(?!)"  # none
+
+    def _captions(self, path: Path) -> list | BadRecord:
+        return [path.stem]
