@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "main",
     "plan": "plan",
     "evaluate": "evaluate",
+    "embed": "embed",
     "convert": "convert",
     "report": "report",
 }

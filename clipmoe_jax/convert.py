@@ -2,12 +2,15 @@
 
     python -m clipmoe_jax.convert --from=runs/demo/moe/params --to=huggingface --out=exported
 
-Formats: huggingface (transformers), openclip (dense models), clipmoe (the released PyTorch code). The
-README.md written into each folder, and docs/interop.md, say what it holds and how to use it.
+Formats: huggingface (transformers), sentence-transformers, openclip (dense models), clipmoe (the released
+PyTorch code), onnx and onnx-int8, stablehlo (JAX alone). The README.md written into each folder, and
+docs/interop.md, say what it holds and how to use it.
 """
 
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
 from etils import epath
@@ -24,18 +27,27 @@ from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.reporting.model_card import model_card
 
+Writer = Callable[[epath.Path, ClipConfig, trees.Params], None]
 
-def write_huggingface(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
-    """Writes a folder for transformers, with CLIP's tokenizer if the model has CLIP's vocabulary."""
+
+def _with_processor(write: Callable[..., None], **options: Any) -> Writer:
+    """Returns a writer that has what prepares images and texts."""
     modules = pathlib.Path(preprocess.__file__).parent
-    export.write_huggingface(folder, config, params, tokenizer.backend(), modules)
+    return lambda folder, config, params: write(
+        folder, config, params, tokenizer.backend(), modules, **options
+    )
 
 
-WRITERS = {
-    "huggingface": write_huggingface,
+WRITERS: dict[str, Writer] = {
+    "huggingface": _with_processor(export.write_huggingface),
+    "sentence-transformers": _with_processor(export.write_sentence_transformers),
     "openclip": export.write_openclip,
     "clipmoe": export.write_clipmoe,
+    "onnx": _with_processor(export.write_onnx),
+    "onnx-int8": _with_processor(export.write_onnx, int8=True),
+    "stablehlo": _with_processor(export.write_stablehlo),
 }
+PROGRAMS = ("onnx", "onnx-int8", "stablehlo")  # which compute in float32
 
 
 @printable_errors()
@@ -70,6 +82,10 @@ def convert(
         raise ValueError(f"interpolate={interpolate} must lie between 0, the base, and 1, the model")
     if base is not None and interpolate is None:
         raise ValueError(f"base={base} has no share: give interpolate, such as 0.5")
+    if to in PROGRAMS:
+        if dtype not in (None, "float32"):
+            raise ValueError(f"dtype={dtype}: {to} computes in float32: leave it out")
+        dtype = "float32"
     read = functools.partial(
         read_model,
         num_selected_experts=num_selected_experts,

@@ -1,7 +1,8 @@
 """Writes a model for other programs: one function per format, from architecture and params to a folder.
 
-`clipmoe` is a state dict for the released code, `huggingface` a folder for transformers, `openclip` one for
-open_clip. Every tensor keeps its dtype. Params must have the shapes of their architecture.
+`clipmoe` is a state dict for the released code, `huggingface` a folder for transformers,
+`sentence_transformers` for the library of that name, `openclip` for open_clip; there every tensor keeps its
+dtype. `onnx` and `stablehlo` are programs, in float32. Params must have the shapes of their architecture.
 """
 
 import json
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Regex, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.interop import huggingface, openclip, released, tensor_files
+from clipmoe_jax.interop import huggingface, openclip, programs, released, tensor_files
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.inputs import SPECIAL_IDS
 from clipmoe_jax.models.positions import stretched_length
@@ -90,6 +91,64 @@ def write_huggingface(
     tensor_files.write_safetensors(folder, arrays, shard_bytes=shard_bytes)
 
 
+def write_sentence_transformers(
+    folder: epath.Path,
+    config: ClipConfig,
+    params: trees.Params,
+    tokenizer: Backend,
+    preprocessing: pathlib.Path,
+) -> None:
+    """Writes a folder for `SentenceTransformer`, which has all that `write_huggingface` writes.
+
+    Arguments as there. Raises ValueError for a vision tower alone, and for another vocabulary than CLIP's.
+    """
+    if config.text is None or not config.text.has_clips_tokens:
+        raise ValueError("sentence-transformers takes models of both towers with CLIP's tokens")
+    write_huggingface(folder, config, params, tokenizer, preprocessing)
+    features = {"method_output_name": "pooler_output"}
+    modalities = {name: {"method": f"get_{name}_features", **features} for name in ("text", "image")}
+    module = {"modality_config": modalities, "module_output_name": "sentence_embedding"}
+    _write_json(folder / "sentence_bert_config.json", module)
+    kind = "sentence_transformers.models.Transformer"
+    _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": kind}])
+
+
+def write_onnx(
+    folder: epath.Path,
+    config: ClipConfig,
+    params: trees.Params,
+    tokenizer: Backend,
+    preprocessing: pathlib.Path,
+    *,
+    int8: bool = False,
+) -> None:
+    """Writes `programs.write_onnx`'s files and a processor for transformers. Arguments as of both."""
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
+    _write_image_processor(folder, config, preprocessing)
+    if config.text and config.text.has_clips_tokens:
+        _write_tokenizer(folder, tokenizer, config.text.context_length)
+    programs.write_onnx(folder, config, params, int8=int8)
+
+
+def write_stablehlo(
+    folder: epath.Path,
+    config: ClipConfig,
+    params: trees.Params,
+    tokenizer: Backend,
+    preprocessing: pathlib.Path,
+) -> None:
+    """Writes `programs.write_stablehlo`'s files, model.safetensors, the module that prepares images and
+    tokenizer.json. Arguments as of `write_huggingface`."""
+    chex.assert_trees_all_equal_shapes(params, abstract_params(config))
+    programs.write_stablehlo(folder, config, params)
+    module = huggingface.PROCESSOR_FILES[1]
+    (folder / module).write_text((preprocessing / module).read_text())
+    if config.text and config.text.has_clips_tokens:
+        _write_tokenizer(folder, tokenizer, config.text.context_length)
+    arrays = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
+    tensor_files.write_safetensors(folder, arrays, shard_bytes=np.iinfo(np.int64).max)
+
+
 def write_openclip(folder: epath.Path, config: ClipConfig, params: trees.Params) -> None:
     """Writes a folder for open_clip's `local-dir:` schema. Raises ValueError if open_clip cannot build it."""
     fields = openclip.export_config(config)
@@ -139,5 +198,5 @@ def _write_tokenizer(folder: epath.Path, encoder: Backend, context_length: int) 
     _write_json(folder / "tokenizer_config.json", fields)
 
 
-def _write_json(path: epath.Path, content: dict) -> None:
+def _write_json(path: epath.Path, content: dict | list) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

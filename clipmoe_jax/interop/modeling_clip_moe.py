@@ -234,6 +234,22 @@ class StackedLinear(nn.Module):
         ]
 
 
+class SeparateLinear(nn.ModuleList):
+    """The layers of a StackedLinear, each an `nn.Linear`, which quantisation knows."""
+
+    def __init__(self, stacked):
+        super().__init__()
+        for weight, bias in zip(stacked.weight.detach(), stacked.bias.detach(), strict=True):
+            layer = nn.Linear(*reversed(weight.shape), device="meta")
+            layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.append(layer)
+
+    def forward(self, groups, weight_scale=1.0, bias_scale=1.0):
+        """As StackedLinear's."""
+        layers = zip(groups, self, strict=True)
+        return [bias_scale * layer(weight_scale / bias_scale * rows) for rows, layer in layers]
+
+
 class Router(nn.Linear):
     """Logits of the experts, in float32 whatever the dtype of the model."""
 
@@ -271,6 +287,18 @@ class MoE(nn.Module):
         """Applies expert e to groups[e]: E tensors (N_e, D) -> list of E tensors (N_e, D)."""
         hidden = self.fc1(groups, self.scale, self.scale)
         return self.fc2([self.activation(h) for h in hidden], 1 / self.scale)
+
+
+def unstack(model):
+    """Makes every expert of a model layers of its own, in place; returns the model, which computes the same.
+
+    Its weights then have other names than those in a file.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, StackedLinear):
+                setattr(module, name, SeparateLinear(child))
+    return model
 
 
 def _mixture(run, num_experts, x, routing):

@@ -299,7 +299,7 @@ class TextTower(nn.Module):
         if isinstance(tokens, PackedText):
             (ids, segments, ends), num_shards = tokens, devices_in_use()
         else:
-            ids, segments, num_shards = tokens, None, len(tokens)
+            ids, segments, num_shards = tokens, None, tokens.shape[0]
             ends = end_position(tokens, text.eos_token_id)
         length, width = ids.shape[1], text.width
         if length > text.context_length:

@@ -85,7 +85,7 @@ def gather(x: Float[Array, "B L D"], pooled_positions: Int[Array, "S P"] | None)
     """
     if pooled_positions is None:
         return x
-    shards = x.reshape(len(pooled_positions), -1, x.shape[-1])
+    shards = x.reshape(pooled_positions.shape[0], -1, x.shape[-1])
     return split_batch(jnp.take_along_axis(shards, pooled_positions[..., None], axis=1))
 
 
@@ -170,7 +170,7 @@ class MoeMlp(nn.Module):
         rate = 0.0 if self.deterministic else self.dropout_rate
         y, dropped = self._run(tokens, of_tokens, experts, self.activation, rate)
         if pooled_positions is not None:  # back to where the pooled tokens came from
-            num_shards = len(pooled_positions)
+            num_shards = pooled_positions.shape[0]
             shards = jnp.zeros((num_shards, batch * length // num_shards), jnp.int32)
             rows = jnp.arange(num_shards)[:, None]
             dropped = shards.at[rows, pooled_positions].add(dropped.reshape(pooled_positions.shape))

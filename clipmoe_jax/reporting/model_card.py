@@ -15,7 +15,24 @@ from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.reporting.text_tables import COLUMNS, has_retrieval
 
 PAPER = "[arXiv 2409.19291](https://arxiv.org/abs/2409.19291)"
-TITLES = {"huggingface": "transformers", "openclip": "open_clip", "clipmoe": "the released CLIP-MoE code"}
+TITLES = {
+    "huggingface": "transformers",
+    "sentence-transformers": "sentence-transformers",
+    "openclip": "open_clip",
+    "clipmoe": "the released CLIP-MoE code",
+    "onnx": "ONNX",
+    "onnx-int8": "ONNX, int8",
+    "stablehlo": "JAX, as StableHLO",
+}
+LIBRARIES = {
+    "huggingface": "transformers",
+    "sentence-transformers": "sentence-transformers",
+    "openclip": "open_clip",
+    "clipmoe": "pytorch",
+    "onnx": "onnx",
+    "onnx-int8": "onnx",
+    "stablehlo": "jax",
+}
 
 USE_CLIP = """\
 ```python
@@ -106,6 +123,85 @@ model, preprocess = clipmoe.load({file})
 """
 
 
+USE_SENTENCE_TRANSFORMERS = """\
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({name}, trust_remote_code=True)
+image, texts = model.encode([Image.open("photo.jpg")]), model.encode(["a dog", "a cat"])
+print(model.similarity(image, texts))
+```
+
+Without `trust_remote_code=True` transformers would take its own image processor, which crops a quarter of all
+shapes one pixel beside.
+"""
+
+USE_ONNX = """\
+Features are not of unit length. With `pip install onnxruntime transformers torch torchvision`:
+
+```python
+import numpy as np
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained({name}, trust_remote_code=True)
+pixels = processor(images=[Image.open("photo.jpg")], return_tensors="np")["pixel_values"]
+session = onnxruntime.InferenceSession({image_onnx})
+image = session.run(["image_features"], {{"pixel_values": pixels.astype(np.float32)}})[0]
+```
+"""
+
+USE_ONNX_TEXT = """\
+```python
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name})
+texts = ["a dog", "a cat"]
+ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+session = onnxruntime.InferenceSession({text_onnx})
+text = session.run(["text_features"], {{"input_ids": ids.astype(np.int64)}})[0]
+print(text @ image.T / np.linalg.norm(text, axis=1, keepdims=True) / np.linalg.norm(image, axis=1))
+```
+"""
+
+USE_STABLEHLO = """\
+Features are not of unit length. The programs run on CPU, CUDA and TPU, with `pip install jax safetensors
+tokenizers pillow`:
+
+```python
+import sys
+
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+sys.path.append({name})
+from preprocess import preprocess_image
+
+weights = load_file({weights})
+encode_image = export.deserialize(bytearray(open({image_stablehlo}, "rb").read())).call
+pixels = preprocess_image(open("photo.jpg", "rb").read(), {image_size})
+image = encode_image(weights, pixels[np.newaxis])
+```
+"""
+
+USE_STABLEHLO_TEXT = """\
+```python
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file({tokenizer})
+tokenizer.enable_truncation({context_length})
+tokenizer.enable_padding(length={context_length})
+ids = np.array([row.ids for row in tokenizer.encode_batch(["a dog", "a cat"])], np.int32)
+encode_text = export.deserialize(bytearray(open({text_stablehlo}, "rb").read())).call
+text = encode_text(weights, ids)
+print(text @ image.T / np.linalg.norm(text, axis=1, keepdims=True) / np.linalg.norm(image, axis=1))
+```
+"""
+
+
 def model_card(
     source: str, config: ClipConfig, params: trees.Params, read_from: str, to: str, name: str
 ) -> str:
@@ -121,20 +217,21 @@ def model_card(
         f"Written by `clipmoe_jax` from a {read_from}. {_what_it_is(config)}",
         _sizes(config, params),
         "## Use",
-        _usage(config, to).format(**_names(name), **_released_arguments(config)).strip(),
+        _usage(config, to)
+        .format(**_names(name), **_sizes_in_use(config), **_released_arguments(config))
+        .strip(),
         *_provenance(epath.Path(source)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(config: ClipConfig, to: str) -> str:
-    library = {"huggingface": "transformers", "openclip": "open_clip", "clipmoe": "pytorch"}[to]
     task = "zero-shot-image-classification" if config.text else "image-feature-extraction"
     tags = ["clip", "mixture-of-experts"] if config.moe else ["clip"]
     return "\n".join(
         [
             "---",
-            f"library_name: {library}",
+            f"library_name: {LIBRARIES[to]}",
             f"pipeline_tag: {task}",
             "tags:",
             *(f"- {t}" for t in tags),
@@ -181,6 +278,13 @@ def _usage(config: ClipConfig, to: str) -> str:
         return USE_OPENCLIP
     if to == "clipmoe":
         return USE_RELEASED_MOE if config.moe else USE_RELEASED_DENSE
+    if to == "sentence-transformers":
+        return USE_SENTENCE_TRANSFORMERS
+    has_texts = config.text is not None and config.text.has_clips_tokens
+    if to == "stablehlo":
+        return USE_STABLEHLO + ("\n" + USE_STABLEHLO_TEXT if has_texts else "")
+    if to.startswith("onnx"):
+        return USE_ONNX + ("\n" + USE_ONNX_TEXT if has_texts else "")
     if config.text is None:
         return f"{USE_VISION_ALONE}\n{PREPROCESSING}"
     if config.moe:
@@ -192,7 +296,16 @@ def _usage(config: ClipConfig, to: str) -> str:
 def _names(name: str) -> dict[str, str]:
     """Returns the folder and what lies in it as Python writes them, whatever characters the name has."""
     names = {"name": name, "local_dir": f"local-dir:{name}", "file": f"{name}/model.pt"}
+    names |= {"weights": f"{name}/model.safetensors", "tokenizer": f"{name}/tokenizer.json"}
+    for program in ("onnx", "stablehlo"):
+        names |= {f"{tower}_{program}": f"{name}/{tower}.{program}" for tower in ("image", "text")}
     return {key: printable(json.dumps(value, ensure_ascii=False)) for key, value in names.items()}
+
+
+def _sizes_in_use(config: ClipConfig) -> dict[str, int]:
+    """Returns the sizes that lines of use have."""
+    text = {"context_length": config.text.context_length} if config.text else {}
+    return {"image_size": config.vision.image_size, **text}
 
 
 def _released_arguments(config: ClipConfig) -> dict[str, int]:

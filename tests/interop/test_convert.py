@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from cards import code_of
 from etils import epath
 from grids import exhaustive, grid, quick
 from PIL import Image
@@ -454,10 +454,6 @@ def test_positions_are_resized_on_request(dense_folder):
 
 
 PREAMBLE = "import sys\nfor name in ('jax', 'clipmoe_jax', 'torchvision'):\n    sys.modules[name] = None\n"
-
-
-def code_of(card):
-    return "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
 
 
 @pytest.mark.parametrize("moe", quick({"dense": None, "moe": MoeConfig(4, 2)}, "moe"))
