@@ -219,6 +219,8 @@ def keep_compiled_programs() -> None:
             folder = with_home(f"~/.cache/clipmoe_jax/{socket.gethostname()}")
             os.makedirs(folder, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", folder)
+            # JAX keeps those that took a second: a small run has sixty others.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def process_count() -> int:
