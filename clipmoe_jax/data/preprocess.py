@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import struct
 import warnings
 
 import numpy as np
@@ -33,10 +34,12 @@ COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM")
 OTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "MPO", "PCX", "QOI", "TGA", "TIFF", "WEBP")
 
 
-# Of a JPEG: what begins a segment with a length, or ends the image; what begins the frame of an image that is
-# not progressive, a scan, and the end.
+# Of a JPEG: what begins a segment with a length, or ends the image. Marker and length of a segment; the
+# markers that a header has, those of a frame that is not progressive, and a scan's.
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xef\xfe]")
-SEQUENTIAL, SCAN, END = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc9"), b"\xff\xda", b"\xff\xd9"
+SEGMENT = struct.Struct(">HH")
+OF_HEADER = frozenset((*range(0xFFC0, 0xFFD0), *range(0xFFDA, 0xFFF0), 0xFFFE))
+SEQUENTIAL, SCAN = (0xFFC0, 0xFFC1, 0xFFC9), 0xFFDA
 
 
 class UnreadableImageError(ValueError):
@@ -140,30 +143,37 @@ def limit_of(variable: str, default: int) -> int:
 
 def _check_contents(contents: bytes) -> None:
     """Raises UnreadableImageError for a file that takes long to decode, whatever its pixels are."""
-    if contents.startswith(b"\xff\xd8") and _num_scans(contents) > MAX_SCANS:
+    is_jpeg = contents.startswith(b"\xff\xd8")
+    if is_jpeg and not _has_one_scan(contents) and _num_scans(contents) > MAX_SCANS:
         raise UnreadableImageError(f"a JPEG of more than {MAX_SCANS} scans: save it anew")
     if contents[:2] in (b"P1", b"P2", b"P3") and contents.count(b"#") > MAX_COMMENTS:
         raise UnreadableImageError(f"a PPM of more than {MAX_COMMENTS} comments: save it anew")
 
 
-def _num_scans(contents: bytes) -> int:
-    """Returns the scans of a JPEG file that are decoded, or MAX_SCANS + 1 if there are more.
+def _has_one_scan(contents: bytes) -> bool:
+    """Returns whether a JPEG file is not progressive and its first scan has all colours, as most: nothing is
+    decoded behind that. The header alone is read, and one with anything between its segments is not."""
+    place, num_colours = 2, -1
+    try:
+        while True:
+            marker, length = SEGMENT.unpack_from(contents, place)
+            if marker == SCAN:
+                return contents[place + 4] == num_colours
+            if marker not in OF_HEADER:
+                return False
+            if marker in SEQUENTIAL:
+                num_colours = contents[place + 9]
+            place += 2 + length
+    except (IndexError, struct.error):  # cut off
+        return False
 
-    An image that is not progressive, and whose first scan has all colours, ends with that scan. Of most files
-    nothing but the header is read.
-    """
-    place, scans, num_colours = 2, 0, b""
-    while scans <= MAX_SCANS and (found := MARKER.search(contents, place)):
-        marker, start = found[0], found.end()
-        if marker == END:
-            break
-        if marker in SEQUENTIAL:
-            num_colours = contents[start + 7 : start + 8]
-        elif marker == SCAN:
-            scans += 1
-            if num_colours and contents[start + 2 : start + 3] == num_colours:
-                break
-        place = start + int.from_bytes(contents[start : start + 2], "big")
+
+def _num_scans(contents: bytes) -> int:
+    """Returns the scans of a JPEG file before its end, or MAX_SCANS + 1 if there are more."""
+    place, scans = 2, 0
+    while scans <= MAX_SCANS and (marker := MARKER.search(contents, place)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(contents[marker.end() : marker.end() + 2], "big")
     return scans
 
 
