@@ -14,7 +14,7 @@ from jax.core import Tracer
 from PIL import Image
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.core import artifacts, paths, sharding
+from clipmoe_jax.core import artifacts, distributed, paths, sharding
 from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.data.decoding import map_decoding, preprocess_file
 from clipmoe_jax.data.preprocess import preprocess_image
@@ -315,6 +315,7 @@ def load(
     of 77 positions. image_size: resizes the vision tower's grid of positions. dtype: of the computation.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
+    distributed.keep_compiled_programs()
     model = read_model(
         path if pretrained is None else f"{OPEN_CLIP}{path}/{pretrained}",
         num_selected_experts=num_selected_experts,

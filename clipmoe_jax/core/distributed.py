@@ -207,13 +207,13 @@ def _end_with_parent() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs in ~/.cache/clipmoe_jax, by host, so that the same command starts sooner next
-    time.
+    """Keeps compiled programs in ~/.cache/clipmoe_jax, by host, so that the same command or program starts
+    sooner next time.
 
-    JAX_COMPILATION_CACHE_DIR names another folder; if it is empty, nothing is kept. Neither is it without a
-    home folder that can be written.
+    JAX_COMPILATION_CACHE_DIR, or JAX's setting of that name, names another folder; if it is empty, nothing is
+    kept. Neither is it without a home folder that can be written.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.jax_compilation_cache_dir is None:
         # By host: a program compiled for one CPU may not run on another that shares the home.
         with contextlib.suppress(OSError, ValueError):
             folder = with_home(f"~/.cache/clipmoe_jax/{socket.gethostname()}")

@@ -149,8 +149,26 @@ def test_processes_reach_each_other_without_a_proxy(environment, monkeypatch):
     assert os.environ["http_proxy"] == os.environ["HTTPS_PROXY"] == "http://127.0.0.1:1"
 
 
+@pytest.fixture
+def no_cache(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    monkeypatch.undo()
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("chosen", [None, "elsewhere", ""])
+def test_compiled_programs_are_kept_at_home_unless_jax_has_a_folder(tmp_path, monkeypatch, no_cache, chosen):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    distributed.keep_compiled_programs()
+    kept = jax.config.jax_compilation_cache_dir
+    assert kept == (f"{tmp_path}/.cache/clipmoe_jax/{socket.gethostname()}" if chosen is None else chosen)
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_home_that_cannot_be_written_keeps_no_compiled_programs(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *update: updates.append(update))
     (tmp_path / "file").touch()
