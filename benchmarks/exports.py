@@ -7,13 +7,13 @@
 The models are random: a dense one, or one with four experts of which each token uses two. The number is the
 largest difference of unit features, over the largest of their values. An input with a token whose second and
 third router logits lie within 1e-4 may go to another expert by rounding: such inputs are counted apart.
-The last line tells what int8 loses: the cosine to float32 features, and zero-shot accuracy over the names
-that are the captions of a prepared data set. Letters: B batch, M MoE blocks, L length, E experts.
+The last line tells what int8 loses: the cosine to float32 features, and zero-shot accuracy on a prepared data
+set of labelled images. Letters: B batch, M MoE blocks, L length, E experts.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.export
@@ -26,6 +26,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.evaluation.evaluations import parse_evaluation
 from clipmoe_jax.interop import programs
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import METHODS, VARIANTS, Clip, ClipConfig, normalize, normalize_features
@@ -137,17 +138,34 @@ def quantized(config: ClipConfig, params: trees.Params) -> dict[str, dict[str, C
     return {"ONNX": onnx, "PyTorch": {name: run(tower) for name, tower in towers.items()}}
 
 
+class Towers:
+    """Functions of a batch as evaluations see a model. Keeps the features that it gave."""
+
+    def __init__(self, towers: dict[str, Callable], config: ClipConfig):
+        assert config.text
+        self._towers, self._size = towers, config.vision.image_size
+        self._tokenizer = Tokenizer(config.text.context_length)
+        self.features = {}
+
+    def images(self, records: Records) -> np.ndarray:
+        """Returns (N, d) float32 unit features of a data set's images."""
+        pixels = [preprocess_image(records[i]["image"], self._size) for i in range(len(records))]
+        return self._run("image", np.stack(pixels))
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns (T, d) float32 unit features."""
+        return self._run("text", self._tokenizer(texts))
+
+    def _run(self, name: str, batch: np.ndarray) -> np.ndarray:
+        parts = [self._towers[name](batch[i : i + 256]) for i in range(0, len(batch), 256)]
+        self.features[name] = np.asarray(normalize_features(np.concatenate(parts)))
+        return self.features[name]
+
+
 def measure_int8(path: str, data: str) -> None:
     """Prints for each way the cosine to float32 features, mean and least, and zero-shot accuracy."""
     model = read_model(path)
-    assert model.config.text
-    records, size = Records(data, ""), model.config.vision.image_size
-    names = sorted({records[i]["captions"][0] for i in range(len(records))})
-    labels = np.array([names.index(records[i]["captions"][0]) for i in range(len(records))])
-    images = np.stack([preprocess_image(records[i]["image"], size) for i in range(len(records))])
-    batches = {"image": images, "text": Tokenizer(model.config.text.context_length)(names)}
-    clip = Clip(model.config)
-    ways = {"float32": {}, **quantized(model.config, model.params)}
+    clip, evaluation, ways = Clip(model.config), parse_evaluation(f"zero_shot:{data}"), {"float32": {}}
     for name, method in METHODS.items():
 
         @jax.jit
@@ -155,13 +173,12 @@ def measure_int8(path: str, data: str) -> None:
             return clip.apply({"params": model.params}, batch, method=method)[0]
 
         ways["float32"][name] = encode
-    of_ways = {
-        way: {name: np.asarray(normalize_features(run(batches[name]))) for name, run in towers.items()}
-        for way, towers in ways.items()
-    }
-    for way, features in of_ways.items():
-        accuracy = np.mean(np.argmax(features["image"] @ features["text"].T, axis=1) == labels)
-        cosines = {name: (of_ways["float32"][name] * features[name]).sum(axis=1) for name in METHODS}
+    exact = {}
+    for way, towers in (ways | quantized(model.config, model.params)).items():
+        subject = Towers(towers, model.config)
+        accuracy = evaluation.measure(subject)["top1"]
+        exact = exact or subject.features
+        cosines = {name: (exact[name] * features).sum(axis=1) for name, features in subject.features.items()}
         told = ", ".join(f"{name} {c.mean():.4f} (least {c.min():.4f})" for name, c in cosines.items())
         print(f"{way}: {told}; zero-shot {100 * accuracy:.1f} %", flush=True)
 
