@@ -62,18 +62,25 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all", action="store_true", help="the exhaustive grids too (-m exhaustive: only these)"
     )
+    parser.addoption(
+        "--nightly", action="store_true", help="what takes many minutes too (-m nightly: only it)"
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: one more cell of a grid; runs with --all")
+    config.addinivalue_line("markers", "nightly: takes many minutes; runs with --nightly")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Exhaustive tests run with --all alone. The longest files come first: no worker is left with one."""
-    if not config.getoption("--all"):
-        kept = [item for item in items if "exhaustive" not in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if "exhaustive" in item.keywords])
-        items[:] = kept
+    """Exhaustive tests run with --all alone, nightly ones with --nightly.
+
+    The longest files come first: no worker is left with one.
+    """
+    for mark, option in (("exhaustive", "--all"), ("nightly", "--nightly")):
+        if not config.getoption(option):
+            config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
+            items[:] = [item for item in items if mark not in item.keywords]
     tests = pathlib.Path(__file__).parent
     ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from grids import exhaustive
+import pytest
 
 from clipmoe_jax.__main__ import COMMANDS
 
@@ -160,7 +160,7 @@ def test_blocks_are_of_three_kinds():
     assert {block.language for block in blocks()} == {"", "python", "text"}
 
 
-@exhaustive
+@pytest.mark.nightly
 def test_blocks_run_as_they_stand(tmp_path):
     """In one folder, page by page, with the demo's small settings. (.ci/run and .ci/nightly install.)"""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
