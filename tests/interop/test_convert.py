@@ -248,7 +248,7 @@ def test_the_card_tells_sizes_training_and_scores(tmp_path):
 
 
 REFUSED = {
-    "a format that is none": ("onnx", {}, "'onnx' is not a format: choose one of huggingface, openclip"),
+    "a format that is none": ("tflite", {}, "'tflite' is not a format: choose one of huggingface, sentence"),
     "77 positions for the released code": (
         "clipmoe",
         {},
