@@ -25,7 +25,7 @@ FIRST = ("README.md", "docs/quickstart.md", "docs/tutorial.md")
 OTHERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 PAGES = (*FIRST, *(name for name in OTHERS if name not in FIRST))
 BLOCK = re.compile(
-    r"^(?:<!-- needs: (?P<needs>.+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+    r"^(?:<!-- needs: (?P<needs>.+) -->\n)?```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.M | re.S
 )
 COMMAND = re.compile(r"(?:python -m clipmoe_jax(?:\.[\w.]+)?|clipmoe) [^\n|>]*")
 
@@ -42,6 +42,7 @@ def blocks() -> list[Block]:
         Block(page, match["needs"] or "", match["language"], match["code"].replace("\\\n", " "))
         for page in PAGES
         for match in BLOCK.finditer((ROOT / page).read_text())
+        if not match["language"].startswith("{")  # a directive of the site
     ]
 
 
