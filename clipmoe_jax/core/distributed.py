@@ -213,7 +213,7 @@ def keep_compiled_programs() -> None:
     JAX_COMPILATION_CACHE_DIR, or JAX's setting of that name, names another folder; if it is empty, nothing is
     kept. Neither is it without a home folder that can be written.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         # By host: a program compiled for one CPU may not run on another that shares the home.
         with contextlib.suppress(OSError, ValueError):
             folder = with_home(f"~/.cache/clipmoe_jax/{socket.gethostname()}")
