@@ -74,7 +74,7 @@ def fit(
     row_flops = flops.forward_backward(model.config, trains, pairs.context_length, towers=["text"])
     row_cost = phase.accumulation_steps * row_flops / accelerators.flops_of_compilation()
     trainable, frozen = trees.partition(params, trainable_rules)
-    trains = trees.describe(trainable_rules, params)
+    trained = trees.describe(trainable_rules, params)
     frozen, held = _hold(frozen, loop.frozen_dtype)
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
@@ -151,7 +151,7 @@ def fit(
             step_metrics = fetch(*pending)
             reporter.report(num_steps, step_metrics)
     seconds = {"seconds_now": time.perf_counter() - began, "compile_seconds_now": reporter.compile_seconds}
-    summary = {"trains": trains, "num_steps": num_steps, "steps_now": num_steps - start}
+    summary = {"trains": trained, "num_steps": num_steps, "steps_now": num_steps - start}
     summary |= {name: round(value, 2) for name, value in seconds.items()} | step_metrics
     return trees.merge(state.trainable, sharding.to_devices(frozen)), summary
 

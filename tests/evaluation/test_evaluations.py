@@ -410,7 +410,7 @@ def test_command_shows_a_table_a_line_and_writes_a_file(folder, trained, tmp_pat
     skipped = f"evaluation attributes:{folder}/captioned_set: {folder}/captioned_set carries no attributes"
     assert f"skipped: {skipped}" in lines and len(numbers["model"]) == 2
     header = next(i for i, line in enumerate(lines) if "i2t_r1" in line)
-    assert lines[header + 1].split()[:2] == ["model", f"{recall:.3f}"]
+    assert lines[header + 1].split()[:2] == ["model", f"{100 * recall:.1f}"]
     assert [line.split("  ")[0] for line in lines[header + 2 : header + 6]] == [
         f"expert {e}" for e in range(4)
     ]

@@ -201,7 +201,7 @@ def test_large_files_of_holes_are_not_read(folders, tmp_path, kind):
     folder = copied(folders, tmp_path, kind)
     weights = max((f for f in folder.rglob("*") if f.is_file()), key=lambda file: file.stat().st_size)
     os.truncate(weights, 2**26)
-    with pytest.raises(ValueError, match=rf"^{weights} has 67,108,864 bytes and only [\d,]+ of them on"):
+    with pytest.raises(ValueError, match=rf"{weights} has 67,108,864 bytes and only [\d,]+ of them on"):
         read_model(str(folder))
 
 

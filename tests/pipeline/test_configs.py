@@ -229,10 +229,11 @@ def parsed(name: str, *overrides: str):
 
 @pytest.mark.parametrize("name", FILES)
 def test_field_that_is_none_has_its_type_and_its_flag(name):
-    """Except `moe` of the base, which is dense."""
+    """Except `moe` of the base, which is dense. A base that is trained from scratch has an activation."""
     config = get_config(name)
     optional = {f"base.architecture.{field}": kind for field, kind in configs.OPTIONAL.items()}
-    assert none_fields(config) == optional.keys() | {"base.architecture.moe"}
+    given = {"base.architecture.activation"} if config.data.base else set()
+    assert none_fields(config) == (optional.keys() | {"base.architecture.moe"}) - given
     config = parsed(name, *(f"--config.{field}=192" for field in optional))
     assert none_fields(config) == {"base.architecture.moe"}
     for field, kind in optional.items():
@@ -332,4 +333,4 @@ def test_renamed_fields_name_fields_of_today():
     for old, new in configs.RENAMED.items():
         assert old not in flat
         field = new.partition("=")[0]
-        assert field in flat or field in ("compute", "chosen by platform")
+        assert field in flat or field in ("compute", "chosen by platform", "chosen by the program")

@@ -39,8 +39,9 @@ def test_rehearsing_steps_are_spread_evenly(pairs, fraction):
 
 def take(pairs, rehearsal, start_step=0, num_steps=12, **options):
     sampler = ShuffledSampler(len(pairs), 8, seed=3)
+    options = {"caption_turns": TURNS, "num_text_shards": 0, "row_cost": 0.0} | options
     with open_batches(
-        pairs, sampler, rehearsal, start_step=start_step, num_steps=num_steps, caption_turns=TURNS, **options
+        pairs, sampler, rehearsal, start_step=start_step, num_steps=num_steps, **options
     ) as batches:
         return list(batches)
 
