@@ -287,11 +287,11 @@ def test_run_resumes_with_other_processes_and_devices(tmp_path, uninterrupted, s
 
 
 def assert_same_numbers(workdir, uninterrupted):
-    """But for what the number of devices changes: the order of sums."""
+    """But for what the number of devices changes: the order of sums, and how many rows captions share."""
     expected, found = losses_of(uninterrupted), losses_of(workdir)
     assert found.keys() == expected.keys()
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-5), step
+        assert found[step] == pytest.approx(loss, rel=3e-5), step
     expected = params_of(uninterrupted, "moe/params")
     for name, leaf in params_of(workdir, "moe/params").items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
