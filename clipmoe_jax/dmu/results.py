@@ -42,7 +42,7 @@ from clipmoe_jax.evaluation.evaluations import (
     open_applicable,
     parse_evaluation,
 )
-from clipmoe_jax.evaluation.retrieval import DIRECTIONS, retrieval_features, retrieval_recall
+from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.scores import shown_score
 from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject, Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
@@ -50,13 +50,12 @@ from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import read_config
 
 # What an evaluation says of what the base knew: {kind: metrics whose mean it is}.
-RETENTION = {"zero_shot": ("top1",), "retrieval": ("image_to_text_r1", "text_to_image_r1")}
+RETENTION = {"zero_shot": ("top1",), "retrieval": RECALL_AT_1}
 # Pairs of the test set that routing and experts are diagnosed on, and examples that are shown.
 DIAGNOSED_PAIRS, EXAMPLES = 2048, 8
 DIAGNOSES = ("routing", "changes of routing", "differences of experts", "cost")
 # Below these training changed nothing that a report could show: 1 - CKA, and a share of tokens.
 LEAST_DIVERSITY, LEAST_CHANGE = 5e-4, 5e-3
-FIRST = tuple(f"{direction}_r1" for direction in DIRECTIONS)
 BLEND_SHARES = tuple(i / 20 for i in range(1, 20))  # of the model; the rest is the base's
 OWN = {"data.test": "test", "data.retention": "retention"}  # paths that stand for the run's own data sets
 
@@ -121,7 +120,7 @@ def tell_model(run: Run, recipe: Recipe, is_new: bool) -> None:
     if is_new:
         measured = artifacts.measured(run.workdir / recipe.folder)
         run.metrics.say(f"{recipe.name}: {', '.join([*_making(measured), *_reached(run, numbers)])}")
-        scores = {f"recall/{name}": numbers[name] for name in FIRST if name in numbers}
+        scores = {f"recall/{name}": numbers[name] for name in RECALL_AT_1 if name in numbers}
         scores |= {"recall/retention": numbers["retention"]} if "retention" in numbers else {}
         run.metrics.log_scores(recipe.name, measured.get("num_steps", 0), scores)
 
@@ -142,7 +141,7 @@ def _reached(run: Run, numbers: Mapping[str, Any]) -> list[str]:
     """Recall@1, the first number of each evaluation, and retention, in words."""
     told = []
     if "test" in run.datasets and numbers:
-        i2t, t2i = (shown_score(name, numbers[name]) for name in FIRST)
+        i2t, t2i = (shown_score(name, numbers[name]) for name in RECALL_AT_1)
         told.append(f"R@1 {i2t} i2t {t2i} t2i")
     for line, metrics in numbers.get("evaluations", {}).items():
         if line != run.config.retention:

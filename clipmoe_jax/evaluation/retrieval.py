@@ -14,6 +14,7 @@ from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.subject import Subject
 
 DIRECTIONS = ("image_to_text", "text_to_image")
+RECALL_AT_1 = tuple(f"{direction}_r1" for direction in DIRECTIONS)
 RANKS = (1, 5, 10)
 RANDOM_TIES = "_random_ties"  # ends the names of recalls with equal scores in random order
 ERROR = "_error"  # ends the names of halves of 95 % intervals

@@ -1,4 +1,4 @@
-"""What the names of metrics say of their values. Evaluations return shares, people read per cent."""
+"""Shows the values of metrics by their names: evaluations return shares, people read per cent."""
 
 # Endings of metrics' names.
 LOWER_IS_BETTER = ("fpr95", "rank")

@@ -83,8 +83,7 @@ def write_huggingface(
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     _write_json(folder / "config.json", huggingface.export_config(config, dtype))
     _write_image_processor(folder, config, preprocessing)
-    if config.text and config.text.has_clips_tokens:
-        _write_tokenizer(folder, tokenizer, config.text.context_length)
+    _write_tokenizer(folder, config, tokenizer)
     if config.moe:
         source = pathlib.Path(__file__).with_name(huggingface.MODELING_FILE)
         (folder / huggingface.MODELING_FILE).write_text(source.read_text())
@@ -125,8 +124,7 @@ def write_onnx(
     """Writes `programs.write_onnx`'s files and a processor for transformers. Arguments as of both."""
     chex.assert_trees_all_equal_shapes(params, abstract_params(config))
     _write_image_processor(folder, config, preprocessing)
-    if config.text and config.text.has_clips_tokens:
-        _write_tokenizer(folder, tokenizer, config.text.context_length)
+    _write_tokenizer(folder, config, tokenizer)
     programs.write_onnx(folder, config, params, int8=int8)
 
 
@@ -143,8 +141,7 @@ def write_stablehlo(
     programs.write_stablehlo(folder, config, params)
     module = huggingface.PROCESSOR_FILES[1]
     (folder / module).write_text((preprocessing / module).read_text())
-    if config.text and config.text.has_clips_tokens:
-        _write_tokenizer(folder, tokenizer, config.text.context_length)
+    _write_tokenizer(folder, config, tokenizer)
     arrays = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
     tensor_files.write_safetensors(folder, arrays, shard_bytes=np.iinfo(np.int64).max)
 
@@ -175,8 +172,13 @@ def _write_image_processor(folder: epath.Path, config: ClipConfig, preprocessing
     _write_json(folder / huggingface.IMAGE_PROCESSOR_FILE, fields)
 
 
-def _write_tokenizer(folder: epath.Path, encoder: Backend, context_length: int) -> None:
-    """Writes our byte-pair encoder with CLIPTokenizer's steps around it, which do not repair text."""
+def _write_tokenizer(folder: epath.Path, config: ClipConfig, encoder: Backend) -> None:
+    """Writes our byte-pair encoder with CLIPTokenizer's steps around it, which do not repair text.
+
+    Nothing for a model that takes no text, or other tokens than CLIP's.
+    """
+    if config.text is None or not config.text.has_clips_tokens:
+        return
     start, end = SPECIAL_IDS
     tokenizer = Backend.from_str(encoder.to_str())
     tokenizer.normalizer = normalizers.Sequence(
@@ -193,7 +195,7 @@ def _write_tokenizer(folder: epath.Path, encoder: Backend, context_length: int) 
         "eos_token": end,
         "pad_token": end,
         "unk_token": end,
-        "model_max_length": context_length,
+        "model_max_length": config.text.context_length,
     }
     _write_json(folder / "tokenizer_config.json", fields)
 
