@@ -224,7 +224,8 @@ class _TensorBoard:
             event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
             self.file(phase).write_event(event)
         if time.monotonic() - self._written > UPLOAD_SECONDS:
-            self.file(phase).flush()
+            for file in self._files.values():
+                file.flush()
             self._written = time.monotonic()
 
     def close(self) -> None:
