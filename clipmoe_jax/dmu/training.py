@@ -188,6 +188,7 @@ def upcycle(run: Run, recipe: Recipe) -> None:
             key,
             num_moe_layers=moe.num_moe_layers,
             expert_layers=moe.expert_layers,
+            sequence_share=moe.sequence_share,
             router_stddev=recipe.router_stddev(run.config),
             place=place,
         )

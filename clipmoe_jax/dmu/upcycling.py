@@ -25,6 +25,7 @@ def stack_experts(
     *,
     num_moe_layers: int | None = None,
     expert_layers: str = "feed_forward",
+    sequence_share: float = 0.0,
     router_stddev: float = 0.02,
     place: Callable[[trees.Params], Any] = lambda _: None,
 ) -> dict:
@@ -32,8 +33,8 @@ def stack_experts(
 
     trees_of_params: E dense trees of one architecture, equal outside those layers; tree 0, the base, gives
     everything shared, and these layers of blocks that stay dense. num_moe_layers: the last n blocks of each
-    tower; None is all. expert_layers: as of `MoeConfig`: the feed-forward layer, or attention too. Routers
-    are drawn from a normal distribution. place: from the result as ShapeDtypeStructs to the shardings that it
+    tower; None is all. expert_layers, sequence_share: as of `MoeConfig`. Routers are drawn from a normal
+    distribution. place: from the result as ShapeDtypeStructs to the shardings that it
     is born with.
     Raises ValueError naming the first leaf outside the layers of experts that is not equal, with the largest
     difference; and any leaf that one of the trees lacks.
@@ -41,9 +42,10 @@ def stack_experts(
     flat = [trees.flatten(tree) for tree in trees_of_params]
     expert_leaf = EXPERT_LEAVES[expert_layers]
     _check(flat, expert_leaf)
+    moe = MoeConfig(len(flat), 1, num_moe_layers, sequence_share, expert_layers)
 
     def stack(flat: list, router_key: jax.Array) -> dict:
-        return _stack(flat, router_key, expert_leaf, num_moe_layers, router_stddev)
+        return _stack(flat, router_key, expert_leaf, moe, router_stddev)
 
     where = place(jax.eval_shape(stack, flat, router_key))
     return jax.jit(stack, out_shardings=where)(flat, router_key)
@@ -78,12 +80,11 @@ def _stack(
     flat: Sequence[dict[str, Any]],
     router_key: jax.Array,
     expert_leaf: re.Pattern[str],
-    num_moe_layers: int | None,
+    moe: MoeConfig,
     router_stddev: float,
 ) -> dict:
     base = flat[0]
     depth = {tower: _depth(base, tower) for tower in ("visual", "text")}
-    moe = MoeConfig(len(flat), 1, num_moe_layers)
     leaves, routers = {}, []
     for name, leaf in base.items():
         match = expert_leaf.fullmatch(name)
@@ -93,7 +94,7 @@ def _stack(
         block = f"{match[1]}/resblocks_{match[2]}/moe"
         leaves[f"{block}/{match[3]}"] = jnp.stack([tree[name] for tree in flat])
         if match[3] == "c_fc/kernel":
-            routers.append((f"{block}/router/kernel", leaf.shape[0]))
+            routers.append((f"{block}/router/kernel", moe.router_width(leaf.shape[0])))
     for key, (name, width) in zip(jax.random.split(router_key, len(routers)), routers, strict=True):
         leaves[name] = router_stddev * jax.random.normal(key, (width, len(flat)))
     return trees.unflatten(leaves)

@@ -42,7 +42,8 @@ class _TowerConfig(PretrainedConfig):
     """The fields of both towers. num_moe_layers: the last n blocks are MoE; None means all.
 
     router_sequence_share: how often the mean over an image's tokens, or over a caption's own, is added to
-    what a router sees, the token; 0 routes by the token alone. expert_layers: one of EXPERT_LAYERS.
+    what a router sees, the token, both with their centred absolute values; 0 routes by the token alone.
+    expert_layers: one of EXPERT_LAYERS.
     """
 
     def __init__(
@@ -266,14 +267,15 @@ class MoE(nn.Module):
         self.num_experts, self.num_selected = config.num_experts, config.num_experts_per_tok
         self.sequence_share = config.router_sequence_share
         self.activation, self.scale = ACTIVATIONS[config.hidden_act]
-        self.router = Router(config.hidden_size, self.num_experts, bias=False)
+        router_width = 2 * config.hidden_size if self.sequence_share else config.hidden_size
+        self.router = Router(router_width, self.num_experts, bias=False)
         self.fc1 = StackedLinear(self.num_experts, config.hidden_size, config.intermediate_size)
         self.fc2 = StackedLinear(self.num_experts, config.intermediate_size, config.hidden_size)
 
     def route(self, x, real=None):
         """Chooses experts: x (B, L, D) -> Routing. real (B, L) bool: False for padding; None for none."""
         with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
-            logits = self.router(x).float()
+            logits = self.router(_magnitudes(x.float()) if self.sequence_share else x).float()
             if self.sequence_share:
                 logits = logits + self.sequence_share * _sequence_mean(logits, real)
             gates, expert_ids = logits.flatten(0, 1).softmax(dim=-1).topk(self.num_selected, dim=-1)
@@ -744,6 +746,12 @@ def load_balance(router_logits, num_selected, mask=None):
     slots = functional.one_hot(probabilities.topk(num_selected, dim=-1).indices, logits.shape[-1])
     fraction = weights @ slots.sum(dim=2).float() / num_selected  # (M, E)
     return logits.shape[-1] * (fraction * (weights @ probabilities)).sum(dim=-1).mean()
+
+
+def _magnitudes(x):
+    """Returns x beside its centred absolute values: (..., D) -> (..., 2 D)."""
+    absolute = x.abs()
+    return torch.cat([x, absolute - absolute.mean(dim=-1, keepdim=True)], dim=-1)
 
 
 def _sequence_mean(logits, real):

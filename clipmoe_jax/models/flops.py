@@ -77,7 +77,7 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
 
 def _routing(block: str, tower: str, length: int, width: int, moe: MoeConfig) -> Iterator[Layer]:
     """Yields the layers of a block's router."""
-    yield Layer(f"{block}/moe/router", 2 * length * width * moe.num_experts)
+    yield Layer(f"{block}/moe/router", 2 * length * moe.router_width(width) * moe.num_experts)
     if moe.sequence_share and tower == "text":  # of router logits
         yield Layer(f"{block}/moe/sequence_mean", 2 * length * length * moe.num_experts)
 

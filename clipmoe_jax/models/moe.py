@@ -67,8 +67,8 @@ def add_sequence_mean(
 ) -> Float[Array, "B L E"]:
     """Adds `share` times the mean over its sequence to each token's router logits: (B, L, E) -> (B, L, E).
 
-    As the router is linear, that is W x_t + share · W mean_t(x). sequences (B, L) int32: tokens of a row that
-    share a number are one sequence; None is one sequence a row.
+    As the router is linear, that is W f(x_t) + share · W mean_t(f(x)), where f(x) is what it sees of a token.
+    sequences (B, L) int32: tokens of a row that share a number are one sequence; None is one sequence a row.
     """
     if sequences is None:
         return router_logits + share * router_logits.mean(axis=1, keepdims=True)
@@ -87,6 +87,18 @@ def gather(x: Float[Array, "B L D"], pooled_positions: Int[Array, "S P"] | None)
         return x
     shards = x.reshape(pooled_positions.shape[0], -1, x.shape[-1])
     return split_batch(jnp.take_along_axis(shards, pooled_positions[..., None], axis=1))
+
+
+def magnitudes(x: Float[Array, "*N D"]) -> Float[Array, "*N 2*D"]:
+    """Returns x beside its centred absolute values, |x| - mean_D |x|: what a router that sees sequences sees.
+
+    Of a sequence a linear router of x alone sees the mean. With absolute values it also sees how far apart
+    the tokens are, by which it tells kinds of images from the first block on, where tokens are patches
+    (docs/findings.md). Centred, since they are all positive: their sum would be a bias, which a few steps
+    grow until every token goes to one expert.
+    """
+    absolute = jnp.abs(x)
+    return jnp.concatenate([x, absolute - absolute.mean(axis=-1, keepdims=True)], axis=-1)
 
 
 class StackedLinear(nn.Module):
@@ -110,8 +122,8 @@ class MoeMlp(nn.Module):
       dropped_slots (B,) int32: how many of the L*K routed slots were dropped.
     With pooled_positions as in `gather` every token is routed, but only the pooled ones visit their experts,
     and y is (S, P, D). With a sequence_share above 0 routers see their token and its sequence
-    (`add_sequence_mean`). router_gradient: which experts a gradient reaches, "chosen" or "all"
-    (`straight_through`).
+    (`add_sequence_mean`), both with their `magnitudes`. router_gradient: which experts a gradient reaches,
+    "chosen" or "all" (`straight_through`).
     """
 
     num_experts: int
@@ -149,9 +161,12 @@ class MoeMlp(nn.Module):
 
     def logits(self, x: Float[Array, "B L D"], sequences: Int[Array, "B L"] | None) -> Float[Array, "B L E"]:
         """Returns the router logits, float32."""
-        router_logits = self.router(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
         if self.sequence_share:
-            router_logits = add_sequence_mean(router_logits, sequences, self.sequence_share)
+            of_tokens = self.router(magnitudes(x))
+            router_logits = add_sequence_mean(of_tokens, sequences, self.sequence_share)
+        else:
+            router_logits = self.router(x)
         return checkpoint_name(router_logits, dispatch.ROUTING)
 
     def feed_forward(

@@ -39,8 +39,9 @@ class MoeConfig:
     """The architecture of MoE blocks.
 
     num_moe_layers: how many of the last blocks of each tower are MoE; None is all. sequence_share: how often
-    the mean over a token's sequence is added to what its router sees, the token (`moe.add_sequence_mean`).
-    expert_layers: what of a block is an expert, one of EXPERT_LAYERS.
+    the mean over a token's sequence is added to what its router sees, the token (`moe.add_sequence_mean`);
+    above 0 routers see both with their `moe.magnitudes`. expert_layers: what of a block is an expert, one of
+    EXPERT_LAYERS.
     Raises ValueError for fields out of range.
     """
 
@@ -64,6 +65,10 @@ class MoeConfig:
             )
         if self.num_moe_layers is not None:
             whole_number("num_moe_layers", self.num_moe_layers, 1000)
+
+    def router_width(self, width: int) -> int:
+        """Returns how many numbers of a token a router sees, in blocks of this width (`moe.magnitudes`)."""
+        return 2 * width if self.sequence_share else width
 
     @property
     def has_attention(self) -> bool:

@@ -82,16 +82,19 @@ def test_values_equal_a_loop_over_tokens(params, x, name):
 
 
 def test_routers_see_their_token_and_the_mean_of_its_sequence(params, x):
-    """Of a row, or of its tokens of the same number."""
-    kernel = np.asarray(params["router"]["kernel"], np.float64)
+    """Of a row, or of its tokens of the same number; both with centred absolute values."""
+    kernel = np.random.default_rng(0).normal(size=(2 * x.shape[-1], E))
+    params = params | {"router": {"kernel": kernel.astype(np.float32)}}
     sequences = np.array([[0] * 5 + [1] * 8, [2, 1] * 6 + [2]])
     for given in (None, sequences):
         layer = make_layer(sequence_share=2.0)
         logits = layer.apply({"params": params}, x, sequences=given)[1]["router_logits"]
         numbers = np.zeros_like(sequences) if given is None else given
         for b, position in np.ndindex(x.shape[:2]):
-            mean = np.asarray(x[b][numbers[b] == numbers[b, position]], np.float64).mean(axis=0)
-            expected = (np.asarray(x[b, position], np.float64) + 2 * mean) @ kernel
+            absolute = np.abs(x[b])
+            seen = np.concatenate([x[b], absolute - absolute.mean(axis=1, keepdims=True)], axis=1)
+            mean = seen[numbers[b] == numbers[b, position]].mean(axis=0)
+            expected = (seen[position] + 2 * mean) @ kernel
             np.testing.assert_allclose(logits[b, position], expected, rtol=1e-4, atol=1e-4)
 
 

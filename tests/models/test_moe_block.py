@@ -24,7 +24,8 @@ DENSE = ClipConfig(
     vision=VisionConfig(image_size=16, patch_size=8, width=16, num_layers=2, head_width=8),
     text=TextConfig(vocab_size=40, context_length=10, width=16, num_layers=2, head_width=8),
 )
-MOE = dataclasses.replace(DENSE, moe=MoeConfig(E, K, sequence_share=2.0, expert_layers=LAYERS))
+LIKE_MOE = {"sequence_share": 2.0, "expert_layers": LAYERS}
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(E, K, **LIKE_MOE))
 EXACT = {
     "dense": {"dispatch": "dense"},
     "ragged": {"dispatch": "ragged"},
@@ -67,7 +68,7 @@ def stages():
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_experts_are_the_dense_model(stages, name):
     """Whatever the routers say."""
-    params = stack_experts([stages[0]] * E, jax.random.key(0), expert_layers=LAYERS, router_stddev=1.0)
+    params = stack_experts([stages[0]] * E, jax.random.key(0), **LIKE_MOE, router_stddev=1.0)
     found = features(MOE, params, **EXACT[name])
     chex.assert_trees_all_close(found, features(DENSE, stages[0]), rtol=1e-4, atol=1e-4)
 
@@ -76,14 +77,14 @@ def test_equal_experts_are_the_dense_model(stages, name):
 def test_tokens_that_choose_one_expert_alone_have_the_features_of_its_model(stages, e):
     """Routers of zeros choose the first expert."""
     ordered = [stages[e], *(stages[f] for f in range(E) if f != e)]
-    params = stack_experts(ordered, jax.random.key(0), expert_layers=LAYERS, router_stddev=0.0)
+    params = stack_experts(ordered, jax.random.key(0), **LIKE_MOE, router_stddev=0.0)
     one = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, num_selected_experts=1))
     found = features(one, params)
     chex.assert_trees_all_close(found, features(DENSE, stages[e]), rtol=1e-4, atol=1e-4)
 
 
 def test_stacked_tree_has_the_shapes_of_the_model_and_gives_each_expert_back(stages):
-    params = stack_experts(stages, jax.random.key(0), expert_layers=LAYERS)
+    params = stack_experts(stages, jax.random.key(0), **LIKE_MOE)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(MOE))
     for e, stage in enumerate(stages):
         config, of_expert = expert_as_dense(params, MOE, e)
@@ -92,7 +93,7 @@ def test_stacked_tree_has_the_shapes_of_the_model_and_gives_each_expert_back(sta
 
 
 def test_blocks_before_the_last_stay_those_of_the_base(stages):
-    params = stack_experts(stages, jax.random.key(0), num_moe_layers=1, expert_layers=LAYERS)
+    params = stack_experts(stages, jax.random.key(0), num_moe_layers=1, **LIKE_MOE)
     last = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, num_moe_layers=1))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(last))
     first = "visual/resblocks_0/attn/in_proj/kernel"
@@ -104,7 +105,7 @@ def test_other_leaves_that_differ_are_refused(stages):
     leaves["text/resblocks_1/ln_2/bias"] = leaves["text/resblocks_1/ln_2/bias"] + 1
     stack = [stages[0], trees.unflatten(leaves)]
     with pytest.raises(ValueError, match="text/resblocks_1/ln_2/bias of tree 1.*attention and feed-forward"):
-        stack_experts(stack, jax.random.key(0), expert_layers=LAYERS)
+        stack_experts(stack, jax.random.key(0), **LIKE_MOE)
     with pytest.raises(ValueError, match="/attn/.* of tree 1.*may differ in their feed-forward layers alone"):
         stack_experts(stages, jax.random.key(0))
 
@@ -142,7 +143,7 @@ def loss_of(config, **compute):
 
 @pytest.fixture(scope="module")
 def params(stages):
-    return stack_experts(stages, jax.random.key(0), expert_layers=LAYERS, router_stddev=0.5)
+    return stack_experts(stages, jax.random.key(0), **LIKE_MOE, router_stddev=0.5)
 
 
 @pytest.fixture(scope="module")
