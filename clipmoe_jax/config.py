@@ -54,6 +54,7 @@ NEUTRAL = {
     "moe.experts": ((), ()),
     "moe.expert_layers": ("feed_forward", ()),
     "data.rehearsal_captions": ("", ()),
+    "validation.keep_best": (False, ("validation.every_steps",)),
     "router.loss": ("contrastive", ()),
     "router.gradient": ("chosen", ()),
     "moe.routing": ("token", ("moe.sequence_share",)),
@@ -98,6 +99,7 @@ RANGES = {
     "data.max_caption_tokens": (0, _MANY),
     "data.max_bad_fraction": (0.0, 1.0),
     "loss.short_caption_weight": (0.0, 1e3),
+    "validation.every_steps": (0, _MANY),
     "log_every": (1, _MANY),
 }
 
@@ -134,6 +136,8 @@ def default_config() -> ConfigDict:
     config.data.test = ""  # for retrieval and to diagnose the CLIP-MoE on
     config.data.test_split = "test"  # or a slice, as above
     config.data.max_bad_fraction = 1e-3  # of a source's records: the run stops if more are bad
+    # Held-out pairs to measure stages, baselines and routers on while they train.
+    config.data.validation = ""
     config.data.base = ""  # to train a base from scratch on, where base.checkpoint is empty
     config.data.retention = ""  # what config.retention calls data.retention
     config.data.rehearsal = ""  # what the base knew, some hundreds of pairs or more, not to be forgotten
@@ -231,6 +235,9 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # what a kill can cost
     config.checkpoint.max_to_keep = 2  # of a phase
+    config.validation = ConfigDict()
+    config.validation.every_steps = 0  # steps between measurements of recall on data.validation; 0 is never
+    config.validation.keep_best = False  # ends each phase with the params that had the highest recall
     config.log_every = 10  # steps between lines of metrics.jsonl
     config.wandb = ""  # a project of Weights & Biases (pip install wandb); "" sends nothing there
     config.lock()
@@ -453,6 +460,13 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             errors.add(
                 "router.loss=features: the last of moe.experts teaches, and it is 'base': put another last"
             )
+    if config.validation.keep_best and not config.validation.every_steps:
+        errors.add("validation.keep_best=True measures nothing: set validation.every_steps")
+    if paths and bool(config.data.validation) != bool(config.validation.every_steps):
+        errors.add(
+            f"validation.every_steps={config.validation.every_steps} and data.validation="
+            f"{config.data.validation!r} go together: set both or neither"
+        )
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(
             f"data.max_caption_tokens={config.data.max_caption_tokens} leaves no room for start, a word and "

@@ -20,7 +20,7 @@ from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preparation, sources
 from clipmoe_jax.data.records import Records
 
-NAMES = ("train", "test", "base", "retention", "rehearsal", "rehearsal_captions")
+NAMES = ("train", "test", "validation", "base", "retention", "rehearsal", "rehearsal_captions")
 FILES = "source files"  # the input of a prepared source that is its stamp
 WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
 PREPARATION_SECONDS = 7 * 24 * 3600  # that other processes wait: a hundred million images take hours

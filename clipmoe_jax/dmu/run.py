@@ -65,7 +65,9 @@ class Run:
         if any(name.endswith(".rehearsal_fraction") for name in chosen):
             names = ("data.rehearsal", "data.rehearsal_captions")
             chosen |= {name: values[name] for name in names if values[name]}
-        for name in ("train", "base", "rehearsal", "rehearsal_captions"):
+        if "validation.keep_best" in chosen:
+            chosen["data.validation"] = values["data.validation"]
+        for name in ("train", "validation", "base", "rehearsal", "rehearsal_captions"):
             if chosen.get(f"data.{name}"):
                 chosen[f"{artifacts.CONTENTS}data.{name}"] = self.records(name).fingerprint
         if chosen.get("base.checkpoint"):

@@ -23,11 +23,15 @@ from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
+from clipmoe_jax.evaluation.captions import read_captions
+from clipmoe_jax.evaluation.encoder import Encoder
+from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
+from clipmoe_jax.evaluation.subject import ModelSubject
 from clipmoe_jax.interop.load import read_architecture, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
-from clipmoe_jax.train.loop import LoopConfig, fit
+from clipmoe_jax.train.loop import LoopConfig, Validation, fit
 from clipmoe_jax.train.lora import add_adapters, fold_adapters
 from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets
 from clipmoe_jax.train.step import LossConfig
@@ -289,6 +293,7 @@ def _fit(
             frozen_dtype=frozen_dtype(config, model.compute),
         ),
         rehearsal=rehearsal,
+        validation=_validation(run, recipe, architecture, folder),
     )
     save_model(folder, architecture, jax.jit(fold_adapters)(params) if recipe.adapter_rank else params)
     if recipe.group != "base":
@@ -296,6 +301,27 @@ def _fit(
         own_steps = num_steps - (rehearsal.before(num_steps) if rehearsal else 0)
         measured[EPOCHS] = first_epoch + math.ceil(own_steps / sampler.num_steps)
     return measured
+
+
+def _validation(run: Run, recipe: Recipe, architecture: ClipConfig, folder: epath.Path) -> Validation | None:
+    """The measuring of a recipe's phase while it trains, if the config asks for it."""
+    settings = run.config.validation
+    if not settings.every_steps or recipe.group == "base":
+        return None
+    records, pairs = run.records("validation"), run.pairs("validation")
+    captions = run.once("captions of data.validation", lambda: read_captions(records))
+    image_size, num_workers = architecture.vision.image_size, run.config.data.num_workers
+
+    def measure(params: dict[str, Any]) -> dict[str, float]:
+        if recipe.adapter_rank:
+            params = jax.jit(fold_adapters)(params)
+        encoder = Encoder(run.model(architecture), params, run.mesh, run.config.embed.batch_size)
+        subject = ModelSubject(encoder, run.tokenizer(), image_size, num_workers, lambda _: pairs)
+        recall = retrieval_recall(*retrieval_features(subject, records, captions))
+        return {name: recall[name] for name in RECALL_AT_1}
+
+    best = folder / artifacts.CHECKPOINTS / "best" if settings.keep_best else None
+    return Validation(settings.every_steps, measure, best)
 
 
 def _with_adapters(run: Run, recipe: Recipe, params: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -39,6 +40,22 @@ class LoopConfig:
     frozen_dtype: str = "float32"
 
 
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """The measuring of a phase on held-out pairs while it trains.
+
+    Attributes:
+        every_steps: between measurements; the last step is measured too.
+        measure: from params to recalls, between 0 and 1. May raise Preempted.
+        best: a folder for the params with the highest mean of recalls, with which the phase then ends; None
+            ends it with the last.
+    """
+
+    every_steps: int
+    measure: Callable[[dict[str, Any]], Mapping[str, float]]
+    best: epath.Path | None = None
+
+
 def fit(
     name: str,
     model: Clip,
@@ -55,14 +72,17 @@ def fit(
     metrics: Metrics,
     loop: LoopConfig,
     rehearsal: Rehearsal | None = None,
+    validation: Validation | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the leaves that match the rules, from the newest checkpoint on; returns (params, summary).
 
     params: placed on the mesh. The trainable leaves are donated; with another frozen_dtype than float32 so
     are the frozen ones, which the device then holds in that dtype alone. Batches, learning rates and dropout
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
-    one. rehearsal: steps on other pairs, among the phase's num_steps. summary: what trains; num_steps;
-    steps_now, seconds_now and compile_seconds_now of this process; the last step's metrics.
+    one. rehearsal: steps on other pairs, among the phase's num_steps. validation: its metrics begin
+    "validation_", and a step without them repeats those before. summary: what trains; num_steps; steps_now,
+    seconds_now and compile_seconds_now of this process; the last step's metrics; with `Validation.best`
+    best_step, after which the params were those returned.
 
     Raises ValueError naming the step, its records and the last good checkpoint if a metric stops being
     finite, and Preempted once a checkpoint is written after SIGTERM.
@@ -87,6 +107,19 @@ def fit(
         checkpointer = stack.enter_context(Checkpointer(loop.checkpoints, loop.max_to_keep))
         state, step_metrics = _restore(name, checkpointer, state, metrics)
         start = int(state.step)
+        best = None
+        if validation and validation.best:
+            best = _Best(stack.enter_context(Checkpointer(validation.best, max_to_keep=1)), state)
+
+        def validate(step: int) -> dict[str, float]:
+            """Measures the params after `step` steps if it is time. Returns all metrics so far."""
+            if validation is None or not step or (step % validation.every_steps and step != num_steps):
+                return step_metrics
+            progress.set_postfix_str("validation")
+            recalls = validation.measure(trees.merge(state.trainable, held))
+            if best:
+                best.offer(step, state, recalls)
+            return step_metrics | {f"validation_{metric}": recall for metric, recall in recalls.items()}
 
         def fetch(step: int, rehearses: bool, device_metrics: dict[str, jax.Array]) -> dict[str, float]:
             """Waits for a step's metrics and raises ValueError if one is not finite.
@@ -127,6 +160,12 @@ def fit(
         reporter = _Reporter(name, metrics, progress, start, num_steps, loop.log_every, phase.batch_size)
         pending = None
         for step, (rehearses, batch) in enumerate(reporter.time_waits(batches), start):
+            try:
+                step_metrics = validate(step)  # a resumed phase measures its checkpoint again
+            except distributed.Preempted as preempted:
+                if pending is not None and checkpointer.latest_step() != step:
+                    checkpointer.save(step, state, {"phase": name, **fetch(*pending)})
+                raise distributed.Preempted(f"{name}, step {step}") from preempted
             arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
             metrics.profile(name, step, state)
@@ -149,7 +188,11 @@ def fit(
                 raise distributed.Preempted(f"{name}, step {done}")
         if pending is not None:
             step_metrics = fetch(*pending)
+            step_metrics = validate(num_steps)
             reporter.report(num_steps, step_metrics)
+        if best:
+            state = best.restore(state)
+            step_metrics |= {"best_step": int(state.step)}
     seconds = {"seconds_now": time.perf_counter() - began, "compile_seconds_now": reporter.compile_seconds}
     summary = {"trains": trained, "num_steps": num_steps, "steps_now": num_steps - start}
     summary |= {name: round(value, 2) for name, value in seconds.items()} | step_metrics
@@ -190,6 +233,32 @@ def _restore(
     state, meta = restored
     metrics.say(f"{name}: resumes from step {int(state.step)}, loss {meta['loss']:.3f}")
     return state, {key: value for key, value in meta.items() if key != "phase"}
+
+
+class _Best:
+    """The state with the highest mean of recalls, kept on disk; of equal ones the first.
+
+    A resumed phase offers states again that it has offered before.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, like: TrainState):
+        self._checkpointer = checkpointer
+        kept = checkpointer.restore(like)
+        self._score = kept[1]["score"] if kept else -1.0
+
+    def offer(self, step: int, state: TrainState, recalls: Mapping[str, float]) -> None:
+        """Keeps a state if it is better than the one kept."""
+        score = float(np.mean(list(recalls.values())))
+        if score > self._score:
+            self._score = score
+            self._checkpointer.save(step, state, {"score": score})
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Returns the state that was kept."""
+        self._checkpointer.latest_step()  # waits until it is written
+        kept = self._checkpointer.restore(like)
+        assert kept is not None  # the last step at least was offered
+        return kept[0]
 
 
 class _Reporter:

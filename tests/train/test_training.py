@@ -26,7 +26,7 @@ from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import step as step_module
-from clipmoe_jax.train.loop import LoopConfig, fit
+from clipmoe_jax.train.loop import LoopConfig, Validation, fit
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
@@ -321,7 +321,9 @@ def test_warm_up_longer_than_the_phase_is_refused():
         dataclasses.replace(PHASE, num_steps=0).length(2)
 
 
-def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, frozen_dtype="float32"):
+def fit_routers(
+    pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, frozen_dtype="float32", validation=None
+):
     """Router training through the loop; stop_after raises in the middle, as a kill would."""
     mesh = one_device()
     params = init_params(MOE, mesh)
@@ -354,6 +356,7 @@ def fit_routers(pairs, tmp_path, *, stop_after=None, phase=PHASE, scale=1.0, fro
             loop=LoopConfig(
                 tmp_path / "checkpoints", checkpoint_every=2, log_every=1, frozen_dtype=frozen_dtype
             ),
+            validation=validation,
         )
     except Stopped:
         return None
@@ -369,6 +372,29 @@ def test_resumed_equals_uninterrupted(pairs, tmp_path, stop_after):
     found, _ = fit_routers(pairs, tmp_path / "stopped")
     chex.assert_trees_all_equal(found, expected)
     assert measured["num_steps"] == 7
+
+
+def test_a_phase_ends_with_its_best_params_also_resumed(pairs, tmp_path):
+    """Measured after steps 2, 4, 6 and 7, where 4 and 7 are equally good: the first is kept."""
+    seen = []
+
+    def measure(params):
+        kernel = np.array(trees.flatten(params)["text/resblocks_0/moe/router/kernel"])
+        places = [i for i, earlier in enumerate(seen) if np.array_equal(earlier, kernel)]
+        seen.extend([] if places else [kernel])
+        return {"r1": (0.2, 0.6, 0.4, 0.6)[places[0] if places else len(seen) - 1]}
+
+    for name, stop_after in (("whole", None), ("stopped", 5)):
+        validation = Validation(2, measure, tmp_path / name / "checkpoints" / "best")
+        options = {"stop_after": stop_after, "validation": validation}
+        if stop_after:
+            assert fit_routers(pairs, tmp_path / name, **options) is None
+        found, summary = fit_routers(pairs, tmp_path / name, validation=validation)
+        np.testing.assert_array_equal(trees.flatten(found)["text/resblocks_0/moe/router/kernel"], seen[1])
+        assert summary["best_step"] == 4 and len(seen) == 4
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        measured = {line["step"]: line.get("validation_r1") for line in lines}
+        assert measured == {1: None, 2: 0.2, 3: 0.2, 4: 0.6, 5: 0.6, 6: 0.4, 7: 0.6}
 
 
 @exhaustive
