@@ -84,5 +84,6 @@ def test_fields_that_change_nothing_are_no_inputs(checkpoint):
     assert names(**{"moe.sequence_share": 3.0, "router.rehearsal": "distill"}) == published
     assert names(**{"moe.routing": "token_and_sequence"}) - published == {"moe.routing", "moe.sequence_share"}
     assert names(**{"moe.experts": ("base", "base")}) - published == {"moe.experts"}
+    assert names(**{"validation.every_steps": 100, "data.validation": "held_out"}) == published
     of_blocks = {"moe.expert_layers": "attention_and_feed_forward"}
     assert names(**of_blocks) - published == {"moe.expert_layers"}

@@ -12,7 +12,7 @@ def get_config(arg=""):
     """One stage and consolidation, a handful of steps of each phase, a checkpoint every other step.
 
     Arguments: `whole` adds a second stage, a dense and an upcycled baseline, an evaluation, retention, a
-    blend, and captions of their own for what is distilled;
+    blend, validation, and captions of their own for what is distilled;
     `baselines` is `whole` with every baseline but those that differ from others in their length alone.
     """
     arg = parse_arg(arg, whole=False, baselines=False)
@@ -49,5 +49,6 @@ def get_config(arg=""):
         config.blends = ("consolidation",)
         config.data.rehearsal_captions = "glyphs:train?pairs=20"
         config.evaluations = ("attributes:data.test",)
+        config.data.validation, config.validation.every_steps = "digit_scenes:test?pairs=8&seed=2", 4
         config.data.retention, config.retention = "glyphs:test?pairs=16", "zero_shot:data.retention"
     return config
