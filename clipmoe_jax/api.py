@@ -1,6 +1,7 @@
 """`clipmoe_jax.load` and the model that it returns, which encodes images and captions and classifies images.
 
-Letters: B images or texts, C labels, L length, H and W height and width of images, G patches along a side.
+Letters: B images or texts, C labels, L length, H and W height and width of images, G patches along a side,
+M MoE blocks, E experts.
 """
 
 import os
@@ -14,6 +15,7 @@ from jax.core import Tracer
 from PIL import Image
 
 from clipmoe_jax import config as configs
+from clipmoe_jax.analysis.routing import make_patch_gates
 from clipmoe_jax.core import artifacts, distributed, paths, sharding
 from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.data.decoding import map_decoding, preprocess_file
@@ -168,6 +170,18 @@ class LoadedClip:
         classes = class_embeddings(np.asarray(self.encode_text(prompts)), class_of_prompt)
         cosines = _cosines(self.encode_image(images, normalize=True), classes)
         return jax.nn.softmax(jnp.exp(self.logit_scale) * cosines)
+
+    @printable_errors()
+    def image_gates(self, images: Images) -> jax.Array:
+        """Returns how much each patch uses each expert, its gates (B, M, G, G, E) float32.
+
+        They add up to 1, over the K experts that a patch uses; the others have 0. Blocks that are dense are
+        left out. images, errors: as of `preprocess`. Raises ValueError for a dense model.
+        """
+        gates = make_patch_gates(self.model)  # pyright: ignore[reportArgumentType]
+        pixels = jnp.asarray(self.preprocess(images))
+        parts = list(_parts(pixels)) or [(jnp.zeros((1, *pixels.shape[1:]), jnp.uint8), 0)]
+        return _joined([gates(self.params, part)[:n] for part, n in parts])
 
     @printable_errors()
     def expert(self, e: int) -> "LoadedClip":

@@ -368,4 +368,8 @@ def test_lines_of_the_docs_run(clip, tmp_path, monkeypatch):
     found = {}
     exec("\n".join(blocks), found)
     assert found["heat"].shape == (1, 2, 2) and found["images"].shape == (2, 16)
+    assert found["gates"].shape == (1, 1, 2, 2, 2)
+    gates = mixture.image_gates([*IMAGES, "photo.jpg"])
+    np.testing.assert_allclose(gates[2:], found["gates"], atol=1e-6)
+    assert mixture.image_gates([]).shape == (0, *gates.shape[1:])
     assert clipmoe_jax.load("runs/last").config.moe is None

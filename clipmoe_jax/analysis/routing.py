@@ -237,6 +237,21 @@ def make_logits(model: Clip, tower: str) -> Callable[[trees.Params, Array], Arra
     return jax.jit(logits)
 
 
+@cache_programs
+def make_patch_gates(model: Clip) -> Callable[[trees.Params, Array], Array]:
+    """Returns a jitted (params, images (B, H, W, 3)) -> gates of patches (B, M, G, G, E) float32, 0 of those
+    experts that a patch does not use. Raises ValueError for a dense model."""
+    moe, grid = _moe(model.config), _grid(model.config)
+
+    def gates(params, images):
+        logits = make_logits(model, "visual")(params, images)[:, :, 1:]  # without the class token
+        chosen, expert_ids = route(logits, moe.num_selected_experts)
+        of_experts = jnp.einsum("bmlk,bmlke->bmle", chosen, jax.nn.one_hot(expert_ids, moe.num_experts))
+        return of_experts.reshape(*logits.shape[:2], grid, grid, moe.num_experts)
+
+    return jax.jit(gates)
+
+
 @functools.cache
 def _make_sums(config: ClipConfig, tower: str) -> Callable[[Array, dict[str, Array]], RoutingSums]:
     def sums(logits, arrays):

@@ -173,10 +173,25 @@ def test_top1_experts_are_the_largest_logits_of_patches_and_words(trained):
         assert np.all(text[i, :, end + 1 :] == -1)
 
 
+def test_gates_of_patches_are_the_largest_probabilities(trained):
+    """As a softmax by hand has them, each in its patch's place."""
+    images = trained.batches[0]["image"]
+    found = routing.make_patch_gates(trained.model)(trained.params, images)
+    logits = trained.router_logits(trained.params, images, "encode_image")
+    p = np.exp(logits.astype(np.float64))  # (B, M, L, E)
+    p[p < np.sort(p, axis=-1)[..., -2:-1]] = 0
+    p /= p.sum(axis=-1, keepdims=True)
+    assert found.shape == (4, 2, 2, 2, 4)
+    for down, right in np.ndindex(2, 2):
+        np.testing.assert_allclose(found[:, :, down, right], p[:, :, 1 + 2 * down + right], atol=1e-6)
+
+
 def test_routing_of_a_dense_model_is_refused(trained):
     model = Clip(trained.dense)
     with pytest.raises(ValueError, match="the model is dense: it has no experts"):
         routing.route_by_model(model, trained.dense_params[0], trained.batches, trained.mesh)
+    with pytest.raises(ValueError, match="the model is dense: it has no experts"):
+        routing.make_patch_gates(model)
 
 
 def test_batches_without_tokens_are_refused(trained):
