@@ -510,9 +510,10 @@ def check_baselines(config: ConfigDict) -> None:
                 f"baselines: {name!r} rehearses as often as the routers do: set router.rehearsal_fraction"
             )
     for name, settings in config.baseline_settings.items():
-        row = known.get(name) if name in config.baselines else None
+        row = known.get(name)  # one that the run leaves out is no fault: `--config.baselines="()"`
         if row is None or not row.trains:
-            errors.add(f"baseline_settings.{name}: the run trains no baseline {name!r}: add it to baselines")
+            trained = ", ".join(row.name for row in BASELINES if row.trains)
+            errors.add(f"baseline_settings.{name}: no baseline {name!r} trains: choose one of {trained}")
         elif row.num_steps and (fixed := {"num_steps", "num_epochs"}.intersection(settings)):
             errors.add(f"baseline_settings.{name}.{fixed.pop()}: the length follows from other models'")
     errors.raise_all()

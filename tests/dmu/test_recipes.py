@@ -268,9 +268,8 @@ def test_settings_of_a_baseline_replace_those_of_its_section():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"direct_fit": {"batch_size": 5}}, "baseline_settings.direct_fit: the run trains no baseline"),
-        ({"full_ft": {"batch_size": 5}}, "baseline_settings.full_ft: the run trains no baseline"),
-        ({"feature_ensemble": {"batch_size": 5}}, "settings.feature_ensemble: the run trains no baseline"),
+        ({"direct_fit": {"batch_size": 5}}, "settings.direct_fit: no baseline 'direct_fit' trains: choose"),
+        ({"feature_ensemble": {"batch_size": 5}}, "no baseline 'feature_ensemble' trains: choose one of dir"),
         ({"direct_ft_same_pairs": {"num_steps": 5}}, "same_pairs.num_steps: the length follows from"),
         ({"direct_ft": {"batchsize": 5}}, r"direct_ft.batchsize does not exist; there are \['accum"),
         ({"direct_ft": {"batch_size": "5"}}, "direct_ft.batch_size='5' must be of type int"),
@@ -287,6 +286,16 @@ def test_settings_of_a_baseline_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         validate(config, paths=False)
         phases_of(config, "cpu", 100)
+
+
+def test_settings_of_a_baseline_that_is_left_out_are_none_of_the_run():
+    """A config file has them, and the command line leaves its baselines out."""
+    config = config_of()
+    config.baseline_settings = ConfigDict({"full_ft": {"batch_size": 5}})
+    for section in (config.base.train, config.mcl, config.router):
+        section.batch_size, section.warmup_steps, section.num_steps = 10, 1, 6
+    validate(config, paths=False)
+    assert "full_ft" not in {phase.name for phase in phases_of(config, "cpu", 100)}
 
 
 def test_settings_of_an_unknown_baseline_hide_no_other_error():
