@@ -1,7 +1,7 @@
 """README.md and docs/: every command is one that the program takes, and every block that says nothing runs.
 
-A block that wants more than two cores and this repository says so in a comment above it, `<!-- needs: … -->`;
-one of text alone is marked `text`.
+So does every notebook. A block that wants more than two cores and this repository says so in a comment above
+it, `<!-- needs: … -->`; one of text alone is marked `text`.
 """
 
 import ast
@@ -49,6 +49,9 @@ def blocks() -> list[Block]:
 def commands() -> list[tuple[str, list[str]]]:
     """(module of clipmoe_jax, arguments) of each command in a block or in a line of text, each once."""
     text = "\n".join(block.code for block in blocks() if block.language in ("", "python"))
+    for _, notebook in notebooks():
+        code = (cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+        text += "\n" + "\n".join("".join(lines) for lines in code)
     for page in PAGES:
         text += "\n" + "\n".join(
             re.findall(
@@ -70,6 +73,11 @@ def commands() -> list[tuple[str, list[str]]]:
         words = [word for word in words if word.startswith("--") and "…" not in word]
         found.add((module, *words))
     return [(module, words) for module, *words in sorted(found)]
+
+
+def notebooks() -> list[tuple[str, dict]]:
+    """(name, content) of each."""
+    return [(path.stem, json.loads(path.read_text())) for path in sorted((ROOT / "docs").glob("*/*.ipynb"))]
 
 
 # Parses the flags of each command in a process of its own, all with the imports of one.
@@ -161,28 +169,78 @@ def test_blocks_are_of_three_kinds():
     assert {block.language for block in blocks()} == {"", "python", "text"}
 
 
+def test_notebooks_are_committed_without_outputs():
+    """They would be stale with the next change. Who builds the site may have them made (docs/conf.py)."""
+    assert len(notebooks()) == 3
+    for name, notebook in notebooks():
+        assert {*notebook["metadata"]} == {"kernelspec", "language_info"}, name
+        for cell in notebook["cells"]:
+            assert not cell["metadata"], name
+            assert not cell.get("outputs") and cell.get("execution_count") is None, name
+
+
+def small(line: str) -> str:
+    """A command of the docs with this Python and the demo's small settings."""
+    line = re.sub(r"^clipmoe ", "python -m clipmoe_jax ", line)
+    line = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", line)
+    return re.sub(r"(--config=(?:configs/)?demo(?:\.py)?)(?=\s)", r"\1:small", line)
+
+
+def with_torchvision(code: str) -> str:
+    return (
+        f"import torchvision_operators\ntorchvision_operators.declare()\n{code}" if "torch" in code else code
+    )
+
+
+def environment() -> dict[str, str]:
+    """What gives a process this package, the modules of tests/ and one device."""
+    return {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "notebook"), notebooks(), ids=[name for name, _ in notebooks()])
+def test_notebooks_run(tmp_path, monkeypatch, name, notebook):
+    """From above to below, with the demo's small settings: every command succeeds, every figure is drawn."""
+    import nbclient
+    import nbformat
+
+    for variable, value in environment().items():
+        monkeypatch.setenv(variable, value)
+    notebook = nbformat.from_dict(notebook)
+    for cell in notebook.cells:
+        cell.source = "".join(cell.source)
+        if cell.cell_type == "code":
+            cell.source = with_torchvision(
+                re.sub(
+                    "^!(.*)$",
+                    lambda line: f"!{small(line[1])}\nassert _exit_code == 0",
+                    cell.source,
+                    flags=re.M,
+                )
+            )
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+    for cell in notebook.cells:
+        drawn = sum("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
+        assert bool(drawn) == bool(re.search(r"^ *(plt\.show|compare|show|draw_maps)\(", cell.source, re.M))
+
+
 @pytest.mark.nightly
 def test_blocks_run_as_they_stand(tmp_path):
     """In one folder, page by page, with the demo's small settings. (.ci/run and .ci/nightly install.)"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    options = {"cwd": tmp_path, "env": os.environ | environment(), "capture_output": True, "text": True}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for block in blocks():
         if block.needs or block.language == "text" or ">>>" in block.code:
             continue
         if block.language == "python":
-            code = f"from clipmoe_jax.config import default_config\nconfig = default_config()\n{block.code}"
-            done = subprocess.run(
-                [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-            )
+            code = with_torchvision(block.code)
+            code = f"from clipmoe_jax.config import default_config\nconfig = default_config()\n{code}"
+            done = subprocess.run([sys.executable, "-c", code], **options)
             assert done.returncode == 0, (block.page, block.code, done.stderr[-2000:])
             continue
         for line in re.split(r"\n| && ", block.code):
             if not line.strip() or line.startswith(("pip install", "python -m pytest")):
                 continue
-            line = re.sub(r"^clipmoe ", "python -m clipmoe_jax ", line)
-            line = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", line)
-            line = re.sub(r"(--config=(?:configs/)?demo(?:\.py)?)(?=\s)", r"\1:small", line)
-            done = subprocess.run(
-                ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True
-            )
+            done = subprocess.run(["bash", "-c", small(line)], **options)
             assert done.returncode == 0, (block.page, line, done.stderr[-2000:])
