@@ -1,6 +1,7 @@
 """The grammar of sources, and what the plain formats yield for good entries and each kind of bad one."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -15,7 +16,7 @@ from clipmoe_jax.data.sources import (
     source_stamp,
     with_seed,
 )
-from clipmoe_jax.data.sources.base import find_files
+from clipmoe_jax.data.sources.base import expand_braces, find_files
 from clipmoe_jax.data.sources.folders import Img2Dataset
 
 PNG = b"the sources do not look inside image files"
@@ -391,6 +392,32 @@ def test_one_source_has_one_canonical_spelling(tmp_path, monkeypatch):
 def test_pattern_takes_files_in_the_order_of_their_paths(tmp_path):
     write(tmp_path, **{"0-x/1": "", "0/1": "", "0/.1": ""})
     assert list(find_files(f"{tmp_path}/*/*", "webdataset", "")) == ["0/1", "0-x/1"]
+
+
+@pytest.mark.parametrize(
+    "path", ["{0..2}", "a{08..11}.tar", "{7..9}/{x,,y z}", "{x,{1..2}}", "{a}{1..}", "{05..5}"]
+)
+def test_braces_name_what_they_do_in_a_shell(path):
+    quoted = path.replace(" ", "\\ ")
+    shell = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {quoted}"], capture_output=True, text=True, check=True
+    )
+    assert sorted(set(expand_braces(path))) == sorted(shell.stdout.splitlines())
+
+
+def test_braces_take_every_shard_that_they_name(tmp_path):
+    write(tmp_path, **{f"{part}/{i:05d}.tar": "" for part in ("a", "b") for i in range(9, 12)})
+    source = f"{tmp_path}/{{a,b}}/{{00009..00011}}.tar"
+    assert list(find_files(source, "webdataset", ".tar")) == [
+        f"{part}/{i:05d}.tar" for part in ("a", "b") for i in range(9, 12)
+    ]
+    before = source_stamp(f"webdataset:{source}")
+    (tmp_path / "b" / "00010.tar").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"\{00009..00011}.tar has no .*/b/00010.tar: put it there, or"
+    ):
+        open_source(f"webdataset:{source}")
+    assert source_stamp(f"webdataset:{source}") != before
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ DEFAULT_MAX_ANNOTATION_BYTES = 2**33  # ShareGPT4V's captions have 1.5 GB
 # What to do about a link, which may lead to any file of the machine.
 FOLLOW_LINKS = "remove it, or add ?follow_links=true to the source (--follow_links of prepare)"
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
 
 class Pair(NamedTuple):
@@ -354,12 +356,12 @@ def max_annotation_bytes() -> int:
 
 def find_files(path: str, kind: str, suffix: str, follow_links: bool = False) -> dict[str, Path]:
     """Returns {name: file} of the files with a suffix: of one file, a folder with its subfolders, or a
-    pattern with `*`. Hidden files and folders do not count.
+    pattern with `*` or braces (`expand_braces`). Hidden files and folders do not count.
 
     A name is the path under the folder, since subfolders may have files of the same name.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none, or none of one of those that braces name.
         ValueError: some are compressed, and would be left out; one is a link or in a linked folder, which
             `follow_links` reads; one is a device or a pipe.
     """
@@ -373,10 +375,15 @@ def find_files(path: str, kind: str, suffix: str, follow_links: bool = False) ->
         root, paths = path, sorted(Path(file) for file, name in names.items() if name.endswith(suffix))
         named = path
     else:
-        paths = sorted(map(Path, matching(path)))
+        for one in [] if os.path.isfile(path) else expand_braces(path):
+            if one != path and not matching(one):
+                raise FileNotFoundError(
+                    f"source {kind}:{path} has no {one}: put it there, or leave it out of the braces"
+                )
+        paths = sorted(set(map(Path, matching(path))))
         root = os.path.commonpath([file.parent for file in paths]) if paths else ""
         named = os.path.dirname(path)
-        while paths != [Path(path)] and glob.has_magic(named):
+        while paths != [Path(path)] and (glob.has_magic(named) or _BRACES.search(named)):
             named = os.path.dirname(named)
     files = {file.relative_to(root).as_posix(): file for file in paths}
     if not files:
@@ -401,8 +408,30 @@ def plain_files_under(folder: str, kind: str, follow_links: bool) -> Iterator[os
 
 
 def matching(path: str) -> list[str]:
-    """Returns the files that a path or a pattern with `*` stands for."""
-    return [path] if os.path.isfile(path) else [file for file in glob.glob(path) if not os.path.isdir(file)]
+    """Returns the files that are there of those that a path or a pattern with `*` or braces stands for."""
+    if os.path.isfile(path):
+        return [path]
+    found = []
+    for one in expand_braces(path):
+        found += [one] if os.path.isfile(one) else glob.glob(one)
+    return [file for file in found if not os.path.isdir(file)]
+
+
+def expand_braces(path: str) -> Iterator[str]:
+    """Yields the paths that one with braces names, as shells and WebDataset do: {00..12} is a range, as wide
+    as its wider end if one begins with 0, and {a,b} names each."""
+    if not (braces := _BRACES.search(path)):
+        yield path
+        return
+    first, last, names = braces.groups()
+    if names is None:
+        width = max(len(first), len(last)) if any(re.match("0.", end) for end in (first, last)) else 0
+        low, high = sorted((int(first), int(last)))
+        values = (f"{number:0{width}}" for number in range(low, high + 1))
+    else:
+        values = names.split(",")
+    for value in values:
+        yield from expand_braces(path[: braces.start()] + value + path[braces.end() :])
 
 
 def find_column(names: Sequence[str], wanted: Sequence[str], file: Path) -> str | None:
