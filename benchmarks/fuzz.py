@@ -237,6 +237,46 @@ def write_parquet(folder: pathlib.Path) -> None:
     pyarrow.parquet.write_table(table, folder / "part.parquet")
 
 
+def write_huggingface(folder: pathlib.Path) -> None:
+    """As `datasets.Dataset.save_to_disk(folder, num_shards=2)` does."""
+    import pyarrow
+
+    folder.mkdir(exist_ok=True)
+    columns = {
+        "image": pyarrow.array(
+            [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)],
+            pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}),
+        ),
+        "captions": pyarrow.array(list(map(list, CAPTIONS)), pyarrow.list_(pyarrow.string())),
+        "label": pyarrow.array([0, 1, 0], pyarrow.int64()),
+    }
+    features = {
+        "image": {"_type": "Image"},
+        "captions": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+        "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
+    }
+    table = pyarrow.table(columns, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    names = [f"data-{i:05d}-of-00002.arrow" for i in range(2)]
+    for name, part in zip(names, (table[:2], table[2:]), strict=True):
+        with (
+            pyarrow.OSFile(str(folder / name), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as to,
+        ):
+            to.write_table(part)
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": "52172f4427548469",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
+
+
 def write_tfds(
     folder: pathlib.Path, features: Mapping[str, Any], examples: Iterable[Mapping[str, Any]], form: str
 ) -> None:
@@ -476,6 +516,7 @@ FORMATS: dict[str, Format] = {
         for name, number in (("pax", tarfile.PAX_FORMAT), ("gnu", tarfile.GNU_FORMAT))
     },
     "parquet": Format(write_parquet, functools.partial(read_source, spec="parquet:FOLDER")),
+    "huggingface": Format(write_huggingface, functools.partial(read_source, spec="huggingface:FOLDER")),
     **{
         f"tfds, {form}": Format(
             functools.partial(write_captioned, form=form),

@@ -121,6 +121,11 @@ def parquet(folder, column):
     return f"parquet of {column}", (f"parquet:{folder}", images if column == "image_path" else None, CAPTIONS)
 
 
+def huggingface(folder):
+    fuzz.write_huggingface(folder)
+    return "huggingface", (f"huggingface:{folder}", None, CAPTIONS)
+
+
 def coco(folder):
     content = {
         "images": [{"id": 10 - i, "file_name": f"{i}.png"} for i in range(3)],
@@ -201,6 +206,7 @@ FORMATS = [
     lambda folder: parquet(folder, "image"),
     lambda folder: parquet(folder, "image_bytes"),
     lambda folder: parquet(folder, "image_path"),
+    huggingface,
     coco,
     karpathy,
     lambda folder: flickr30k(folder, "token"),
@@ -347,6 +353,32 @@ def test_rows_of_parquet_are_read_from_any_on(tmp_path, monkeypatch):
         assert list(entries_from(source, first)) == whole[first:]
     groups.clear()
     assert len(list(entries_from(source, 14))) == 6 and groups == ["b1", "b2"]
+
+
+def test_classes_and_splits_of_hugging_face(tmp_path):
+    """Of a DatasetDict one split is named; a label is the name of its class."""
+    fuzz.write_huggingface(tmp_path / "test")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ValueError, match="has the splits train, test: name one, as in .*/train"):
+        open_source(f"huggingface:{tmp_path}")
+    spec, info = f"huggingface:{tmp_path}/test", tmp_path / "test" / "dataset_info.json"
+    records = list(open_source(f"{spec}?caption=label&id=label"))
+    assert [(record.id, record.captions) for record in records[:2]] == [("0", ("cat",)), ("1", ("dog",))]
+    assert records[2].kind == "duplicate id"
+    info.write_text(info.read_text().replace(', \n        "dog"', "").replace('",\n        "dog"', '"'))
+    cat, unknown, _ = open_source(f"{spec}?caption=label")
+    assert cat.captions == ("cat",)
+    assert unknown.kind == "unknown label" and unknown.detail == "1 is none of the 1 classes"
+    for option, message in (
+        (
+            "caption=image",
+            "text, lists of it, or ClassLabel: set caption= to one of .'image', 'captions', 'label'.",
+        ),
+        ("image=label", "image=label is no column of the feature Image"),
+        ("id=x", "id=x is no column of text or whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(f"{spec}?{option}")
 
 
 def bad_images():

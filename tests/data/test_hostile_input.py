@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from test_formats import prepared_by_tfds
 
+from benchmarks import fuzz
 from clipmoe_jax.core import checks
 from clipmoe_jax.data import array_record_chunks, records
 from clipmoe_jax.data.preparation import prepare
@@ -377,6 +378,62 @@ def test_parquet_of_more_rows_than_bytes_is_refused(tmp_path):
     write_parquet(tmp_path / "x.parquet", image=pyarrow.nulls(10_000, "binary"), text=repeated("x", 10_000))
     with pytest.raises(ValueError, match=r"x.parquet of \S+ bytes claims 10,000 rows"):
         open_source(f"parquet:{tmp_path}")
+
+
+def write_arrow(folder, compression=None, **columns):
+    """A folder of `datasets` whose one stream has these columns; returns the stream's file."""
+    fuzz.write_huggingface(folder)
+    file, table = folder / "data-00000-of-00002.arrow", pyarrow.table(columns)
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with file.open("wb") as opened, pyarrow.ipc.new_stream(opened, table.schema, options=options) as stream:
+        stream.write_table(table)
+    state = folder / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": file.name}]}))
+    return file
+
+
+def test_what_an_arrow_stream_claims_is_not_believed(tmp_path):
+    spec, values = f"huggingface:{tmp_path}", {"image": [b"x", b"y"], "text": ["one", "second"]}
+    file = write_arrow(tmp_path, "zstd", image=[bytes(10**8)], text=["x"])
+    with pytest.raises(ValueError, match="data-00000-of-00002.arrow is not .*: it is compressed: save the"):
+        open_source(spec)
+    write_arrow(tmp_path, image=[b"x"], text=pyarrow.array(["x"]).dictionary_encode())
+    with pytest.raises(ValueError, match="it has a dictionary, and batches of rows alone are read"):
+        open_source(spec)
+    contents = write_arrow(tmp_path, **values).read_bytes()
+    assert [record.captions for record in open_source(spec)] == [("one",), ("second",)]
+    for damaged in (contents[:-8], contents + contents):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match="arrow is cut off or goes on after its end, byte .*: copy it again"
+        ):
+            open_source(spec)
+    ends = np.array([0, 3, 9], np.int32).tobytes()
+    assert contents.count(ends) == 1
+    file.write_bytes(contents.replace(ends, np.array([0, 3, 2**30], np.int32).tobytes()))
+    assert [(bad.id, bad.kind) for bad in open_source(spec)] == [
+        (f"{file.name}:{i}", "damaged row") for i in (0, 1)
+    ]
+    file.write_bytes(contents.replace(b"onesecond", b"one\xffecond"))
+    good, bad = open_source(spec)
+    assert good.captions == ("one",) and bad.kind == "invalid text"
+    write_arrow(tmp_path, image=pyarrow.array([None] * 9999, "binary"), text=pyarrow.nulls(9999, "string"))
+    rows, more = (np.array([number], np.int64).tobytes() for number in (9999, 9_999_999))
+    file.write_bytes(file.read_bytes().replace(rows, more, 1))
+    with pytest.raises(ValueError, match="bytes claims 9,999,999 rows: no image and caption take less"):
+        open_source(spec)
+
+
+def test_a_folder_of_hugging_face_names_its_own_files(tmp_path):
+    file = write_arrow(tmp_path / "data", image=[b"x"], text=["x"])
+    file.rename(tmp_path / "other.arrow")
+    link(file, "../other.arrow")
+    with pytest.raises(ValueError, match="has a link, .*00002.arrow: remove it, or add .follow_links=true"):
+        open_source(f"huggingface:{tmp_path}/data")
+    assert len(open_source(f"huggingface:{tmp_path}/data?follow_links=true")) == 1
+    (tmp_path / "data" / "state.json").write_text('{"_data_files": [{"filename": "../other.arrow"}]}')
+    with pytest.raises(ValueError, match=r"state.json names '../other.arrow', no file beside it"):
+        open_source(f"huggingface:{tmp_path}/data")
 
 
 @pytest.mark.parametrize(("times", "unit"), [([0, 2**62 + 1], "ns"), ([0, 2**60], "us")])

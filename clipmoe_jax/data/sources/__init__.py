@@ -33,6 +33,7 @@ from clipmoe_jax.data.sources.conversations import ShareGPT4V
 from clipmoe_jax.data.sources.digit_scenes import DigitScenes
 from clipmoe_jax.data.sources.folders import IMAGES, Classes, ImageFolder, Img2Dataset, NamedImages
 from clipmoe_jax.data.sources.glyphs import Glyphs
+from clipmoe_jax.data.sources.huggingface import HuggingFace
 from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.data.sources.parquet import Parquet
 from clipmoe_jax.data.sources.shards import WebDataset
@@ -92,6 +93,13 @@ KINDS = {
     "images": Kind(NamedImages, "images:DIR", names=IMAGES, captioned=False),
     "webdataset": Kind(WebDataset, "webdataset:DIR", names=r"\.tar$"),
     "parquet": Kind(Parquet, "parquet:DIR", images="optional", names=r"\.parquet$"),
+    "huggingface": Kind(
+        HuggingFace,
+        "huggingface:DIR",
+        images="optional",
+        options=("image", "caption", "id"),
+        names=r"\.(arrow|json)$",
+    ),
     "coco": Kind(Coco, "coco:captions_val2017.json?images=DIR", images="needed"),
     "flickr30k": Kind(Flickr30k, "flickr30k:results_20130124.token?images=DIR", images="needed"),
     "csv": Kind(Csv, "csv:captions.tsv?images=DIR", images="needed"),

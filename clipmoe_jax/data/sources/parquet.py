@@ -6,26 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from clipmoe_jax.core.checks import check_expansion
-from clipmoe_jax.data.sources.base import (
-    MAX_CAPTIONS,
-    MAX_TEXT,
-    BadRecord,
-    Entry,
-    Images,
-    Pair,
-    as_text,
-    check_open_files,
-    find_column,
-    find_files,
-    make_pair,
+from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, as_text, check_open_files, find_files
+from clipmoe_jax.data.sources.columns import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    as_bytes,
+    check_num_rows,
+    find_columns,
+    is_text,
+    num_bytes,
+    read_row,
+    texts_of_rows,
+    times_as_text,
 )
 from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
-IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "png", "image_path", "path", "file_name", "filepath")
-CAPTION_COLUMNS = ("re_caption", "caption", "text", "captions", "title")
-ID_COLUMNS = ("id", "key", "url")
 TEXT_ROWS, IMAGE_ROWS, BATCH_BYTES = 128, 16, 2**28  # in memory at a time, at most
-MAX_BYTES = 4 * MAX_TEXT  # of a row's text: characters have up to four
 # A column of a row group may take so many bytes in memory, or so many times what it takes in the file. Text
 # is compressed to a tenth at best, if it is not the same again and again, images hardly.
 TEXT_BYTES, IMAGE_BYTES, EXPANSION = 2**28, 2**24, 50
@@ -56,20 +52,16 @@ class Parquet:
                     self._len += opened.metadata.num_rows
                     schema = opened.schema_arrow
                     _check_one(file, opened.metadata)
-                    if opened.metadata.num_rows > file.stat().st_size:
-                        raise ValueError(
-                            f"{file} of {file.stat().st_size:,} bytes claims {opened.metadata.num_rows:,} "
-                            "rows: no image and caption take less than a byte"
-                        )
+                    check_num_rows(file, opened.metadata.num_rows)
             except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{file} is not a Parquet file: {error}") from error
-            image, caption, _ = _columns(schema.names, file)
+            image, caption, _ = find_columns(schema.names, file)
             if image is None or caption is None:
                 raise ValueError(
                     f"{file} has the columns {schema.names}: name one of images ({', '.join(IMAGE_COLUMNS)}) "
                     f"and one of captions ({', '.join(CAPTION_COLUMNS)})"
                 )
-            if images is None and _is_text(schema.field(image).type):
+            if images is None and is_text(schema.field(image).type):
                 raise ValueError(
                     f"{file} holds paths of images in {image!r}: add ?images=DIR, the folder they are in"
                 )
@@ -99,9 +91,9 @@ class Parquet:
                         continue
                     try:
                         for fields in _rows(opened, texts, group, file):
-                            check_expansion(size, taken := taken + sum(map(_num_bytes, fields)))
+                            check_expansion(size, taken := taken + sum(map(num_bytes, fields)))
                             if row >= first:
-                                yield self._read(f"{name}:{row}", *fields)
+                                yield read_row(f"{name}:{row}", *fields, self._images is not None)
                             row += 1
                         if row < end:
                             raise ValueError(f"{end - row:,} of its rows are missing")
@@ -114,25 +106,6 @@ class Parquet:
                         yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in rows)
                     row = end
             first = max(0, first - row)
-
-    def _read(self, place: str, image: Any, captions: Any, record_id: Any) -> Entry | Pair | BadRecord:
-        if isinstance(record_id, BadRecord):
-            return record_id._replace(id=place)
-        record_id = place if record_id is None else str(as_text(record_id))
-        if isinstance(captions, BadRecord):
-            return captions._replace(id=record_id)
-        if isinstance(image, BadRecord):
-            return image._replace(id=record_id)
-        captions = [as_text(caption) for caption in (captions if isinstance(captions, list) else [captions])]
-        if isinstance(image, dict):
-            contents, path = image.get("bytes"), as_text(image.get("path"))
-            image = path if contents is None else contents
-        if isinstance(image, str) and self._images is not None:
-            return Entry(record_id, image, captions)
-        if not isinstance(image, bytes):
-            detail = "the cell is empty" if image is None else f"only a path, {image}: add ?images=DIR"
-            image = BadRecord(record_id, "missing image", detail)
-        return make_pair(record_id, image, captions)
 
 
 def _check_one(file: Path, metadata: Any) -> None:
@@ -150,11 +123,6 @@ def _check_one(file: Path, metadata: Any) -> None:
 def _start(chunk: Any) -> int:
     """Returns where a column of a row group begins in its file."""
     return min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
-
-
-def _columns(names: list[str], file: Path) -> list[str | None]:
-    """Returns the columns of images, captions and ids; None for one that is not there."""
-    return [find_column(names, of_kind, file) for of_kind in (IMAGE_COLUMNS, CAPTION_COLUMNS, ID_COLUMNS)]
 
 
 def _texts_of(file: Path) -> Any:
@@ -175,33 +143,24 @@ def _rows(opened: Any, texts: Any, group: int, file: Path) -> Iterator[tuple[Any
     group that takes many times its size in memory.
     """
     schema, metadata = opened.schema_arrow, opened.metadata.row_group(group)
-    image, caption, record_id = _columns(schema.names, file)
+    image, caption, record_id = find_columns(schema.names, file)
     assert image is not None and caption is not None  # as checked when the source was opened
 
     def read_texts(name: str) -> Iterator[Any]:
         _largest(file, metadata, name, TEXT_BYTES)
         batches = texts.iter_batches(TEXT_ROWS, row_groups=[group], columns=[name])
-        columns = (_times_as_text(batch[name]) if name == record_id else batch[name] for batch in batches)
-        return itertools.chain.from_iterable(map(_texts, columns))
+        columns = (times_as_text(batch[name]) if name == record_id else batch[name] for batch in batches)
+        return itertools.chain.from_iterable(map(texts_of_rows, columns))
 
-    if _is_text(schema.field(image).type):
+    if is_text(schema.field(image).type):
         images = map(as_text, read_texts(image))
     else:
         # Each row may hold the largest value: a dictionary has it once.
         rows = max(1, min(IMAGE_ROWS, BATCH_BYTES // max(1, _largest(file, metadata, image, IMAGE_BYTES))))
         batches = opened.iter_batches(rows, row_groups=[group], columns=[image])
-        images = itertools.chain.from_iterable(_as_bytes(batch[image]).to_pylist() for batch in batches)
+        images = itertools.chain.from_iterable(as_bytes(batch[image]).to_pylist() for batch in batches)
     ids = read_texts(record_id) if record_id else itertools.repeat(None, metadata.num_rows)
     yield from zip(images, read_texts(caption), ids, strict=False)
-
-
-def _num_bytes(value: Any) -> int:
-    """Returns the bytes of text and images in a row's field."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return sum(map(_num_bytes, value))
-    return len(value) if isinstance(value, (bytes, str)) else 0
 
 
 def _largest(file: Path, group: Any, name: str, most: int) -> int:
@@ -226,83 +185,3 @@ def _largest(file: Path, group: Any, name: str, most: int) -> int:
             )
         largest = max(largest, size)
     return largest
-
-
-def _texts(column: Any) -> Iterator[Any]:
-    """Yields the value of each row: text as bytes, a list of them if the column has lists; a BadRecord in
-    place of a row whose text is too much. Looks at lengths before it makes any text."""
-    from pyarrow import compute, types
-
-    lists = types.is_list(column.type) or types.is_large_list(column.type)
-    values = _as_places(column.flatten() if lists else column)
-    size = 0
-    if types.is_dictionary(values.type):
-        lengths = compute.call_function("binary_length", [values.dictionary]).fill_null(0).to_numpy()
-        size = int(lengths[values.indices.drop_null().to_numpy()].sum())
-    if len(values) <= MAX_CAPTIONS and size <= MAX_BYTES:
-        texts = iter(_as_bytes(values).to_pylist())
-        if not lists:
-            yield from texts
-            return
-        for length in column.value_lengths().to_pylist():
-            yield None if length is None else list(itertools.islice(texts, length))
-    elif len(column) > 1:
-        half = len(column) // 2
-        yield from _texts(column[:half])
-        yield from _texts(column[half:])
-    else:
-        detail = f"{len(values):,} in {size:,} bytes, and {MAX_CAPTIONS:,} in {MAX_BYTES:,} may be read"
-        yield BadRecord("", "too much text", detail)
-
-
-def _times_as_text(column: Any) -> Any:
-    """Returns times as text, other values as they are: Python's times have no nanoseconds and end in 9999."""
-    import pyarrow
-
-    return column.cast(pyarrow.string()) if pyarrow.types.is_temporal(column.type) else column
-
-
-def _as_places(column: Any) -> Any:
-    """Returns text and bytes as places in a dictionary of bytes, other values as they are."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        indices, values = column.indices, column.dictionary
-    else:
-        indices, values = None, column
-    if not (_is_text(values.type) or pyarrow.types.is_binary(values.type)):
-        return values if indices is None else values.take(indices)
-    values = values.cast(pyarrow.large_binary())
-    return (
-        values.dictionary_encode()
-        if indices is None
-        else pyarrow.DictionaryArray.from_arrays(indices, values)
-    )
-
-
-def _as_bytes(column: Any) -> Any:
-    """Returns the column with its text as bytes."""
-    from pyarrow import types
-
-    if types.is_dictionary(column.type):
-        return _as_bytes(column.dictionary).take(column.indices)
-    return column.cast(_binary(column.type))
-
-
-def _binary(column_type: Any) -> Any:
-    import pyarrow
-
-    kinds = pyarrow.types
-    if kinds.is_list(column_type) or kinds.is_large_list(column_type):
-        return pyarrow.large_list(_binary(column_type.value_type))
-    if kinds.is_struct(column_type):
-        return pyarrow.struct([field.with_type(_binary(field.type)) for field in column_type])
-    return pyarrow.large_binary() if _is_text(column_type) else column_type
-
-
-def _is_text(column_type: Any) -> bool:
-    from pyarrow import types
-
-    if types.is_dictionary(column_type):
-        return _is_text(column_type.value_type)
-    return types.is_string(column_type) or types.is_large_string(column_type)
