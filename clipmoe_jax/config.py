@@ -5,6 +5,7 @@ since the config is locked. Times are in steps, rates per step, batch sizes glob
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -54,6 +55,7 @@ NEUTRAL = {
     "moe.experts": ((), ()),
     "moe.expert_layers": ("feed_forward", ()),
     "data.rehearsal_captions": ("", ()),
+    "data.weights": ((), ()),
     "validation.keep_best": (False, ("validation.every_steps",)),
     "router.loss": ("contrastive", ()),
     "router.gradient": ("chosen", ()),
@@ -133,6 +135,9 @@ def default_config() -> ConfigDict:
     # into WORKDIR/data once: "sharegpt4v:captions.json?images=DIR".
     config.data.train = ""
     config.data.train_split = "train"  # or a slice: "train[:1000]"
+    # Of the sources of data.train, which commas join: epochs draw from them in these shares, such as (3, 1);
+    # () draws every pair once.
+    config.data.weights = ()
     config.data.test = ""  # for retrieval and to diagnose the CLIP-MoE on
     config.data.test_split = "test"  # or a slice, as above
     config.data.max_bad_fraction = 1e-3  # of a source's records: the run stops if more are bad
@@ -466,6 +471,11 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
         errors.add(
             f"validation.every_steps={config.validation.every_steps} and data.validation="
             f"{config.data.validation!r} go together: set both or neither"
+        )
+    weights = config.data.weights
+    if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
+        errors.add(
+            f"data.weights={tuple(weights)} must be positive numbers, one for each source of data.train"
         )
     if 0 < config.data.max_caption_tokens < 3:
         errors.add(

@@ -80,6 +80,14 @@ class ClusterIndex:
             raise _damaged(f"{self._folder}/{ORDER}", f"it names records outside the {len(self):,} there are")
         return records
 
+    def sizes_by_range(self, stops: np.ndarray) -> np.ndarray:
+        """Returns (C, K) int64, the records of each cluster below the first of stops (K,), from there below
+        the second, and so on; the last is N."""
+        ends = np.cumsum(self.sizes)
+        parts = zip(ends - self.sizes, ends, strict=True)  # records of a cluster ascend
+        below = np.array([np.searchsorted(self.order[start:end], stops) for start, end in parts])
+        return np.diff(below, axis=1, prepend=0)
+
     def __len__(self) -> int:
         return len(self.order)
 

@@ -6,9 +6,12 @@ longest caption, start and end counted; and, if the records carry attributes, `a
 {attribute: {"prompt", "values"}}.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -136,6 +139,30 @@ class Records:
         if not others:
             return first
         return np.concatenate([first, *others]) if isinstance(of_split, np.ndarray) else sum(others, first)
+
+    def source_sizes(self, num_sources: int) -> list[int]:
+        """Returns how many records each of several sources has, joined by commas as the set was prepared.
+
+        Their ids begin with the source's number, "0/", "1/", …: a few records of each are read. Raises
+        ValueError if that is not so, if a source has no record, and for parts that do not ascend.
+        """
+        if any(after.start < before.stop for before, after in itertools.pairwise(self._parts)):
+            raise ValueError(
+                f"the parts of {self.path}'s split {self.split} must ascend, to find its sources"
+            )
+
+        def number(index: int) -> int:
+            prefix = self[index]["id"].partition("/")[0]
+            return int(prefix) if re.fullmatch(r"0|[1-9]\d{0,8}", prefix) else -1
+
+        bounds = [bisect.bisect_left(range(len(self)), k, key=number) for k in range(num_sources + 1)]
+        sizes = [end - start for start, end in itertools.pairwise(bounds)]
+        if bounds[0] or bounds[-1] != len(self) or not all(sizes):
+            raise ValueError(
+                f"{self.path} has records of {number(len(self) - 1) + 1} sources with commas between them, "
+                f"not of {num_sources}: give as many weights"
+            )
+        return sizes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the lengths of captions, which a worker process maps for itself."""

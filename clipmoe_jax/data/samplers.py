@@ -1,14 +1,60 @@
 """Samplers: the records that each step uses, pure functions of (seed, step) and the same on every host.
 
-Letters: N records, B records of a global batch, S steps of an epoch, C clusters. Steps count on over epochs:
-epoch = step // S. No order is stored: a keyed permutation gives the records of one step, so that a sampler
-over a billion pairs opens at once.
+Letters: N records, B records of a global batch, S steps of an epoch, C clusters, K sources. Steps count on
+over epochs: epoch = step // S. No order is stored: a keyed permutation gives the records of one step, so that
+a sampler over a billion pairs opens at once.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.permutation import make_key, permute
+
+
+class Shares:
+    """The shares in which epochs draw from the sources of a data set, which follow each other in it.
+
+    An epoch is as long as without shares. Records of a source take turns from epoch to epoch: each comes once
+    before any comes again.
+
+    Attributes:
+        stops: (K,) int64, the first record after each source.
+        draws: (K,) int64, how many records of each an epoch draws; N in all.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float]):
+        """sizes: the records of each source, at least one. weights: positive, of any sum."""
+        shares = np.cumsum(weights)
+        self.stops = np.cumsum(sizes)
+        self.draws = np.diff(np.rint(self.stops[-1] * (shares / shares[-1])).astype(np.int64), prepend=0)
+
+
+class _Cells:
+    """Draws by `Shares`: a cell is a cluster's records of one source, and all records lie in the order of
+    clusters and, within one, of sources.
+
+    Attributes:
+        cluster_draws: (C,) int64, how many of each cluster.
+    """
+
+    def __init__(self, sizes: np.ndarray, shares: Shares, seed: int):
+        """sizes: (C, K) int64, the records of each cell."""
+        up_to = np.cumsum(sizes, axis=0)  # whole numbers: a source is drawn from as often as its share says
+        draws = np.diff(shares.draws * up_to // up_to[-1], axis=0, prepend=0)
+        self.cluster_draws = draws.sum(axis=1)
+        self._sizes, self._draws, self._seed = sizes.ravel(), draws.ravel(), seed
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._first_draw = np.cumsum(self._draws) - self._draws
+
+    def places(self, epoch: int, draws: np.ndarray) -> np.ndarray:
+        """Returns the places among all records, (B,), of an epoch's draws, (B,) in 0 … N - 1."""
+        cells = np.searchsorted(self._first_draw, draws, side="right") - 1
+        count = epoch * self._draws[cells] + draws - self._first_draw[cells]
+        turn, places = np.divmod(count, self._sizes[cells])
+        keys = make_key(self._seed, cells, turn)
+        return self._starts[cells] + permute(places, self._sizes[cells], keys)
 
 
 class SequentialSampler:
@@ -32,19 +78,22 @@ class SequentialSampler:
 
 
 class ShuffledSampler:
-    """Every record at most once an epoch, in a new order each epoch; the last N mod B are left out."""
+    """Every record at most once an epoch, in a new order each epoch; the last N mod B are left out. With
+    `Shares` each source as often as these say."""
 
-    def __init__(self, num_records: int, global_batch: int, seed: int):
+    def __init__(self, num_records: int, global_batch: int, seed: int, shares: Shares | None = None):
         _check_batch(num_records, global_batch)
         self.global_batch = global_batch
         self.num_steps = num_records // global_batch
         self._num_records, self._seed = num_records, seed
+        self._cells = shares and _Cells(np.diff(shares.stops, prepend=0)[None], shares, seed)
 
     def indices(self, step: int) -> np.ndarray:
         """Returns int64 (B,)."""
         epoch, k = divmod(step, self.num_steps)
         places = np.arange(k * self.global_batch, (k + 1) * self.global_batch)
-        return permute(places, self._num_records, make_key(self._seed, epoch))
+        places = permute(places, self._num_records, make_key(self._seed, epoch))
+        return self._cells.places(epoch, places) if self._cells else places
 
     def origin(self, step: int) -> str:
         """Describes where a step's records come from."""
@@ -57,7 +106,8 @@ class ClusterSampler:
     Clusters form a tree: the parent of label l is l // labels_per_stage, the root is everything. What a
     cluster leaves over, having fewer records than a batch, backs off: it joins what its siblings leave over
     in the parent, up to the root. So an epoch has N // B steps, and no more than N mod B records (new ones
-    each epoch) stay out. With small_clusters="drop", as in the released code, leftovers are not used.
+    each epoch) stay out. With small_clusters="drop", as in the released code, leftovers are not used. With
+    `Shares` a cluster counts, and is drawn from, as often as these say of each source's records in it.
     """
 
     def __init__(
@@ -68,6 +118,7 @@ class ClusterSampler:
         *,
         labels_per_stage: int = 9,
         small_clusters: str = "backoff",
+        shares: Shares | None = None,
     ):
         """clusters: of accumulated pseudo-labels. Raises ValueError if no cluster fills a batch."""
         _check_batch(len(clusters), global_batch)
@@ -75,14 +126,16 @@ class ClusterSampler:
             raise ValueError(f"small_clusters={small_clusters!r}: choose 'backoff' or 'drop'")
         self.global_batch = global_batch
         self._clusters, self._seed = clusters, seed
-        self._levels = [_Level(clusters.labels, clusters.sizes, global_batch)]
+        self._cells = shares and _Cells(clusters.sizes_by_range(shares.stops), shares, seed)
+        sizes = self._cells.cluster_draws if self._cells else clusters.sizes
+        self._levels = [_Level(clusters.labels, sizes, global_batch)]
         while small_clusters == "backoff" and self._levels[-1].nodes.any():  # the root is node 0 alone
             self._levels.append(self._levels[-1].parents(labels_per_stage, global_batch))
         self._first_batch = np.cumsum([0, *(level.num_batches for level in self._levels)])
         self.num_steps = int(self._first_batch[-1])
         if not self.num_steps:
             raise ValueError(
-                f"no cluster has as many as {global_batch} pairs (the largest has {clusters.sizes.max()}): "
+                f"no cluster has as many as {global_batch} pairs (the largest has {sizes.max()}): "
                 "choose a smaller batch or small_clusters='backoff'"
             )
 
@@ -97,7 +150,8 @@ class ClusterSampler:
             pool, below = self._pool_places(epoch, depth, nodes, places), self._levels[depth - 1]
             nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
             places = below.used[nodes] + pool - below.left_starts[nodes]
-        return self._clusters.records(self._pool_places(epoch, 0, nodes, places))
+        places = self._pool_places(epoch, 0, nodes, places)
+        return self._clusters.records(self._cells.places(epoch, places) if self._cells else places)
 
     def _pool_places(self, epoch: int, depth: int, nodes: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Returns places among all pools of a level, (B,), of places in the epoch's orders of its nodes."""

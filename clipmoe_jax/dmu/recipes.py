@@ -41,7 +41,8 @@ BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
 FIRST_STAGE_FIELDS = (*BASE_FIELDS, "data.train")
 STAGE_FIELDS = (
     *FIRST_STAGE_FIELDS,
-    *("cluster.", "mcl.", "loss.", "compute.frozen_dtype", "moe.expert_layers", "validation."),
+    *("cluster.", "mcl.", "loss.", "compute.frozen_dtype", "moe.expert_layers"),
+    *("data.weights", "validation."),
 )
 ROUTING_FIELDS = ("moe.routing", "moe.sequence_share")  # of the CLIP-MoE alone; baselines route by token
 OF_CLIP_MOE = (*ROUTING_FIELDS, "router.loss", "router.gradient")

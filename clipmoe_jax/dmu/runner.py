@@ -14,6 +14,7 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.core.paths import check_plain_folder
 from clipmoe_jax.data.records import NoSplitError
+from clipmoe_jax.data.sources import num_sources
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
@@ -197,6 +198,11 @@ def check_sources(
         errors.raise_all()
 
     errors = Errors()
+    if (weights := config.data.weights) and (source := datasets["train"].source):
+        if (count := num_sources(source)) != len(weights):
+            errors.add(
+                f"data.weights={tuple(weights)}: data.train has {count} sources: give a weight for each"
+            )
     with errors.of():
         distributed.on_main("sources are checked", check)
     with errors.of():
@@ -219,6 +225,9 @@ def check_data(
     with errors.of():
         if config.router.balance != "released" and not config.data.in_memory:
             _ = records["train"].token_counts  # is not there in data sets of an earlier version
+    if config.data.weights:
+        with errors.of("data.weights"):
+            records["train"].source_sizes(len(config.data.weights))
     with errors.of():
         results.open_evaluations(config, datasets)
     if config.data.rehearsal_captions and not distills(config):

@@ -225,7 +225,8 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
         section = recipe.hyperparameters(run.config)
         report: dict[str, int] = {}
         if clusters is None:
-            sampler = samplers.ShuffledSampler(len(run.pairs("train")), section.batch_size, run.seed)
+            num_pairs = len(run.pairs("train"))
+            sampler = samplers.ShuffledSampler(num_pairs, section.batch_size, run.seed, _shares(run))
         else:
             sampler = samplers.ClusterSampler(
                 ClusterIndex.open(clusters),
@@ -233,12 +234,19 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
                 run.seed,
                 labels_per_stage=run.config.cluster.num_clusters**2,
                 small_clusters=section.small_clusters,
+                shares=_shares(run),
             )
             report = sampler.report()
         architecture, params = run.load(start)
         return _fit(run, recipe, architecture, params, folder, sampler, num_steps) | report
 
     return run.make(run.workdir / recipe.folder, inputs, build)
+
+
+def _shares(run: Run) -> samplers.Shares | None:
+    """The shares in which phases draw from the sources of data.train, None for every pair once an epoch."""
+    weights = run.config.data.weights
+    return samplers.Shares(run.records("train").source_sizes(len(weights)), weights) if weights else None
 
 
 def budget_of(run: Run) -> recipes.Budget:

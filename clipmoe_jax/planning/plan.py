@@ -67,6 +67,7 @@ class Plan:
     stages: list[Stage]
     limits: list[Limit]
     bounds: list[str]  # stages that may take fewer steps: small clusters are dropped
+    weights: tuple[float, ...]  # data.weights
 
 
 def make_plan(
@@ -120,7 +121,7 @@ def make_plan(
             of_embedding = mfu_of(accelerator, phase.architecture, phase.compute, 1.0, mfu)
             add(f"embed_{phase.number}", num_pairs, embedding, of_embedding)
         add(phase.name, phase.num_steps * phase.hyperparameters.batch_size, step.flops, of_step)
-    return Plan(device, mesh, num_pairs, models, steps, stages, limits, bounds)
+    return Plan(device, mesh, num_pairs, models, steps, stages, limits, bounds, config.data.weights)
 
 
 def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:

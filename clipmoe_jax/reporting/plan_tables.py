@@ -6,6 +6,7 @@ from clipmoe_jax.planning.limits import USABLE_MEMORY, Limit
 from clipmoe_jax.planning.memory import Memory
 from clipmoe_jax.planning.plan import Plan, Stage
 from clipmoe_jax.planning.transfers import transfer_seconds
+from clipmoe_jax.reporting.text_tables import shares_in_words
 
 FOOTNOTE = """\
 MFU is given (--mfu), measured (ViT-L/14's steps on one such device), predicted (by the roofline of a compiled
@@ -23,6 +24,8 @@ def format_plan(plan: Plan) -> str:
         f"{mesh.size} × {device.name}: {device.peak_flops / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{device.memory / 1e9:.0f} GB each; mesh {axes}; {plan.num_pairs:,} pairs"
     )
+    if plan.weights:
+        head += f"\nSources are drawn from in the shares {shares_in_words(plan.weights)}."
     width = max(26, *(len(stage.name) + 1 for stage in plan.stages))  # of the first column
     tables = [
         _parameters(plan, width),

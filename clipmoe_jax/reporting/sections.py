@@ -25,6 +25,7 @@ from clipmoe_jax.reporting.text_tables import (
     has_cost,
     has_retention,
     has_retrieval,
+    shares_in_words,
     titles_with_retention,
 )
 
@@ -190,16 +191,19 @@ def _attributes(seeds: Sequence[Results]) -> dict[str, charts.Markup]:
 
 
 def clusters(folders: Sequence[Folder]) -> Context:
-    """Returns {"stages": {stage: sizes of clusters, pairs of the two largest}, "gone": why no examples}."""
+    """Returns {"stages": {stage: sizes of clusters, pairs of the two largest}, "gone": why no examples,
+    "shares": of the sources, "" if every pair counts once}."""
     folder, gone, records = folders[0], None, None
     labels = read_labels(folder)
     try:
         records = folder.records("train")
     except NotThereError as error:
         gone = error
-    batch_size = folder.config()["mcl"]["batch_size"] if folder.has("config.json") else None
+    config = folder.config() if folder.has("config.json") else None
+    batch_size = config["mcl"]["batch_size"] if config else None
+    weights = config["data"].get("weights") if config else None
     stages = {stage: _stage(folder, stage, labels[stage], records, batch_size) for stage in labels}
-    return {"stages": stages, "gone": gone}
+    return {"stages": stages, "gone": gone, "shares": shares_in_words(weights) if weights else ""}
 
 
 def _stage(

@@ -222,6 +222,11 @@ def short_count(count: float) -> str:
     return str(count)
 
 
+def shares_in_words(weights: Sequence[float]) -> str:
+    """Returns what parts of their sum weights are, in per cent."""
+    return ", ".join(f"{100 * weight / sum(weights):.1f} %" for weight in weights)
+
+
 def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Returns the table of one evaluation line: a row for each model, a column for each metric.
 

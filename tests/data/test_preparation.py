@@ -158,6 +158,18 @@ def test_parts_of_a_split_come_one_after_the_other(source, out):
     assert parts.fingerprint != Records(str(out), "val").fingerprint
 
 
+def test_sources_of_a_data_set_are_told_by_their_ids(source, out):
+    spec = "digit_scenes:train?pairs=2,glyphs:train?pairs=9,digit_scenes:test?pairs=3"
+    prepare(open_source(spec), out)
+    assert Records(out).source_sizes(3) == [2, 9, 3]
+    assert Records(out, "train[1:4]+train[11:]").source_sizes(3) == [1, 2, 3]
+    for split, number in (("train", 2), ("train", 4), ("train[:5]", 3)):
+        with pytest.raises(ValueError, match=f"sources with commas between them, not of {number}: give as"):
+            Records(out, split).source_sizes(number)
+    with pytest.raises(ValueError, match="the parts of .* must ascend"):
+        Records(out, "train[5:]+train[:5]").source_sizes(3)
+
+
 def test_path_of_a_data_set_may_begin_at_home(source, out, monkeypatch):
     prepare(source, str(out))
     monkeypatch.setenv("HOME", str(out.parent))

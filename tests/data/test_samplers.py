@@ -9,7 +9,7 @@ from grids import quick
 
 from clipmoe_jax.data import samplers
 from clipmoe_jax.data.clusters import ClusterIndex
-from clipmoe_jax.data.samplers import SequentialSampler, ShuffledSampler
+from clipmoe_jax.data.samplers import SequentialSampler, Shares, ShuffledSampler
 
 LABELS_PER_STAGE = 9
 
@@ -63,6 +63,10 @@ SAMPLERS = {
     "shuffled": lambda seed: ShuffledSampler(200, 16, seed),
     "cluster": lambda seed: ClusterSampler(cluster_labels(200, 81, 0), 16, seed),
     "cluster, drop": lambda seed: ClusterSampler(cluster_labels(200, 9, 0), 16, seed, small_clusters="drop"),
+    "shuffled, shares": lambda seed: ShuffledSampler(200, 16, seed, Shares([150, 50], [3.5, 1])),
+    "cluster, shares": lambda seed: ClusterSampler(
+        cluster_labels(200, 81, 0), 16, seed, shares=Shares([150, 50], [3, 1])
+    ),
 }
 
 
@@ -100,6 +104,47 @@ def test_samplers_pickle(make):
     sampler = make(0)
     epoch_of(sampler)
     np.testing.assert_array_equal(epoch_of(pickle.loads(pickle.dumps(sampler)), 1), epoch_of(sampler, 1))
+
+
+def with_shares(kind, seed=0):
+    """100 batches of 16 an epoch, of three sources."""
+    shares = Shares([1000, 500, 100], [1, 2, 1])
+    if kind == "shuffled":
+        return ShuffledSampler(1600, 16, seed, shares)
+    return ClusterSampler(cluster_labels(1600, 20, 0), 16, seed, shares=shares)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "cluster"])
+def test_an_epoch_draws_from_sources_in_their_shares(kind):
+    """Exactly, and each record of a source as often as the others, but for one time."""
+    sampler, stops = with_shares(kind), [1000, 1500, 1600]
+    assert sampler.num_steps == 100
+    times = np.zeros(1600, int)
+    for epoch in range(5):
+        drawn = epoch_of(sampler, epoch).ravel()
+        assert np.bincount(np.searchsorted(stops, drawn, side="right")).tolist() == [400, 800, 400]
+        times += np.bincount(drawn, minlength=1600)
+    if kind == "cluster":
+        labels = cluster_labels(1600, 20, 0)
+        cells = [np.flatnonzero(labels == label) for label in range(20)]
+    else:
+        cells = [np.arange(1600)]
+    for cell in cells:
+        for source in np.split(cell, np.searchsorted(cell, stops[:-1])):
+            assert not len(source) or np.ptp(times[source]) <= 1
+    assert times[:1000].sum() == 2000 and times[1500:].min() >= 19
+
+
+def test_batches_of_shares_are_of_one_cluster():
+    sampler, labels = with_shares("cluster"), cluster_labels(1600, 20, 0)
+    for step in range(sampler.num_steps):
+        if " cluster " in sampler.origin(step):
+            assert len(set(labels[sampler.indices(step)])) == 1
+
+
+def test_shares_like_the_sizes_of_sources_draw_every_pair_once():
+    sampler = ShuffledSampler(48, 4, 0, Shares([16, 32], [0.5, 1]))
+    assert sorted(epoch_of(sampler).ravel()) == list(range(48))
 
 
 # Batches of 4. Clusters 0 and 1 are children of 0; 9 and 10 of 1; 20 of 2.

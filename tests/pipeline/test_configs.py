@@ -146,6 +146,11 @@ BAD_FIELDS = {
     "no batch": ("mcl.batch_size", 0, "mcl.batch_size=0 must lie between 1 and"),
     "dropout of everything": ("moe.expert_dropout_rate", 1.5, "must lie between 0.0 and 0.99"),
     "no such type": ("compute.dtype", "bf16", "float32, bfloat16"),
+    "a source that is not drawn from": (
+        "data.weights",
+        (1, 0),
+        "must be positive numbers, one for each source",
+    ),
     "no room for a word": ("data.max_caption_tokens", 2, "use 3 or more, or 0"),
     "labels beyond 64 bits": ("cluster.num_clusters", 1000, "more than 2.63 clusters in mcl.num_stages=4"),
     "a seed twice": ("seeds", (0, 0), r"seeds=\(0, 0\) must be whole numbers from 0, each once"),

@@ -318,11 +318,13 @@ def test_printed_plan_marks_steps_that_do_not_fit():
     config = default_config()
     config.base.architecture = WIDE.to_dict()
     config.mcl.batch_size = config.router.batch_size = 32768
+    config.data.weights = (3, 1)
     whole = plan.make_plan(config, "v5e", 8, mfu=0.4, num_pairs=100_000_000)
     lines = format_plan(whole).splitlines()
     assert lines[0].startswith(
         "8 × TPU v5e: 197 TFLOP/s in bfloat16, 16 GB each; mesh data 8 × fsdp 1 × expert 1"
     )
+    assert lines[1] == "Sources are drawn from in the shares 75.0 %, 25.0 %."
     stages = [stage.name for stage in whole.stages]
     assert stages == ["embed_1", "mcl_1", "embed_2", "mcl_2", "embed_3", "mcl_3", "router"]
     total = sum(stage.seconds for stage in whole.stages) * 8 / 3600

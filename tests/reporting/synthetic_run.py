@@ -29,6 +29,7 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
         "data": {
             "train": "digit_scenes:train?pairs=64",
             "train_split": "train",
+            "weights": [3, 1],
             "test": "digit_scenes:test?pairs=12",
             "test_split": "test",
         },

@@ -51,6 +51,7 @@ __all__ = [
     "canonical",
     "is_captioned",
     "is_source",
+    "num_sources",
     "open_source",
     "source_stamp",
     "with_seed",
@@ -132,6 +133,11 @@ def is_source(text: str) -> bool:
     """Returns whether a text is a source, not the path of a prepared data set: it begins with a kind and a
     colon."""
     return re.match(_KIND, text) is not None
+
+
+def num_sources(spec: str) -> int:
+    """Returns how many sources with commas between them a text is."""
+    return len(_parse(spec))
 
 
 def is_captioned(spec: str) -> bool:
