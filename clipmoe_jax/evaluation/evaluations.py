@@ -4,6 +4,7 @@
     zero_shot:data/imagenet?classes=imagenet                  labelled images, prepared from classes:DIR
     linear_probe:data/cifar10_test?train=data/cifar10_train   logistic regression on frozen features
     knn:data/cifar10_test?train=data/cifar10_train            the vote of the 20 nearest training images
+    gda:data/cifar10_test?train=data/cifar10_train            Gaussians of training features, with zero-shot
     attributes:data/scenes_test                               zero-shot for each attribute of a data set
     mmvp:MMVP_VLM                                             the folder with Questions.csv, as published
     ood:data/imagenet?unknown=data/imagenet_o&classes=imagenet&train=data/imagenet_train

@@ -16,6 +16,7 @@ from clipmoe_jax.data.sources.base import AttributeTable
 from clipmoe_jax.evaluation import ood, probe
 from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, templates
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
+from clipmoe_jax.evaluation.gda import gda
 from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_pairs
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import Subject
@@ -147,6 +148,27 @@ class _Neighbours(_LinearProbe):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Gda:
+    zero_shot: _ZeroShot
+    train: Labelled
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Gda":
+        return cls(
+            _ZeroShot.open(data), label_records(data.records("train"), data.labels("train"), _table(data))
+        )
+
+    @property
+    def chance(self) -> Numbers:
+        return self.zero_shot.chance
+
+    def measure(self, subject: Subject) -> Numbers:
+        train, test = (subject.images(images.records) for images in (self.train, self.zero_shot.images))
+        classes = self.zero_shot.class_embeddings(subject)
+        return gda(train, self.train.labels, test, self.zero_shot.images.labels, classes)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Attributes:
     """labels: {attribute: (N,) int, indices into its values}."""
 
@@ -251,6 +273,7 @@ KINDS = {
     "zero_shot": Kind(_ZeroShot.open, ("split", "classes")),
     "linear_probe": Kind(_LinearProbe.open, ("split", "train", "train_split"), ("train",)),
     "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),
+    "gda": Kind(_Gda.open, ("split", "classes", "train", "train_split"), ("train",)),
     "attributes": Kind(_Attributes.open, ("split",)),
     "mmvp": Kind(_Mmvp.open),
     "ood": Kind(

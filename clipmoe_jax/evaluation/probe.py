@@ -53,10 +53,10 @@ def fit_linear_probe(
     Raises ValueError for fewer than two classes, and if no class has the five images to hold one out.
     """
     features, labels = np.asarray(features), np.asarray(labels)
-    _check_labels(labels, num_classes)
+    check_labels(labels, num_classes)
     if len(np.unique(labels)) < 2:
         raise ValueError("linear probe: the training images are of one class: give two or more")
-    held_out = _held_out(labels, seed)
+    held_out = pick_held_out(labels, seed)
     if not held_out.any():
         raise ValueError(
             f"linear probe: no class has {round(1 / HELD_OUT)} training images, of which to hold one out"
@@ -110,7 +110,7 @@ def knn(
     from sklearn.neighbors import KNeighborsClassifier
 
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
-    _check_labels(train_labels, num_classes)
+    check_labels(train_labels, num_classes)
     if k > len(train_labels):
         raise ValueError(f"k={k} neighbours of {len(train_labels)} training images: use a smaller k")
 
@@ -130,12 +130,13 @@ def knn(
     return metrics_of_ranks(np.concatenate(ranks), test_labels)
 
 
-def _check_labels(labels: np.ndarray, num_classes: int) -> None:
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError for training labels (N,) int that are no class."""
     if wrong := sorted(set(labels[(labels < 0) | (labels >= num_classes)].tolist())):
         raise ValueError(f"training labels {wrong[:10]} are not among the {num_classes} classes")
 
 
-def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
+def pick_held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     """Picks the first fifth of each class, rounded down, in an order drawn by seed: (N,) int -> (N,) bool."""
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out = np.zeros(len(labels), bool)

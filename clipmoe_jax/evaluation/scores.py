@@ -2,7 +2,7 @@
 
 # Endings of metrics' names.
 LOWER_IS_BETTER = ("fpr95", "rank")
-NO_SHARES = ("rank", "C")  # not between 0 and 1
+NO_SHARES = ("rank", "C", "alpha")  # not between 0 and 1
 
 
 def shown_score(metric: str, value: float) -> str:

@@ -23,6 +23,7 @@ from clipmoe_jax.evaluation import classes, data_sets, ood, probe
 from clipmoe_jax.evaluation.captions import read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import NotApplicableError, parse_evaluation
+from clipmoe_jax.evaluation.gda import gda
 from clipmoe_jax.evaluation.mmvp import mmvp_accuracy
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject
@@ -270,6 +271,8 @@ def test_probe_and_neighbours_see_the_training_images(folder, subject):
     line = f"{folder}/test_set?train={folder}/train_set"
     expected = probe.linear_probe(*arrays, 3)[0]
     assert parse_evaluation(f"linear_probe:{line}").measure(subject) == pytest.approx(expected)
+    classes = class_embeddings(subject.texts([f"a photo of a {name}." for name in sorted(COLOURS)]), range(3))
+    assert parse_evaluation(f"gda:{line}").measure(subject) == pytest.approx(gda(*arrays, classes))
     expected = probe.knn(*arrays, 3)
     assert parse_evaluation(f"knn:{line}").measure(subject) == pytest.approx(expected)
 

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from grids import grid
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from clipmoe_jax.evaluation import probe
+from clipmoe_jax.evaluation.gda import fit_gda, gda
 from clipmoe_jax.evaluation.probe import fit_linear_probe, knn, linear_probe
 
 
@@ -55,6 +57,41 @@ def test_a_class_without_training_images_is_never_the_answer():
     assert neighbours["top5"] <= np.mean(train)
 
 
+@pytest.mark.parametrize("num_images", [240, 24])
+def test_gda_is_linear_discriminant_analysis_with_the_papers_shrinkage(num_images):
+    """Of (N - 1) S + tr(S) I the identity has the part d / (N - 1 + d), and all of it another scale."""
+    features, labels = clusters(num_images, dim=32)[0], np.arange(num_images) % 8
+    test, (n, d) = clusters(150, dim=32, seed=1)[0], features.shape
+    shrinkage = d / (n - 1 + d)
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=np.full(8, 1 / 8))
+    expected = reference.fit(features.astype(np.float64), labels).decision_function(test) + np.log(8)
+    weight, bias = fit_gda(features, labels, 8)
+    np.testing.assert_allclose(
+        test @ weight.T + bias, d * (1 - shrinkage) / n * expected, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_gda_joins_zero_shot_with_the_weight_that_held_out_images_choose():
+    train, test = clusters(400), clusters(300, seed=1)
+    centres = np.random.default_rng(99).normal(size=(8, 16)).astype(np.float32)
+    classes = centres / np.linalg.norm(centres, axis=1, keepdims=True)
+    found = gda(*train, *test, classes)
+    weight, bias = fit_gda(*train, 8)
+    gaussian = test[0] @ weight.T + bias
+    joined = 100 * test[0] @ classes.T + found["alpha"] * gaussian
+    assert found["gda_top1"] == pytest.approx(np.mean(gaussian.argmax(axis=1) == test[1]))
+    assert found["top1"] == pytest.approx(top_k_accuracy_score(test[1], joined, k=1))
+    assert found["top5"] == pytest.approx(top_k_accuracy_score(test[1], joined, k=5))
+    # Prompts that mean nothing, or the wrong class, leave the choice to the training images.
+    assert gda(*train, *test, np.roll(classes, 1, axis=0))["top1"] == pytest.approx(
+        found["gda_top1"], abs=0.02
+    )
+    with pytest.raises(ValueError, match="gda: class 7 of 8 has no training image"):
+        fit_gda(train[0][train[1] < 7], train[1][train[1] < 7], 8)
+    with pytest.raises(ValueError, match="no class has 5 training images"):
+        gda(np.eye(16)[:8], np.arange(8), *test, classes)
+
+
 def test_search_by_hand():
     """A peak at 0.4: of steps of 2 the best is 0, then -1 or 1 are worse, then 0.5, then 0.25, then 0.375."""
     tried = []
@@ -71,9 +108,9 @@ def test_search_by_hand():
 
 def test_a_fifth_of_each_class_is_held_out():
     labels = np.repeat([0, 1, 2], [10, 4, 27])
-    held_out = probe._held_out(labels, seed=0)
+    held_out = probe.pick_held_out(labels, seed=0)
     assert np.bincount(labels[held_out], minlength=3).tolist() == [2, 0, 5]
-    assert (held_out != probe._held_out(labels, seed=1)).any()
+    assert (held_out != probe.pick_held_out(labels, seed=1)).any()
 
 
 def test_knn_by_hand():
