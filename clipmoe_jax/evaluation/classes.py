@@ -6,11 +6,16 @@ The lists lie in class_names/, each with its source.
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import json
+import os
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from clipmoe_jax.core.json_files import read_json
 
 OWN_NAMES = "none"
 GENERIC_TEMPLATES = ("a photo of a {}.",)
@@ -21,6 +26,8 @@ TEMPLATES = {
     "cifar10": "cifar",
     "cifar100": "cifar",
 }
+# First words of descriptions that "which is" and "which" come before; "which has" comes before others.
+IS, VERBS = ("a", "an", "used"), ("is", "has", "often", "typically", "usually", "may", "can")
 
 
 def class_table(name: str, labels: Iterable[str] = ()) -> dict[str, str]:
@@ -92,6 +99,36 @@ def make_prompts(names: Sequence[str], sentences: Sequence[str]) -> tuple[list[s
     int."""
     prompts = [sentence.replace("{}", name) for name in names for sentence in sentences]
     return prompts, np.repeat(np.arange(len(names)), len(sentences))
+
+
+def read_descriptions(file: str, table: Mapping[str, str]) -> tuple[list[str], np.ndarray]:
+    """Returns the name of each class of a `class_table` with each of its descriptions, T prompts, and the
+    class of each, (T,) int.
+
+    file: JSON, {class name or label: ["two legs", "a red comb", …]}, as arXiv 2210.07183 publishes them. A
+    description with {} has the name there; others follow it, "hen, which has two legs", with "is", "has" or
+    no verb by their first word. Raises FileNotFoundError, and ValueError for a class without descriptions.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"descriptions={file} does not exist")
+    content = read_json(pathlib.Path(file))
+    prompts = []
+    for label, name in table.items():
+        descriptions = content.get(name, content.get(label))
+        if not isinstance(descriptions, list) or not all(isinstance(one, str) for one in descriptions):
+            raise ValueError(f"descriptions={file}: {name!r} must have a list of strings")
+        if not descriptions:
+            raise ValueError(f"descriptions={file}: {name!r} has none: give it one or more")
+        prompts.append([_described(name, description) for description in descriptions])
+    return list(itertools.chain(*prompts)), np.repeat(np.arange(len(prompts)), list(map(len, prompts)))
+
+
+def _described(name: str, description: str) -> str:
+    if "{}" in description:
+        return description.replace("{}", name)
+    first = description.partition(" ")[0].lower()
+    verb = "is " if first in IS else "" if first in VERBS else "has "
+    return f"{name}, which {verb}{description}"
 
 
 def _check(name: str) -> None:

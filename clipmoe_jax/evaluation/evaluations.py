@@ -10,9 +10,10 @@
     ood:data/imagenet?unknown=data/imagenet_o&classes=imagenet&train=data/imagenet_train
 
 `split` (of `unknown` and `train`: unknown_split, train_split) may be left out where there is only one.
-`classes` is a table of `classes.class_table`; "none", the default, takes the split's labels as names. `ood`
-scores known against unknown images by zero-shot probabilities, with `train` also by a linear probe and by
-both, and with `classifier=FILE.npz` (probabilities "known" (N, C) and "unknown" (M, C) of a network that
+`classes` is a table of `classes.class_table`; "none", the default, takes the split's labels as names.
+`descriptions=FILE.json` of `zero_shot` has descriptions in place of templates (`classes.read_descriptions`).
+`ood` scores known against unknown images by zero-shot probabilities, with `train` also by a linear probe and
+by both, and with `classifier=FILE.npz` (probabilities "known" (N, C) and "unknown" (M, C) of a network that
 knows these classes alone, sorted as the table) by COOkeD's ensemble of all three.
 
 Letters: N known images, M unknown images, C classes.
@@ -32,7 +33,7 @@ from clipmoe_jax.evaluation.kinds import KINDS, Data, NotApplicableError, Number
 from clipmoe_jax.evaluation.mmvp import mmvp_files
 from clipmoe_jax.evaluation.subject import Subject
 
-PATH_OPTIONS = ("train", "unknown", "classifier")
+PATH_OPTIONS = ("train", "unknown", "classifier", "descriptions")
 
 __all__ = ["KINDS", "Evaluation", "NotApplicableError", "open_applicable", "parse_evaluation"]
 
@@ -88,8 +89,9 @@ class Evaluation:
             hashes["path"] = self._data_sets.records().fingerprint
         if (table := self.options.get("classes", OWN_NAMES)) != OWN_NAMES:
             hashes["classes"] = table_digest(table)
-        if file := self.options.get("classifier"):
-            hashes["classifier"] = stamps.digest(file)
+        for name in ("classifier", "descriptions"):
+            if file := self.options.get(name):
+                hashes[name] = stamps.digest(file)
         return hashes
 
     @functools.cached_property

@@ -14,7 +14,7 @@ from clipmoe_jax.data.npy import load_arrays
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources.base import AttributeTable
 from clipmoe_jax.evaluation import ood, probe
-from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, templates
+from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, read_descriptions, templates
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
 from clipmoe_jax.evaluation.gda import gda
 from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_pairs
@@ -73,14 +73,21 @@ class _Retrieval:
 
 @dataclasses.dataclass(frozen=True)
 class _ZeroShot:
+    """prompts (T,) and the class of each, (T,) int. is_described: whether they are descriptions: a class then
+    scores the mean of their similarities, else it is the unit mean of its prompts."""
+
     images: Labelled
-    templates: Sequence[str]
+    prompts: Sequence[str]
+    class_of_prompt: np.ndarray
+    is_described: bool = False
 
     @classmethod
     def open(cls, data: DataSets) -> "_ZeroShot":
         table = _table(data)  # first: the labels of a slice are then not read again
         images = label_records(data.records(), data.labels(), table)
-        return cls(images, templates(data.options.get("classes", OWN_NAMES)))
+        if file := data.options.get("descriptions"):
+            return cls(images, *read_descriptions(file, table), is_described=True)
+        return cls(images, *make_prompts(images.names, templates(data.options.get("classes", OWN_NAMES))))
 
     @property
     def chance(self) -> Numbers:
@@ -92,8 +99,8 @@ class _ZeroShot:
 
     def class_embeddings(self, subject: Subject) -> np.ndarray:
         """Returns (C, d) float32, one for each class."""
-        prompts, class_of_prompt = make_prompts(self.images.names, self.templates)
-        return class_embeddings(subject.texts(prompts), class_of_prompt)
+        texts = subject.texts(self.prompts)
+        return class_embeddings(texts, self.class_of_prompt, normalize=not self.is_described)
 
 
 def _table(data: DataSets) -> dict[str, str]:
@@ -270,7 +277,7 @@ class _KnownAndUnknown:
 
 KINDS = {
     "retrieval": Kind(_Retrieval.open, ("split",)),
-    "zero_shot": Kind(_ZeroShot.open, ("split", "classes")),
+    "zero_shot": Kind(_ZeroShot.open, ("split", "classes", "descriptions")),
     "linear_probe": Kind(_LinearProbe.open, ("split", "train", "train_split"), ("train",)),
     "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),
     "gda": Kind(_Gda.open, ("split", "classes", "train", "train_split"), ("train",)),

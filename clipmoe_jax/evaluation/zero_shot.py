@@ -12,11 +12,14 @@ from clipmoe_jax.data.sources.base import AttributeTable
 Labels = Sequence[int] | np.ndarray
 
 
-def class_embeddings(text_features: np.ndarray, class_of_text: Labels) -> np.ndarray:
+def class_embeddings(
+    text_features: np.ndarray, class_of_text: Labels, *, normalize: bool = True
+) -> np.ndarray:
     """Returns unit means of each class's unit prompt features: (T, d), (T,) int -> (C, d) float32.
 
-    As OpenAI's notebook Prompt_Engineering_for_ImageNet has it. Raises ValueError for a class, of those up to
-    the highest in class_of_text, that has no prompt.
+    As OpenAI's notebook Prompt_Engineering_for_ImageNet has it. normalize: False leaves the means as they
+    are: their inner product with an image is the mean of its similarities to the prompts. Raises ValueError
+    for a class, of those up to the highest in class_of_text, that has no prompt.
     """
     counts = np.bincount(class_of_text)
     if not counts.all():
@@ -27,7 +30,7 @@ def class_embeddings(text_features: np.ndarray, class_of_text: Labels) -> np.nda
     np.add.at(
         sums, np.asarray(class_of_text), text_features / np.linalg.norm(text_features, axis=-1, keepdims=True)
     )
-    return sums / np.linalg.norm(sums, axis=-1, keepdims=True)
+    return sums / (np.linalg.norm(sums, axis=-1, keepdims=True) if normalize else counts[:, None])
 
 
 def classification_metrics(

@@ -89,6 +89,44 @@ def test_zero_shot_is_classification_by_prompts(folder, subject):
     assert numbers == pytest.approx(expected) and numbers["top5"] == 1.0
 
 
+def test_zero_shot_by_description_is_the_mean_of_similarities(folder, subject, tmp_path):
+    (file := tmp_path / "descriptions.json").write_text(
+        json.dumps(
+            {
+                "blue": ["a cold colour", "the sky's colour", "often deep"],
+                "red": ["is warm"],
+                "sea_green": ["used on ships", "a sea of {}"],
+                "another": [],
+            }
+        )
+    )
+    evaluation = parse_evaluation(f"zero_shot:{folder}/test_set?descriptions={file}")
+    prompts = {
+        "blue": [
+            "blue, which is a cold colour",
+            "blue, which has the sky's colour",
+            "blue, which often deep",
+        ],
+        "red": ["red, which is warm"],
+        "sea_green": ["sea_green, which is used on ships", "a sea of sea_green"],
+    }
+    assert evaluation.data.prompts == [prompt for of_class in prompts.values() for prompt in of_class]
+    pixels, labels = images_of(folder, "test")
+    images = subject.encoder.images(pixels)
+    scores = np.stack([(images @ subject.texts(of).T).mean(axis=1) for of in prompts.values()], axis=1)
+    numbers = evaluation.measure(subject)
+    assert numbers["top1"] == pytest.approx(np.mean(scores.argmax(axis=1) == labels))
+    classes = evaluation.data.class_embeddings(subject)
+    np.testing.assert_allclose(images @ classes.T, scores, atol=1e-6)
+    for content, message in (
+        ({"blue": ["x"], "red": ["y"]}, "'sea_green' must have a list of strings"),
+        ({"blue": ["x"], "red": [], "sea_green": ["y"]}, "'red' has none: give it one or more"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"descriptions={file}: {message}"):
+            _ = parse_evaluation(evaluation.line).data
+
+
 def test_subjects_may_share_decoded_images(folder, subject, trained):
     tokenizer, records = Tokenizer(64), Records(folder / "test_set")
     decoded = DecodedPairs(records, tokenizer, 32)
@@ -157,6 +195,7 @@ def own_files(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "mmvp", tmp_path / "mmvp")
     known, unknown = np.full((9, 3), 1 / 3), np.full((5, 3), 1 / 3)
     np.savez(tmp_path / "classifier.npz", known=known, unknown=unknown)
+    (tmp_path / "descriptions.json").write_text(json.dumps({name: ["a colour"] for name in COLOURS}))
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
@@ -182,6 +221,11 @@ FILES = {
         "ood:{0}/test_set?unknown={0}/odd_set&train={0}/train_set&classifier=~/classifier.npz",
         "classifier",
         replace_classifier,
+    ),
+    "descriptions": (
+        "zero_shot:{0}/test_set?descriptions=~/descriptions.json",
+        "descriptions",
+        lambda own: (own / "descriptions.json").write_text(json.dumps({name: ["warm"] for name in COLOURS})),
     ),
 }
 
