@@ -7,6 +7,8 @@
     gda:data/cifar10_test?train=data/cifar10_train            Gaussians of training features, with zero-shot
     attributes:data/scenes_test                               zero-shot for each attribute of a data set
     mmvp:MMVP_VLM                                             the folder with Questions.csv, as published
+    sugarcrepe:sugar-crepe/data?images=val2017                the own caption against one that is wrong
+    winoground:winoground/data                                two images, two captions of the same words
     ood:data/imagenet?unknown=data/imagenet_o&classes=imagenet&train=data/imagenet_train
 
 `split` (of `unknown` and `train`: unknown_split, train_split) may be left out where there is only one.
@@ -30,10 +32,9 @@ from clipmoe_jax.data.sources.options import parse_options
 from clipmoe_jax.evaluation.classes import OWN_NAMES, table_digest
 from clipmoe_jax.evaluation.data_sets import DataSets
 from clipmoe_jax.evaluation.kinds import KINDS, Data, NotApplicableError, Numbers
-from clipmoe_jax.evaluation.mmvp import mmvp_files
 from clipmoe_jax.evaluation.subject import Subject
 
-PATH_OPTIONS = ("train", "unknown", "classifier", "descriptions")
+PATH_OPTIONS = ("train", "unknown", "classifier", "descriptions", "images")
 
 __all__ = ["KINDS", "Evaluation", "NotApplicableError", "open_applicable", "parse_evaluation"]
 
@@ -83,8 +84,8 @@ class Evaluation:
         """Returns {"path" or option: a hash of the data, the files or the class names that it names}."""
         options = [name for name in ("train", "unknown") if name in self.options]
         hashes = {name: self._data_sets.records(name).fingerprint for name in options}
-        if self.kind == "mmvp":
-            hashes["path"] = stamps.digest(*mmvp_files(self.path))
+        if files := KINDS[self.kind].files:
+            hashes["path"] = stamps.digest(*files(self._data_sets))
         else:
             hashes["path"] = self._data_sets.records().fingerprint
         if (table := self.options.get("classes", OWN_NAMES)) != OWN_NAMES:

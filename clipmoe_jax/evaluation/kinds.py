@@ -5,6 +5,7 @@ Letters: N images, C classes, d embedding.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,10 +15,20 @@ from clipmoe_jax.data.npy import load_arrays
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources.base import AttributeTable
 from clipmoe_jax.evaluation import ood, probe
+from clipmoe_jax.evaluation.caption_choice import (
+    EXAMPLES,
+    Choice,
+    caption_accuracy,
+    files_of,
+    sugarcrepe_choices,
+    sugarcrepe_tables,
+    winoground_choices,
+    winoground_scores,
+)
 from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, read_descriptions, templates
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
 from clipmoe_jax.evaluation.gda import gda
-from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_pairs
+from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_files, mmvp_pairs
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import Subject
 from clipmoe_jax.evaluation.zero_shot import attribute_accuracy, class_embeddings, classification_metrics
@@ -50,11 +61,13 @@ class Kind(NamedTuple):
             fit, and NotApplicableError.
         options: names of the options that a line may have.
         required: those that it must have.
+        files: the files that a path names where it is no prepared data set.
     """
 
     open: Callable[[DataSets], Data]
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
+    files: Callable[[DataSets], Sequence[Path]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +217,8 @@ class _Attributes:
         return _with_mean(attribute_accuracy(images, self.labels, self.table, subject.texts))
 
 
-def _with_mean(numbers: Numbers) -> Numbers:
-    return numbers | {"mean": float(np.mean(list(numbers.values())))}
+def _with_mean(numbers: Numbers, name: str = "mean") -> Numbers:
+    return numbers | {name: float(np.mean(list(numbers.values())))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +235,56 @@ class _Mmvp:
         texts = subject.texts([prompt for pair in self.pairs for prompt in pair.prompts])
         images, texts = (features.reshape(len(self.pairs), 2, -1) for features in (images, texts))
         return mmvp_accuracy(images, texts, [pair.attribute for pair in self.pairs])
+
+
+@dataclasses.dataclass(frozen=True)
+class _CaptionChoice:
+    choices: Sequence[Choice]
+
+    def features(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+        """Returns features of each example's images (N, images, d) and captions (N, 2, d)."""
+        images = subject.pictures([image for choice in self.choices for image in choice.images])
+        texts = subject.texts([caption for choice in self.choices for caption in choice.captions])
+        images, texts = (
+            features.reshape(len(self.choices), -1, features.shape[1]) for features in (images, texts)
+        )
+        return images, texts
+
+
+@dataclasses.dataclass(frozen=True)
+class _SugarCrepe(_CaptionChoice):
+    @classmethod
+    def open(cls, data: DataSets) -> "_SugarCrepe":
+        return cls(sugarcrepe_choices(data.path, data.options["images"]))
+
+    @classmethod
+    def files(cls, data: DataSets) -> list[Path]:
+        return [*sugarcrepe_tables(data.path), *files_of(cls.open(data).choices)]
+
+    @property
+    def chance(self) -> Numbers:
+        return _with_mean({choice.part: 0.5 for choice in self.choices}, "average")
+
+    def measure(self, subject: Subject) -> Numbers:
+        return caption_accuracy(*self.features(subject), [choice.part for choice in self.choices])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Winoground(_CaptionChoice):
+    chance: Numbers = dataclasses.field(
+        default_factory=lambda: {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
+    )
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Winoground":
+        return cls(winoground_choices(data.path))
+
+    @classmethod
+    def files(cls, data: DataSets) -> list[Path]:
+        return [Path(data.path) / EXAMPLES, *files_of(cls.open(data).choices)]
+
+    def measure(self, subject: Subject) -> Numbers:
+        return winoground_scores(*self.features(subject))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +345,9 @@ KINDS = {
     "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),
     "gda": Kind(_Gda.open, ("split", "classes", "train", "train_split"), ("train",)),
     "attributes": Kind(_Attributes.open, ("split",)),
-    "mmvp": Kind(_Mmvp.open),
+    "mmvp": Kind(_Mmvp.open, files=lambda data: mmvp_files(data.path)),
+    "sugarcrepe": Kind(_SugarCrepe.open, ("images",), ("images",), _SugarCrepe.files),
+    "winoground": Kind(_Winoground.open, files=_Winoground.files),
     "ood": Kind(
         _KnownAndUnknown.open,
         ("split", "classes", "unknown", "unknown_split", "train", "train_split", "classifier"),

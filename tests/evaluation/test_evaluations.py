@@ -348,6 +348,34 @@ def test_mmvp_is_measured_by_attribute(folder, subject):
     assert numbers == expected and list(numbers) == ["Colour", "Shade", "average"]
 
 
+def test_choice_between_captions_takes_the_files_themselves(folder, subject, tmp_path):
+    names = list(COLOURS)
+    images = folder / "captioned"
+    examples = {
+        str(i): {"filename": f"{i}.png", "caption": f"a {name}", "negative_caption": f"a {names[i - 1]}"}
+        for i, name in enumerate(names)
+    }
+    (tmp_path / "add_att.json").write_text(json.dumps(examples))
+    pixels = np.stack([preprocess_image((images / f"{i}.png").read_bytes(), 32) for i in range(3)])
+    scores = subject.encoder.images(pixels) @ subject.texts([f"a {name}" for name in names]).T
+    evaluation = parse_evaluation(f"sugarcrepe:{tmp_path}?images={images}")
+    right = np.mean([scores[i, i] > scores[i, i - 1] for i in range(3)])
+    assert evaluation.measure(subject) == pytest.approx({"add_att": right, "average": right})
+    assert evaluation.chance == {"add_att": 0.5, "average": 0.5}
+    before = evaluation.contents
+    shutil.copytree(images, tmp_path / "images")
+    lines = []
+    for i in (1, 2):
+        captions = {"caption_0": f"a {names[i]}", "caption_1": f"a {names[i - 1]}"}
+        lines.append({"image_0": f"{i}", "image_1": f"{i - 1}", **captions})
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    numbers = parse_evaluation(f"winoground:{tmp_path}").measure(subject)
+    text = [scores[i, i] > scores[i, i - 1] and scores[i - 1, i - 1] > scores[i - 1, i] for i in (1, 2)]
+    assert list(numbers) == ["text", "image", "group"] and numbers["text"] == np.mean(text)
+    (tmp_path / "add_att.json").write_text(json.dumps(examples | {"9": examples["0"]}))
+    assert parse_evaluation(evaluation.line).contents != before
+
+
 def test_unknown_images_are_told_by_each_and_by_the_ensemble(folder, subject, tmp_path):
     rng = np.random.default_rng(0)
     classifier = {"known": rng.dirichlet(np.ones(3), 9), "unknown": rng.dirichlet(np.ones(3), 5)}
