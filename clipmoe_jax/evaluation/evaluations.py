@@ -1,6 +1,7 @@
 """Evaluations of a model, each in one line: KIND:PATH?option=value&option=value.
 
     retrieval:data/coco_test                                  a prepared data set, all captions of each image
+    precision:data/imagenet?classes=imagenet                  several right answers: a class's images
     zero_shot:data/imagenet?classes=imagenet                  labelled images, prepared from classes:DIR
     linear_probe:data/cifar10_test?train=data/cifar10_train   logistic regression on frozen features
     knn:data/cifar10_test?train=data/cifar10_train            the vote of the 20 nearest training images
@@ -14,6 +15,7 @@
 `split` (of `unknown` and `train`: unknown_split, train_split) may be left out where there is only one.
 `classes` is a table of `classes.class_table`; "none", the default, takes the split's labels as names.
 `descriptions=FILE.json` of `zero_shot` has descriptions in place of templates (`classes.read_descriptions`).
+`groups=FILE.csv#COLUMN` adds the gap between groups of images (`groups.read_groups`).
 `ood` scores known against unknown images by zero-shot probabilities, with `train` also by a linear probe and
 by both, and with `classifier=FILE.npz` (probabilities "known" (N, C) and "unknown" (M, C) of a network that
 knows these classes alone, sorted as the table) by COOkeD's ensemble of all three.
@@ -34,7 +36,7 @@ from clipmoe_jax.evaluation.data_sets import DataSets
 from clipmoe_jax.evaluation.kinds import KINDS, Data, NotApplicableError, Numbers
 from clipmoe_jax.evaluation.subject import Subject
 
-PATH_OPTIONS = ("train", "unknown", "classifier", "descriptions", "images")
+PATH_OPTIONS = ("train", "unknown", "classifier", "descriptions", "groups", "images")
 
 __all__ = ["KINDS", "Evaluation", "NotApplicableError", "open_applicable", "parse_evaluation"]
 
@@ -90,9 +92,9 @@ class Evaluation:
             hashes["path"] = self._data_sets.records().fingerprint
         if (table := self.options.get("classes", OWN_NAMES)) != OWN_NAMES:
             hashes["classes"] = table_digest(table)
-        for name in ("classifier", "descriptions"):
+        for name in ("classifier", "descriptions", "groups"):
             if file := self.options.get(name):
-                hashes[name] = stamps.digest(file)
+                hashes[name] = stamps.digest(file.rpartition("#")[0] if name == "groups" else file)
         return hashes
 
     @functools.cached_property

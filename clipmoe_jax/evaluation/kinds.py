@@ -28,10 +28,17 @@ from clipmoe_jax.evaluation.caption_choice import (
 from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, read_descriptions, templates
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
 from clipmoe_jax.evaluation.gda import gda
+from clipmoe_jax.evaluation.groups import group_metrics, read_groups
 from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_files, mmvp_pairs
+from clipmoe_jax.evaluation.precision import precision_metrics
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import Subject
-from clipmoe_jax.evaluation.zero_shot import attribute_accuracy, class_embeddings, classification_metrics
+from clipmoe_jax.evaluation.zero_shot import (
+    attribute_accuracy,
+    class_embeddings,
+    metrics_of_ranks,
+    nearest_ranks,
+)
 
 Numbers = dict[str, float]
 
@@ -87,28 +94,37 @@ class _Retrieval:
 @dataclasses.dataclass(frozen=True)
 class _ZeroShot:
     """prompts (T,) and the class of each, (T,) int. is_described: whether they are descriptions: a class then
-    scores the mean of their similarities, else it is the unit mean of its prompts."""
+    scores the mean of their similarities, else it is the unit mean of its prompts. groups: of each image, ()
+    for none."""
 
     images: Labelled
     prompts: Sequence[str]
     class_of_prompt: np.ndarray
     is_described: bool = False
+    groups: Sequence[str] = ()
 
     @classmethod
     def open(cls, data: DataSets) -> "_ZeroShot":
         table = _table(data)  # first: the labels of a slice are then not read again
         images = label_records(data.records(), data.labels(), table)
         if file := data.options.get("descriptions"):
-            return cls(images, *read_descriptions(file, table), is_described=True)
-        return cls(images, *make_prompts(images.names, templates(data.options.get("classes", OWN_NAMES))))
+            prompts = read_descriptions(file, table)
+        else:
+            prompts = make_prompts(images.names, templates(data.options.get("classes", OWN_NAMES)))
+        groups = []
+        if named := data.options.get("groups"):
+            groups = read_groups(named, [images.records[i]["id"] for i in range(len(images.records))])
+        return cls(images, *prompts, bool(file), groups)
 
     @property
     def chance(self) -> Numbers:
         return _chance(self.images)
 
     def measure(self, subject: Subject) -> Numbers:
-        features = subject.images(self.images.records)
-        return classification_metrics(features, self.class_embeddings(subject), self.images.labels)
+        features, labels = subject.images(self.images.records), self.images.labels
+        ranks = nearest_ranks(features, self.class_embeddings(subject), labels)
+        gaps = group_metrics(ranks < 1, self.groups) if self.groups else {}
+        return metrics_of_ranks(ranks, labels) | gaps
 
     def class_embeddings(self, subject: Subject) -> np.ndarray:
         """Returns (C, d) float32, one for each class."""
@@ -123,6 +139,28 @@ def _table(data: DataSets) -> dict[str, str]:
 
 def _chance(images: Labelled) -> Numbers:
     return {"top1": 1 / len(images.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Precision:
+    """classes: whose images are to be found by their prompts; None finds an image's captions by the image."""
+
+    records: Records
+    classes: _ZeroShot | None
+    chance: Numbers = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Precision":
+        return cls(data.records(), _ZeroShot.open(data) if "classes" in data.options else None)
+
+    def measure(self, subject: Subject) -> Numbers:
+        if self.classes is not None:
+            queries, labels = self.classes.class_embeddings(subject), self.classes.images.labels
+            images = subject.images(self.records)
+            return precision_metrics(queries, images, np.arange(len(queries)), labels)
+        features = retrieval_features(subject, self.records)
+        image_ids = np.arange(len(features.images))
+        return precision_metrics(features.images, features.texts, image_ids, features.image_of_text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +378,8 @@ class _KnownAndUnknown:
 
 KINDS = {
     "retrieval": Kind(_Retrieval.open, ("split",)),
-    "zero_shot": Kind(_ZeroShot.open, ("split", "classes", "descriptions")),
+    "precision": Kind(_Precision.open, ("split", "classes")),
+    "zero_shot": Kind(_ZeroShot.open, ("split", "classes", "descriptions", "groups")),
     "linear_probe": Kind(_LinearProbe.open, ("split", "train", "train_split"), ("train",)),
     "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),
     "gda": Kind(_Gda.open, ("split", "classes", "train", "train_split"), ("train",)),

@@ -34,9 +34,17 @@ def class_embeddings(
 
 
 def classification_metrics(
-    image_features: np.ndarray, classes: np.ndarray, labels: Labels, *, chunk_size: int = 4096
+    image_features: np.ndarray, classes: np.ndarray, labels: Labels
 ) -> dict[str, float]:
     """Returns top1, top5 and mean_per_class, as `metrics_of_ranks`, of images by their nearest classes.
+    Arguments as for `nearest_ranks`."""
+    return metrics_of_ranks(nearest_ranks(image_features, classes, labels), labels)
+
+
+def nearest_ranks(
+    image_features: np.ndarray, classes: np.ndarray, labels: Labels, *, chunk_size: int = 4096
+) -> np.ndarray:
+    """Returns, as `label_ranks`, how many classes are nearer to each image than its own, (N,) int.
 
     image_features (N, d), classes (C, d) float32, compared by inner product; labels (N,) int.
     """
@@ -44,7 +52,7 @@ def classification_metrics(
     for start in range(0, len(image_features), chunk_size):
         chunk = slice(start, start + chunk_size)
         ranks.append(label_ranks(image_features[chunk] @ classes.T, labels[chunk]))
-    return metrics_of_ranks(np.concatenate(ranks), labels)
+    return np.concatenate(ranks)
 
 
 def attribute_accuracy(

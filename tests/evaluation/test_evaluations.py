@@ -25,6 +25,7 @@ from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import NotApplicableError, parse_evaluation
 from clipmoe_jax.evaluation.gda import gda
 from clipmoe_jax.evaluation.mmvp import mmvp_accuracy
+from clipmoe_jax.evaluation.precision import precision_metrics
 from clipmoe_jax.evaluation.retrieval import retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject
 from clipmoe_jax.evaluation.zero_shot import class_embeddings, classification_metrics
@@ -125,6 +126,25 @@ def test_zero_shot_by_description_is_the_mean_of_similarities(folder, subject, t
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=f"descriptions={file}: {message}"):
             _ = parse_evaluation(evaluation.line).data
+
+
+def test_groups_of_zero_shot_are_those_of_a_table(folder, subject, tmp_path):
+    records = Records(f"{folder}/test_set")
+    ids = [records[i]["id"] for i in range(len(records))]
+    table = "id,light\n" + "".join(f"{one},{'odd' if i % 2 else 'even'}\n" for i, one in enumerate(ids))
+    (tmp_path / "light.csv").write_text(table)
+    line = f"zero_shot:{folder}/test_set?groups={tmp_path}/light.csv#light"
+    evaluation = parse_evaluation(line)
+    numbers, whole = (
+        evaluation.measure(subject),
+        parse_evaluation(f"zero_shot:{folder}/test_set").measure(subject),
+    )
+    assert {name: numbers[name] for name in whole} == whole
+    assert 5 * numbers["group even"] + 4 * numbers["group odd"] == pytest.approx(9 * whole["top1"])
+    assert numbers["gap"] == pytest.approx(abs(numbers["group even"] - numbers["group odd"]))
+    before = evaluation.contents
+    (tmp_path / "light.csv").write_text(table.replace("odd", "even", 1))
+    assert parse_evaluation(line).contents["groups"] != before["groups"]
 
 
 def test_subjects_may_share_decoded_images(folder, subject, trained):
@@ -337,6 +357,19 @@ def test_retrieval_takes_every_caption(folder, subject):
     assert read_captions(records).texts == texts
 
 
+def test_precision_finds_captions_of_images_and_images_of_classes(folder, subject):
+    found = parse_evaluation(f"precision:{folder}/captioned_set").measure(subject)
+    features = retrieval_features(subject, Records(f"{folder}/captioned_set"))
+    of_image = np.repeat(np.arange(3), 2)
+    assert found == precision_metrics(features.images, features.texts, np.arange(3), of_image)
+    assert found["p10"] == pytest.approx(2 / 10)
+    found = parse_evaluation(f"precision:{folder}/test_set?classes=none").measure(subject)
+    pixels, labels = images_of(folder, "test")
+    classes = class_embeddings(subject.texts([f"a photo of a {name}." for name in sorted(COLOURS)]), range(3))
+    expected = precision_metrics(classes, subject.encoder.images(pixels), np.arange(3), np.array(labels))
+    assert found == pytest.approx(expected)
+
+
 def test_mmvp_is_measured_by_attribute(folder, subject):
     numbers = parse_evaluation(f"mmvp:{folder}/mmvp").measure(subject)
     files = [folder / "mmvp" / "MLLM_VLM Images" / k / f"{i}.jpg" for k, i in
@@ -404,7 +437,7 @@ def test_unknown_images_are_told_by_each_and_by_the_ensemble(folder, subject, tm
 
 
 BAD_LINES = {
-    "no kind": ("data/coco", "is not KIND:PATH: choose a kind of retrieval, zero_shot"),
+    "no kind": ("data/coco", "is not KIND:PATH: choose a kind of retrieval, precision, zero_shot"),
     "unknown kind": ("depth:data/x", "is not KIND:PATH"),
     "unknown option": ("knn:x?train=y&k=3", "no option k; knn has split, train, train_split"),
     "missing option": ("linear_probe:x", "train= must be given"),
