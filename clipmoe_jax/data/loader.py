@@ -140,7 +140,7 @@ class StreamedPairs:
                 return
             record = self.records[indices[row]]
             turn = int(turns[row]) % len(record["captions"])
-            image[row] = _decode(record, indices[row], self.image_size)
+            image[row] = decode(record, indices[row], self.image_size)
             if "tokens" in record:
                 self.tokenizer.fill(text[row], record["tokens"][turn])
             else:
@@ -184,7 +184,7 @@ class DecodedPairs:
 
         def fill(index: int) -> list[str]:
             record = records[index]
-            self._image[index] = _decode(record, index, image_size)
+            self._image[index] = decode(record, index, image_size)
             return record["captions"]
 
         captions = []
@@ -410,7 +410,9 @@ def _lengths(text: np.ndarray) -> np.ndarray:
     return np.argmax(text == END_ID, axis=1) + 1
 
 
-def _decode(record: dict, index: int, image_size: int) -> np.ndarray:
+def decode(record: dict, index: int, image_size: int) -> np.ndarray:
+    """Returns the pixels of a record as a model takes them, uint8 (image_size, image_size, 3). Raises
+    ValueError naming it if its image does not decode, or is stored as pixels of another size."""
     if isinstance(record["image"], np.ndarray):
         check_stored_size(len(record["image"]), image_size)
         return record["image"]

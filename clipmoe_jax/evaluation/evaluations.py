@@ -3,6 +3,7 @@
     retrieval:data/coco_test                                  a prepared data set, all captions of each image
     precision:data/imagenet?classes=imagenet                  several right answers: a class's images
     zero_shot:data/imagenet?classes=imagenet                  labelled images, prepared from classes:DIR
+    corrupted:data/imagenet?classes=imagenet                  zero-shot on corrupted images
     linear_probe:data/cifar10_test?train=data/cifar10_train   logistic regression on frozen features
     knn:data/cifar10_test?train=data/cifar10_train            the vote of the 20 nearest training images
     gda:data/cifar10_test?train=data/cifar10_train            Gaussians of training features, with zero-shot

@@ -4,6 +4,7 @@ Letters: N images, C classes, d embedding.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -26,6 +27,7 @@ from clipmoe_jax.evaluation.caption_choice import (
     winoground_scores,
 )
 from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, read_descriptions, templates
+from clipmoe_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
 from clipmoe_jax.evaluation.gda import gda
 from clipmoe_jax.evaluation.groups import group_metrics, read_groups
@@ -139,6 +141,38 @@ def _table(data: DataSets) -> dict[str, str]:
 
 def _chance(images: Labelled) -> Numbers:
     return {"top1": 1 / len(images.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Corrupted:
+    zero_shot: _ZeroShot
+    severities: Sequence[int]
+
+    @classmethod
+    def open(cls, data: DataSets) -> "_Corrupted":
+        severities = SEVERITIES
+        if given := data.options.get("severity"):
+            if given not in map(str, SEVERITIES):
+                raise ValueError(f"severity={given} must be one of {', '.join(map(str, SEVERITIES))}")
+            severities = (int(given),)
+        return cls(_ZeroShot.open(data), severities)
+
+    @property
+    def chance(self) -> Numbers:
+        chance = 1 / len(self.zero_shot.images.names)
+        return dict.fromkeys(["mean", *(corruption.__name__ for corruption in CORRUPTIONS)], chance)
+
+    def measure(self, subject: Subject) -> Numbers:
+        """Returns top1 of each corruption, mean over severities, and the mean over corruptions."""
+        images, classes, numbers = self.zero_shot.images, self.zero_shot.class_embeddings(subject), {}
+        for corruption in CORRUPTIONS:
+            right = []
+            for severity in self.severities:
+                change = functools.partial(corrupt, corruption, severity)
+                features = subject.changed_images(images.records, change)
+                right.append(np.mean(nearest_ranks(features, classes, images.labels) < 1))
+            numbers[corruption.__name__] = float(np.mean(right))
+        return {"mean": float(np.mean(list(numbers.values())))} | numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,6 +414,7 @@ KINDS = {
     "retrieval": Kind(_Retrieval.open, ("split",)),
     "precision": Kind(_Precision.open, ("split", "classes")),
     "zero_shot": Kind(_ZeroShot.open, ("split", "classes", "descriptions", "groups")),
+    "corrupted": Kind(_Corrupted.open, ("split", "classes", "severity")),
     "linear_probe": Kind(_LinearProbe.open, ("split", "train", "train_split"), ("train",)),
     "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),
     "gda": Kind(_Gda.open, ("split", "classes", "train", "train_split"), ("train",)),

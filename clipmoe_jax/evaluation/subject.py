@@ -4,17 +4,20 @@ Letters: N images, T texts, d embedding, M models.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from clipmoe_jax.data.decoding import map_decoding, preprocess_file
-from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs
+from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs, decode
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
+
+# From an image as a model takes it, uint8 (H, W, 3), and its index to another.
+Change = Callable[[np.ndarray, int], np.ndarray]
 
 
 class Subject(Protocol):
@@ -30,6 +33,11 @@ class Subject(Protocol):
 
     def pictures(self, files: Sequence[Path]) -> np.ndarray:
         """Returns (N, d) float32 unit features of image files. Raises ValueError if one is broken."""
+        ...
+
+    def changed_images(self, records: Records, change: Change) -> np.ndarray:
+        """Returns (N, d) float32 unit features of a data set's images, in order, each changed before it is
+        encoded."""
         ...
 
 
@@ -70,10 +78,24 @@ class ModelSubject:
         Each file is read once, and a few batches are in memory at a time.
         """
         rows = {file: row for row, file in enumerate(dict.fromkeys(files))}
-        images, features = map_decoding(lambda file: preprocess_file(file, self._image_size), rows), []
+        images = map_decoding(lambda file: preprocess_file(file, self._image_size), rows)
+        return self._encoded(images)[[rows[file] for file in files]]
+
+    def changed_images(self, records: Records, change: Change) -> np.ndarray:
+        """Returns (N, d) float32 unit features of a data set's images, in order, each changed before it is
+        encoded. A few batches are in memory at a time."""
+
+        def changed(index: int) -> np.ndarray:
+            return change(decode(records[index], index, self._image_size), index)
+
+        return self._encoded(map_decoding(changed, range(len(records))))
+
+    def _encoded(self, images: Iterator[np.ndarray]) -> np.ndarray:
+        """Returns unit features of images, a batch at a time."""
+        features = []
         while batch := list(itertools.islice(images, self.encoder.batch_size)):
             features.append(self.encoder.images(np.stack(batch)))
-        return np.concatenate(features)[[rows[file] for file in files]]
+        return np.concatenate(features)
 
 
 class EnsembleSubject:
@@ -93,6 +115,11 @@ class EnsembleSubject:
     def pictures(self, files: Sequence[Path]) -> np.ndarray:
         """Returns (N, M * d) float32 unit features of image files."""
         return self._joined(lambda member: member.pictures(files))
+
+    def changed_images(self, records: Records, change: Change) -> np.ndarray:
+        """Returns (N, M * d) float32 unit features of a data set's images, in order, each changed before it
+        is encoded."""
+        return self._joined(lambda member: member.changed_images(records, change))
 
     def _joined(self, encode: Callable[[Subject], np.ndarray]) -> np.ndarray:
         features = np.concatenate([encode(member) for member in self._members], axis=1)

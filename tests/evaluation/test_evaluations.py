@@ -19,7 +19,7 @@ from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.sources import open_source
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.evaluation import classes, data_sets, ood, probe
+from clipmoe_jax.evaluation import classes, corruptions, data_sets, kinds, ood, probe
 from clipmoe_jax.evaluation.captions import read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import NotApplicableError, parse_evaluation
@@ -126,6 +126,25 @@ def test_zero_shot_by_description_is_the_mean_of_similarities(folder, subject, t
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=f"descriptions={file}: {message}"):
             _ = parse_evaluation(evaluation.line).data
+
+
+def test_corrupted_images_are_classified_zero_shot(folder, subject, monkeypatch):
+    chosen = {corruptions.contrast: (0.4, 0.3), corruptions.shot_noise: (60, 5)}
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", chosen)
+    monkeypatch.setattr(kinds, "CORRUPTIONS", chosen)
+    evaluation = parse_evaluation(f"corrupted:{folder}/test_set?severity=2")
+    pixels, labels = images_of(folder, "test")
+    classes = class_embeddings(subject.texts([f"a photo of a {name}." for name in sorted(COLOURS)]), range(3))
+    expected = {}
+    for corruption in chosen:
+        changed = np.stack([corruptions.corrupt(corruption, 2, image, i) for i, image in enumerate(pixels)])
+        numbers = classification_metrics(subject.encoder.images(changed), classes, labels)
+        expected[corruption.__name__] = numbers["top1"]
+    mean = np.mean(list(expected.values()))
+    assert evaluation.measure(subject) == pytest.approx({"mean": mean, **expected})
+    assert evaluation.chance == {"mean": 1 / 3, "contrast": 1 / 3, "shot_noise": 1 / 3}
+    with pytest.raises(ValueError, match="severity=6 must be one of 1, 2, 3, 4, 5"):
+        _ = parse_evaluation(f"corrupted:{folder}/test_set?severity=6").data
 
 
 def test_groups_of_zero_shot_are_those_of_a_table(folder, subject, tmp_path):
