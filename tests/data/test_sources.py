@@ -429,6 +429,12 @@ def test_braces_take_every_shard_that_they_name(tmp_path):
             ValueError,
             "source laion:x is not KIND:PATH: use one such as sharegpt4v:.*folder:DIR",
         ),
+        (
+            "webdataset:s3://b/0.tar",
+            None,
+            ValueError,
+            "source webdataset:s3://b/0.tar lies in a bucket: copy",
+        ),
         ("folder", None, ValueError, "source folder is not KIND:PATH"),
         ("folder:?images=x", None, ValueError, "is not KIND:PATH"),
         ("folder:/nowhere", None, FileNotFoundError, "source folder:/nowhere is not a folder"),

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from clipmoe_jax.core import stamps
 from clipmoe_jax.core.errors import printable_errors
+from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.sources.base import (
     AttributeSpec,
     BadRecord,
@@ -250,6 +251,10 @@ def _parse_one(text: str) -> _Spec:
 
 def _open(spec: _Spec, images: str | None, follow_links: bool) -> Source:
     kind, options = KINDS[spec.kind], dict[str, Any](spec.options)
+    if in_bucket(spec.path) and spec.kind != "tfds":  # which reads through epath
+        raise ValueError(
+            f"source {spec.text} lies in a bucket: copy its files to a disk, or mount the bucket"
+        )
     if not kind.generated:
         options[FOLLOW] = spec.options[FOLLOW] == "true" if FOLLOW in spec.options else follow_links
     if images is not None and kind.images != "no use":
