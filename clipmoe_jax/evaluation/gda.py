@@ -11,9 +11,8 @@ from clipmoe_jax.evaluation.ood import CLIP_LOGIT_SCALE
 from clipmoe_jax.evaluation.probe import check_labels, pick_held_out
 from clipmoe_jax.evaluation.zero_shot import label_ranks, metrics_of_ranks
 
-ALPHAS = 10.0 ** np.arange(
-    -4, 5
-)  # weights of GDA's logits beside those of zero-shot, as in the authors' code
+# Weights of GDA's logits beside those of zero-shot, as in the authors' code (github.com/mrflogs/ICLR24).
+ALPHAS = 10.0 ** np.arange(-4, 3)
 CHUNK = 65536  # images in float64 at a time
 
 

@@ -82,10 +82,8 @@ def test_gda_joins_zero_shot_with_the_weight_that_held_out_images_choose():
     assert found["gda_top1"] == pytest.approx(np.mean(gaussian.argmax(axis=1) == test[1]))
     assert found["top1"] == pytest.approx(top_k_accuracy_score(test[1], joined, k=1))
     assert found["top5"] == pytest.approx(top_k_accuracy_score(test[1], joined, k=5))
-    # Prompts that mean nothing, or the wrong class, leave the choice to the training images.
-    assert gda(*train, *test, np.roll(classes, 1, axis=0))["top1"] == pytest.approx(
-        found["gda_top1"], abs=0.02
-    )
+    # Prompts that mean nothing leave the choice to the training images.
+    assert gda(*train, *test, np.zeros_like(classes))["top1"] == found["gda_top1"]
     with pytest.raises(ValueError, match="gda: class 7 of 8 has no training image"):
         fit_gda(train[0][train[1] < 7], train[1][train[1] < 7], 8)
     with pytest.raises(ValueError, match="no class has 5 training images"):
