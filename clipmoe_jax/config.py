@@ -35,7 +35,7 @@ RENAMED = {
 }
 
 # Fields of base.architecture that may be None, with the type that they have otherwise: a run takes them from
-# the base's checkpoint. (Its `moe` is always None: the base is dense.)
+# the base's checkpoint. (So they do `moe`, that of a base that is to be extended.)
 OPTIONAL = {"activation": str, "vision.mlp_width": int, "text.mlp_width": int, "text.eos_token_id": int}
 
 # XLA's other schedule runs what it can as soon as it can: a quarter more memory, and no faster on 2 cores.
@@ -54,6 +54,7 @@ PHASE_SECTIONS = ("base.train", *FINE_TUNING_SECTIONS)
 NEUTRAL = {
     "moe.experts": ((), ()),
     "moe.expert_layers": ("feed_forward", ()),
+    "base.expert": (0, ()),
     "data.rehearsal_captions": ("", ()),
     "data.weights": ((), ()),
     "validation.keep_best": (False, ("validation.every_steps",)),
@@ -83,6 +84,7 @@ RANGES = {
     "consolidation.num_epochs": (0, _MANY),
     **{f"{s}.rehearsal_fraction": (0.0, 0.9) for s in FINE_TUNING_SECTIONS},
     "base.logit_scale": (0.0, 1e3),
+    "base.expert": (0, 999),
     "mesh.fsdp": (1, _MANY),
     "mesh.expert": (1, _MANY),
     "cluster.num_clusters": (1, 1000),
@@ -157,6 +159,9 @@ def default_config() -> ConfigDict:
     config.base.checkpoint = ""
     set_architecture(config, "ViT-L/14", context_length=248)
     config.base.logit_scale = 100.0  # the checkpoint's is reset to its logarithm; 0 keeps it
+    # Of a checkpoint that is a CLIP-MoE, which the run extends (docs/extend.md): the expert that stages and
+    # dense baselines start from, as the dense model that it came from.
+    config.base.expert = 0
     # Of the base's training from scratch, where base.checkpoint is empty.
     config.base.train = _phase(batch_size=128, learning_rate=2e-3, weight_decay=0.1)
 
@@ -184,7 +189,7 @@ def default_config() -> ConfigDict:
 
     config.moe = ConfigDict()
     # Which models become experts: "base", "mcl_1", …, "last_stage", "consolidation", also several times; ()
-    # is the base and every stage.
+    # is the base and every stage. A base that is a CLIP-MoE comes first and brings all of its experts.
     config.moe.experts = ()
     # What of a model becomes an expert, and what the stages before train: each block's feed-forward layer, or
     # "attention_and_feed_forward".
@@ -358,7 +363,7 @@ def phase_config(section: ConfigDict) -> PhaseConfig:
 
 
 def architecture(config: ConfigDict) -> ClipConfig:
-    """Returns the dense base's architecture; an activation that is not known yet is OpenAI's."""
+    """Returns the base's architecture; an activation that is not known yet is OpenAI's."""
     fields = config.base.architecture.to_dict()
     return ClipConfig.from_dict(fields | {"activation": fields["activation"] or ClipConfig.activation})
 
@@ -384,7 +389,17 @@ def moe_config(config: ConfigDict) -> MoeConfig:
 
 def num_experts(config: ConfigDict) -> int:
     """Returns how many experts the CLIP-MoE has."""
-    return len(config.moe.experts) or config.mcl.num_stages + 1
+    return (len(config.moe.experts) or config.mcl.num_stages + 1) - 1 + num_base_experts(config)
+
+
+def num_base_experts(config: ConfigDict) -> int:
+    """Returns how many experts the base brings: 1 if it is dense."""
+    return config.base.architecture.moe.num_experts if extends(config) else 1
+
+
+def extends(config: ConfigDict) -> bool:
+    """Returns whether the base is a CLIP-MoE, which the run extends: the checkpoint says so."""
+    return config.base.architecture.moe is not None
 
 
 def consolidates(config: ConfigDict) -> bool:
@@ -438,12 +453,9 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     errors.raise_all()  # what follows needs the fields to be there
     with errors.of():
         _check_architecture(config)
-    if not 1 <= config.moe.num_selected_experts <= num_experts(config):
-        named = "moe.experts" if config.moe.experts else "mcl.num_stages + 1"
-        errors.add(
-            f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
-            f"of experts, {num_experts(config)} ({named})"
-        )
+    if not config.base.checkpoint:  # which may bring experts
+        with errors.of():
+            check_selected(config)
     if config.cluster.num_clusters ** (2 * config.mcl.num_stages) >= 2**63:
         errors.add(
             f"cluster.num_clusters={config.cluster.num_clusters} makes more than 2^63 clusters in "
@@ -505,6 +517,16 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     errors.raise_all()
 
 
+def check_selected(config: ConfigDict) -> None:
+    """Raises ValueError for more selected experts than there are; a checkpoint's architecture is taken."""
+    if not 1 <= config.moe.num_selected_experts <= num_experts(config):
+        named = "moe.experts" if config.moe.experts else "mcl.num_stages + 1"
+        raise ValueError(
+            f"moe.num_selected_experts={config.moe.num_selected_experts} must lie between 1 and the number "
+            f"of experts, {num_experts(config)} ({named})"
+        )
+
+
 def _value(config: ConfigDict, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
@@ -536,10 +558,10 @@ def _check_settings(config: ConfigDict, errors: Errors) -> None:
 
 
 def _check_architecture(config: ConfigDict) -> None:
-    if architecture(config).moe is not None:
+    if architecture(config).moe is not None and not config.base.checkpoint:
         raise ValueError(
-            "base.architecture.moe must be None, as the base is dense: the fields of the CLIP-MoE are "
-            "moe.num_selected_experts and those beside it"
+            "base.architecture.moe must be None, as a base that is trained is dense: the fields of the "
+            "CLIP-MoE are moe.num_selected_experts and those beside it"
         )
 
 

@@ -7,9 +7,11 @@ Any field of the config can be changed on the same line, as for `clipmoe_jax.mai
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 from absl import flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
@@ -18,6 +20,7 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data import sources
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.recipes import check_baselines
+from clipmoe_jax.dmu.training import take_architecture
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.reporting.plan_tables import format_plan
 
@@ -43,6 +46,9 @@ def plan(
             check_baselines(variant)
         with errors.of(configs.label(name)):
             checks.raise_all()
+            checkpoint = os.path.expanduser(variant.base.checkpoint)
+            if checkpoint and epath.Path(checkpoint).exists():  # a plan can do without
+                take_architecture(variant)
             pairs = (num_pairs, 0) if num_pairs else count_pairs(variant, count)
             tables[name] = format_plan(make_plan(variant, accelerator, num_devices, *pairs, mfu=mfu))
     errors.raise_all()

@@ -4,6 +4,7 @@
     python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=41-50 --workdir=runs/keeping
     python -m clipmoe_jax.main --config=configs/demo.py:paper --workdir=runs/paper
     python -m clipmoe_jax.main --config=configs/demo.py:paper,all_baselines --workdir=runs/baselines
+    python -m clipmoe_jax.main --config=configs/demo.py:extend=runs/demo --workdir=runs/extended
     python -m clipmoe_jax.main --config=configs/demo.py:small --workdir=runs/small
 
 The base learns two worlds: scenes of real handwriting with eight attributes, of which its coarse captions
@@ -17,6 +18,7 @@ knew (docs/keeping.md).
     feed_forward   experts of feed-forward layers alone; with controls also the CLIP-MoE as published
     paper      the published recipe on scenes alone, with the baselines of the paper
     all_baselines  with paper: also full fine-tuning and the recipes of Long-CLIP, Drop-Upcycling and CLIP-UP
+    extend     =WORKDIR of a run of this config: its CLIP-MoE learns 400 other glyphs (docs/extend.md)
     small      a quick check of the machinery, whose numbers mean nothing
 """
 
@@ -48,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
         feed_forward=False,
         paper=False,
         all_baselines=False,
+        extend="",
     )
     if (arg.all_baselines and not arg.paper) or (arg.paper and arg.controls) or (arg.flops > arg.controls):
         raise ValueError("all_baselines goes with paper, flops with controls, and paper not with controls")
@@ -98,6 +101,8 @@ def get_config(arg: str = "") -> ConfigDict:
             # Its loss compares the pairs of a batch: routers as of the recipe for scenes alone.
             settings["published_moe"] = published_routers
         config.baseline_settings = ConfigDict(settings)
+    if arg.extend:
+        _extend(config, arg.extend, num_pairs)
     if arg.small:
         config.base.train.num_steps = 60
         for section in (config.mcl, config.router, config.consolidation):
@@ -126,3 +131,18 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     config.router.update(rehearsal="distill", rehearsal_fraction=0.25, balance_coefficient=0.0)
     # Each pair has a target of its own, so that small batches teach routers as much as large ones.
     config.router.update(loss="features", batch_size=16, num_steps=480, gradient="all")
+
+
+def _extend(config: ConfigDict, workdir: str, num_pairs: int) -> None:
+    """What adds an expert of other glyphs to the CLIP-MoE that lies in another run's workdir."""
+    config.base.checkpoint = f"{workdir}/moe/params"
+    config.base.logit_scale = 0.0  # the checkpoint's
+    config.data.train = f"glyphs:train?pairs={num_pairs * 3 // 4}&alphabet=1"
+    config.data.test = "glyphs:train?pairs=400&alphabet=1&seed=1000"
+    # Of all that the mixture learned: what the other run's base knew, and its new data.
+    config.data.rehearsal = "glyphs:train?pairs=500,digit_scenes:train?pairs=500"
+    config.router.rehearsal_fraction = 0.5
+    config.evaluations = (f"retrieval:{workdir}/data/test",)
+    config.mcl.num_stages, config.consolidation.num_steps = 1, 480
+    config.moe.experts = ("base", "consolidation")
+    config.baselines, config.baseline_settings = (), ConfigDict()

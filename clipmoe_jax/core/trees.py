@@ -86,8 +86,13 @@ def count_parameters(params: Params) -> int:
 
 
 def cast_matrices(params: Params, dtype: str) -> dict:
-    """Casts leaves of two or more axes. Scalars, norms and biases are small and keep their dtype."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= 2 else leaf, params)
+    """Casts leaves of two or more axes. Scalars, norms, biases and routers are small and keep their dtype."""
+    return unflatten(
+        {
+            name: leaf.astype(dtype) if leaf.ndim >= 2 and not name.endswith("router/kernel") else leaf
+            for name, leaf in flatten(params).items()
+        }
+    )
 
 
 def blend(base: Params, params: Params, share: float) -> dict:

@@ -17,7 +17,7 @@ from clipmoe_jax.dmu.recipes import Budget, Recipe
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
-from clipmoe_jax.train.lora import add_adapters
+from clipmoe_jax.train.adapters import NO_ADAPTERS, Adapters, add_adapters
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig
 
@@ -40,7 +40,7 @@ class PlannedPhase:
         frozen_dtype: the type that frozen matrices are held in.
         is_bound: whether it may take fewer steps: mcl.small_clusters=drop leaves pairs out of an epoch.
         number: of an MCL stage, 0 for other phases.
-        adapter_rank: of the low-rank adapters that train, 0 for none.
+        adapters: that train, if any.
         teacher: the expert whose features it learns, None for none.
         rehearsed: the share of its steps that rehearse.
     """
@@ -56,7 +56,7 @@ class PlannedPhase:
     stage: str = ""
     is_bound: bool = False
     number: int = 0
-    adapter_rank: int = 0
+    adapters: Adapters = NO_ADAPTERS
     teacher: int | None = None
     rehearsed: float = 0.0
 
@@ -65,22 +65,27 @@ class PlannedPhase:
         """Returns what the compiled step depends on: phases with equal keys share one."""
         any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
         model = self.architecture, self.compute, tuple(self.rules)
-        shapes = self.short_length, self.frozen_dtype, self.adapter_rank
+        shapes = self.short_length, self.frozen_dtype, self.adapters
         return *model, any_length, *shapes, self.teacher
 
 
 def architectures_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
-    """Returns the architectures of the dense base and of the CLIP-MoE."""
+    """Returns the architectures of the base and of the CLIP-MoE."""
     made = recipes.recipes(config)
     return configs.architecture(config), architecture_of(config, made[recipes.ROUTER_NAME])
 
 
 def architecture_of(config: ConfigDict, recipe: Recipe) -> ClipConfig:
     """Returns the architecture of a recipe's model."""
-    dense = configs.architecture(config)
+    base = configs.architecture(config)
+    if recipe.group == "base":
+        return base
+    dense = dataclasses.replace(base, moe=None)
     if not recipe.is_moe(config):
         return dense
     num_experts = len(recipe.experts(config))
+    if recipe.extends(config):
+        num_experts = configs.num_experts(config)
     num_selected = min(num_experts, config.moe.num_selected_experts)
     moe = dataclasses.replace(
         configs.moe_config(config), num_experts=num_experts, num_selected_experts=num_selected
@@ -132,7 +137,7 @@ def phases_of(
             stage=recipe.stage,
             is_bound=_is_bound(config, recipe),
             number=recipe.number if recipe.group == "stage" else 0,
-            adapter_rank=recipe.adapter_rank,
+            adapters=recipe.adapters(config),
             teacher=loss.teacher,
             rehearsed=recipe.rehearsal_of(config)[0],
         )
@@ -167,12 +172,12 @@ def flops_of_training(
     return total
 
 
-def trained_params(config: ClipConfig, adapter_rank: int) -> dict:
-    """Returns a model's params while it trains, as ShapeDtypeStructs: with adapters of a rank above 0."""
+def trained_params(config: ClipConfig, adapters: Adapters) -> dict:
+    """Returns a model's params while it trains, as ShapeDtypeStructs: with the adapters that it has."""
     params = abstract_params(config)
-    if not adapter_rank:
+    if not any(adapters):
         return params
-    return jax.eval_shape(lambda tree: add_adapters(tree, jax.random.key(0), adapter_rank), params)
+    return jax.eval_shape(lambda tree: add_adapters(tree, jax.random.key(0), adapters), params)
 
 
 def _is_trained(config: ConfigDict, recipe: Recipe) -> bool:
@@ -197,7 +202,7 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
     @functools.cache  # every row asks for those of the rows before it
     def flops_of_pair(name: str) -> float:
         architecture = architecture_of(config, made[name])
-        names = list(trees.flatten(trained_params(architecture, made[name].adapter_rank)))
+        names = list(trees.flatten(trained_params(architecture, made[name].adapters(config))))
         trains = trees.match_rules(made[name].rules(config), names)
         loss, (rehearsed, _) = loss_config(config, made[name]), made[name].rehearsal_of(config)
         short_length = short_length_of(config) if loss.short_caption_weight else 0

@@ -17,11 +17,14 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import Errors
+from clipmoe_jax.models.transformer import MoeConfig
+from clipmoe_jax.train.adapters import Adapters
 
 TRAIN_EVERYTHING = [(r".*", True)]
 TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
 TRAIN_BLOCKS = [(r"(visual|text)/resblocks_\d+/(mlp|attn)/.*", True), (r".*", False)]
 TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
+TRAIN_NEW_COLUMNS = [(r".*/moe/router/new_columns", True), (r".*", False)]
 TRAIN_ADAPTERS = [(r".*/lora_[ab]", True), (r".*", False)]
 TRAIN_MOE = [(r".*/moe/.*", True), (r".*", False)]
 
@@ -135,9 +138,11 @@ class Recipe:
             another row alone and stands in no table.
         experts: names of the models it is made from, given the config. One is trained as it is; the
             feed-forward layers of several become the experts of an MoE with random routers. None at all: the
-            base, imported or initialised.
+            base, imported or initialised. Where the base is an MoE, one that is trained as it is starts from
+            `config.base.expert`, and the CLIP-MoE has the base's experts and routers, to which it adds.
         trains: rules of what trains. Where experts have attention too, so do feed-forward layers that train
-            to become experts or to be compared with these (`rules`).
+            to become experts or to be compared with these, and of a router only the columns of experts
+            that are added to the base's (`rules`).
         section: the group of config fields with its hyperparameters.
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
@@ -197,6 +202,10 @@ class Recipe:
         """Returns whether it is stacked from several models."""
         return self.group != "ensemble" and len(self.experts(config)) > 1
 
+    def extends(self, config: ConfigDict) -> bool:
+        """Returns whether it adds experts to a base that is an MoE."""
+        return self.group == "moe" and configs.extends(config)
+
     def router_stddev(self, config: ConfigDict) -> float:
         """Returns the standard deviation of its initial routers."""
         return config.moe.router_stddev if self.group == "moe" else ROUTER_STDDEV
@@ -207,9 +216,15 @@ class Recipe:
 
     def rules(self, config: ConfigDict) -> trees.Rules:
         """Returns the rules of what trains."""
+        if self.extends(config):
+            return TRAIN_NEW_COLUMNS
         if self.trains is TRAIN_FFN and config.moe.expert_layers == "attention_and_feed_forward":
             return TRAIN_BLOCKS
         return self.trains
+
+    def adapters(self, config: ConfigDict) -> Adapters:
+        """Returns the adapters that it trains with."""
+        return Adapters(self.adapter_rank, len(self.experts(config)) - 1 if self.extends(config) else 0)
 
     def fields(self, config: ConfigDict) -> str:
         """Returns the name of the config fields with its hyperparameters, for errors."""
@@ -523,10 +538,11 @@ def check_baselines(config: ConfigDict) -> None:
 def recipes(config: ConfigDict) -> dict[str, Recipe]:
     """Returns {name: recipe} of what a config makes, each after those it is made from.
 
-    Raises ValueError as `check_baselines` does, and naming an expert that no stage makes, or a blend of what
-    is no dense model.
+    Raises ValueError as `check_baselines` and `configs.check_selected` do, and naming an expert that no stage
+    makes, a blend of what is no dense model, and what does not go with a base that is an MoE.
     """
     check_baselines(config)
+    configs.check_selected(config)
     stages = [row for rows in STAGES for row in ([rows] if isinstance(rows, Recipe) else rows(config))]
     names = [row.name for row in stages if row.group != "moe"]
     for expert in chosen_experts(config):
@@ -534,6 +550,8 @@ def recipes(config: ConfigDict) -> dict[str, Recipe]:
             raise ValueError(
                 f"moe.experts: {expert!r} is not made: choose among last_stage, {', '.join(names)}"
             )
+    if configs.extends(config):
+        _check_extension(config)
     wanted = [part for row in BASELINES if row.name in config.baselines for part in (*row.parts(config), row)]
     made = {row.name: row for row in [*stages, *_in_order(wanted, config)]}
     dense = [
@@ -546,6 +564,46 @@ def recipes(config: ConfigDict) -> dict[str, Recipe]:
             choices = ", ".join(dense)
             raise ValueError(f"blends: {name!r} is no dense model of this run: choose among {choices}")
     return made
+
+
+def _check_extension(config: ConfigDict) -> None:
+    """Raises ValueError for all that does not go with a base that is an MoE."""
+    errors, base = Errors(), MoeConfig(**config.base.architecture.moe)
+    routing = f"token_and_sequence moe.sequence_share={base.sequence_share:g}"
+    settings = {
+        "num_selected_experts": str(base.num_selected_experts),
+        "num_moe_layers": str(base.num_moe_layers or 0),
+        "expert_layers": base.expert_layers,
+        "routing": routing if base.sequence_share else "token",
+    }
+    wanted = configs.moe_config(config)
+    for field, setting in settings.items():
+        of_moe = "sequence_share" if field == "routing" else field
+        if getattr(base, of_moe) != getattr(wanted, of_moe):
+            errors.add(
+                f"moe.{field}={config.moe[field]}: the base is a CLIP-MoE of another kind: set "
+                f"moe.{field}={setting}"
+            )
+    named = chosen_experts(config)
+    if named[0] != BASE_NAME or BASE_NAME in named[1:] or len(named) == 1:
+        errors.add(
+            f"moe.experts={named}: the base is a CLIP-MoE, whose experts come first and once: name 'base', "
+            "then what is added"
+        )
+    if config.base.expert >= base.num_experts:
+        errors.add(
+            f"base.expert={config.base.expert} is none of the base's: choose one of 0 to "
+            f"{base.num_experts - 1}"
+        )
+    if config.blends:
+        errors.add("blends: the base is a CLIP-MoE, which has no single weights to average: leave it empty")
+    for row in BASELINES:
+        experts = row.experts(config)
+        if row.name in config.baselines and row.is_moe(config) and {*experts} != {experts[0]}:
+            errors.add(
+                f"baselines: {row.name!r} has the base as one expert, and it is a CLIP-MoE: leave it out"
+            )
+    errors.raise_all()
 
 
 def _in_order(rows: Sequence[Recipe], config: ConfigDict) -> list[Recipe]:

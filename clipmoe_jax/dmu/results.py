@@ -319,8 +319,11 @@ def _retention(evaluation: Evaluation, found: Mapping[str, float]) -> float:
 
 def _expert(run: Run, recipe: Recipe) -> int | None:
     """Which expert of the CLIP-MoE a model became, if any."""
-    experts = recipes.recipes(run.config)[recipes.ROUTER_NAME].experts(run.config)
-    return experts.index(recipe.name) if recipe.name in experts else None
+    clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
+    experts = clip_moe.experts(run.config)
+    if recipe.name not in experts or (recipe.group == "base" and clip_moe.extends(run.config)):
+        return None
+    return experts.index(recipe.name) + configs.num_base_experts(run.config) - 1
 
 
 def _sizes(path: epath.Path) -> dict[str, int]:

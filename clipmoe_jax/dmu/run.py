@@ -20,6 +20,7 @@ from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.interop import hub
 from clipmoe_jax.models.clip import Clip, ClipConfig
+from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.model_folder import load_model
 
 # Fields that change no result: the gradient of a batch is the same in any number of microbatches.
@@ -142,6 +143,13 @@ class Run:
     def load(self, path: epath.Path) -> tuple[ClipConfig, dict]:
         """Returns architecture and params of a model folder, placed on the mesh."""
         return load_model(path, lambda tree: sharding.param_shardings(self.mesh, tree))
+
+    def load_dense(self, path: epath.Path) -> tuple[ClipConfig, dict]:
+        """Returns a model as `load` does; of an MoE `config.base.expert`, as the dense model it came from."""
+        architecture, params = self.load(path)
+        if architecture.moe:
+            architecture, params = expert_as_dense(params, architecture, self.config.base.expert)
+        return architecture, params
 
     def encoder(self, path: epath.Path) -> Encoder:
         """Returns an encoder of the model in a folder."""

@@ -59,7 +59,6 @@ def run_variants(
     for name, variant in variants.items():
         with errors.of(configs.label(name)):
             check_config(variant, stage)
-            take_architecture(variant)
         for seed in variant.seeds:
             with errors.of(configs.label(name)):
                 datasets[name, seed] = datasets_of(variant, config, workdir, name, seed)
@@ -151,7 +150,7 @@ def _describe(folder: epath.Path, described: Mapping[str, Any]) -> None:
 def check_config(config: ConfigDict, stage: str = "") -> None:
     """Raises ValueError or FileNotFoundError for all that would fail later and needs no data to be seen.
 
-    Fields, the stage's name, the base's checkpoint, platform and mesh.
+    Fields, the stage's name, the base's checkpoint, whose architecture the config takes, platform and mesh.
     """
     errors = Errors()
     with errors.of():
@@ -165,6 +164,8 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
                 f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
                 "transformers' CLIPModel, a model folder of a run, or hf-hub:OWNER/NAME"
             )
+        if is_valid:
+            take_architecture(config)
     if is_valid and stage and stage not in (names := stage_names(config)):
         errors.add(f"{stage!r} is not a stage of this config: choose one of {', '.join(names)}")
     if is_valid and stage != DATA_STAGE:  # which needs no device

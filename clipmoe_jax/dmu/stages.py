@@ -1,13 +1,14 @@
 """The stages of diversified multiplet upcycling, artifacts in and artifacts out (arXiv 2409.19291).
 
-    base              base/: the dense CLIP, text positions stretched
+    base              base/: the CLIP that the run starts from, text positions stretched
     rehearsal         rehearsal/features: data.rehearsal as the base encodes it
     embed_s           stage_s/features: every pair as the model of stage s - 1 encodes it
     cluster_s         stage_s/clusters: accumulated pseudo-labels
     mcl_s             stage_s/params: feed-forward layers fine-tuned on single-cluster batches
     consolidation     dense/params: the last stage trained on with ordinary batches
-    upcycle           moe/upcycled: feed-forward layers of base and stages as experts, routers random
-    router            moe/params: routers fine-tuned
+    upcycle           moe/upcycled: feed-forward layers of base and stages as experts, routers random;
+                      or a base that is an MoE with further experts
+    router            moe/params: routers fine-tuned, or their new columns
     baselines         baselines/NAME: models to compare with
 
 A stage whose artifact is there is skipped; one whose artifact another config made is refused.

@@ -22,7 +22,7 @@ from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
+from clipmoe_jax.dmu.upcycling import extend_experts, reinitialize_experts, stack_experts
 from clipmoe_jax.evaluation.captions import read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
@@ -31,8 +31,8 @@ from clipmoe_jax.interop.load import read_architecture, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
+from clipmoe_jax.train.adapters import Adapters, add_adapters, fold_adapters
 from clipmoe_jax.train.loop import LoopConfig, Validation, fit
-from clipmoe_jax.train.lora import add_adapters, fold_adapters
 from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets
 from clipmoe_jax.train.step import LossConfig
 
@@ -126,7 +126,8 @@ def _make_base(run: Run, recipe: Recipe) -> bool:
 
 
 def take_architecture(config: ConfigDict) -> None:
-    """Sets the fields of base.architecture that are None to those of the base's checkpoint, if it has one."""
+    """Sets the fields of base.architecture that are None, and `moe`, to those of the base's checkpoint, if it
+    has one."""
     wanted = configs.architecture(config)
     if config.base.checkpoint:
         found = read_architecture(
@@ -143,6 +144,7 @@ def take_architecture(config: ConfigDict) -> None:
         section = config.base.architecture[tower] if tower else config.base.architecture
         if section[name] is None:
             section[name] = known.get(field.replace(".", "/"))  # a vision tower alone has no text
+    config.base.architecture.moe = found.moe and ConfigDict(dataclasses.asdict(found.moe))
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:
@@ -156,10 +158,8 @@ def _import_base(run: Run) -> tuple[dict, dict]:
         image_size=architecture.vision.image_size,
         place=functools.partial(sharding.put_param, run.mesh),
     )
-    if loaded.config.moe or loaded.config.text is None:
-        raise ValueError(
-            f"base.checkpoint={checkpoint} is a {loaded.source}; the base must be a dense CLIP of both towers"
-        )
+    if loaded.config.text is None:
+        raise ValueError(f"base.checkpoint={checkpoint} is a {loaded.source}; the base must have both towers")
     shapes = {name: leaf.shape for name, leaf in trees.flatten(loaded.params).items()}
     check_params(architecture, shapes, f"base.checkpoint={checkpoint} ({loaded.source})")
     if loaded.config != architecture:  # same shapes, another meaning: activation, head width, eps
@@ -181,24 +181,29 @@ def upcycle(run: Run, recipe: Recipe) -> None:
     paths = [model_path(run, name) for name in recipe.experts(run.config)]
 
     def build(folder: epath.Path) -> dict:
-        loaded = {path: run.load(path) for path in dict.fromkeys(paths)}
-        dense, experts = loaded[paths[0]][0], [loaded[path][1] for path in paths]
-        moe = architecture_of(run.config, recipe).moe
+        architecture = architecture_of(run.config, recipe)
+        moe = architecture.moe
         assert moe is not None  # it is stacked from several models
         key = jax.random.fold_in(jax.random.key(run.seed), len(paths))
         place = functools.partial(sharding.param_shardings, run.mesh)
-        params = stack_experts(
-            experts,
-            key,
-            num_moe_layers=moe.num_moe_layers,
-            expert_layers=moe.expert_layers,
-            sequence_share=moe.sequence_share,
-            router_stddev=recipe.router_stddev(run.config),
-            place=place,
-        )
+        stddev = recipe.router_stddev(run.config)
+        if recipe.extends(run.config):
+            config, base = run.load(paths[0])
+            added = [run.load(path)[1] for path in paths[1:]]
+            params = extend_experts(base, config, added, key, router_stddev=stddev, place=place)
+        else:
+            loaded = {path: run.load_dense(path)[1] for path in dict.fromkeys(paths)}
+            params = stack_experts(
+                [loaded[path] for path in paths],
+                key,
+                num_moe_layers=moe.num_moe_layers,
+                expert_layers=moe.expert_layers,
+                sequence_share=moe.sequence_share,
+                router_stddev=stddev,
+                place=place,
+            )
         if recipe.reinitialize:
             params = reinitialize_experts(params, jax.random.fold_in(key, 1), place=place)
-        architecture = dataclasses.replace(dense, moe=moe)
         save_model(folder, architecture, params)
         return {
             "parameters": trees.count_parameters(params),
@@ -237,7 +242,8 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
                 shares=_shares(run),
             )
             report = sampler.report()
-        architecture, params = run.load(start)
+        load = run.load if recipe.is_moe(run.config) else run.load_dense
+        architecture, params = load(start)
         return _fit(run, recipe, architecture, params, folder, sampler, num_steps) | report
 
     return run.make(run.workdir / recipe.folder, inputs, build)
@@ -275,8 +281,8 @@ def _fit(
     phase = configs.phase_config(section)
     if num_steps is not None:
         phase = dataclasses.replace(phase, num_steps=num_steps)
-    if recipe.adapter_rank:
-        params = _with_adapters(run, recipe, params)
+    if any(adapters := recipe.adapters(config)):
+        params = _with_adapters(run, adapters, params)
     params, measured = fit(
         recipe.name,
         model,
@@ -303,7 +309,7 @@ def _fit(
         rehearsal=rehearsal,
         validation=_validation(run, recipe, architecture, folder),
     )
-    save_model(folder, architecture, jax.jit(fold_adapters)(params) if recipe.adapter_rank else params)
+    save_model(folder, architecture, jax.jit(fold_adapters)(params) if any(adapters) else params)
     if recipe.group != "base":
         num_steps = int(measured["num_steps"])
         own_steps = num_steps - (rehearsal.before(num_steps) if rehearsal else 0)
@@ -321,7 +327,7 @@ def _validation(run: Run, recipe: Recipe, architecture: ClipConfig, folder: epat
     image_size, num_workers = architecture.vision.image_size, run.config.data.num_workers
 
     def measure(params: dict[str, Any]) -> dict[str, float]:
-        if recipe.adapter_rank:
+        if any(recipe.adapters(run.config)):
             params = jax.jit(fold_adapters)(params)
         encoder = Encoder(run.model(architecture), params, run.mesh, run.config.embed.batch_size)
         subject = ModelSubject(encoder, run.tokenizer(), image_size, num_workers, lambda _: pairs)
@@ -332,14 +338,20 @@ def _validation(run: Run, recipe: Recipe, architecture: ClipConfig, folder: epat
     return Validation(settings.every_steps, measure, best)
 
 
-def _with_adapters(run: Run, recipe: Recipe, params: dict[str, Any]) -> dict[str, Any]:
-    """The params with low-rank adapters, which are drawn by the seed alone."""
+def _with_adapters(run: Run, adapters: Adapters, params: dict[str, Any]) -> dict[str, Any]:
+    """The params with adapters; low-rank ones are drawn by the seed alone."""
+    leaves = trees.flatten(params)
 
-    def add(params: dict[str, Any]) -> dict[str, Any]:
-        return add_adapters(params, jax.random.key(run.seed), recipe.adapter_rank)
+    def changed(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        added = add_adapters(trees.unflatten(leaves), jax.random.key(run.seed), adapters)
+        return {
+            name: leaf
+            for name, leaf in trees.flatten(added).items()
+            if name not in leaves or leaf.shape != leaves[name].shape
+        }
 
-    where = sharding.param_shardings(run.mesh, jax.eval_shape(add, params))
-    return jax.jit(add, out_shardings=where, donate_argnums=0)(params)
+    where = sharding.param_shardings(run.mesh, trees.unflatten(jax.eval_shape(changed, leaves)))
+    return trees.unflatten(leaves | jax.jit(changed, out_shardings=trees.flatten(where))(leaves))
 
 
 def rehearsal_datasets(run: Run) -> tuple[str, str]:

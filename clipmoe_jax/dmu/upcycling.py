@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipmoe_jax.core import trees
+from clipmoe_jax.models.clip import ClipConfig
+from clipmoe_jax.models.expert_params import expert_as_dense, name_as_dense
 from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
 
 # Leaves that become experts', by `MoeConfig.expert_layers`.
@@ -98,6 +100,44 @@ def _stack(
     for key, (name, width) in zip(jax.random.split(router_key, len(routers)), routers, strict=True):
         leaves[name] = router_stddev * jax.random.normal(key, (width, len(flat)))
     return trees.unflatten(leaves)
+
+
+def extend_experts(
+    params: trees.Params,
+    config: ClipConfig,
+    added: Sequence[trees.Params],
+    router_key: jax.Array,
+    *,
+    router_stddev: float = 0.02,
+    place: Callable[[trees.Params], Any] = lambda _: None,
+) -> dict:
+    """Returns params of an MoE with the layers of N dense trees as further experts; pure.
+
+    params, config: of the MoE, whose experts and columns of routers stay bit for bit. added: equal to it
+    outside the layers of experts. A new column is the mean of the old ones, whose logit is never a token's
+    largest, plus values of a normal distribution. Other arguments and errors: as of `stack_experts`.
+    """
+    assert config.moe is not None
+    flat, flat_added = trees.flatten(params), [trees.flatten(tree) for tree in added]
+    _check(
+        [trees.flatten(expert_as_dense(params, config, 0)[1]), *flat_added],
+        EXPERT_LEAVES[config.moe.expert_layers],
+    )
+
+    def extend(leaves: dict[str, Any], added: list[dict[str, Any]], router_key: jax.Array) -> dict:
+        extended, routers = dict(leaves), [name for name in leaves if name.endswith("/moe/router/kernel")]
+        for name, leaf in leaves.items():
+            if dense_name := name_as_dense(name):
+                extended[name] = jnp.concatenate([leaf, *(tree[dense_name][None] for tree in added)])
+        for key, name in zip(jax.random.split(router_key, len(routers)), routers, strict=True):
+            kernel = leaves[name]
+            noise = router_stddev * jax.random.normal(key, (len(kernel), len(added)))
+            columns = kernel.mean(axis=1, keepdims=True) + noise
+            extended[name] = jnp.concatenate([kernel, columns], axis=1)
+        return trees.unflatten(extended)
+
+    where = place(jax.eval_shape(extend, flat, flat_added, router_key))
+    return jax.jit(extend, out_shardings=where)(flat, flat_added, router_key)
 
 
 def reinitialize_experts(

@@ -9,6 +9,13 @@ from clipmoe_jax.models.clip import ClipConfig
 EXPERT_LEAF = re.compile(r"((?:visual|text)/resblocks_\d+)/moe/((?:c_fc|c_proj|in_proj|out_proj)/.+)")
 
 
+def name_as_dense(name: str) -> str | None:
+    """Returns what a leaf of experts is called in a dense model, None for other leaves."""
+    if match := EXPERT_LEAF.fullmatch(name):
+        return f"{match[1]}/{'mlp' if match[2].startswith('c_') else 'attn'}/{match[2]}"
+    return None
+
+
 def expert_as_dense(params: trees.Params, config: ClipConfig, e: int) -> tuple[ClipConfig, dict]:
     """Returns expert e of an MoE as the dense model it came from: architecture and params, leaves as they
     are.
@@ -22,9 +29,8 @@ def expert_as_dense(params: trees.Params, config: ClipConfig, e: int) -> tuple[C
         raise ValueError(f"there is no expert {e}: choose one of 0 to {config.moe.num_experts - 1}")
     leaves = {}
     for name, leaf in trees.flatten(params).items():
-        if match := EXPERT_LEAF.fullmatch(name):
-            layer = "mlp" if match[2].startswith("c_") else "attn"
-            leaves[f"{match[1]}/{layer}/{match[2]}"] = leaf[e]
+        if dense_name := name_as_dense(name):
+            leaves[dense_name] = leaf[e]
         elif "/moe/router/" not in name:
             leaves[name] = leaf
     return dataclasses.replace(config, moe=None), trees.unflatten(leaves)

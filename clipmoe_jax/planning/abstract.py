@@ -14,6 +14,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.dmu.phases import PlannedPhase, trained_params
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig
 from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.train.adapters import NO_ADAPTERS, Adapters
 from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
 
 FLOAT_BYTES = 4
@@ -59,7 +60,7 @@ def abstract_step(
 def held_params(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> tuple[dict, dict]:
     """Returns (trainable, frozen) as placed shapes, the frozen ones of the type that `train.loop.fit` gives
     them."""
-    params = placed_params(mesh, phase.architecture, phase.adapter_rank)
+    params = placed_params(mesh, phase.architecture, phase.adapters)
     trainable, frozen = trees.partition(params, phase.rules)
     cast_frozen = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=phase.frozen_dtype), frozen)
     return trainable, jax.tree.map(lambda leaf, cast: leaf.update(dtype=cast.dtype), frozen, cast_frozen)
@@ -84,10 +85,10 @@ def text_config(config: ClipConfig) -> TextConfig:
 
 
 @functools.cache
-def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig, adapter_rank: int = 0) -> dict:
-    """Returns a model's parameters, with adapters of a rank above 0, as shapes with the shardings of
+def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig, adapters: Adapters = NO_ADAPTERS) -> dict:
+    """Returns a model's parameters, with the adapters that it has, as shapes with the shardings of
     PARAM_RULES; traced once."""
-    params = trained_params(config, adapter_rank)
+    params = trained_params(config, adapters)
     return jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         params,

@@ -23,7 +23,7 @@ from clipmoe_jax.planning.abstract import (
     text_config,
     traceable,
 )
-from clipmoe_jax.train.lora import fold_adapters
+from clipmoe_jax.train.adapters import fold_adapters
 from clipmoe_jax.train.step import abstract_state
 
 # Of the similarity matrix the loss holds at once the logits and the gradients through its two log-sums.
@@ -49,7 +49,7 @@ class Memory(NamedTuple):
 def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     """Returns the bytes that a step of a phase holds on each device."""
     config, compute = phase.architecture, phase.compute
-    params = placed_params(mesh, config, phase.adapter_rank)
+    params = placed_params(mesh, config, phase.adapters)
     trainable, frozen = held_params(mesh, phase)
     state = abstract_state(mesh, phase.hyperparameters, trainable)
     pairs_of_device = (

@@ -89,10 +89,11 @@ def make_plan(
     mesh = sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices)
     phases = phases_of(config, device.platform, num_pairs, num_base_pairs)
     check_mesh(mesh, phases)
-    dense, moe = architectures_of(config)
+    base, moe = architectures_of(config)
     assert moe.moe is not None
     models = {}
-    for name, model in (("dense base", dense), (f"CLIP-MoE of {moe.moe.num_experts}", moe)):
+    base_name = f"base, CLIP-MoE of {base.moe.num_experts}" if base.moe else "dense base"
+    for name, model in ((base_name, base), (f"CLIP-MoE of {moe.moe.num_experts}", moe)):
         params = placed_params(mesh, model)
         active = count_active_parameters(params, model)
         on_device = device_bytes(params) // FLOAT_BYTES
@@ -103,7 +104,7 @@ def make_plan(
         stages.append(Stage(name, pairs, flops_of_pair, mfu, seconds))
 
     steps, stages, limits, bounds = {}, [], [], []
-    embedding = flops.forward(dense)
+    embedding = flops.forward(base)
     planned: dict[tuple, tuple[StepPlan, Mfu]] = {}
     for phase in phases:
         if phase.is_bound:
@@ -132,9 +133,7 @@ def plan_step(mesh: AbstractMesh, phase: PlannedPhase) -> StepPlan:
 def step_flops(mesh: AbstractMesh, phase: PlannedPhase) -> tuple[float, float]:
     """Returns the FLOPs of a pair and how many times as much is computed, as `StepPlan` has them."""
     config, compute = phase.architecture, phase.compute
-    trains = trees.match_rules(
-        phase.rules, list(trees.flatten(placed_params(mesh, config, phase.adapter_rank)))
-    )
+    trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config, phase.adapters))))
     of_training = functools.partial(
         flops_of_training,
         *(config, trains, phase.short_length),

@@ -22,7 +22,7 @@ from clipmoe_jax.models.transformer import first_moe_layer, num_visited_experts
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, placed_params, text_config
 
 # Parameters that are not cast to the type of activations where they are used. (Nor are vectors, mostly.)
-USED_IN_FLOAT32 = r".*/moe/router/kernel|text/token_embedding/embedding|text/positional_embedding"
+USED_IN_FLOAT32 = r".*/moe/router/\w+|text/token_embedding/embedding|text/positional_embedding"
 
 
 class Transfer(NamedTuple):
@@ -67,7 +67,7 @@ def _features(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
 
 
 def _parameters_and_gradients(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
-    leaves = trees.flatten(placed_params(mesh, phase.architecture, phase.adapter_rank))
+    leaves = trees.flatten(placed_params(mesh, phase.architecture, phase.adapters))
     trains = trees.match_rules(phase.rules, list(leaves))
     itemsize = jnp.dtype(phase.compute.dtype).itemsize
     microbatches = phase.hyperparameters.accumulation_steps
@@ -104,7 +104,7 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
     config, compute, moe = phase.architecture, phase.compute, phase.architecture.moe
     if moe is None:
         return
-    trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config))))
+    trains = trees.match_rules(phase.rules, list(trees.flatten(placed_params(mesh, config, phase.adapters))))
     experts_train = any(yes for name, yes in trains.items() if "/moe/c_fc/" in name)
     shared_train = any(yes for name, yes in trains.items() if "/moe/" not in name)
     itemsize = jnp.dtype(compute.dtype).itemsize

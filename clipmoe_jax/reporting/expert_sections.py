@@ -156,6 +156,8 @@ def expert_names(folder: Folder, num_experts: int) -> list[tuple[int, str]]:
         config = folder.config()
         last = f"mcl_{config['mcl']['num_stages']}"
         named = [last if n == "last_stage" else n for n in config["moe"].get("experts", ())] or named
+        if extended := config["base"]["architecture"]["moe"]:
+            named = [*(f"expert {e} of the base" for e in range(extended["num_experts"])), *named[1:]]
     titles = [recipe.title if (recipe := find_recipe(name)) else name for name in named]
     return [(e, title.removesuffix(" alone")) for e, title in enumerate(titles[:num_experts])]
 

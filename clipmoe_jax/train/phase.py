@@ -11,7 +11,7 @@ from clipmoe_jax.core import trees
 
 # Weight decay applies to matrices and convolutions, not to norms, biases, positional embeddings or scalars.
 DECAY_RULES = (
-    (r".*/(kernel|embedding|proj|text_projection)", True),
+    (r".*/(kernel|embedding|proj|text_projection|new_columns)", True),
     (r".*", False),
 )
 

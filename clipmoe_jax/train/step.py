@@ -20,7 +20,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.models.clip import Clip, normalize_features, text_mask
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.train import losses
-from clipmoe_jax.train.lora import fold_adapters
+from clipmoe_jax.train.adapters import fold_adapters
 from clipmoe_jax.train.phase import PhaseConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound

@@ -27,8 +27,8 @@ def test_pairs_depend_on_split_and_seed_alone():
 def test_captions_of_training_are_sentences_and_those_of_test_labels():
     (first, *_), _ = read("glyphs:train?pairs=2")
     (label, *_), _ = read("glyphs:test?pairs=2")
-    assert first.captions == (f"a photo of a {NAMES[0]}.",) and label.captions == (NAMES[0],)
-    assert len(set(NAMES)) == 400
+    assert first.captions == (f"a photo of a {NAMES[0][0]}.",) and label.captions == (NAMES[0][0],)
+    assert [len(set(names)) for names in NAMES] == [400, 400] and not {*NAMES[0]} & {*NAMES[1]}
 
 
 def test_renderings_of_a_glyph_are_nearer_than_other_glyphs():
@@ -40,7 +40,16 @@ def test_renderings_of_a_glyph_are_nearer_than_other_glyphs():
     assert (nearest == np.arange(40)).mean() > 0.5
 
 
-@pytest.mark.parametrize("spec", ["glyphs:valid", "glyphs:train?pairs=0", "glyphs:train?seed=x"])
+def test_other_alphabet_has_other_names_and_looks():
+    pairs, images = read("glyphs:train?pairs=12&alphabet=1")
+    assert pairs[0].captions == (f"a drawing of a {NAMES[1][0]}.",)
+    assert (images != read("glyphs:train?pairs=12")[1]).mean() > 0.5
+
+
+BAD = ["glyphs:valid", "glyphs:train?pairs=0", "glyphs:train?seed=x", "glyphs:train?alphabet=2"]
+
+
+@pytest.mark.parametrize("spec", BAD)
 def test_options_that_cannot_be_are_named(spec):
     with pytest.raises(ValueError, match=f"source {spec.partition('?')[0]}: "):
         open_source(spec)

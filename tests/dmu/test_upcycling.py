@@ -10,7 +10,7 @@ import pytest
 from grids import grid, quick
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.upcycling import reinitialize_experts, stack_experts
+from clipmoe_jax.dmu.upcycling import extend_experts, reinitialize_experts, stack_experts
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.flops import count_active_parameters
@@ -182,6 +182,41 @@ def test_leaf_of_another_shape_is_named(dense):
     name = "visual/resblocks_1/mlp/c_fc/bias"
     with pytest.raises(ValueError, match=rf"{name} is \(9,\) in tree 1, \(64,\) in the base"):
         stack_experts([dense, changed(dense, name, np.zeros(9))], KEY)
+
+
+@pytest.mark.parametrize("expert_layers", ["feed_forward", "attention_and_feed_forward"])
+def test_extended_mixture_has_the_old_one_and_the_added_models(dense, expert_layers):
+    """In the last block alone; the one before stays the base's."""
+    of_experts = ("/mlp/",) if expert_layers == "feed_forward" else ("/mlp/", "/attn/")
+    leaves = trees.flatten(dense)
+    added = trees.unflatten({n: leaf + any(map(n.__contains__, of_experts)) for n, leaf in leaves.items()})
+    options = {"num_moe_layers": 1, "expert_layers": expert_layers}
+    old = stack_experts([dense] * E, KEY, **options)
+    config = dataclasses.replace(DENSE, moe=MoeConfig(E, K, 1, 0.0, expert_layers))
+    extended = trees.flatten(extend_experts(old, config, [added, dense], KEY, router_stddev=0.0))
+    bigger = dataclasses.replace(DENSE, moe=MoeConfig(E + 2, K, 1, 0.0, expert_layers))
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract_params(bigger)).items()}
+    assert {name: leaf.shape for name, leaf in extended.items()} == shapes
+    for name, leaf in trees.flatten(old).items():
+        if name.endswith("router/kernel"):
+            np.testing.assert_array_equal(extended[name][:, :E], leaf)
+            mean = np.mean(leaf, axis=1, keepdims=True)
+            np.testing.assert_allclose(extended[name][:, E:], np.tile(mean, 2), atol=1e-7)
+        elif "/moe/" in name:
+            np.testing.assert_array_equal(extended[name][:E], leaf)
+            np.testing.assert_array_equal(extended[name][E:], [leaf[0] + 1, leaf[0]])
+        else:
+            np.testing.assert_array_equal(extended[name], leaf)
+
+
+def test_added_model_that_shares_too_little_is_named(dense):
+    old = stack_experts([dense] * E, KEY)
+    config = dataclasses.replace(DENSE, moe=MoeConfig(E, K))
+    other = changed(dense, "visual/resblocks_0/attn/out_proj/bias", np.ones(16, np.float32))
+    with pytest.raises(
+        ValueError, match="attn/out_proj/bias of tree 1 .* in their feed-forward layers alone"
+    ):
+        extend_experts(old, config, [other], KEY)
 
 
 @pytest.mark.parametrize("num_moe_layers", [None, 1])

@@ -222,7 +222,7 @@ BAD_RUNS = {
         link_in_the_workdir,
         "moe/params.unfinished is a link: delete it",
     ),
-    "an MoE as base": (moe_as_base, "the base must be a dense CLIP"),
+    "an MoE as base": (moe_as_base, "moe.num_moe_layers=1: the base is a CLIP-MoE of another kind"),
 }
 
 

@@ -108,7 +108,7 @@ KINDS = {
     "tfds": Kind(
         Tfds, "tfds:coco_captions?split=val", options=("data_dir", "split", "image", "caption", "id")
     ),
-    "glyphs": Kind(Glyphs, "glyphs:train?pairs=6000", options=("pairs", "seed"), generated=True),
+    "glyphs": Kind(Glyphs, "glyphs:train?pairs=6000", options=("pairs", "alphabet", "seed"), generated=True),
     "digit_scenes": Kind(
         DigitScenes,
         "digit_scenes:train?pairs=8000",

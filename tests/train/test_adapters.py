@@ -1,4 +1,4 @@
-"""Low-rank adapters: the model they leave as it was, the one they fold to, and what trains."""
+"""Adapters: the model they leave as it was, the one they fold to, and what trains."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.recipes import TRAIN_ADAPTERS
-from clipmoe_jax.train.lora import add_adapters, fold_adapters
+from clipmoe_jax.dmu.recipes import TRAIN_ADAPTERS, TRAIN_NEW_COLUMNS
+from clipmoe_jax.train.adapters import Adapters, add_adapters, fold_adapters
 
 KERNELS = ["text/resblocks_0/attn/in_proj/kernel", "visual/resblocks_1/mlp/c_fc/kernel"]
 PARAMS = trees.unflatten(
@@ -22,7 +22,7 @@ PARAMS = trees.unflatten(
 
 @pytest.fixture(scope="module")
 def adapted():
-    return add_adapters(PARAMS, jax.random.key(0), rank=2)
+    return add_adapters(PARAMS, jax.random.key(0), Adapters(rank=2))
 
 
 def test_adapters_stand_beside_attention_and_feed_forward_kernels(adapted):
@@ -53,3 +53,19 @@ def test_folded_kernel_is_w_plus_a_b(adapted):
     np.testing.assert_allclose(folded[KERNELS[1]], 1 + a @ [[1, 2], [3, 4]], rtol=1e-6)
     np.testing.assert_array_equal(folded[KERNELS[0]], leaves[KERNELS[0]])
     assert folded.keys() == trees.flatten(PARAMS).keys()
+
+
+def test_new_columns_of_a_router_train_apart_and_fold_to_its_last():
+    kernel = jnp.arange(15.0).reshape(3, 5)
+    params = trees.unflatten(
+        {"text/resblocks_0/moe/router/kernel": kernel, "text/ln_final/scale": jnp.ones(4)}
+    )
+    split = add_adapters(params, jax.random.key(0), Adapters(columns=2))
+    jax.tree.map(np.testing.assert_array_equal, fold_adapters(split), params)
+    trainable, frozen = trees.partition(split, TRAIN_NEW_COLUMNS)
+    np.testing.assert_array_equal(*trees.flatten(trainable).values(), kernel[:, 3:])
+    np.testing.assert_array_equal(frozen["text"]["resblocks_0"]["moe"]["router"]["kernel"], kernel[:, :3])
+    # Frozen routers stay float32 where other frozen matrices do not.
+    assert jax.tree.all(
+        jax.tree.map(lambda leaf: leaf.dtype == jnp.float32, trees.cast_matrices(frozen, "bfloat16"))
+    )
