@@ -2,15 +2,17 @@
 
 import io
 import shutil
+import sys
 
 import chex
 import numpy as np
 import pytest
 import torch
+import torchvision_operators
 from etils import epath
 from PIL import Image
 from tiny_config import get_config as tiny_config
-from transformers import AutoModel
+from transformers import AutoModel, dynamic_module_utils
 
 from clipmoe_jax import convert, load, plan
 from clipmoe_jax.core import trees
@@ -130,7 +132,10 @@ def test_plan_counts_the_steps_that_it_takes(uninterrupted, extended):
     assert "base, CLIP-MoE of 4" in text and "CLIP-MoE of 5" in text
 
 
-def test_exported_module_equals_ours(extended, tmp_path):
+def test_exported_module_equals_ours(extended, tmp_path, monkeypatch):
+    torchvision_operators.declare()
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     source = str(extended[0] / "moe" / "params")
     convert.convert(source, "huggingface", str(tmp_path / "exported"))
     theirs, ours = (
