@@ -34,6 +34,7 @@ def write_run(folder: pathlib.Path, seed: int = 0) -> None:
             "test_split": "test",
         },
         "mcl": {"batch_size": 8, "num_stages": NUM_STAGES},
+        "base": {"architecture": {"moe": None}},
         "moe": {"num_selected_experts": 2},
         "router": {"balance": "paper"},
     }

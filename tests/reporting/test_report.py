@@ -245,9 +245,17 @@ def test_experts_are_named_by_the_config(tmp_path):
     folder = Folder(epath.Path(tmp_path), epath.Path(tmp_path))
     assert expert_names(folder, 2) == [(0, "base"), (1, "stage 1")]
     config = {"mcl": {"num_stages": 3}, "moe": {"experts": ["base", "last_stage", "base", "consolidation"]}}
+    config["base"] = {"architecture": {"moe": None}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     names = ["base", "stage 3", "base", "dense curriculum"]
     assert expert_names(folder, 4) == list(enumerate(names))
+    config["base"], config["moe"] = (
+        {"architecture": {"moe": {"num_experts": 2}}},
+        {"experts": ["base", "mcl_1"]},
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ["expert 0 of the base", "expert 1 of the base", "stage 1"]
+    assert expert_names(folder, 3) == list(enumerate(names))
 
 
 @pytest.fixture(scope="module")
