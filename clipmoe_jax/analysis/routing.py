@@ -17,6 +17,7 @@ from clipmoe_jax.analysis.words import WORD_CLASSES, classes_of_tokens
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.evaluation.encoder import cache_programs
 from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig, TextConfig, end_position, text_mask
+from clipmoe_jax.models.dispatch import gates_of_experts
 from clipmoe_jax.models.moe import route
 from clipmoe_jax.models.transformer import MoeConfig, first_moe_layer
 
@@ -245,8 +246,7 @@ def make_patch_gates(model: Clip) -> Callable[[trees.Params, Array], Array]:
 
     def gates(params, images):
         logits = make_logits(model, "visual")(params, images)[:, :, 1:]  # without the class token
-        chosen, expert_ids = route(logits, moe.num_selected_experts)
-        of_experts = jnp.einsum("bmlk,bmlke->bmle", chosen, jax.nn.one_hot(expert_ids, moe.num_experts))
+        of_experts = gates_of_experts(*route(logits, moe.num_selected_experts), moe.num_experts)
         return of_experts.reshape(*logits.shape[:2], grid, grid, moe.num_experts)
 
     return jax.jit(gates)

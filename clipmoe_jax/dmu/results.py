@@ -26,16 +26,12 @@ from clipmoe_jax.core import artifacts, checksums, distributed, trees
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.json_files import read_json
 from clipmoe_jax.core.terminal import duration
-from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.npy import load_array, save_array
-from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu import diagnostics, recipes
 from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import budget_of
-from clipmoe_jax.evaluation.captions import Captions, read_captions
-from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.evaluations import (
     Evaluation,
     NotApplicableError,
@@ -44,7 +40,7 @@ from clipmoe_jax.evaluation.evaluations import (
 )
 from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
 from clipmoe_jax.evaluation.scores import shown_score
-from clipmoe_jax.evaluation.subject import EnsembleSubject, ModelSubject, Subject
+from clipmoe_jax.evaluation.subject import EnsembleSubject, Subject
 from clipmoe_jax.models.clip import METHODS, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import read_config
@@ -247,26 +243,10 @@ def _features(run: Run, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     return image, text
 
 
-def _captions(run: Run) -> Captions:
-    return run.once("captions of data.test", lambda: read_captions(run.records("test")))
-
-
-def _subject(run: Run, encoder: Encoder) -> Subject:
-    """A model as evaluations see it. With data.in_memory all models share the decoded data sets."""
-    tokenizer, image_size = run.tokenizer(), run.config.base.architecture.vision.image_size
-
-    def decoded(records: Records) -> DecodedPairs:
-        key = f"decoded {records.path}, {records.split}"
-        return run.once(key, lambda: DecodedPairs(records, tokenizer, image_size))
-
-    open_pairs = decoded if run.config.data.in_memory else None
-    return ModelSubject(encoder, tokenizer, image_size, run.config.data.num_workers, open_pairs)
-
-
 def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The model's numbers, from its artifacts or computed now."""
     path = artifacts.require(run.workdir / recipe.folder, recipe.stage)
-    subject = functools.cache(lambda: _subject(run, run.encoder(path)))  # loaded for what is not there yet
+    subject = functools.cache(lambda: run.subject(run.encoder(path)))  # loaded for what is not there yet
     made_from, numbers = _inputs(run, recipe), {}
     if "test" in run.datasets:
         folder = _folder(run, recipe) / "test"
@@ -336,7 +316,7 @@ def _sizes(path: epath.Path) -> dict[str, int]:
 
 
 def _evaluate_test(run: Run, recipe: Recipe, subject: Subject, folder: epath.Path) -> dict:
-    features = retrieval_features(subject, run.records("test"), _captions(run))
+    features = retrieval_features(subject, run.records("test"), run.captions("test"))
     save_array(folder / "image.npy", features.images)
     save_array(folder / "text.npy", features.texts)
     arrays = features.images, features.texts, features.image_of_text
@@ -363,7 +343,7 @@ def _evaluate_ensemble(run: Run, recipe: Recipe) -> dict[str, Any]:
     if "test" in run.datasets:
         parts = zip(*(_features(run, member) for member in members), strict=True)
         images, texts = (np.concatenate(of_members, axis=1) for of_members in parts)
-        numbers |= retrieval_recall(images, texts, _captions(run).image_of_text, with_errors=True)
+        numbers |= retrieval_recall(images, texts, run.captions("test").image_of_text, with_errors=True)
     made_from = {
         f"{member.name}: {name}": value for member in members for name, value in _inputs(run, member).items()
     }
@@ -371,7 +351,7 @@ def _evaluate_ensemble(run: Run, recipe: Recipe) -> dict[str, Any]:
     @functools.cache
     def subject() -> EnsembleSubject:
         encoders = [run.encoder(run.workdir / member.folder) for member in members]
-        return EnsembleSubject([_subject(run, encoder) for encoder in encoders])
+        return EnsembleSubject([run.subject(encoder) for encoder in encoders])
 
     numbers |= _evaluate_lines(run, recipe, made_from, subject)
     sizes = [_sizes(run.workdir / member.folder) for member in members]
@@ -392,8 +372,8 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
         numbers = {}
         for share in BLEND_SHARES:
             blend = trees.blend(base, params, share)
-            encoder = Encoder(run.model(architecture), blend, run.mesh, run.config.embed.batch_size)
-            numbers[f"{share:.2f}"] = _both_axes(run, _subject(run, encoder))
+            subject = run.subject(run.encoder_of(architecture, blend))
+            numbers[f"{share:.2f}"] = _both_axes(run, subject)
         artifacts.write_json(folder / "results.json", numbers)
         return {}
 
@@ -406,7 +386,7 @@ def _both_axes(run: Run, subject: Subject) -> dict[str, float]:
     """A subject's recall@1 on the test set, and its retention, as far as the config has them."""
     numbers = {}
     if "test" in run.datasets:
-        features = retrieval_features(subject, run.records("test"), _captions(run))
+        features = retrieval_features(subject, run.records("test"), run.captions("test"))
         numbers = retrieval_recall(features.images, features.texts, features.image_of_text, ranks=(1,))
     if evaluation := _retention_line(run):
         numbers["retention"] = _retention(evaluation, evaluation.measure(subject))
@@ -425,12 +405,12 @@ def _diagnose(run: Run, folder: epath.Path, progress: tqdm) -> dict:
 
     made = recipes.recipes(run.config)
     compared = {recipe.title: recipe for recipe in (made[recipes.BASE_NAME], made[recipes.ROUTER_NAME])}
-    captions = _captions(run)
+    captions = run.captions("test")
     base_features, moe_features = (_features(run, recipe) for recipe in compared.values())
     diagnostics.write_neighbours(folder, base_features, moe_features, captions.texts, captions.image_of_text)
     architecture, params = run.load(run.workdir / compared[CLIP_MOE].folder)
     model, pairs = run.model(architecture), run.pairs("test")
-    encoder = Encoder(model, params, run.mesh, run.config.embed.batch_size)
+    encoder = run.encoder_of(architecture, params)
     num_pairs = min(len(pairs), DIAGNOSED_PAIRS)
     _, untrained = run.load(run.workdir / compared[CLIP_MOE].upcycled_folder)
     for write in (

@@ -17,7 +17,9 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.datasets import Dataset
 from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
+from clipmoe_jax.evaluation.subject import ModelSubject, Subject
 from clipmoe_jax.interop import hub
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.expert_params import expert_as_dense
@@ -153,8 +155,27 @@ class Run:
 
     def encoder(self, path: epath.Path) -> Encoder:
         """Returns an encoder of the model in a folder."""
-        architecture, params = self.load(path)
+        return self.encoder_of(*self.load(path))
+
+    def encoder_of(self, architecture: ClipConfig, params: dict) -> Encoder:
+        """Returns an encoder of a model whose params are placed on the mesh."""
         return Encoder(self.model(architecture), params, self.mesh, self.config.embed.batch_size)
+
+    def subject(self, encoder: Encoder) -> Subject:
+        """Returns a model as evaluations see it. With data.in_memory all models share the decoded data
+        sets."""
+        tokenizer, image_size = self.tokenizer(), self.config.base.architecture.vision.image_size
+
+        def decoded(records: Records) -> loader.DecodedPairs:
+            key = f"decoded {records.path}, {records.split}"
+            return self.once(key, lambda: loader.DecodedPairs(records, tokenizer, image_size))
+
+        open_pairs = decoded if self.config.data.in_memory else None
+        return ModelSubject(encoder, tokenizer, image_size, self.config.data.num_workers, open_pairs)
+
+    def captions(self, name: str) -> Captions:
+        """Returns the captions of a data set of the run."""
+        return self.once(f"captions of data.{name}", lambda: read_captions(self.records(name)))
 
 
 def _digest_of_base(config: ConfigDict) -> str:

@@ -23,10 +23,7 @@ from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
 from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import extend_experts, reinitialize_experts, stack_experts
-from clipmoe_jax.evaluation.captions import read_captions
-from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
-from clipmoe_jax.evaluation.subject import ModelSubject
 from clipmoe_jax.interop.load import read_architecture, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
@@ -252,7 +249,10 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
 def _shares(run: Run) -> samplers.Shares | None:
     """The shares in which phases draw from the sources of data.train, None for every pair once an epoch."""
     weights = run.config.data.weights
-    return samplers.Shares(run.records("train").source_sizes(len(weights)), weights) if weights else None
+    if not weights:
+        return None
+    sizes = run.once("sizes of sources", lambda: run.records("train").source_sizes(len(weights)))
+    return samplers.Shares(sizes, weights)
 
 
 def budget_of(run: Run) -> recipes.Budget:
@@ -322,15 +322,12 @@ def _validation(run: Run, recipe: Recipe, architecture: ClipConfig, folder: epat
     settings = run.config.validation
     if not settings.every_steps or recipe.group == "base":
         return None
-    records, pairs = run.records("validation"), run.pairs("validation")
-    captions = run.once("captions of data.validation", lambda: read_captions(records))
-    image_size, num_workers = architecture.vision.image_size, run.config.data.num_workers
 
     def measure(params: dict[str, Any]) -> dict[str, float]:
         if any(recipe.adapters(run.config)):
             params = jax.jit(fold_adapters)(params)
-        encoder = Encoder(run.model(architecture), params, run.mesh, run.config.embed.batch_size)
-        subject = ModelSubject(encoder, run.tokenizer(), image_size, num_workers, lambda _: pairs)
+        subject = run.subject(run.encoder_of(architecture, params))
+        records, captions = run.records("validation"), run.captions("validation")
         recall = retrieval_recall(*retrieval_features(subject, records, captions))
         return {name: recall[name] for name in RECALL_AT_1}
 

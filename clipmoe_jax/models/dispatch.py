@@ -58,7 +58,7 @@ def dense(
     feed_forward: FeedForward,
 ) -> tuple[Float[Array, "N O"], Int[Array, " N"]]:
     """Runs every expert on every token: E/K times the work, no gather. The reference."""
-    combine_weights = _combine_weights(gates, expert_ids, experts.proj_kernel.shape[0])
+    combine_weights = gates_of_experts(gates, expert_ids, experts.proj_kernel.shape[0])
 
     def apply(x, kernel, bias):
         if x.ndim == 2:  # to the hidden activations of every expert
@@ -108,7 +108,7 @@ def ragged(
     row_gates = mask_undefined(_rows_from_tokens(gates.reshape(-1, 1), order, position[:, None]))
     y = mask_undefined(run_groups(rows, row_gates, group_sizes, experts, feed_forward))
     y = _tokens_from_rows(y, order, token_rows)
-    y += _gated_bias(_combine_weights(gates, expert_ids, num_experts), experts)
+    y += _gated_bias(gates_of_experts(gates, expert_ids, num_experts), experts)
     return y, jnp.zeros(num_tokens, jnp.int32)
 
 
@@ -190,9 +190,9 @@ def gathered(
     return jax.tree.map(lambda a: lax.psum_scatter(a, expert_axis, tiled=True), outputs)
 
 
-def _combine_weights(gates: Array, expert_ids: Array, num_experts: int) -> Array:
-    """Returns each expert's gate, (N, K) -> (N, E) float32: zero where not selected and for an id of E."""
-    return jnp.einsum("nk,nke->ne", gates, jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype))
+def gates_of_experts(gates: Array, expert_ids: Array, num_experts: int) -> Array:
+    """Returns each expert's gate, (..., K) -> (..., E) float32: 0 where not selected and for an id of E."""
+    return jnp.einsum("...k,...ke->...e", gates, jax.nn.one_hot(expert_ids, num_experts, dtype=gates.dtype))
 
 
 def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
