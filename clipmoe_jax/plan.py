@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
+from clipmoe_jax import config_checks
 from clipmoe_jax.core import accelerators, cli
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data import sources
@@ -37,11 +38,11 @@ def plan(
     errors, tables = Errors(), {}
     count = functools.cache(_count)  # variants have most of their data in common
     with errors.of():
-        configs.validate(config, paths=False)
+        config_checks.validate(config, paths=False)
     for name, variant in configs.variant_configs(config, errors).items():
         checks = Errors()
         with checks.of():
-            configs.validate(variant, paths=False)
+            config_checks.validate(variant, paths=False)
         with checks.of():
             check_baselines(variant)
         with errors.of(configs.label(name)):

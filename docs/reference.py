@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from clipmoe_jax import __main__ as clipmoe
 from clipmoe_jax import config as configs
+from clipmoe_jax import config_checks
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
@@ -117,10 +118,10 @@ def default_of(value: object) -> str:
 
 
 def range_of(name: str) -> str:
-    if name in configs.CHOICES:
-        return ", ".join(f"`{choice!r}`" for choice in configs.CHOICES[name])
-    if name in configs.RANGES:
-        least, most = configs.RANGES[name]
+    if name in config_checks.CHOICES:
+        return ", ".join(f"`{choice!r}`" for choice in config_checks.CHOICES[name])
+    if name in config_checks.RANGES:
+        least, most = config_checks.RANGES[name]
         return f"{least:g} and more" if most >= 1e9 else f"{least:g} to {most:g}"
     return ""
 

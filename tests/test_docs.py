@@ -84,7 +84,7 @@ def notebooks() -> list[tuple[str, dict]]:
 PARSE = """
 import importlib, json, os, sys
 
-from clipmoe_jax import config
+from clipmoe_jax import config_checks
 from clipmoe_jax.core import cli
 
 given = json.load(sys.stdin)
@@ -99,7 +99,7 @@ for name, words in given:
         def main(argv):
             chosen = cli.flags.FLAGS["config"].value if "config" in cli.flags.FLAGS else None
             if chosen is not None:
-                config.validate(chosen, paths=False)
+                config_checks.validate(chosen, paths=False)
         cli.run(main)
     if os.waitpid(child, 0)[1]:
         print(name, *words)

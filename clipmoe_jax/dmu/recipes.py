@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
+from clipmoe_jax import config_checks
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.models.transformer import MoeConfig
@@ -538,11 +539,11 @@ def check_baselines(config: ConfigDict) -> None:
 def recipes(config: ConfigDict) -> dict[str, Recipe]:
     """Returns {name: recipe} of what a config makes, each after those it is made from.
 
-    Raises ValueError as `check_baselines` and `configs.check_selected` do, and naming an expert that no stage
-    makes, a blend of what is no dense model, and what does not go with a base that is an MoE.
+    Raises ValueError as `check_baselines` and `config_checks.check_selected` do, and naming an expert that no
+    stage makes, a blend of what is no dense model, and what does not go with a base that is an MoE.
     """
     check_baselines(config)
-    configs.check_selected(config)
+    config_checks.check_selected(config)
     stages = [row for rows in STAGES for row in ([rows] if isinstance(rows, Recipe) else rows(config))]
     names = [row.name for row in stages if row.group != "moe"]
     for expert in chosen_experts(config):

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
+from clipmoe_jax import config_checks
 from clipmoe_jax.core import artifacts, cli, distributed, sharding
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.metrics import Metrics
@@ -54,7 +55,7 @@ def run_variants(
     with errors.of():
         check_plain_folder(workdir)
     with errors.of():
-        configs.validate(config)
+        config_checks.validate(config)
     variants = configs.variant_configs(config, errors)
     for name, variant in variants.items():
         with errors.of(configs.label(name)):
@@ -154,7 +155,7 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
     """
     errors = Errors()
     with errors.of():
-        configs.validate(config)
+        config_checks.validate(config)
     with errors.of():
         check_baselines(config)
     is_valid = not errors.any()

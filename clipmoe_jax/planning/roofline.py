@@ -20,6 +20,7 @@ import jax
 from absl import flags, logging
 
 from clipmoe_jax import config as configs
+from clipmoe_jax import config_checks
 from clipmoe_jax.core import accelerators, cli, sharding
 from clipmoe_jax.core.accelerators import ACCELERATORS
 from clipmoe_jax.dmu.phases import PlannedPhase, check_mesh, phases_of
@@ -220,7 +221,7 @@ def main(argv: list[str]) -> str:
     accelerators.take_none()
     jax.config.update("jax_enable_compilation_cache", False)
     given = flags.FLAGS
-    configs.validate(given.config, paths=False)
+    config_checks.validate(given.config, paths=False)
     phases = {
         phase.name: phase for phase in phases_of(given.config, ACCELERATORS[given.target].platform, NUM_PAIRS)
     }

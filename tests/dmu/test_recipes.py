@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
-from clipmoe_jax.config import default_config, validate
+from clipmoe_jax.config import default_config
+from clipmoe_jax.config_checks import validate
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of

@@ -14,6 +14,7 @@ from grids import grid
 from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
+from clipmoe_jax import config_checks
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import recipes
@@ -57,7 +58,7 @@ def lowered_text(model: Clip, params, rules, phase, loss) -> str:
 @pytest.mark.parametrize("name", grid(*QUICK_FILES, rest=sorted({*FILES} - {*QUICK_FILES})))
 def test_config_is_valid_and_its_steps_lower(name):
     config = get_config(name)
-    configs.validate(config)
+    config_checks.validate(config)
     assert recipes.recipes(config)
     dense = configs.architecture(config)
     moe = dataclasses.replace(dense, moe=configs.moe_config(config))
@@ -113,7 +114,7 @@ def test_arguments_of_config_files_reach_their_fields():
 @pytest.mark.parametrize("switches", ["controls", "controls,flops"])
 def test_controls_can_be_tried_on_the_small_settings(name, switches):
     whole, small = (get_config(name, f"{switches}{more}") for more in ("", ",small"))
-    configs.validate(small)
+    config_checks.validate(small)
     assert small.baselines == whole.baselines and small.router.num_steps < whole.router.num_steps
     phases_of(small, "cpu", 800)
 
@@ -187,19 +188,19 @@ def test_bad_value_is_named_with_the_fix(field, value, message):
     if field == "moe.num_selected_experts":  # a checkpoint could bring more experts
         config.base.checkpoint, config.data.base = "", "data/base"
     with pytest.raises(ValueError, match=message):
-        configs.validate(config)
+        config_checks.validate(config)
 
 
 def test_taught_routers_need_a_teacher_and_a_loss_for_what_they_rehearse():
     config = get_config("vit_l14_sharegpt4v", "keep")
     config.base.checkpoint = config.data.train = config.data.rehearsal = "x"
-    configs.validate(config)
+    config_checks.validate(config)
     config.router.rehearsal = "pairs"
     with pytest.raises(ValueError, match="has no loss for rehearsal=pairs: set router.rehearsal=distill"):
-        configs.validate(config)
+        config_checks.validate(config)
     config.router.rehearsal, config.moe.experts = "distill", ("consolidation", "base")
     with pytest.raises(ValueError, match="the last of moe.experts teaches, and it is 'base'"):
-        configs.validate(config)
+        config_checks.validate(config)
 
 
 def test_all_that_is_wrong_with_a_config_is_told_at_once():
@@ -209,7 +210,7 @@ def test_all_that_is_wrong_with_a_config_is_told_at_once():
     config.base.architecture.vision.patch_size, config.base.architecture.text.head_width = 15, 100
     config.base.architecture.activation, config.data.train, config.router.balance = "relu", "", "none"
     with pytest.raises(SeveralErrors) as refused:
-        configs.validate(config)
+        config_checks.validate(config)
     begun = [message.partition(":")[0] for message in refused.value.messages]
     assert begun == [
         "activation='relu'",
@@ -293,7 +294,7 @@ def test_base_is_a_dense_clip_of_both_towers(change, message):
     config.base.checkpoint, config.data.base = "", "data/base"
     configs.set_architecture(config, dataclasses.replace(configs.architecture(config), **change))
     with pytest.raises(ValueError, match=message):
-        configs.validate(config)
+        config_checks.validate(config)
 
 
 def test_field_that_does_not_exist_is_refused_by_name():
@@ -303,7 +304,7 @@ def test_field_that_does_not_exist_is_refused_by_name():
     config.mcl.unlock()
     config.mcl.learningrate = 1.0
     with pytest.raises(ValueError, match="config field mcl.learningrate does not exist"):
-        configs.validate(config)
+        config_checks.validate(config)
 
 
 def test_learning_rate_is_float32():
