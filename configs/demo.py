@@ -92,7 +92,9 @@ def get_config(arg: str = "") -> ConfigDict:
             config.blends = (*(f"{name}_same_pairs" for name in DENSE), "consolidation")
         # What trains on ordinary batches from the base does so in batches of consolidation's size.
         from_base = [n for n in config.baselines if n.startswith(FROM_BASE)]
-        settings = {name: {"batch_size": config.consolidation.batch_size} for name in from_base}
+        settings = {
+            name: {"batch_size": config.consolidation.batch_size} for name in (*from_base, "distilled")
+        }
         for name in from_base:
             if name.startswith("lora"):  # chosen like the others' 2e-3, on the same seeds
                 settings[name]["learning_rate"] = 8e-3

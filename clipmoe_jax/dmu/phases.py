@@ -41,7 +41,7 @@ class PlannedPhase:
         is_bound: whether it may take fewer steps: mcl.small_clusters=drop leaves pairs out of an epoch.
         number: of an MCL stage, 0 for other phases.
         adapters: that train, if any.
-        teacher: the expert whose features it learns, None for none.
+        teacher: the expert whose features it learns, or the architecture of such a model; None for none.
         rehearsed: the share of its steps that rehearse.
     """
 
@@ -57,7 +57,7 @@ class PlannedPhase:
     is_bound: bool = False
     number: int = 0
     adapters: Adapters = NO_ADAPTERS
-    teacher: int | None = None
+    teacher: int | ClipConfig | None = None
     rehearsed: float = 0.0
 
     @property
@@ -155,19 +155,21 @@ def flops_of_training(
     config: ClipConfig,
     trains: Mapping[str, bool],
     short_length: int = 0,
-    is_taught: bool = False,
+    teacher: int | ClipConfig | None = None,
     rehearsed: float = 0.0,
     slots: float = 0,
 ) -> float:
     """Returns the FLOPs of a pair in a training step, mean over steps.
 
-    trains, slots: as of `flops.forward_backward`. short_length: of short captions, 0 for none. is_taught:
-    whether a dense teacher encodes the pairs too, but for the share of steps that rehearse.
+    trains, slots: as of `flops.forward_backward`. short_length: of short captions, 0 for none. teacher: as of
+    `LossConfig`; it encodes the pairs too, but for one that is an expert in the steps that rehearse.
     """
     total = flops.forward_backward(config, trains, slots=slots)
     if short_length:
         total += flops.forward_backward(config, trains, short_length, slots, ["text"])
-    if is_taught:
+    if isinstance(teacher, ClipConfig):
+        total += flops.forward(teacher)
+    elif teacher is not None:
         total += (1 - rehearsed) * flops.forward(dataclasses.replace(config, moe=None))
     return total
 
@@ -207,8 +209,7 @@ def budget(config: ConfigDict, steps: Callable[[str], int], num_pairs: int) -> B
         loss, (rehearsed, _) = loss_config(config, made[name]), made[name].rehearsal_of(config)
         short_length = short_length_of(config) if loss.short_caption_weight else 0
         slots = num_visited_experts(architecture.moe, made[name].router_gradient(config))
-        is_taught = loss.teacher is not None
-        return flops_of_training(architecture, trains, short_length, is_taught, rehearsed, slots)
+        return flops_of_training(architecture, trains, short_length, loss.teacher, rehearsed, slots)
 
     encoding = num_pairs * flops.forward(configs.architecture(config))
     return Budget(config, steps, flops_of_pair, encoding)
@@ -236,6 +237,9 @@ def loss_config(config: ConfigDict, recipe: Recipe) -> LossConfig:
     )
     if recipe.group == "moe" and router.loss == "features":
         losses = dataclasses.replace(losses, imitates="features", teacher=configs.num_experts(config) - 1)
+    if recipe.teacher:
+        teacher = architecture_of(config, recipes.recipes(config)[recipe.teacher])
+        losses = dataclasses.replace(losses, imitates="features", teacher=teacher, short_caption_weight=0.0)
     return dataclasses.replace(losses, **recipe.losses(config))
 
 

@@ -22,6 +22,7 @@ from clipmoe_jax.models.transformer import MoeConfig
 from clipmoe_jax.train.adapters import Adapters
 
 TRAIN_EVERYTHING = [(r".*", True)]
+TRAIN_TOWERS = [(r"logit_scale", False), (r".*", True)]
 TRAIN_FFN = [(r"(visual|text)/resblocks_\d+/mlp/.*", True), (r".*", False)]
 TRAIN_BLOCKS = [(r"(visual|text)/resblocks_\d+/(mlp|attn)/.*", True), (r".*", False)]
 TRAIN_ROUTERS = [(r".*/moe/router/kernel", True), (r".*", False)]
@@ -93,7 +94,7 @@ def cost_of(budget: Budget, names: Sequence[str]) -> Cost:
             continue
         seen.add(name)
         recipe = made[name]
-        waiting += recipe.experts(budget.config)
+        waiting += (*recipe.experts(budget.config), *filter(None, [recipe.teacher]))
         if recipe.group == "ensemble":
             continue
         own = budget.steps(name) * recipe.hyperparameters(budget.config).batch_size
@@ -148,8 +149,11 @@ class Recipe:
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
         rehearsal: how it rehearses what the base knew. "section": as its section says. "pairs" and "distill":
-            that, in the share of its steps that `router.rehearsal_fraction` is.
+            that, in the share of its steps that `router.rehearsal_fraction` is. "half": to distill, in half
+            of its steps, where routers rehearse at all.
         losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
+        teacher: the model whose features it learns to give, by cosine, on new and on rehearsed pairs; "" for
+            none.
         adapter_rank: of the low-rank adapters that train (arXiv 2106.09685) and are folded in at the end; 0
             for none.
         reinitialize: whether half of each expert's hidden units are drawn anew (arXiv 2502.19261).
@@ -166,8 +170,9 @@ class Recipe:
     section: str = "mcl"
     sampler: Literal["shuffled", "clusters"] = "shuffled"
     num_steps: Steps | None = None
-    rehearsal: Literal["section", "none", "pairs", "distill"] = "section"
+    rehearsal: Literal["section", "none", "pairs", "distill", "half"] = "section"
     losses: Callable[[ConfigDict], Mapping[str, float]] = lambda config: {}
+    teacher: str = ""
     adapter_rank: int = 0
     reinitialize: bool = False
     ignores: tuple[str, ...] = ()
@@ -247,6 +252,8 @@ class Recipe:
         if self.rehearsal == "section":
             section = self.hyperparameters(config)
             return section.rehearsal_fraction, section.rehearsal
+        if self.rehearsal == "half":
+            return 0.5 if config.router.rehearsal_fraction else 0.0, "distill"
         return config.router.rehearsal_fraction, self.rehearsal
 
 
@@ -477,6 +484,17 @@ BASELINES: Sequence[Recipe] = (
         },
         rehearsal="none",
         ignores=("moe.experts", "router.rehearsal_fraction", "router.rehearsal"),
+    ),
+    # The CLIP-MoE distilled into a dense model, which any program loads. `logit_scale` multiplies the loss,
+    # and would fall if it trained.
+    Recipe(
+        "distilled",
+        "dense, distilled from CLIP-MoE",
+        "baseline",
+        from_base,
+        TRAIN_TOWERS,
+        rehearsal="half",
+        teacher=ROUTER_NAME,
     ),
     # Several dense models, features side by side: as many times the encoding.
     Recipe("feature_ensemble", "feature ensemble", "ensemble", base_and_stages),

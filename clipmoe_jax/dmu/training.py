@@ -47,7 +47,8 @@ def inputs_of(run: Run, recipe: Recipe) -> dict:
     if recipe.group == "base":
         return run.fields(*recipes.BASE_FIELDS)
     fields = recipes.MOE_FIELDS if recipe.is_moe(run.config) else recipes.STAGE_FIELDS
-    return _fields(run, recipe, fields)
+    of_teacher = inputs_of(run, recipes.recipes(run.config)[recipe.teacher]) if recipe.teacher else {}
+    return of_teacher | _fields(run, recipe, fields)
 
 
 def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
@@ -307,6 +308,7 @@ def _fit(
             frozen_dtype=frozen_dtype(config, model.compute),
         ),
         rehearsal=rehearsal,
+        teacher=run.load(model_path(run, recipe.teacher))[1] if recipe.teacher else None,
         validation=_validation(run, recipe, architecture, folder),
     )
     save_model(folder, architecture, jax.jit(fold_adapters)(params) if any(adapters) else params)
@@ -370,11 +372,13 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
 
     if kind == "pairs":
         return Rehearsal(drawn("rehearsal", run.seed), fraction, loss)
+    images, captions = rehearsal_datasets(run)
+    others = drawn(captions, run.seed + 1) if captions != images else None
+    if recipe.teacher:
+        return Rehearsal(drawn(images, run.seed), fraction, loss, captions=others)
     imitates = "features" if loss.imitates == "features" else "similarities"
     loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
     targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
-    images, captions = rehearsal_datasets(run)
-    others = drawn(captions, run.seed + 1) if captions != images else None
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)
 
 

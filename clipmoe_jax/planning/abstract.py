@@ -15,7 +15,7 @@ from clipmoe_jax.dmu.phases import PlannedPhase, trained_params
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.train.adapters import NO_ADAPTERS, Adapters
-from clipmoe_jax.train.step import LossConfig, abstract_state, make_train_step
+from clipmoe_jax.train.step import TEACHER, LossConfig, abstract_state, make_train_step
 
 FLOAT_BYTES = 4
 
@@ -62,6 +62,8 @@ def held_params(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> tuple[dict, d
     them."""
     params = placed_params(mesh, phase.architecture, phase.adapters)
     trainable, frozen = trees.partition(params, phase.rules)
+    if isinstance(phase.teacher, ClipConfig):
+        frozen[TEACHER] = placed_params(mesh, phase.teacher)
     cast_frozen = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=phase.frozen_dtype), frozen)
     return trainable, jax.tree.map(lambda leaf, cast: leaf.update(dtype=cast.dtype), frozen, cast_frozen)
 

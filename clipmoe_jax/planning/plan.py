@@ -137,7 +137,7 @@ def step_flops(mesh: AbstractMesh, phase: PlannedPhase) -> tuple[float, float]:
     of_training = functools.partial(
         flops_of_training,
         *(config, trains, phase.short_length),
-        is_taught=phase.teacher is not None,
+        teacher=phase.teacher,
         rehearsed=phase.rehearsed,
     )
     experts = experts_of_token(config, compute, mesh)

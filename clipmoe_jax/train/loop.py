@@ -21,7 +21,7 @@ from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.rehearsal import Rehearsal, open_batches
-from clipmoe_jax.train.step import INPUTS, LossConfig, TrainState, init_state, make_train_step
+from clipmoe_jax.train.step import INPUTS, TEACHER, LossConfig, TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ def fit(
     metrics: Metrics,
     loop: LoopConfig,
     rehearsal: Rehearsal | None = None,
+    teacher: dict[str, Any] | None = None,
     validation: Validation | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the leaves that match the rules, from the newest checkpoint on; returns (params, summary).
@@ -79,7 +80,8 @@ def fit(
     params: placed on the mesh. The trainable leaves are donated; with another frozen_dtype than float32 so
     are the frozen ones, which the device then holds in that dtype alone. Batches, learning rates and dropout
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
-    one. rehearsal: steps on other pairs, among the phase's num_steps. validation: its metrics begin
+    one. rehearsal: steps on other pairs, among the phase's num_steps. teacher: params of the model that
+    loss.teacher is the architecture of, placed on the mesh. validation: its metrics begin
     "validation_", and a step without them repeats those before. summary: what trains; num_steps; steps_now,
     seconds_now and compile_seconds_now of this process; the last step's metrics; with `Validation.best`
     best_step, after which the params were those returned.
@@ -96,6 +98,7 @@ def fit(
     trainable, frozen = trees.partition(params, trainable_rules)
     trained = trees.describe(trainable_rules, params)
     frozen, held = _hold(frozen, loop.frozen_dtype)
+    given = held | {TEACHER: trees.cast_matrices(teacher, loop.frozen_dtype)} if teacher else held
     state = init_state(mesh, phase, trainable)
     train_step = make_train_step(model, loss, phase)
     rehearse_step = make_train_step(model, rehearsal.loss, phase) if rehearsal else train_step
@@ -172,7 +175,7 @@ def fit(
             # Nothing else goes to the devices or comes back.
             with reporter.tell_compilation(rehearses, arrays), jax.transfer_guard("disallow"):
                 take_step = rehearse_step if rehearses else train_step
-                state, device_metrics = take_step(state, held, arrays, rate, key)
+                state, device_metrics = take_step(state, given, arrays, rate, key)
             # A step's metrics are fetched once the next step is under way, so the device never waits.
             if pending is not None:
                 step_metrics = fetch(*pending)

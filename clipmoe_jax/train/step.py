@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.models.clip import Clip, normalize_features, text_mask
+from clipmoe_jax.models.clip import Clip, ClipConfig, normalize_features, text_mask
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.train import losses
 from clipmoe_jax.train.adapters import fold_adapters
@@ -26,6 +26,7 @@ from clipmoe_jax.train.phase import PhaseConfig
 MAX_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's bound
 # The arrays of a batch that a step takes.
 INPUTS = ("image", "text", "short_text", "target_images", "target_texts")
+TEACHER = "teacher"  # the key, among the frozen params, of a teacher that is a model of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class LossConfig:
     weight of the load balance and weight of the router z-loss, which only a MoE has. short_caption_weight: of
     Long-CLIP's second loss, which takes short_text from the batch. imitates: instead of the contrastive loss,
     the distance from another model's "similarities" or "features". Its features are target_images and
-    target_texts of the batch; with a teacher those of that expert, as the dense model that it came from.
+    target_texts of the batch; with a teacher those of that expert, as the dense model that it came from, or
+    of a model of this architecture, whose params are `TEACHER` among the frozen ones.
     """
 
     label_smoothing: float = 0.0
@@ -45,7 +47,7 @@ class LossConfig:
     z_loss_coefficient: float = 0.0
     short_caption_weight: float = 0.0
     imitates: Literal["", "similarities", "features"] = ""
-    teacher: int | None = None
+    teacher: int | ClipConfig | None = None
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -59,9 +61,9 @@ class TrainState(flax.struct.PyTreeNode):
 def make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.stages.Wrapped:
     """Returns the jitted step `(state, frozen, batch, learning_rate, key) -> (state, metrics)`.
 
-    frozen: the params that get neither gradient nor moments. batch: image (B, H, W, 3) uint8, text (B, L)
-    int32 or PackedText of n A shards, with a short_caption_weight short_text (B, L') int32, and to distill
-    target_images and target_texts (B, embed) float32.
+    frozen: the params that get neither gradient nor moments, those of a teacher among them. batch: image
+    (B, H, W, 3) uint8, text (B, L) int32 or PackedText of n A shards, with a short_caption_weight short_text
+    (B, L') int32, and to distill target_images and target_texts (B, embed) float32.
     learning_rate: () float32. key: the phase's random key, into which the step folds its number. metrics:
     float32 scalars. The state is donated. Arguments that are equal but for schedule, length and
     batch size return the same function, which compiles once for each batch size.
@@ -89,7 +91,10 @@ def _make_train_step(model: Clip, loss: LossConfig, phase: PhaseConfig) -> jax.s
 
     def teach(params, batch, teacher):
         """Returns the teacher's unit features of a batch, as outputs of the step."""
-        config, of_teacher = expert_as_dense(params, model.config, teacher)
+        if isinstance(teacher, ClipConfig):
+            config, of_teacher = teacher, params[TEACHER]
+        else:
+            config, of_teacher = expert_as_dense(params, model.config, teacher)
         features = Clip(config, model.compute).apply({"params": of_teacher}, batch["image"], batch["text"])
         features = jax.lax.stop_gradient(cast(dict[str, Any], features))
         names = {"target_images": "image_features", "target_texts": "text_features"}

@@ -13,6 +13,7 @@ from clipmoe_jax.config_checks import validate
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
+from clipmoe_jax.models.flops import forward
 
 PACKAGE = pathlib.Path(recipes.__file__).parents[1]
 
@@ -140,15 +141,39 @@ def test_stages_with_rehearsal_are_made_for_the_row_that_wants_them():
     assert not {"rehearsed_1", "rehearsed_2"} & recipes.recipes(keeping_config()).keys()
 
 
+def test_a_distilled_model_costs_what_its_teacher_does_and_its_own_training():
+    config = config_of("distilled", num_stages=2)
+    config.mcl.init_from = "previous"
+    budget = budget_by_hand(config)
+    steps = {"mcl_1": 5, "mcl_2": 7, "router": 4, "distilled": 9}
+    mixture = recipes.cost_of(budget, ["router"])
+    found = recipes.cost_of(budget._replace(steps=steps.__getitem__), ["distilled"])
+    assert found == (mixture.pairs + 90, mixture.flops + 270)
+
+
+def test_a_mixture_that_teaches_a_dense_model_encodes_every_pair():
+    config = config_of("distilled", "full_ft", num_stages=2)
+    config.data.rehearsal, config.router.rehearsal_fraction = "x", 0.25
+    of_pair = phases.budget(config, lambda name: 1, 100).flops_of_pair
+    phase = {phase.name: phase for phase in phases_of(config, "cpu", 10**6)}["distilled"]
+    _, mixture = phases.architectures_of(config)
+    assert phase.teacher == mixture and phase.architecture.moe is None and phase.rehearsed == 0.5
+    # Everything trains but logit_scale, which is no product.
+    assert of_pair("distilled") == of_pair("full_ft") + forward(mixture)
+
+
 def test_rows_rehearse_as_they_say_and_others_as_their_section():
-    config = keeping_config("published_moe", "direct_ft", "curriculum_distilled_same_pairs")
+    config = keeping_config("published_moe", "direct_ft", "curriculum_distilled_same_pairs", "distilled")
     config.router.rehearsal, config.mcl.rehearsal_fraction = "distill", 0.5
     made = recipes.recipes(config)
     assert made["router"].rehearsal_of(config) == (0.25, "distill")
     assert made["published_moe"].rehearsal_of(config)[0] == 0
     assert made["direct_ft"].rehearsal_of(config) == (0.5, "pairs")
     assert made["curriculum_distilled_same_pairs"].rehearsal_of(config) == (0.25, "distill")
+    assert made["distilled"].rehearsal_of(config) == (0.5, "distill")
     assert made["base"].rehearsal_of(config)[0] == 0
+    config = config_of("distilled")
+    assert recipes.recipes(config)["distilled"].rehearsal_of(config)[0] == 0
 
 
 def test_batches_larger_than_what_is_rehearsed_are_refused_before_anything_runs():

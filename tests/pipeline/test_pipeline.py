@@ -39,6 +39,7 @@ ROWS = {
         "base",
         "Long-CLIP's recipe",
         "CLIP-UP's recipe",
+        "dense, distilled from CLIP-MoE",
         "stage 1 alone",
         "stage 2 alone",
         "dense curriculum",
@@ -67,6 +68,7 @@ ROWS = {
         "CLIP-UP's recipe",
         "base + FT MoE",
         "CLIP-MoE as published",
+        "dense, distilled from CLIP-MoE",
         "stage 1 alone",
         "stage 2 alone",
         "dense curriculum",
@@ -320,6 +322,7 @@ TRAINED = {  # name: leaves that change, leaves that stay
     "long_clip": ([FFN, ATTENTION, "text/token_embedding/embedding"], []),
     "drop_upcycling": ([], [ATTENTION, "logit_scale"]),
     "clip_up": ([ATTENTION, "text/token_embedding/embedding"], []),
+    "distilled": ([FFN, ATTENTION, "text/token_embedding/embedding"], ["logit_scale"]),
 }
 PARTS = {  # name: the parts of its loss
     "full_ft": {"contrastive_loss"},

@@ -11,8 +11,8 @@ from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 def get_config(arg=""):
     """One stage and consolidation, a handful of steps of each phase, a checkpoint every other step.
 
-    Arguments: `whole` adds a second stage, a dense and an upcycled baseline, an evaluation, retention, a
-    blend, validation, and captions of their own for what is distilled;
+    Arguments: `whole` adds a second stage, a dense, an upcycled and a distilled baseline, an evaluation,
+    retention, a blend, validation, and captions of their own for what is distilled;
     `baselines` is `whole` with every baseline but those that differ from others in their length alone.
     """
     arg = parse_arg(arg, whole=False, baselines=False)
@@ -45,7 +45,8 @@ def get_config(arg=""):
     if arg.whole or arg.baselines:
         config.mcl.num_stages = 2
         every = tuple(name for name in baseline_names() if not name.endswith("_same_flops"))
-        config.baselines = every if arg.baselines else ("long_clip", "clip_up", "feature_ensemble")
+        few = ("long_clip", "clip_up", "distilled", "feature_ensemble")
+        config.baselines = every if arg.baselines else few
         config.blends = ("consolidation",)
         config.data.rehearsal_captions = "glyphs:train?pairs=20"
         config.evaluations = ("attributes:data.test",)

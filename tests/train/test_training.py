@@ -20,7 +20,7 @@ from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS, TRAIN_TOWERS
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, normalize_features
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.inputs import END_ID
@@ -28,7 +28,7 @@ from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import step as step_module
 from clipmoe_jax.train.loop import LoopConfig, Validation, fit
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
+from clipmoe_jax.train.step import TEACHER, LossConfig, init_state, make_train_step
 
 DENSE = ClipConfig(
     embed_dim=16,
@@ -71,16 +71,26 @@ def batches(pairs):
     return [pairs.gather(sampler.indices(step)) for step in range(3)]
 
 
-def run_steps(config, rules, mesh, batches, phase=PHASE, run=ComputeConfig(), loss=LOSS):  # noqa: B008 (frozen)
+def run_steps(
+    config,
+    rules,
+    mesh,
+    batches,
+    phase=PHASE,
+    run=ComputeConfig(),  # noqa: B008 (frozen)
+    loss=LOSS,
+    teacher=None,
+):
     """(params, list of losses) after a step on each batch."""
     params = init_params(config, mesh)
     trainable, frozen = trees.partition(params, rules)
+    given = frozen | {TEACHER: teacher} if teacher else frozen
     state = init_state(mesh, phase, trainable)
     step, losses = make_train_step(Clip(config, run), loss, phase), []
     with jax.set_mesh(mesh):
         for batch in batches:
             arrays = sharding.put_batch(mesh, batch)
-            state, metrics = step(state, frozen, arrays, np.float32(1e-2), jax.random.key(1))
+            state, metrics = step(state, given, arrays, np.float32(1e-2), jax.random.key(1))
             losses.append(float(metrics["loss"]))
     return jax.device_get(trees.merge(state.trainable, frozen)), losses
 
@@ -454,23 +464,40 @@ def taught(batches):
     return run_steps(MOE, TRAIN_ROUTERS, one_device(), batches, loss=TAUGHT)
 
 
+def distance(features, targets, logit_scale) -> float:
+    """scale · (1 - cosine), mean over both towers."""
+    cosines = [
+        np.sum(normalize_features(features[name]) * normalize_features(targets[name]), axis=1)
+        for name in ("image_features", "text_features")
+    ]
+    return math.exp(float(logit_scale)) * (1 - np.mean(cosines))
+
+
 def test_the_loss_of_a_taught_step_is_the_distance_from_the_teachers_features(batches, taught):
-    """Expert 3 as the dense model that it came from; scale · (1 - cosine), mean over both towers."""
+    """Expert 3 as the dense model that it came from."""
     params = init_params(MOE, one_device())
     config, of_teacher = expert_as_dense(params, MOE, 3)
     inputs = batches[0]["image"], batches[0]["text"]
     features = [Clip(c).apply({"params": p}, *inputs) for c, p in ((MOE, params), (config, of_teacher))]
-    cosines = [
-        np.sum(normalize_features(features[0][name]) * normalize_features(features[1][name]), axis=1)
-        for name in ("image_features", "text_features")
-    ]
-    expected = math.exp(float(params["logit_scale"])) * (1 - np.mean(cosines))
+    expected = distance(*features, params["logit_scale"])
     assert expected > 0.01 and taught[1][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_routers_come_nearer_to_their_teacher(batches):
     repeated = 40 * batches[:1]
     _, losses = run_steps(MOE, TRAIN_ROUTERS, one_device(), repeated, loss=TAUGHT)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_dense_model_comes_nearer_to_the_features_of_a_mixture(batches):
+    """The mixture is a frozen model of another shape; the first loss is the distance by hand."""
+    of_dense, of_moe = (init_params(config, one_device()) for config in (DENSE, MOE))
+    inputs = batches[0]["image"], batches[0]["text"]
+    features = [Clip(c).apply({"params": p}, *inputs) for c, p in ((DENSE, of_dense), (MOE, of_moe))]
+    loss = LossConfig(imitates="features", teacher=MOE)
+    repeated = 40 * batches[:1]
+    _, losses = run_steps(DENSE, TRAIN_TOWERS, one_device(), repeated, loss=loss, teacher=of_moe)
+    assert losses[0] == pytest.approx(distance(*features, of_dense["logit_scale"]), rel=1e-4)
     assert losses[-1] < 0.5 * losses[0]
 
 
