@@ -1,6 +1,6 @@
 """New detail and old knowledge, seed by seed: the tables of docs/keeping.md.
 
-    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=41-50 --workdir=runs/keeping
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=51-60 --workdir=runs/keeping
     python -m benchmarks.keeping --name=demo --workdir=runs/keeping
     python -m benchmarks.keeping --name=demo --picture=docs/keeping.png
 

@@ -1,7 +1,7 @@
 """CLIP-MoE on a laptop CPU in a few minutes: new detail for a tiny CLIP that keeps all that it knew.
 
     python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=41-50 --workdir=runs/keeping
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=51-60 --workdir=runs/keeping
     python -m clipmoe_jax.main --config=configs/demo.py:paper --workdir=runs/paper
     python -m clipmoe_jax.main --config=configs/demo.py:paper,all_baselines --workdir=runs/baselines
     python -m clipmoe_jax.main --config=configs/demo.py:extend=runs/demo --workdir=runs/extended
@@ -12,7 +12,7 @@ name three, and 400 glyphs with names. Fine-tuning sees scenes alone, with detai
 scenes is the new detail; "old", zero-shot accuracy over the glyphs' names, is what is left of what the base
 knew (docs/keeping.md).
 
-    seeds      N runs seeds 1 to N, 41-50 those: means, standard deviations and paired differences
+    seeds      N runs seeds 1 to N, 51-60 those: means, standard deviations and paired differences
     controls   what docs/keeping.md compares: models of as many pairs, ensembles, blends of dense ones
     flops      with controls: also models of as many FLOPs
     feed_forward   experts of feed-forward layers alone; with controls also the CLIP-MoE as published
@@ -84,17 +84,18 @@ def get_config(arg: str = "") -> ConfigDict:
         _keep(config, num_pairs)
         if arg.feed_forward:
             config.moe.expert_layers = "feed_forward"
+        else:  # whole blocks: at twice the rate, consolidation's, hard clusters lead some seeds astray
+            config.mcl.learning_rate = 1e-3
         config.baselines = SHOWN
         if arg.controls:
             budgets = ("pairs", "flops") if arg.flops else ("pairs",)
             names = (*DENSE, *UPCYCLED)
             config.baselines = (*(f"{name}_same_{budget}" for budget in budgets for name in names), *OTHERS)
             config.blends = (*(f"{name}_same_pairs" for name in DENSE), "consolidation")
-        # What trains on ordinary batches from the base does so in batches of consolidation's size.
+        # What trains on ordinary batches from the base does so as consolidation does.
         from_base = [n for n in config.baselines if n.startswith(FROM_BASE)]
-        settings = {
-            name: {"batch_size": config.consolidation.batch_size} for name in (*from_base, "distilled")
-        }
+        ordinary = {field: config.consolidation[field] for field in ("batch_size", "learning_rate")}
+        settings = {name: {**ordinary} for name in (*from_base, "distilled")}
         for name in from_base:
             if name.startswith("lora"):  # chosen like the others' 2e-3, on the same seeds
                 settings[name]["learning_rate"] = 8e-3
