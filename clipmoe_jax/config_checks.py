@@ -1,4 +1,4 @@
-"""What values a config's fields may have, checked before any device time is spent."""
+"""Checks of the values of a config's fields, made before any device time is spent."""
 
 import math
 from typing import Any
