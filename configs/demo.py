@@ -95,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # What trains on ordinary batches from the base does so as consolidation does.
         from_base = [n for n in config.baselines if n.startswith(FROM_BASE)]
         ordinary = {field: config.consolidation[field] for field in ("batch_size", "learning_rate")}
-        settings = {name: {**ordinary} for name in (*from_base, "distilled")}
+        settings = {name: dict(ordinary) for name in (*from_base, "distilled")}
         for name in from_base:
             if name.startswith("lora"):  # chosen like the others' 2e-3, on the same seeds
                 settings[name]["learning_rate"] = 8e-3

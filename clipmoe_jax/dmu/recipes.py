@@ -94,7 +94,9 @@ def cost_of(budget: Budget, names: Sequence[str]) -> Cost:
             continue
         seen.add(name)
         recipe = made[name]
-        waiting += (*recipe.experts(budget.config), *filter(None, [recipe.teacher]))
+        waiting += recipe.experts(budget.config)
+        if recipe.teacher:
+            waiting.append(recipe.teacher)
         if recipe.group == "ensemble":
             continue
         own = budget.steps(name) * recipe.hyperparameters(budget.config).batch_size
