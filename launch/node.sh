@@ -47,19 +47,19 @@ fi
 
 # SIGTERM goes on to the run, which saves and is waited for. This machine is meant then: no other start. So does
 # Ctrl-C, as SIGTERM, since a shell's background processes do not hear it.
-child="" stopped=false interrupted=false
+child="" ended=false stopped=false interrupted=false
 pass_on() {
     [[ -z "$child" ]] || kill "-$1" "$child" 2>/dev/null || true
 }
-trap 'stopped=true; pass_on TERM' TERM
-trap 'if $interrupted; then pass_on KILL; else stopped=true interrupted=true; pass_on TERM; fi' INT
+trap 'ended=false stopped=true; pass_on TERM' TERM
+trap 'ended=false; if $interrupted; then pass_on KILL; else stopped=true interrupted=true; pass_on TERM; fi' INT
 for ((i = 0; ; i++)); do
     "${command[@]}" &
-    child=$!
-    code=0
-    while :; do
-        wait "$child" && code=0 || code=$?
-        kill -0 "$child" 2>/dev/null || break # else a signal ended the wait, not the run
+    child=$! ended=false
+    ! $stopped || pass_on TERM # the signal came while the run was started
+    until $ended; do
+        ended=true
+        wait "$child" && code=0 || code=$? # a signal ends the wait, not the run; an ended run keeps its code
     done
     if $interrupted && [[ $code -eq 75 || $code -eq 137 ]]; then
         exit 130

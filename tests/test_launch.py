@@ -121,6 +121,23 @@ def test_sigterm_to_node_sh_reaches_the_run_and_ends_both(tmp_path):
     assert (tmp_path / "log").read_text() == "started\n"
 
 
+def test_run_that_ends_before_it_is_looked_at_keeps_its_code(tmp_path):
+    """A run may end between the signal and what node.sh does next; the shell is slow here, so it does."""
+    slow = "kill() { builtin kill \"$@\"; local code=$?; /bin/sleep 0.5; return $code; }"
+    (tmp_path / "slow").write_text(slow)
+    stand_in(
+        tmp_path, "run", f"trap 'exit 75' TERM; echo started >> {tmp_path}/log; while :; do sleep 0.1; done"
+    )
+    command = ["bash", str(LAUNCH / "node.sh"), "--platform=cpu"]
+    environment = os.environ | {"PYTHON": f"{tmp_path}/run", "BASH_ENV": f"{tmp_path}/slow"}
+    process = subprocess.Popen(command, env=environment)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "log").read_text() == "started\n"
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
 def test_slurm_queues_a_preempted_job_again(tmp_path, code, requeued):
     stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/requeued')
