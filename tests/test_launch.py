@@ -123,7 +123,7 @@ def test_sigterm_to_node_sh_reaches_the_run_and_ends_both(tmp_path):
 
 def test_run_that_ends_before_it_is_looked_at_keeps_its_code(tmp_path):
     """A run may end between the signal and what node.sh does next; the shell is slow here, so it does."""
-    slow = "kill() { builtin kill \"$@\"; local code=$?; /bin/sleep 0.5; return $code; }"
+    slow = 'kill() { builtin kill "$@"; local code=$?; /bin/sleep 0.5; return $code; }'
     (tmp_path / "slow").write_text(slow)
     stand_in(
         tmp_path, "run", f"trap 'exit 75' TERM; echo started >> {tmp_path}/log; while :; do sleep 0.1; done"

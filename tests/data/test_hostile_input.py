@@ -27,7 +27,7 @@ from clipmoe_jax.data import array_record_chunks, records
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import MAX_PIXELS, UnreadableImageError, decode_image, preprocess_image
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.data.sources import BadRecord, Pair, base, open_source, parquet, source_stamp, tfds
+from clipmoe_jax.data.sources import BadRecord, Pair, base, files, open_source, parquet, source_stamp, tfds
 from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
@@ -546,9 +546,9 @@ def test_bytes_of_images_that_are_named_again_are_limited(kind, tmp_path, monkey
 def test_a_file_of_captions_has_a_limited_size(kind, tmp_path, monkeypatch):
     file = entries_of_one_image(tmp_path, kind)
     line = f"{kind}:{file}?images={tmp_path}"
-    monkeypatch.setenv(base.MAX_ANNOTATION_BYTES, str(file.stat().st_size))
+    monkeypatch.setenv(files.MAX_ANNOTATION_BYTES, str(file.stat().st_size))
     assert len(open_source(line))
-    monkeypatch.setenv(base.MAX_ANNOTATION_BYTES, str(file.stat().st_size - 1))
+    monkeypatch.setenv(files.MAX_ANNOTATION_BYTES, str(file.stat().st_size - 1))
     message = (
         f"bytes, of which {file.stat().st_size - 1:,} may be read: set the .* CLIPMOE_MAX_ANNOTATION_BYT"
     )

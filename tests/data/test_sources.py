@@ -16,7 +16,7 @@ from clipmoe_jax.data.sources import (
     source_stamp,
     with_seed,
 )
-from clipmoe_jax.data.sources.base import expand_braces, find_files
+from clipmoe_jax.data.sources.files import expand_braces, find_files
 from clipmoe_jax.data.sources.folders import Img2Dataset
 
 PNG = b"the sources do not look inside image files"

@@ -27,11 +27,11 @@ from clipmoe_jax.data.sources.base import (
     Pair,
     Source,
     Unique,
-    matching,
 )
 from clipmoe_jax.data.sources.coco import Coco
 from clipmoe_jax.data.sources.conversations import ShareGPT4V
 from clipmoe_jax.data.sources.digit_scenes import DigitScenes
+from clipmoe_jax.data.sources.files import matching
 from clipmoe_jax.data.sources.folders import IMAGES, Classes, ImageFolder, Img2Dataset, NamedImages
 from clipmoe_jax.data.sources.glyphs import Glyphs
 from clipmoe_jax.data.sources.huggingface import HuggingFace

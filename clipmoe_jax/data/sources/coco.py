@@ -5,7 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from clipmoe_jax.core.json_files import read_json
-from clipmoe_jax.data.sources.base import BadRecord, Entry, Images, Pair, find_file, max_annotation_bytes
+from clipmoe_jax.data.sources.base import (
+    BadRecord,
+    Entry,
+    Images,
+    Pair,
+)
+from clipmoe_jax.data.sources.files import find_file, max_annotation_bytes
 
 
 class Coco:

@@ -10,10 +10,9 @@ from clipmoe_jax.data.sources.base import (
     Entry,
     Images,
     Pair,
-    find_file,
-    max_annotation_bytes,
     parse_json,
 )
+from clipmoe_jax.data.sources.files import find_file, max_annotation_bytes
 
 
 class ShareGPT4V:

@@ -16,9 +16,9 @@ from clipmoe_jax.data.sources.base import (
     check_open_files,
     pair_of_file,
     parse_json,
-    plain_files_under,
     read_file,
 )
+from clipmoe_jax.data.sources.files import plain_files_under
 
 IMAGES = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES))})$"
 

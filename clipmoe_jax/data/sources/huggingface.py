@@ -7,8 +7,13 @@ from typing import Any, NamedTuple
 
 from clipmoe_jax.core.checks import check_not_sparse
 from clipmoe_jax.core.json_files import field, read_json
-from clipmoe_jax.data.sources.base import FOLLOW_LINKS, BadRecord, Images, Pair, is_linked
+from clipmoe_jax.data.sources.base import (
+    BadRecord,
+    Images,
+    Pair,
+)
 from clipmoe_jax.data.sources.columns import check_num_rows, find_columns, is_text, read_row, texts_of_rows
+from clipmoe_jax.data.sources.files import FOLLOW_LINKS, is_linked
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 ROWS = 128  # whose text is in memory at a time

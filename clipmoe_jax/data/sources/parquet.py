@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from clipmoe_jax.core.checks import check_expansion
-from clipmoe_jax.data.sources.base import BadRecord, Images, Pair, as_text, check_open_files, find_files
+from clipmoe_jax.data.sources.base import (
+    BadRecord,
+    Images,
+    Pair,
+    as_text,
+    check_open_files,
+)
 from clipmoe_jax.data.sources.columns import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -19,6 +25,7 @@ from clipmoe_jax.data.sources.columns import (
     texts_of_rows,
     times_as_text,
 )
+from clipmoe_jax.data.sources.files import find_files
 from clipmoe_jax.data.sources.parquet_pages import expanded_bytes
 
 TEXT_ROWS, IMAGE_ROWS, BATCH_BYTES = 128, 16, 2**28  # in memory at a time, at most

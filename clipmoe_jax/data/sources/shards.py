@@ -16,10 +16,10 @@ from clipmoe_jax.data.sources.base import (
     Pair,
     as_text,
     check_open_files,
-    find_files,
     make_pair,
     parse_json,
 )
+from clipmoe_jax.data.sources.files import find_files
 
 # {suffix: contents} of a sample; why there are none of a member that is no file.
 Members = dict[str, bytes | BadRecord]

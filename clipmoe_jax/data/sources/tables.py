@@ -8,7 +8,14 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from clipmoe_jax.data.sources.base import BadRecord, Entry, Images, Pair, find_column, find_file
+from clipmoe_jax.data.sources.base import (
+    BadRecord,
+    Entry,
+    Images,
+    Pair,
+    find_column,
+)
+from clipmoe_jax.data.sources.files import find_file
 
 IMAGE_COLUMNS = ("filepath", "image", "image_name", "image_path", "file_name", "filename")
 CAPTION_COLUMNS = ("title", "caption", "comment", "text")

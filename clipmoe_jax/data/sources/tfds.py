@@ -12,14 +12,13 @@ from clipmoe_jax.core.checks import check_size
 from clipmoe_jax.data.array_record_chunks import MAX_BYTES
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.sources.base import (
-    FOLLOW_LINKS,
     BadRecord,
     Pair,
     as_text,
     check_open_files,
     make_pair,
-    plain_files_under,
 )
+from clipmoe_jax.data.sources.files import FOLLOW_LINKS, plain_files_under
 from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
 
 CAPTION_FEATURES = ("captions", "caption", "text")

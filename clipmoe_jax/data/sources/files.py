@@ -1,0 +1,121 @@
+"""The files that a source's path stands for: one, those of a folder, or those of a pattern."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipmoe_jax.core.checks import check_size
+from clipmoe_jax.core.stamps import files_under
+from clipmoe_jax.data.preprocess import limit_of
+
+MAX_ANNOTATION_BYTES = "CLIPMOE_MAX_ANNOTATION_BYTES"
+DEFAULT_MAX_ANNOTATION_BYTES = 2**33  # ShareGPT4V's captions have 1.5 GB
+# What to do about a link, which may lead to any file of the machine.
+FOLLOW_LINKS = "remove it, or add ?follow_links=true to the source (--follow_links of prepare)"
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+
+
+def find_file(path: str, kind: str) -> Path:
+    """Returns the path of a source that is one file.
+
+    Raises FileNotFoundError if there is none, ValueError if it is too large to read, or mostly holes.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"source {kind}:{path} does not exist")
+    check_size(path, max_annotation_bytes(), f": set the environment variable {MAX_ANNOTATION_BYTES}")
+    return Path(path)
+
+
+def max_annotation_bytes() -> int:
+    """Returns how many bytes a file of captions of many images may have. It is held in memory, several times
+    its size."""
+    return limit_of(MAX_ANNOTATION_BYTES, DEFAULT_MAX_ANNOTATION_BYTES)
+
+
+def find_files(path: str, kind: str, suffix: str, follow_links: bool = False) -> dict[str, Path]:
+    """Returns {name: file} of the files with a suffix: of one file, a folder with its subfolders, or a
+    pattern with `*` or braces (`expand_braces`). Hidden files and folders do not count.
+
+    A name is the path under the folder, since subfolders may have files of the same name.
+
+    Raises:
+        FileNotFoundError: there are none, or none of one of those that braces name.
+        ValueError: some are compressed, and would be left out; one is a link or in a linked folder, which
+            `follow_links` reads; one is a device or a pipe.
+    """
+    if os.path.isdir(path):
+        names = {entry.path: entry.name.lower() for entry in plain_files_under(path, kind, follow_links)}
+        compressed = tuple(suffix + ending for ending in COMPRESSED_SUFFIXES)
+        if packed := sorted(file for file, name in names.items() if name.endswith(compressed)):
+            raise ValueError(
+                f"source {kind}:{path} has {len(packed)} compressed files, the first {packed[0]}: unpack them"
+            )
+        root, paths = path, sorted(Path(file) for file, name in names.items() if name.endswith(suffix))
+        named = path
+    else:
+        for one in [] if os.path.isfile(path) else expand_braces(path):
+            if one != path and not matching(one):
+                raise FileNotFoundError(
+                    f"source {kind}:{path} has no {one}: put it there, or leave it out of the braces"
+                )
+        paths = sorted(set(map(Path, matching(path))))
+        root = os.path.commonpath([file.parent for file in paths]) if paths else ""
+        named = os.path.dirname(path)
+        while paths != [Path(path)] and (glob.has_magic(named) or _BRACES.search(named)):
+            named = os.path.dirname(named)
+    files = {file.relative_to(root).as_posix(): file for file in paths}
+    if not files:
+        raise FileNotFoundError(f"source {kind}:{path} has no {suffix} file")
+    for file in paths:
+        if not follow_links and file != Path(path) and is_linked(named, file):
+            raise ValueError(f"source {kind}:{path} has a link, {file}: {FOLLOW_LINKS}")
+        if not file.is_file():
+            raise ValueError(f"source {kind}:{path}: {file} is no plain file: remove it")
+    return files
+
+
+def plain_files_under(folder: str, kind: str, follow_links: bool) -> Iterator[os.DirEntry]:
+    """Yields the files in a folder and its subfolders, as `files_under`.
+
+    Raises ValueError for a linked folder if links are not followed: what is in it would be missing.
+    """
+    for entry in files_under(folder, follow_links):
+        if not follow_links and entry.is_symlink() and entry.is_dir():
+            raise ValueError(f"source {kind}:{folder} has a linked folder, {entry.path}: {FOLLOW_LINKS}")
+        yield entry
+
+
+def is_linked(root: str, path: os.PathLike | str) -> bool:
+    """Returns whether a path under a folder is a link, or lies in one, below that folder."""
+    below = os.path.relpath(path, root)
+    return os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(root), below))
+
+
+def matching(path: str) -> list[str]:
+    """Returns the files that are there of those that a path or a pattern with `*` or braces stands for."""
+    if os.path.isfile(path):
+        return [path]
+    found = []
+    for one in expand_braces(path):
+        found += [one] if os.path.isfile(one) else glob.glob(one)
+    return [file for file in found if not os.path.isdir(file)]
+
+
+def expand_braces(path: str) -> Iterator[str]:
+    """Yields the paths that one with braces names, as shells and WebDataset do: {00..12} is a range, as wide
+    as its wider end if one begins with 0, and {a,b} names each."""
+    if not (braces := _BRACES.search(path)):
+        yield path
+        return
+    first, last, names = braces.groups()
+    if names is None:
+        width = max(len(first), len(last)) if any(re.match("0.", end) for end in (first, last)) else 0
+        low, high = sorted((int(first), int(last)))
+        values = (f"{number:0{width}}" for number in range(low, high + 1))
+    else:
+        values = names.split(",")
+    for value in values:
+        yield from expand_braces(path[: braces.start()] + value + path[braces.end() :])
