@@ -45,8 +45,8 @@ def files_under(folder: os.PathLike | str, follow_links: bool = True) -> Iterato
 def stamp(*paths: os.PathLike | str, names: str = "", follow_links: bool = True) -> str:
     """Returns a text that changes when files do; "" if there are none.
 
-    Of one file it is "SIZE TIME" (nanoseconds); of a folder on a disk, or of several files, a hash of all
-    names, sizes and times, for which the folder is gone through once.
+    Of one file it is "SIZE TIME" (nanoseconds); of a folder, of several files, or of what lies in a bucket,
+    a hash of all names, sizes and times, for which the folder is gone through once. S3 tells no times.
 
     names: a regular expression, found in the names of those files of folders that count, in any case.
     follow_links: as of `files_under`.
@@ -55,7 +55,12 @@ def stamp(*paths: os.PathLike | str, names: str = "", follow_links: bool = True)
         return _size_and_time(os.stat(paths[0]))
     lines = []
     for i, path in enumerate(paths):
-        if os.path.isdir(path):
+        if in_bucket(path):
+            for name, item in named_files(epath.Path(path)):
+                if not name or re.search(names, name, re.IGNORECASE):
+                    status = item.stat()
+                    lines.append(f"{i} {name or item.name} {status.length} {status.mtime}")
+        elif os.path.isdir(path):
             files = files_under(path, follow_links)
             counting = (entry for entry in files if re.search(names, entry.name, re.IGNORECASE))
             lines += [f"{i} {_name_below(path, entry)} {_described(entry)}" for entry in counting]
@@ -93,7 +98,8 @@ def named_files(path: epath.Path) -> list[tuple[str, epath.Path]]:
         files = (entry for entry in files_under(path) if entry.is_file())  # no link to nothing
         return sorted((_name_below(path, entry), epath.Path(entry.path)) for entry in files)
     shown = sorted(item for item in path.iterdir() if not item.name.startswith("."))
-    return [(f"{item.name}/{name}", file) for item in shown for name, file in named_files(item)]
+    # The name below a file itself is "".
+    return [(f"{item.name}/{name}".rstrip("/"), file) for item in shown for name, file in named_files(item)]
 
 
 def _name_below(folder: os.PathLike | str, entry: os.DirEntry) -> str:

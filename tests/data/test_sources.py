@@ -430,10 +430,10 @@ def test_braces_take_every_shard_that_they_name(tmp_path):
             "source laion:x is not KIND:PATH: use one such as sharegpt4v:.*folder:DIR",
         ),
         (
-            "webdataset:s3://b/0.tar",
+            "folder:s3://b/pairs",
             None,
             ValueError,
-            "source webdataset:s3://b/0.tar lies in a bucket: copy",
+            "source folder:s3://b/pairs lies in a bucket: copy",
         ),
         ("folder", None, ValueError, "source folder is not KIND:PATH"),
         ("folder:?images=x", None, ValueError, "is not KIND:PATH"),

@@ -11,11 +11,14 @@ is a class with `__len__` and `__iter__` (base.Source) and a row of KINDS; anoth
 and row.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
+
+from etils import epath
 
 from clipmoe_jax.core import stamps
 from clipmoe_jax.core.errors import printable_errors
@@ -71,6 +74,7 @@ class Kind(NamedTuple):
         names: of the files that count in a folder of this kind (`core.stamps.stamp`).
         generated: whether the pairs are made up, from an option `seed`; nothing is read then.
         captioned: whether captions tell of the images; else they are names of files.
+        in_bucket: whether its path may lie in a bucket.
     """
 
     opens: Callable[..., Source]
@@ -80,6 +84,7 @@ class Kind(NamedTuple):
     names: str = ""
     generated: bool = False
     captioned: bool = True
+    in_bucket: bool = False
 
     @property
     def all_options(self) -> tuple[str, ...]:
@@ -93,8 +98,8 @@ KINDS = {
     "img2dataset": Kind(Img2Dataset, "img2dataset:DIR", names=f"{IMAGES}|{Img2Dataset.captions}"),
     "classes": Kind(Classes, "classes:DIR", names=IMAGES),
     "images": Kind(NamedImages, "images:DIR", names=IMAGES, captioned=False),
-    "webdataset": Kind(WebDataset, "webdataset:DIR", names=r"\.tar$"),
-    "parquet": Kind(Parquet, "parquet:DIR", images="optional", names=r"\.parquet$"),
+    "webdataset": Kind(WebDataset, "webdataset:DIR", names=r"\.tar$", in_bucket=True),
+    "parquet": Kind(Parquet, "parquet:DIR", images="optional", names=r"\.parquet$", in_bucket=True),
     "huggingface": Kind(
         HuggingFace,
         "huggingface:DIR",
@@ -106,7 +111,10 @@ KINDS = {
     "flickr30k": Kind(Flickr30k, "flickr30k:results_20130124.token?images=DIR", images="needed"),
     "csv": Kind(Csv, "csv:captions.tsv?images=DIR", images="needed"),
     "tfds": Kind(
-        Tfds, "tfds:coco_captions?split=val", options=("data_dir", "split", "image", "caption", "id")
+        Tfds,
+        "tfds:coco_captions?split=val",
+        options=("data_dir", "split", "image", "caption", "id"),
+        in_bucket=True,
     ),
     "glyphs": Kind(Glyphs, "glyphs:train?pairs=6000", options=("pairs", "alphabet", "seed"), generated=True),
     "digit_scenes": Kind(
@@ -213,6 +221,9 @@ def canonical(spec: str, images: str | None = None) -> str:
 
 def _files(spec: _Spec) -> list[str]:
     """Returns the file, the folder or the files of a source, those that are there."""
+    if in_bucket(spec.path):
+        with _readable_bucket(spec):
+            return [spec.path] if epath.Path(spec.path).is_dir() else sorted(matching(spec.path))
     places = [spec.path, spec.path.partition("#")[0]]  # coco's #split
     if spec.kind == "tfds":
         places.append(tfds_folder(spec.path, spec.options.get("data_dir")) or "")
@@ -251,7 +262,7 @@ def _parse_one(text: str) -> _Spec:
 
 def _open(spec: _Spec, images: str | None, follow_links: bool) -> Source:
     kind, options = KINDS[spec.kind], dict[str, Any](spec.options)
-    if in_bucket(spec.path) and spec.kind != "tfds":  # which reads through epath
+    if in_bucket(spec.path) and not kind.in_bucket:
         raise ValueError(
             f"source {spec.text} lies in a bucket: copy its files to a disk, or mount the bucket"
         )
@@ -262,4 +273,18 @@ def _open(spec: _Spec, images: str | None, follow_links: bool) -> Source:
             raise ValueError(f"source {spec.text} is given another image folder, {images}: leave one out")
     if kind.images == "needed" and "images" not in options:
         raise ValueError(f"source {spec.text} needs the folder its image paths start from: add ?images=DIR")
-    return kind.opens(spec.path, **options)
+    with _readable_bucket(spec):
+        return kind.opens(spec.path, **options)
+
+
+@contextlib.contextmanager
+def _readable_bucket(spec: _Spec) -> Iterator[None]:
+    """Raises ValueError for what the library of a bucket raises: it may miss, or a login, or a connection."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # the libraries' own classes have no common one
+        if not in_bucket(spec.path):
+            raise
+        raise ValueError(f"source {spec.text}: its bucket cannot be read: {error}") from error

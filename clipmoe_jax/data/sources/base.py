@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from clipmoe_jax.core.checks import check_not_sparse, read_bytes, stored_bytes
+from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.preprocess import num_pixels
 from clipmoe_jax.data.sources.files import FOLLOW_LINKS, is_linked
 
@@ -279,14 +280,14 @@ def pair_of_file(
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         image = BadRecord(record_id, "missing image", f"{path} does not exist")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        check_open_files(error)
+        raise_passing(error, path)
         image = BadRecord(record_id, "unreadable image", f"{path}: {error}")
     return make_pair(record_id, image, captions)
 
 
-def check_open_files(error: BaseException) -> None:
-    """Raises an error that comes from too many open files: nothing is wrong with what was to be read."""
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+def raise_passing(error: BaseException, path: os.PathLike | str) -> None:
+    """Raises an error that is no fault of the file at `path`: too many open files, a bucket out of reach."""
+    if isinstance(error, OSError) and (error.errno == errno.EMFILE or in_bucket(path)):
         raise error
 
 

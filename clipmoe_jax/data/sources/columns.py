@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from clipmoe_jax.data.sources.base import (
     MAX_CAPTIONS,
     MAX_TEXT,
@@ -24,7 +26,7 @@ MAX_BYTES = 4 * MAX_TEXT  # of a row's text: characters have up to four
 
 def check_num_rows(file: Path, num_rows: int) -> None:
     """Raises ValueError for a file that claims more rows than it has bytes."""
-    if num_rows > (size := file.stat().st_size):
+    if num_rows > (size := epath.Path(file).stat().length):
         raise ValueError(
             f"{file} of {size:,} bytes claims {num_rows:,} rows: no image and caption take less than a byte"
         )

@@ -13,9 +13,9 @@ from clipmoe_jax.data.sources.base import (
     BadFileError,
     BadRecord,
     Pair,
-    check_open_files,
     pair_of_file,
     parse_json,
+    raise_passing,
     read_file,
 )
 from clipmoe_jax.data.sources.files import plain_files_under
@@ -76,7 +76,7 @@ class ImageFolder:
         except BadFileError as error:
             return BadRecord(record_id, error.kind, str(error))
         except OSError as error:
-            check_open_files(error)
+            raise_passing(error, path)
             return BadRecord(record_id, "missing caption", f"{error.filename}: {error.strerror}")
         if isinstance(captions, BadRecord):
             return captions._replace(id=record_id)

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from clipmoe_jax.core.checks import check_expansion
+from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.sources.base import (
     BadRecord,
     Images,
     Pair,
     as_text,
-    check_open_files,
+    raise_passing,
 )
 from clipmoe_jax.data.sources.columns import (
     CAPTION_COLUMNS,
@@ -55,7 +58,7 @@ class Parquet:
         self._len = 0
         for file in self._files.values():
             try:
-                with pyarrow.parquet.ParquetFile(file) as opened:
+                with pyarrow.parquet.ParquetFile(_readable(file)) as opened:
                     self._len += opened.metadata.num_rows
                     schema = opened.schema_arrow
                     _check_one(file, opened.metadata)
@@ -88,9 +91,12 @@ class Parquet:
         import pyarrow.parquet
 
         for name, file in self._files.items():
-            row, size, taken = 0, file.stat().st_size, 0
+            row, size, taken = 0, epath.Path(file).stat().length, 0
             # Without pre_buffer a batch is in memory at a time, not a row group.
-            with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as opened, _texts_of(file) as texts:
+            with (
+                pyarrow.parquet.ParquetFile(_readable(file), pre_buffer=False) as opened,
+                _texts_of(file) as texts,
+            ):
                 for group in range(opened.num_row_groups):
                     end = row + opened.metadata.row_group(group).num_rows
                     if end <= first:
@@ -106,13 +112,18 @@ class Parquet:
                             raise ValueError(f"{end - row:,} of its rows are missing")
                     # ValueError, OverflowError: a type whose values Python cannot hold
                     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-                        check_open_files(error)
+                        raise_passing(error, file)
                         reason = str(error).partition("\n")[0]
                         detail = f"{file}, row group {group}: {reason}"
                         rows = range(max(row, first), end)
                         yield from (BadRecord(f"{name}:{k}", "damaged row", detail) for k in rows)
                     row = end
             first = max(0, first - row)
+
+
+def _readable(file: Path) -> Any:
+    """Returns what pyarrow reads: the path of a file, an object of a bucket open."""
+    return file.open("rb") if in_bucket(file) else file
 
 
 def _check_one(file: Path, metadata: Any) -> None:
@@ -137,9 +148,9 @@ def _texts_of(file: Path) -> Any:
     length."""
     import pyarrow.parquet
 
-    schema = pyarrow.parquet.read_metadata(file).schema
+    schema = pyarrow.parquet.read_metadata(_readable(file)).schema
     paths = [schema.column(i).path for i in range(len(schema))]
-    return pyarrow.parquet.ParquetFile(file, pre_buffer=False, read_dictionary=paths)
+    return pyarrow.parquet.ParquetFile(_readable(file), pre_buffer=False, read_dictionary=paths)
 
 
 def _rows(opened: Any, texts: Any, group: int, file: Path) -> Iterator[tuple[Any, Any, Any]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from etils import epath
+
 from clipmoe_jax.data.sources import tar
 from clipmoe_jax.data.sources.base import (
     IMAGE_SUFFIXES,
@@ -15,9 +17,9 @@ from clipmoe_jax.data.sources.base import (
     BadRecord,
     Pair,
     as_text,
-    check_open_files,
     make_pair,
     parse_json,
+    raise_passing,
 )
 from clipmoe_jax.data.sources.files import find_files
 
@@ -65,7 +67,7 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members]
     place = "its start"
     try:
         with shard.open("rb") as file:
-            size = shard.stat().st_size
+            size = epath.Path(shard).stat().length
             for member in tar.members(file, size):
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
@@ -85,7 +87,7 @@ def _samples(name: str, shard: Path, read: bool) -> Iterator[tuple[str, Members]
                     raise tar.DamagedTarError("unexpected end of data")
                 members[suffix] = _contents(file, member, here, suffix) if read else b""
     except (tar.DamagedTarError, OSError) as error:
-        check_open_files(error)
+        raise_passing(error, shard)
         if _is_whole(members):
             yield from _parts(key, members)
         yield BadRecord(name, "damaged shard", f"{shard} after {place}: {error}")

@@ -15,8 +15,8 @@ from clipmoe_jax.data.sources.base import (
     BadRecord,
     Pair,
     as_text,
-    check_open_files,
     make_pair,
+    raise_passing,
 )
 from clipmoe_jax.data.sources.files import FOLLOW_LINKS, plain_files_under
 from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
@@ -100,6 +100,7 @@ class Tfds:
         self._features = features
         kind = ArrayRecords if builder.info.file_format.value == "array_record" else _TfRecords
         files = splits[split].file_instructions
+        self._first_file = files[0].filename
         num_bytes = sum(epath.Path(file.filename).stat().length for file in files)
         if (num_records := sum(file.take for file in files)) > num_bytes:
             raise ValueError(f"source tfds:{path}: {num_records:,} records in files of {num_bytes:,} bytes")
@@ -116,7 +117,7 @@ class Tfds:
             try:
                 record = self._features.deserialize_example_np(self._records[i], decoders=self._decoders)
             except (DecodeError, RuntimeError, ValueError, KeyError, OSError) as error:
-                check_open_files(error)
+                raise_passing(error, self._first_file)
                 detail = str(error).partition("\n")[0]
                 yield BadRecord(f"{self._split}:{i}", "damaged record", detail)
             else:
