@@ -277,6 +277,23 @@ def check_type(field: str, value: Any, kind: type) -> None:
         raise ValueError(f"{field}={value!r} must be of type {kind.__name__}")
 
 
+def keep_old(config: ConfigDict) -> None:
+    """Sets the recipe of docs/keeping.md, for new detail and what the base knew in one model.
+
+    `data.rehearsal`, rates and the length of consolidation are left to the config.
+    """
+    config.mcl.init_from = "previous"
+    # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new. A
+    # block may still come to send all tokens to the two of the new: gradients for the experts that were not
+    # chosen lead it back.
+    config.moe.experts = ("base", "last_stage", "base", "consolidation")
+    config.moe.expert_layers = "attention_and_feed_forward"
+    config.moe.router_stddev = 0.0
+    config.moe.routing = "token_and_sequence"
+    config.router.update(loss="features", gradient="all", balance_coefficient=0.0)
+    config.router.update(rehearsal="distill", rehearsal_fraction=0.25)
+
+
 def run_locally(config: ConfigDict) -> None:
     """Shrinks a config to a few small steps on 64 pairs, to see on a laptop that the full model runs."""
     config.data.train_split, config.data.test_split = "train[:64]", "test[:64]"

@@ -1,4 +1,4 @@
-"""Runs diversified multiplet upcycling from a config: base, stages, routers, baselines, evaluation, report.
+"""Makes a CLIP-MoE of a CLIP, from a config: base, stages, routers, baselines, evaluation, report.
 
     python -m clipmoe_jax.main --config=demo --workdir=runs/demo
     python -m clipmoe_jax.main --config=vit_l14_sharegpt4v --workdir=runs/l14 \\

@@ -24,7 +24,7 @@ knew (docs/keeping.md).
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import default_config, parse_arg, parse_seeds, set_architecture
+from clipmoe_jax.config import default_config, keep_old, parse_arg, parse_seeds, set_architecture
 from clipmoe_jax.dmu.recipes import OF_PAPERS
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
@@ -121,19 +121,12 @@ def _keep(config: ConfigDict, num_pairs: int) -> None:
     config.base.train.num_steps = 1000
     consolidation = {name: config.mcl[name] for name in config.consolidation if name in config.mcl}
     config.consolidation.update(consolidation, batch_size=128, num_steps=240)
-    # Routers begin at zero, where all tokens go to the first two experts: one of the old, one of the new. A
-    # block may still come to send all tokens to the two of the new: gradients for the experts that were not
-    # chosen lead it back.
-    config.moe.experts = ("base", "last_stage", "base", "consolidation")
-    config.moe.expert_layers = "attention_and_feed_forward"
-    config.moe.router_stddev = 0.0
-    config.moe.routing = "token_and_sequence"
+    keep_old(config)
     # Of what the base learned from, 500 glyphs. Scenes would teach images to be as the base has them, which
     # contradicts the new detail.
     config.data.rehearsal = "glyphs:train?pairs=500"
-    config.router.update(rehearsal="distill", rehearsal_fraction=0.25, balance_coefficient=0.0)
     # Each pair has a target of its own, so that small batches teach routers as much as large ones.
-    config.router.update(loss="features", batch_size=16, num_steps=480, gradient="all")
+    config.router.update(batch_size=16, num_steps=480)
 
 
 def _extend(config: ConfigDict, workdir: str, num_pairs: int) -> None:

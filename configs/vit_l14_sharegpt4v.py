@@ -41,7 +41,7 @@ One H100 takes 173 ms for an MCL step of 100 pairs (MFU 0.35) and 390 ms for a r
 
 from ml_collections import ConfigDict
 
-from clipmoe_jax.config import default_config, parse_arg, run_locally
+from clipmoe_jax.config import default_config, keep_old, parse_arg, run_locally
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -52,14 +52,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.keep:
-        config.mcl.init_from = "previous"
+        keep_old(config)
         config.consolidation.num_epochs = 1
-        config.moe.experts = ("base", "last_stage", "base", "consolidation")
-        config.moe.expert_layers = "attention_and_feed_forward"
-        config.moe.router_stddev = 0.0
-        config.moe.routing = "token_and_sequence"
-        config.router.update(learning_rate=1e-3, rehearsal="distill", rehearsal_fraction=0.25)
-        config.router.update(loss="features", gradient="all", balance_coefficient=0.0)
+        config.router.learning_rate = 1e-3
         config.baselines = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs")
     if arg.runlocal:
         run_locally(config)

@@ -191,10 +191,19 @@ def test_bad_value_is_named_with_the_fix(field, value, message):
         config_checks.validate(config)
 
 
+@pytest.mark.parametrize("name", ["vit_b32", "vit_l14_sharegpt4v"])
+def test_recipe_that_keeps_needs_something_to_rehearse(name):
+    config = get_config(name, "keep")
+    config.base.checkpoint = config.data.train = "x"
+    with pytest.raises(ValueError, match="router.rehearsal_fraction=0.25 needs data.rehearsal"):
+        config_checks.validate(config)
+    config.data.rehearsal = "x"
+    config_checks.validate(config)
+
+
 def test_taught_routers_need_a_teacher_and_a_loss_for_what_they_rehearse():
     config = get_config("vit_l14_sharegpt4v", "keep")
     config.base.checkpoint = config.data.train = config.data.rehearsal = "x"
-    config_checks.validate(config)
     config.router.rehearsal = "pairs"
     with pytest.raises(ValueError, match="has no loss for rehearsal=pairs: set router.rehearsal=distill"):
         config_checks.validate(config)
