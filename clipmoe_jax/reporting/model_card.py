@@ -12,7 +12,8 @@ from clipmoe_jax.core.errors import naming_files
 from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
-from clipmoe_jax.reporting.text_tables import COLUMNS, has_retrieval
+from clipmoe_jax.reporting.read import WRITTEN_ANEW
+from clipmoe_jax.reporting.text_tables import COLUMNS, has_retention, has_retrieval
 
 PAPER = "[arXiv 2409.19291](https://arxiv.org/abs/2409.19291)"
 TITLES = {
@@ -245,9 +246,10 @@ def _what_it_is(config: ClipConfig) -> str:
         return "It takes CLIP's inputs and gives features of CLIP's kind."
     moe = config.moe
     blocks = f"the last {moe.num_moe_layers} blocks" if moe.num_moe_layers else "every block"
+    layers = "attention and feed-forward layer are" if moe.has_attention else "the feed-forward layer is"
     return (
         f"A CLIP-MoE ({PAPER}) takes CLIP's inputs and gives features of CLIP's kind; in {blocks} of each "
-        f"tower the feed-forward layer is a mixture of {moe.num_experts} experts, of which each token uses "
+        f"tower {layers} a mixture of {moe.num_experts} experts, of which each token uses "
         f"{moe.num_selected_experts}."
     )
 
@@ -335,9 +337,16 @@ def _provenance(source: epath.Path) -> list[str]:
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
     if results is None:
         return sections
-    with naming_files([results]):
-        if has_retrieval([numbers := read_verified(results)]):
-            sections += ["## Evaluation", _results(numbers)]
+    config = results.parent.parent / "config.json"
+    with naming_files([results, config]):
+        numbers = read_verified(results)
+        columns = dict(COLUMNS) if has_retrieval([numbers]) else {}
+        told = ["R@k: retrieval on the run's test set"] if columns else []
+        if has_retention([numbers]):
+            columns["old"] = "retention"
+            told.append(f"old: {_retention(config)}")
+        if columns:
+            sections += ["## Evaluation", f"Per cent; {'; '.join(told)}.", _results(numbers, columns)]
     return sections
 
 
@@ -346,10 +355,20 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_<\[|])", r"\\\1", printable(" ".join(text.split())))
 
 
-def _results(results: dict[str, dict[str, Any]]) -> str:
-    """Returns a table of every model of the run, to compare this one with."""
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+def _retention(config: epath.Path) -> str:
+    """Returns what the base knew, and the line by which the run measured that, if its config is there."""
+    if not config.exists():
+        return "what the base knew"
+    fields = read_verified(config, WRITTEN_ANEW)
+    line, data = fields["retention"], fields["data"].get("retention")
+    of = f", where data.retention is {_plain(data)}" if "data.retention" in line else ""
+    return f"what the base knew, by {_plain(line)}{of}"
+
+
+def _results(results: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
+    """Returns a table of every model of the run, to compare this one with. columns: {heading: key}."""
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for title, numbers in results.items():
-        cells = " | ".join(f"{100 * numbers[key]:.1f}" for key in COLUMNS.values())
-        lines.append(f"| {_plain(title)} | {cells} |")
-    return "Retrieval on the run's test set, per cent:\n\n" + "\n".join(lines)
+        cells = (f"{100 * numbers[key]:.1f}" if key in numbers else "" for key in columns.values())
+        lines.append(f"| {_plain(title)} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -69,6 +69,33 @@ def test_usual_name_stands_as_it_is():
     )
 
 
+def test_experts_are_of_the_layers_that_the_config_says():
+    assert "in every block of each tower the feed-forward layer is a mixture of 4 experts" in card(
+        "huggingface", "out", MOE
+    )
+    moe = MoeConfig(4, 2, num_moe_layers=1, expert_layers="attention_and_feed_forward")
+    text = card("huggingface", "out", dataclasses.replace(DENSE, moe=moe))
+    assert "in the last 1 blocks of each tower attention and feed-forward layer are a mixture of 4" in text
+
+
+@pytest.mark.parametrize("has_test_set", [True, False])
+def test_evaluation_has_what_the_base_knew(tmp_path, has_test_set):
+    numbers = {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    numbers = numbers if has_test_set else {}
+    results = {"base": numbers | {"retention": 0.75}, "ensemble of before": numbers}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
+    text = card("huggingface", "out", MOE, source=str(tmp_path / "moe" / "params"))
+    recall = 4 * " 50.0 |" if has_test_set else ""
+    assert f"| base |{recall} 75.0 |\n| ensemble of before |{recall}  |\n" in text
+    assert "old: what the base knew.\n" in text and ("R@k" in text) == has_test_set
+    config = {"retention": "zero_shot:data.retention", "data": {"retention": "glyphs:test?pairs=20"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = card("huggingface", "out", MOE, source=str(tmp_path / "moe" / "params"))
+    told = r"what the base knew, by zero\_shot:data.retention, where data.retention is glyphs:test?pairs=20."
+    assert told in text
+
+
 def test_strangers_run_adds_no_markup(tmp_path):
     (tmp_path / "eval").mkdir()
     numbers = {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
