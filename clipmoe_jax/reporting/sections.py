@@ -149,7 +149,7 @@ def _both_axes(seeds: Sequence[Results]) -> Context:
     alt = f"Old knowledge and new detail in per cent: {'; '.join(told)}."
     axes = {"x": "old: what the base knew (%)", "y": "new: mean recall@1 (%)"}
     chart = charts.draw_scatter("both-axes", alt, points, curves, **axes, strong=CLIP_MOE)
-    return {"chart": chart, "labels": list(points)}
+    return {"chart": chart, "labels": list(points), "has_blends": bool(curves)}
 
 
 def read_results(folders: Sequence[Folder]) -> list[Results]:

@@ -47,10 +47,11 @@ class Table(NamedTuple):
 
 
 def recall_table(seeds: Sequence[Results], chance: Mapping[str, float] | None = None) -> Table:
-    """Returns recall by model and retention, in per cent, mean ± standard deviation over seeds; the models'
+    """Returns recall and retention by model, in per cent, mean ± standard deviation over seeds; the models'
     sizes, and the cost of training them.
 
-    Of one seed there are 95 % intervals in place of deviations. chance: of these metrics, a row of its own.
+    R@1 and retention stand first: they are seen where the page is narrower than the table. Of one seed there
+    are 95 % intervals in place of deviations. chance: of these metrics, a row of its own.
     """
     sizes = {"all": "parameters", "active": "active_parameters"}
     groups = {"parameters": list(sizes)}
@@ -62,13 +63,15 @@ def recall_table(seeds: Sequence[Results], chance: Mapping[str, float] | None = 
     }
     if not has_retrieval(seeds):
         return Table("Models. There was no test set for recall.", groups, rows)
-    keys, ties = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RANKS], recall_with_ties(seeds)
-    headings = {heading: [f"R@{k}" for k in RANKS] for heading in DIRECTIONS.values()}
-    keys += ties.values()
-    headings |= {"ties in random order": [name.removesuffix(" ties") for name in ties]} if ties else {}
+    keys, headings = list(FIRST), {"R@1": list(DIRECTIONS.values())}
     if has_retention(seeds):
         keys.append("retention")
         headings["what the base knew"] = ["old"]
+    keys += [f"{direction}_r{k}" for direction in DIRECTIONS for k in RANKS[1:]]
+    headings |= {heading: [f"R@{k}" for k in RANKS[1:]] for heading in DIRECTIONS.values()}
+    ties = recall_with_ties(seeds)
+    keys += ties.values()
+    headings |= {"ties in random order": [name.removesuffix(" ties") for name in ties]} if ties else {}
     scores = 100 * np.array([[[r[title].get(key, np.nan) for key in keys] for title in rows] for r in seeds])
     cells = dict(zip(rows, score_cells(scores, errors=_errors(seeds, list(rows), keys)), strict=True))
     spread = ""
