@@ -299,9 +299,13 @@ WRONG_CLASSES = {
     "no place": (
         (["cat"], ["a {}", "a photo"]),
         ValueError,
-        "template 'a photo' has no {}: put it in place of the class name, or name one of the tables cif",
+        "template 'a photo' has no {}: put it in place of the class name",
     ),
-    "no table": ((["cat"], "imagenett"), ValueError, "template 'imagenett' has no {}: put it in place of"),
+    "no table": (
+        (["cat"], "imagenett"),
+        ValueError,
+        "template 'imagenett' has no {}: put it in place of the class name, or name one of the tables cif",
+    ),
 }
 
 

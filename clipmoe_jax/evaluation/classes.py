@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from clipmoe_jax.core.checks import read_bytes
+from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.json_files import read_json
 
 OWN_NAMES = "none"
@@ -75,17 +77,31 @@ def chosen_templates(given: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises ValueError if there is none, or if a sentence has no {}.
     """
+    tables = ""
     if isinstance(given, str):
+        tables = f", or name one of the tables {', '.join(sorted(TEMPLATES))}"
         given = templates(given) if given in TEMPLATES else (given,)
     if not given:
         raise ValueError("templates are empty: give one or more")
     for sentence in given:
         if "{}" not in sentence:
-            raise ValueError(
-                f"template {sentence!r} has no {{}}: put it in place of the class name, or name one of the "
-                f"tables {', '.join(sorted(TEMPLATES))}"
-            )
+            raise ValueError(f"template {sentence!r} has no {{}}: put it in place of the class name{tables}")
     return tuple(given)
+
+
+def read_templates(file: str) -> tuple[str, ...]:
+    """Returns the templates of a text file, one a line, with {} in place of a class name.
+
+    Raises FileNotFoundError, and ValueError for a file that is not UTF-8, and as `chosen_templates`.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"templates={file} does not exist")
+    with naming(f"templates={file}"):
+        try:
+            lines = read_bytes(file).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 at byte {error.start}") from error
+        return chosen_templates([line.strip() for line in lines if line.strip()])
 
 
 def table_digest(name: str) -> str:

@@ -15,6 +15,7 @@
 
 `split` (of `unknown` and `train`: unknown_split, train_split) may be left out where there is only one.
 `classes` is a table of `classes.class_table`; "none", the default, takes the split's labels as names.
+`templates=FILE` of `zero_shot` has prompts of one's own (`classes.read_templates`).
 `descriptions=FILE.json` of `zero_shot` has descriptions in place of templates (`classes.read_descriptions`).
 `groups=FILE.csv#COLUMN` adds the gap between groups of images (`groups.read_groups`).
 `ood` scores known against unknown images by zero-shot probabilities, with `train` also by a linear probe and
@@ -37,7 +38,7 @@ from clipmoe_jax.evaluation.data_sets import DataSets
 from clipmoe_jax.evaluation.kinds import KINDS, Data, NotApplicableError, Numbers
 from clipmoe_jax.evaluation.subject import Subject
 
-PATH_OPTIONS = ("train", "unknown", "classifier", "descriptions", "groups", "images")
+PATH_OPTIONS = ("train", "unknown", "classifier", "templates", "descriptions", "groups", "images")
 
 __all__ = ["KINDS", "Evaluation", "NotApplicableError", "open_applicable", "parse_evaluation"]
 
@@ -93,7 +94,7 @@ class Evaluation:
             hashes["path"] = self._data_sets.records().fingerprint
         if (table := self.options.get("classes", OWN_NAMES)) != OWN_NAMES:
             hashes["classes"] = table_digest(table)
-        for name in ("classifier", "descriptions", "groups"):
+        for name in ("classifier", "templates", "descriptions", "groups"):
             if file := self.options.get(name):
                 hashes[name] = stamps.digest(file.rpartition("#")[0] if name == "groups" else file)
         return hashes

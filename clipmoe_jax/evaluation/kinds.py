@@ -26,7 +26,14 @@ from clipmoe_jax.evaluation.caption_choice import (
     winoground_choices,
     winoground_scores,
 )
-from clipmoe_jax.evaluation.classes import OWN_NAMES, class_table, make_prompts, read_descriptions, templates
+from clipmoe_jax.evaluation.classes import (
+    OWN_NAMES,
+    class_table,
+    make_prompts,
+    read_descriptions,
+    read_templates,
+    templates,
+)
 from clipmoe_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
 from clipmoe_jax.evaluation.gda import gda
@@ -109,14 +116,18 @@ class _ZeroShot:
     def open(cls, data: DataSets) -> "_ZeroShot":
         table = _table(data)  # first: the labels of a slice are then not read again
         images = label_records(data.records(), data.labels(), table)
-        if file := data.options.get("descriptions"):
-            prompts = read_descriptions(file, table)
+        described, own = data.options.get("descriptions"), data.options.get("templates")
+        if described and own:
+            raise ValueError("templates= and descriptions= both say what the prompts are: give one")
+        if described:
+            prompts = read_descriptions(described, table)
         else:
-            prompts = make_prompts(images.names, templates(data.options.get("classes", OWN_NAMES)))
+            sentences = read_templates(own) if own else templates(data.options.get("classes", OWN_NAMES))
+            prompts = make_prompts(images.names, sentences)
         groups = []
         if named := data.options.get("groups"):
             groups = read_groups(named, [images.records[i]["id"] for i in range(len(images.records))])
-        return cls(images, *prompts, bool(file), groups)
+        return cls(images, *prompts, bool(described), groups)
 
     @property
     def chance(self) -> Numbers:
@@ -413,7 +424,7 @@ class _KnownAndUnknown:
 KINDS = {
     "retrieval": Kind(_Retrieval.open, ("split",)),
     "precision": Kind(_Precision.open, ("split", "classes")),
-    "zero_shot": Kind(_ZeroShot.open, ("split", "classes", "descriptions", "groups")),
+    "zero_shot": Kind(_ZeroShot.open, ("split", "classes", "templates", "descriptions", "groups")),
     "corrupted": Kind(_Corrupted.open, ("split", "classes", "severity")),
     "linear_probe": Kind(_LinearProbe.open, ("split", "train", "train_split"), ("train",)),
     "knn": Kind(_Neighbours.open, ("split", "train", "train_split"), ("train",)),

@@ -90,6 +90,26 @@ def test_zero_shot_is_classification_by_prompts(folder, subject):
     assert numbers == pytest.approx(expected) and numbers["top5"] == 1.0
 
 
+def test_zero_shot_takes_templates_of_a_file(folder, subject, tmp_path):
+    (file := tmp_path / "own.txt").write_text("\ufeffa {} tile\r\n\n  {}, {} everywhere\n", encoding="utf-8")
+    evaluation = parse_evaluation(f"zero_shot:{folder}/test_set?templates={file}")
+    names = sorted(COLOURS)
+    prompts = [prompt for name in names for prompt in (f"a {name} tile", f"{name}, {name} everywhere")]
+    assert evaluation.data.prompts == prompts
+    pixels, labels = images_of(folder, "test")
+    classes = class_embeddings(subject.texts(prompts), [0, 0, 1, 1, 2, 2])
+    expected = classification_metrics(subject.encoder.images(pixels), classes, labels)
+    assert evaluation.measure(subject) == pytest.approx(expected)
+    for content, message in (
+        (b"a {} tile\na tile", "template .a tile. has no {}: put it in place of the class name$"),
+        (b"\n", "templates are empty: give one or more$"),
+        (b"{} \xff", "not UTF-8 at byte 3$"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"templates={file}: {message}"):
+            _ = parse_evaluation(evaluation.line).data
+
+
 def test_zero_shot_by_description_is_the_mean_of_similarities(folder, subject, tmp_path):
     (file := tmp_path / "descriptions.json").write_text(
         json.dumps(
@@ -234,6 +254,7 @@ def own_files(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "mmvp", tmp_path / "mmvp")
     known, unknown = np.full((9, 3), 1 / 3), np.full((5, 3), 1 / 3)
     np.savez(tmp_path / "classifier.npz", known=known, unknown=unknown)
+    (tmp_path / "templates.txt").write_text("a {}.")
     (tmp_path / "descriptions.json").write_text(json.dumps({name: ["a colour"] for name in COLOURS}))
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -260,6 +281,11 @@ FILES = {
         "ood:{0}/test_set?unknown={0}/odd_set&train={0}/train_set&classifier=~/classifier.npz",
         "classifier",
         replace_classifier,
+    ),
+    "templates": (
+        "zero_shot:{0}/test_set?templates=~/templates.txt",
+        "templates",
+        lambda own: (own / "templates.txt").write_text("the {}."),
     ),
     "descriptions": (
         "zero_shot:{0}/test_set?descriptions=~/descriptions.json",
@@ -487,6 +513,12 @@ MISSING = {
         "has 9 images, and the 20 nearest vote",
     ),
     "a plus": ("knn:{0}/test_set?train=a+b", FileNotFoundError, r"a\+b is not a prepared data set"),
+    "templates": ("zero_shot:{0}/test_set?templates=no.txt", FileNotFoundError, "templates=no.txt does not"),
+    "two kinds of prompts": (
+        "zero_shot:{0}/test_set?templates=a.txt&descriptions=b.json",
+        ValueError,
+        "templates= and descriptions= both say what the prompts are: give one",
+    ),
     "probe of COOkeD": (
         "ood:{0}/test_set?unknown={0}/odd_set&classifier=x.npz",
         ValueError,
