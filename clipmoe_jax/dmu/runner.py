@@ -163,7 +163,8 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
         if config.base.checkpoint and not epath.Path(configs.base_checkpoint(config)).exists():
             raise FileNotFoundError(
                 f"base.checkpoint={config.base.checkpoint} does not exist: give a .pt file, a folder of "
-                "transformers' CLIPModel, a model folder of a run, or hf-hub:OWNER/NAME"
+                "transformers' CLIPModel, a model folder of a run, or a name: hf-hub:OWNER/NAME, or "
+                "open_clip:MODEL/TAG, such as open_clip:ViT-B-32/openai"
             )
         if is_valid:
             take_architecture(config)

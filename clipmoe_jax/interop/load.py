@@ -151,7 +151,8 @@ def _find(path: str) -> tuple[epath.Path, epath.Path | None]:
     if not location.exists():
         raise FileNotFoundError(
             f"{path} does not exist: give a file or a folder of OpenAI's CLIP, transformers, open_clip, the "
-            "released CLIP-MoE, a model folder of a run, or hf-hub:OWNER/NAME"
+            "released CLIP-MoE, a model folder of a run, or a name: hf-hub:OWNER/NAME, or "
+            "open_clip:MODEL/TAG (of open_clip, in Python also with pretrained=TAG)"
         )
     return location, next((f for f in (location, location / "params") if (f / "model.json").exists()), None)
 

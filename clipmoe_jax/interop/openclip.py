@@ -128,9 +128,13 @@ def export_config(config: ClipConfig) -> dict[str, Any]:
 
     Raises ValueError for models that open_clip does not build: a CLIP-MoE, a vision tower alone.
     """
-    if config.moe or config.text is None:
-        kind = "CLIP-MoE" if config.moe else "vision tower alone"
-        raise ValueError(f"open_clip builds no {kind}: convert it to huggingface")
+    if config.moe:
+        raise ValueError(
+            "open_clip builds no CLIP-MoE: convert it to huggingface, or one of its experts (--expert=N), or "
+            "a dense model of its run (RUN/dense/params)"
+        )
+    if config.text is None:
+        raise ValueError("open_clip builds no vision tower alone: convert it to huggingface")
     vision = {
         "image_size": config.vision.image_size,
         "patch_size": config.vision.patch_size,

@@ -200,7 +200,7 @@ def link_in_the_workdir(config, files, folder):
 
 
 BAD_RUNS = {
-    "wrong checkpoint": (wrong_checkpoint, "base.checkpoint=nowhere.pt does not exist"),
+    "wrong checkpoint": (wrong_checkpoint, "nowhere.pt does not exist: .* or open_clip:MODEL/TAG"),
     "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
     "wrong evaluation": (wrong_evaluation, "evaluation mmvp:nowhere: nowhere/Questions.csv does not exist"),
     "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
