@@ -111,7 +111,10 @@ def _search(model: Loaded, folder: epath.Path) -> str:
 
 
 def _line(hit: Hit) -> str:
-    return f"{hit.similarity:.3f}  {printable_line(hit.id)}  {printable_line(shortened(hit.caption, 60))}"
+    parts = [f"{hit.similarity:.3f}", printable_line(hit.id)]
+    if hit.caption != epath.Path(hit.id).stem:  # of images without captions
+        parts.append(printable_line(shortened(hit.caption, 60)))
+    return "  ".join(parts)
 
 
 def _open(spec: str, split: str, image_size: int) -> sources.Source:

@@ -12,6 +12,8 @@ from killing import KILLING
 from PIL import Image
 
 import clipmoe_jax
+from clipmoe_jax import embed
+from clipmoe_jax.evaluation.search import Hit
 from clipmoe_jax.models.model_folder import save_model
 
 # Each line a command in a process of its own, all with the imports of one: at which part to be killed (0 is
@@ -126,6 +128,11 @@ def test_search_finds_the_nearest_and_shows_them(run):
     assert sheet.size == (2 * 208 + 8, 228 + 8)
     first = Image.open(folder / "pairs" / best[0]).resize((160, 200), Image.Resampling.NEAREST)
     np.testing.assert_array_equal(np.asarray(sheet)[8:208, 28:188], np.asarray(first))
+
+
+def test_caption_that_is_the_name_of_the_file_is_left_out():
+    assert embed._line(Hit(0.5, "a/014.jpg", "014", 0)) == "0.500  a/014.jpg"
+    assert embed._line(Hit(0.5, "a/014.jpg", "a dog", 0)) == "0.500  a/014.jpg  a dog"
 
 
 @pytest.mark.parametrize(
