@@ -170,7 +170,8 @@ def merge(out: str, *, max_bad_fraction: float = 1e-3) -> dict[str, Any]:
         duplicates = _duplicates(paths)
         layout.path(folder, 0).parent.mkdir(parents=True)
         progress = metrics.progress_bar("merging", len(paths), "file")
-        with (folder / BAD_RECORDS).open("w") as log, progress:
+        bad_records = parts_folder(out) / BAD_RECORDS  # which an error leaves there
+        with bad_records.open("w") as log, progress:
             advice = f"fix them, and delete and prepare their parts in {parts_folder(out)} again"
             bad = BadRecords(log, layout.entries, max_bad_fraction, advice)
             for k, path in enumerate(paths):
@@ -184,6 +185,8 @@ def merge(out: str, *, max_bad_fraction: float = 1e-3) -> dict[str, Any]:
                     bad.add(record)
                 totals.add(shard)
                 progress.update()
+            bad.check()
+        shutil.move(bad_records, folder / BAD_RECORDS)
         report = write_set(folder, layout, table, encoder, totals, bad)
     for part in folders:
         part.folder(out).rmtree()

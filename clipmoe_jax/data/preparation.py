@@ -38,6 +38,9 @@ ENTRIES_PER_SHARD, MOST_SHARDS = 4096, 4096
 # What `write_pairs` is doing in a folder, until it is done.
 PLAN = "plan.json"
 BAD_RECORDS = "bad_records.jsonl"
+# So many bad records show what is wrong: a source that has too many of them is read no further, and one with
+# fewer is read to its end, so that all are known at once.
+ENOUGH_BAD = 100
 
 
 class TooManyBadRecordsError(ValueError):
@@ -114,24 +117,31 @@ class Totals:
 class BadRecords:
     """Counts bad records, names them in a log, and stops when there are too many."""
 
-    def __init__(self, log: IO, total: int, max_fraction: float, advice: str):
+    def __init__(self, log: IO, total: int, max_fraction: float, advice: str = "fix them and start again"):
         """log: the file that names them. total: entries of the source. advice: what to do about too many."""
         self.counts = Counter()
         self._log, self._total, self._max_fraction, self._advice = log, total, max_fraction, advice
-        self._first = []
 
     def add(self, bad: BadRecord) -> None:
-        """Counts a bad record. Raises TooManyBadRecordsError."""
+        """Counts a bad record. Raises TooManyBadRecordsError where too many are more than ENOUGH_BAD."""
         self.counts[bad.kind] += 1
         self._log.write(json.dumps(bad._asdict()) + "\n")
-        if len(self._first) < 3:
-            self._first.append(f"{bad.id} ({bad.kind}: {bad.detail})")
-        if self.counts.total() > self._max_fraction * self._total:
-            raise TooManyBadRecordsError(
-                f"at least {self.counts.total():,} of {self._total:,} records are bad, more than "
-                f"max_bad_fraction={self._max_fraction:g} allows: {self.summary()}; first "
-                f"{', '.join(self._first)}. Raise max_bad_fraction, or {self._advice}"
-            )
+        if self.counts.total() > ENOUGH_BAD:
+            self.check("at least ")
+
+    def check(self, at_least: str = "") -> None:
+        """Raises TooManyBadRecordsError. at_least: "at least " where there may be more."""
+        count = self.counts.total()
+        if count <= self._max_fraction * self._total:
+            return
+        advice = f"{self._advice}, or raise max_bad_fraction"
+        if set(self.counts) == {"missing caption"} and (at_least or count == self._total):
+            advice = "each image needs a caption, in folder:DIR a .txt of its name beside it"
+        raise TooManyBadRecordsError(
+            f"{at_least}{count:,} of {self._total:,} records are bad, more than "
+            f"max_bad_fraction={self._max_fraction:g} allows: {self.summary()}. {self._log.name} lists them: "
+            f"{advice}"
+        )
 
     def summary(self) -> str:
         """Returns how many there are of each kind, in words."""
@@ -213,7 +223,7 @@ def write_pairs(
         "bad_by_kind"}.
 
     Raises:
-        TooManyBadRecordsError: more than max_bad_fraction are bad; says which are the first.
+        TooManyBadRecordsError: more than max_bad_fraction are bad; names the file that lists them.
         ValueError: no usable pair, an argument that is out of range, or a source that changes meanwhile.
     """
     check_arguments(split, max_bad_fraction, num_shards, pixels)
@@ -258,13 +268,13 @@ def make_shards(
         entries, num_read, totals = entries_from(source, first), 0, Totals()
         progress = metrics.progress_bar("preparing", stop - first, "pair")
         with (folder / BAD_RECORDS).open("w") as log, progress:
-            advice = f"fix them and start again ({folder} keeps what was read)"
-            bad = BadRecords(log, layout.entries, max_bad_fraction, advice)
+            bad = BadRecords(log, layout.entries, max_bad_fraction)
             for k in shards:
                 of_shard, path = itertools.islice(entries, layout.per_shard), layout.path(folder, k)
                 shard = make_shard(of_shard, path, encoder, bad.add, progress, after_entry)
                 num_read += len(shard.entries)
                 totals.add(shard)
+            bad.check()
         if stop == layout.entries:
             num_read += sum(1 for _ in entries)
         if first + num_read != stop:

@@ -131,7 +131,7 @@ class Embedder:
             The report: the inputs, "images", "bad" and "bad_by_kind".
 
         Raises:
-            TooManyBadRecordsError: more than max_bad_fraction are bad; says which are the first.
+            TooManyBadRecordsError: more than max_bad_fraction are bad; names the file that lists them.
             ValueError: `out` is taken or in a bucket, or there is no usable image.
         """
         check_on_disk(out)
@@ -160,13 +160,13 @@ class Embedder:
         """Writes the parts that are not there. Returns the images of all, and the bad records."""
         total, entries, images = len(self._source), iter(self._source), 0
         num_parts = -(-total // per_part)
-        advice = f"fix them and start again ({folder} keeps what was encoded)"
         progress = metrics.progress_bar("embedding", total, "image")
         with (folder / BAD_RECORDS).open("w") as log, progress:
-            bad = BadRecords(log, total, max_bad_fraction, advice)
+            bad = BadRecords(log, total, max_bad_fraction)
             for k in range(num_parts):
                 of_part, files = itertools.islice(entries, per_part), PartFiles.of(folder, k, num_parts)
                 images += self._write_part(of_part, k * per_part, files, bad, progress)
+            bad.check()
         return images, bad
 
     def _write_part(

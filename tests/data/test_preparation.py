@@ -28,7 +28,7 @@ from clipmoe_jax.data.loader import StreamedPairs
 from clipmoe_jax.data.preparation import TooManyBadRecordsError, prepare, write_pairs
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import NoSplitError, Records
-from clipmoe_jax.data.sources import AttributeSpec, ImageFolder, Pair, open_source
+from clipmoe_jax.data.sources import AttributeSpec, BadRecord, ImageFolder, Pair, open_source
 from clipmoe_jax.data.tokenizer import Tokenizer, word_ids
 
 
@@ -255,13 +255,28 @@ def test_bad_records_are_counted_named_and_skipped(source, out, tmp_path):
 def test_too_many_bad_records_stop_it(source, out, tmp_path):
     damage(tmp_path, [0, 2, 3])
     with pytest.raises(TooManyBadRecordsError) as error:
-        prepare(source, str(out), max_bad_fraction=0.34)  # 2 of 6 pass, 3 do not
-    message = str(error.value)
-    assert "at least 3 of 6 records are bad, more than max_bad_fraction=0.34" in message
-    assert "3 unreadable image" in message and "00.png" in message and "\n" not in message
-    assert not out.exists()
+        prepare(source, str(out), max_bad_fraction=0.16)  # none of 6 passes, all 3 are told of
     log = out.with_name("out.unfinished") / "bad_records.jsonl"
-    assert len(log.read_text().splitlines()) == 3
+    assert str(error.value) == (
+        "3 of 6 records are bad, more than max_bad_fraction=0.16 allows: 3 unreadable image. "
+        f"{log} lists them: fix them and start again, or raise max_bad_fraction"
+    )
+    assert not out.exists() and len(log.read_text().splitlines()) == 3
+
+
+def test_large_source_of_bad_records_is_not_read_to_its_end(out):
+    bad = BadRecord("a", "unreadable image", "broken")
+    with pytest.raises(TooManyBadRecordsError, match="^at least 101 of 500 records are bad"):
+        prepare([bad] * 500, str(out))
+
+
+@pytest.mark.parametrize("num_pairs", [6, 120])
+def test_images_without_captions_are_told_to_have_some(out, tmp_path, num_pairs):
+    source = make_folder(tmp_path / "pairs", num_pairs)
+    for path in (tmp_path / "pairs").glob("*.txt"):
+        path.unlink()
+    with pytest.raises(TooManyBadRecordsError, match=r"folder:DIR a \.txt of its name beside it$"):
+        prepare(source, str(out))
 
 
 def test_source_without_a_usable_pair_is_refused(out, tmp_path):
@@ -394,7 +409,7 @@ def test_stopped_run_goes_on_only_from_what_the_source_still_holds(source, out, 
     damage(tmp_path, [5])
 
     def stop():
-        with pytest.raises(TooManyBadRecordsError, match=f"or fix them and start again .{folder} keeps what"):
+        with pytest.raises(TooManyBadRecordsError, match="fix them and start again"):
             prepare(source, str(out), num_shards=3, max_bad_fraction=0, name="it")
         (first,) = folder.rglob("*-00000-of-00003")
         return first.stat().st_mtime_ns
