@@ -93,7 +93,7 @@ def test_links_are_read_where_the_flag_says_so(pairs, out, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source=folder:/nowhere", "--out=x"], "source folder:/nowhere is not a folder"),
+        (["--source=folder:/nowhere", "--out=x"], "source folder:/nowhere does not exist"),
         (["--source=folder:/", "--out=x", "--num_shard=2"], "Did you mean: num_shards"),
         (["--out=x"], "--source is missing: KIND:PATH, or --merge where all parts are prepared"),
         (["--merge", "--out=x", "--pixels=8", "--part=0/2"], "--merge has no use for --part, --pixels: its"),

@@ -23,10 +23,11 @@ from clipmoe_jax.core.checks import check_size, read_bytes, whole_number
 from clipmoe_jax.core.errors import naming, printable_errors
 from clipmoe_jax.core.json_files import field, parse_json
 from clipmoe_jax.core.paths import in_bucket
+from clipmoe_jax.core.stamps import files_under
 from clipmoe_jax.core.terminal import MOST_CHARACTERS, printable, shortened
 from clipmoe_jax.data.array_records import ArrayRecords, split_parts
 from clipmoe_jax.data.npy import map_array
-from clipmoe_jax.data.sources.base import AttributeSpec, excess_of_text
+from clipmoe_jax.data.sources.base import IMAGE_SUFFIXES, AttributeSpec, excess_of_text
 from clipmoe_jax.data.tfds_folders import check_splits, tfds_features_alone
 
 NAME = "pairs"
@@ -74,9 +75,7 @@ class Records:
         path = os.path.expanduser(path)
         folder = epath.Path(path) / NAME / VERSION
         if not folder.exists():
-            raise FileNotFoundError(
-                f"{path} is not a prepared data set: make one with python -m clipmoe_jax.prepare"
-            )
+            raise FileNotFoundError(f"{path} is not a prepared data set: {_how_to_prepare(path)}")
         _check_files(path, folder)
         info = [f"{NAME}/{VERSION}/{name}" for name in ("dataset_info.json", "features.json")]
         checksums.verify(epath.Path(path), REPORT, ATTRIBUTES, *info)
@@ -261,6 +260,18 @@ def _attribute_table(content: dict[str, Any], where: str) -> dict[str, Attribute
             raise ValueError(f"{of}: values must be a list of strings")
         table[name] = AttributeSpec(prompt, tuple(values))
     return table
+
+
+def _how_to_prepare(path: str) -> str:
+    """Returns what to do about a path that is no data set."""
+    if not os.path.isdir(path) or not any(
+        entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in files_under(path)
+    ):
+        return "make one with python -m clipmoe_jax.prepare"
+    return (
+        f"it has images, so write folder:{path} (images:{path} if they have no captions) where a source can "
+        f"stand, or make one with python -m clipmoe_jax.prepare --source=folder:{path} --out=DIR"
+    )
 
 
 def _check_files(*folders: os.PathLike | str) -> None:

@@ -137,6 +137,11 @@ def test_wrong_path_or_split_is_refused(source, out):
         match=f"{out} is not a prepared data set: make one with python -m clipmoe_jax.prepare",
     ):
         Records(str(out))
+    pairs = out.parents[1] / "pairs"
+    with pytest.raises(
+        FileNotFoundError, match=f"write folder:{pairs} .*, or make one .* --source=folder:{pairs} --out=DIR"
+    ):
+        Records(str(pairs))
     prepare(source, str(out), split="val")
     assert len(Records(str(out), "val")) == 6
     assert len(Records(str(out), "val[:4]")) == 4

@@ -437,7 +437,8 @@ def test_braces_take_every_shard_that_they_name(tmp_path):
         ),
         ("folder", None, ValueError, "source folder is not KIND:PATH"),
         ("folder:?images=x", None, ValueError, "is not KIND:PATH"),
-        ("folder:/nowhere", None, FileNotFoundError, "source folder:/nowhere is not a folder"),
+        ("folder:/nowhere", None, FileNotFoundError, "source folder:/nowhere does not exist"),
+        (f"folder:{__file__}", None, FileNotFoundError, "test_sources.py is not a folder"),
         ("folder:/", "x", ValueError, "source folder:/ has no use for images=x"),
         ("folder:/?images=x", None, ValueError, "source folder:/.images=x has no use for images=x"),
         ("folder:/?depth=1", None, ValueError, "no option depth; folder has follow_links"),
@@ -471,5 +472,5 @@ def test_malformed_json_is_refused_with_its_place(tmp_path, content, message):
 
 def test_image_root_must_exist(tmp_path):
     (tmp_path / "captions.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match="images=/nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="images=/nowhere does not exist"):
         ShareGPT4V(str(tmp_path / "captions.json"), "/nowhere")

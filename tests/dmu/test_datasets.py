@@ -232,7 +232,7 @@ def test_a_folder_that_no_run_prepared_is_left_alone(tmp_path):
 def test_a_source_that_is_not_there_is_told_before_anything_is_prepared(tmp_path):
     write_photos(tmp_path)
     config = config_of(f"folder:{tmp_path}/photos", test=f"folder:{tmp_path}/nowhere", base=SCENES)
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         run_variants(config, epath.Path(tmp_path / "run"))
     config.data.test = f"sharegpt4v:{tmp_path}/captions.json"
     with pytest.raises(ValueError, match="data.test: source sharegpt4v:.* needs the folder"):

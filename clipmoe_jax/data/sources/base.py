@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from clipmoe_jax.core.checks import check_not_sparse, read_bytes, stored_bytes
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data.preprocess import num_pixels
-from clipmoe_jax.data.sources.files import FOLLOW_LINKS, is_linked
+from clipmoe_jax.data.sources.files import FOLLOW_LINKS, check_folder, is_linked
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Images of other kinds: not read, and counted as bad where a source looks for images.
@@ -170,8 +170,7 @@ class Images:
 
     def __init__(self, root: str, follow_links: bool = False):
         """follow_links: reads links inside. Raises FileNotFoundError if root is not a folder."""
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"images={root} is not a folder")
+        check_folder(root, f"images={root}")
         self._root = os.path.abspath(root)
         self._follow_links = follow_links
         self._is_linked = functools.lru_cache(4096)(functools.partial(is_linked, self._root))

@@ -35,6 +35,12 @@ def find_file(path: str, kind: str) -> Path:
     return Path(path)
 
 
+def check_folder(path: str, told: str) -> None:
+    """Raises FileNotFoundError, with `told` for the path, if it is not a folder."""
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{told} {'is not a folder' if os.path.exists(path) else 'does not exist'}")
+
+
 def max_annotation_bytes() -> int:
     """Returns how many bytes a file of captions of many images may have. It is held in memory, several times
     its size."""

@@ -18,7 +18,7 @@ from clipmoe_jax.data.sources.base import (
     raise_passing,
     read_file,
 )
-from clipmoe_jax.data.sources.files import plain_files_under
+from clipmoe_jax.data.sources.files import check_folder, plain_files_under
 
 IMAGES = rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES))})$"
 
@@ -40,8 +40,7 @@ class ImageFolder:
         Raises FileNotFoundError if root is not a folder, ValueError for a linked folder.
         """
         self._root, self._follow_links = Path(root), follow_links
-        if not self._root.is_dir():
-            raise FileNotFoundError(f"source {self.kind}:{root} is not a folder")
+        check_folder(root, f"source {self.kind}:{root}")
         paths, stems, captions = [], set(), {}
         for entry in plain_files_under(root, self.kind, follow_links):
             stem, suffix = os.path.splitext(entry.path)
