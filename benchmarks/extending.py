@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.keeping import BASE, CURRICULUM, MIXTURE, recall
+
 RESULTS = pathlib.Path(__file__).parent / "results" / "extending.json"
-OLD, SPECIALIST, EXTENDED = "base", "dense curriculum", "CLIP-MoE"
+TITLES = (BASE, CURRICULUM, MIXTURE)  # the old mixture, the new expert alone, the extended mixture
 WORLDS = ("new", "scenes", "glyphs")
 
 Seeds = dict[str, dict[str, dict[str, float]]]  # {workdir: {title of a model: {world: per cent}}}
@@ -29,8 +31,9 @@ def main() -> None:
     seeds: Seeds = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for workdir in map(pathlib.Path, sys.argv[1:]):
         results = json.loads((workdir / "eval" / "results.json").read_text())
-        seeds[workdir.name] = {title: worlds(results[title]) for title in (OLD, SPECIALIST, EXTENDED)}
-    RESULTS.write_text(json.dumps(dict(sorted(seeds.items())), indent=1) + "\n")
+        seeds[workdir.name] = {title: worlds(results[title]) for title in TITLES}
+    if sys.argv[1:]:
+        RESULTS.write_text(json.dumps(dict(sorted(seeds.items())), indent=1) + "\n")
     print(table(seeds))
 
 
@@ -41,11 +44,6 @@ def worlds(numbers: dict[str, Any]) -> dict[str, float]:
     return {world: round(100 * share, 2) for world, share in found.items()}
 
 
-def recall(numbers: dict[str, float]) -> float:
-    """Returns the mean of both R@1."""
-    return (numbers["image_to_text_r1"] + numbers["text_to_image_r1"]) / 2
-
-
 def table(seeds: Seeds) -> str:
     """Returns means and standard deviations over seeds, and the most that a seed loses of each world."""
 
@@ -53,11 +51,11 @@ def table(seeds: Seeds) -> str:
         return np.array([seed[title][world] for seed in seeds.values()])
 
     lines = [f"{'':24}" + "".join(f"{world:>16}" for world in WORLDS)]
-    for title in (OLD, SPECIALIST, EXTENDED):
+    for title in TITLES:
         values = (column(title, world) for world in WORLDS)
         lines.append(f"{title:24}" + "".join(f"{of.mean():9.1f} ± {of.std(ddof=1):4.1f}" for of in values))
-    before = {"new": SPECIALIST, "scenes": OLD, "glyphs": OLD}
-    lost = [column(before[world], world) - column(EXTENDED, world) for world in WORLDS]
+    before = {"new": CURRICULUM, "scenes": BASE, "glyphs": BASE}
+    lost = [column(before[world], world) - column(MIXTURE, world) for world in WORLDS]
     for name, of in (("lost", np.mean), ("lost at most", np.max)):
         lines.append(f"{name:24}" + "".join(f"{of(values):16.2f}" for values in lost))
     return "\n".join([*lines, f"{len(seeds)} seeds"])

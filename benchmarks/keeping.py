@@ -108,8 +108,12 @@ def _summary(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _both_axes(numbers: dict[str, Any]) -> dict[str, float]:
-    new = np.mean([numbers[name] for name in RECALL])
-    return {"new": round(100 * float(new), 2), "old": round(100 * numbers["retention"], 2)}
+    return {"new": round(100 * recall(numbers), 2), "old": round(100 * numbers["retention"], 2)}
+
+
+def recall(numbers: dict[str, Any]) -> float:
+    """Returns the mean of both R@1."""
+    return float(np.mean([numbers[name] for name in RECALL]))
 
 
 def of(seeds: list[Numbers], title: str, name: str) -> np.ndarray:

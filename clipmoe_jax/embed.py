@@ -58,7 +58,7 @@ def main(argv: list[str]) -> str:
         try:
             told.append(_embed(model))
         except preparation.TooManyBadRecordsError as error:
-            raise ValueError(f"{error}".replace("raise max_bad", "raise --max_bad")) from error
+            raise error.of_flag() from error
     if searches:
         told.append(_search(model, folder))
     return "\n".join(told)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> str:
             raise ValueError("--source is missing: KIND:PATH, or --merge where all parts are prepared")
         return _prepare_part(parts.Part.parse(options.part)) if options.part else _prepare()
     except preparation.TooManyBadRecordsError as error:
-        raise ValueError(f"{error}".replace("raise max_bad", "raise --max_bad")) from error
+        raise error.of_flag() from error
 
 
 def _prepare() -> str:

@@ -41,10 +41,15 @@ BAD_RECORDS = "bad_records.jsonl"
 # So many bad records show what is wrong: a source that has too many of them is read no further, and one with
 # fewer is read to its end, so that all are known at once.
 ENOUGH_BAD = 100
+RAISE_IT = "or raise max_bad_fraction"
 
 
 class TooManyBadRecordsError(ValueError):
     """A larger part of a source is bad than was allowed."""
+
+    def of_flag(self) -> ValueError:
+        """Returns the error of a command, where a flag says how much is allowed."""
+        return ValueError(str(self).replace(RAISE_IT, RAISE_IT.replace("max_bad", "--max_bad")))
 
 
 class Layout(NamedTuple):
@@ -134,7 +139,7 @@ class BadRecords:
         count = self.counts.total()
         if count <= self._max_fraction * self._total:
             return
-        advice = f"{self._advice}, or raise max_bad_fraction"
+        advice = f"{self._advice}, {RAISE_IT}"
         if set(self.counts) == {"missing caption"} and (at_least or count == self._total):
             advice = "each image needs a caption, in folder:DIR a .txt of its name beside it"
         raise TooManyBadRecordsError(

@@ -95,7 +95,7 @@ class Parquet:
             # Without pre_buffer a batch is in memory at a time, not a row group.
             with (
                 pyarrow.parquet.ParquetFile(_readable(file), pre_buffer=False) as opened,
-                _texts_of(file) as texts,
+                _texts_of(file, opened.metadata.schema) as texts,
             ):
                 for group in range(opened.num_row_groups):
                     end = row + opened.metadata.row_group(group).num_rows
@@ -143,12 +143,11 @@ def _start(chunk: Any) -> int:
     return min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
 
 
-def _texts_of(file: Path) -> Any:
+def _texts_of(file: Path, schema: Any) -> Any:
     """Opens a file so that its text comes as places in a dictionary: what is short there may expand to any
     length."""
     import pyarrow.parquet
 
-    schema = pyarrow.parquet.read_metadata(_readable(file)).schema
     paths = [schema.column(i).path for i in range(len(schema))]
     return pyarrow.parquet.ParquetFile(_readable(file), pre_buffer=False, read_dictionary=paths)
 
