@@ -37,7 +37,7 @@ def main(argv: list[str]) -> str | None:
     if flags.FLAGS.stage == DATA_STAGE:
         accelerators.take_none()
     profiled = _parse_profile(flags.FLAGS.profile)
-    distributed.initialize(flags.FLAGS.distributed)
+    distributed.initialize(flags.FLAGS.distributed, cli.say_aside)
     distributed.keep_compiled_programs()
     began = time.perf_counter()
 

@@ -121,6 +121,11 @@ def say(text: str) -> None:
     print(printable_line(text), flush=True)
 
 
+def say_aside(text: str) -> None:
+    """Prints a line on stderr at once, above any progress bar."""
+    tqdm.write(printable_line(text), file=sys.stderr)
+
+
 @contextlib.contextmanager
 def announced_preemption() -> Iterator[None]:
     """Prints, on process 0, where a run stopped if SIGTERM or Ctrl-C stops it in this block."""

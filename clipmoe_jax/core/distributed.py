@@ -58,7 +58,7 @@ class NotStartedError(ValueError):
     """The environment is that of several processes, and nothing started them."""
 
 
-def initialize(mode: str = "auto") -> None:
+def initialize(mode: str = "auto", tell: Callable[[str], None] = lambda text: None) -> None:
     """Joins the processes of this run. Call it before anything else touches a device.
 
     From then on SIGTERM and Ctrl-C are noted, for `preempted`; a second Ctrl-C ends the process at once.
@@ -67,6 +67,7 @@ def initialize(mode: str = "auto") -> None:
     are set; otherwise, on a TPU or where SLURM or Open MPI started several processes, lets JAX find them.
     "off": stays a single process, whatever the environment says. Raises ValueError if only some of the
     variables are set or one cannot be, and NotStartedError in an allocation of SLURM without srun.
+    tell: is given a line, in process 0, as soon as the first signal comes.
     """
     address = _address() if mode != "off" else None
     if address is not None:
@@ -75,7 +76,7 @@ def initialize(mode: str = "auto") -> None:
                 **address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=300
             )
         _client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
-    _note_signals()
+    _note_signals(tell)
 
 
 def _address() -> dict[str, Any] | None:
@@ -152,8 +153,8 @@ def _no_proxies() -> Iterator[None]:
         os.environ |= proxies
 
 
-def _note_signals() -> None:
-    """Notes SIGTERM and Ctrl-C from now on, wherever the main thread is.
+def _note_signals(tell: Callable[[str], None]) -> None:
+    """Notes SIGTERM and Ctrl-C from now on, wherever the main thread is, and tells of the first.
 
     Python's own handlers wait until that thread is back from XLA, so another one reads the signals, too.
     """
@@ -166,16 +167,19 @@ def _note_signals() -> None:
     os.set_blocking(written, False)
     signal.set_wakeup_fd(written)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
-    threading.Thread(target=_read_signals, args=[numbers], daemon=True).start()
+    threading.Thread(target=_read_signals, args=[numbers, tell], daemon=True).start()
 
 
-def _read_signals(numbers: int) -> None:
-    interrupts = 0
+def _read_signals(numbers: int, tell: Callable[[str], None]) -> None:
+    interrupts, told = 0, False
     while number := os.read(numbers, 1)[0]:
         interrupts += number == signal.SIGINT
         if interrupts > 1:
             os._exit(EXIT_INTERRUPTED)
         _note(number)
+        if not told and number in (signal.SIGINT, signal.SIGTERM) and is_main():
+            told, again = True, "; Ctrl-C again ends it at once" if interrupts else ""
+            tell(f"stopping as soon as what is done is saved{again}")
 
 
 def _note(number: int, frame: object = None) -> None:

@@ -182,9 +182,9 @@ def test_home_that_cannot_be_written_keeps_no_compiled_programs(tmp_path, monkey
 
 SIGNALLED = """
 import hashlib, os, signal, threading
-from clipmoe_jax.core import distributed
+from clipmoe_jax.core import cli, distributed
 
-distributed.initialize()
+distributed.initialize(tell=cli.say_aside)
 assert not distributed.preempted()
 os.kill(os.getpid(), signal.SIGINT)
 while not distributed.preempted():
@@ -197,7 +197,8 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which Python's own 
 
 def test_first_ctrl_c_is_noted_and_the_second_ends_the_process_at_once():
     done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (130, "")
+    told = "stopping as soon as what is done is saved; Ctrl-C again ends it at once\n"
+    assert (done.returncode, done.stderr) == (130, told)
     assert done.stdout == "here: stopped by Ctrl-C; start the same command again to go on 130\n"
 
 
