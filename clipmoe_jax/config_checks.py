@@ -94,8 +94,8 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
     for section in configs.FINE_TUNING_SECTIONS:
         if paths and (fraction := config[section].rehearsal_fraction) and not config.data.rehearsal:
             errors.add(
-                f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to pairs of what the "
-                "base knows"
+                f"{section}.rehearsal_fraction={fraction} needs data.rehearsal: set it to some hundred pairs "
+                "of what the base knows, a prepared data set or a source such as folder:DIR"
             )
     if config.router.loss == "features":
         if config.router.rehearsal_fraction and config.router.rehearsal != "distill":

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> str:
 def _define_flags() -> None:
     cli.define_config_flag()
     flags.DEFINE_enum("accelerator", "h100", list(accelerators.ACCELERATORS), "Whose peak, memory and links.")
-    flags.DEFINE_integer("devices", 8, "How many of them.", lower_bound=1)
+    flags.DEFINE_integer("devices", 1, "How many of them.", lower_bound=1)
     flags.DEFINE_integer("pairs", 0, "Training pairs; 0 counts config.data.train.", lower_bound=0)
     flags.DEFINE_float(
         "mfu",

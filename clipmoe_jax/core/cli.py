@@ -230,11 +230,15 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
             raise
         if place := _place(error):
             _fail(f"{_summary(error)}{place}{_renaming(str(error), renamed)}")
-        text = _one_line(error)
+        text = _one_line(error).replace(" ?", "?")  # absl's "Did you mean: workdir ?"
+        text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
+        text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
         if NEEDED in text:
             text = f"{text.split()[1].partition('=')[0]} is missing: --help describes it"
         hint = _renaming(text, renamed)
         is_flag = isinstance(error, flags.UnrecognizedFlagError)
+        if is_flag and not hint and not text.endswith("?"):
+            hint = ": --help describes those that there are"
         is_field = not is_flag and (hint or isinstance(error, AttributeError))
         _fail(f"no such config field: {text}{hint}" if is_field else text + hint)
     for name in flags.FLAGS:
@@ -344,7 +348,8 @@ def _one_line(error: BaseException) -> str:
     # Not splitlines: a stranger's file name may hold any of the characters that it takes for line breaks.
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if isinstance(error, flags.Error) or text.startswith(_OF_CONFIG_FILES):
-        lines = lines[-1:]  # where ml_collections puts a config file's own error, after its trace
+        # Where ml_collections puts a config file's own error, after its trace.
+        lines = [line.removeprefix("ValueError: ") for line in lines[-1:]]
     return " ".join(lines) or type(error).__name__
 
 

@@ -100,7 +100,7 @@ def open_evaluations(
         evaluations.append(evaluation)
     applicable, reasons = open_applicable(evaluations)
     for reason in reasons:
-        say(f"{reason}; left out")
+        say(f"skipped: {reason}")
     return applicable
 
 

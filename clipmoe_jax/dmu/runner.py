@@ -19,7 +19,7 @@ from clipmoe_jax.data.sources import num_sources
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
-from clipmoe_jax.dmu.recipes import BASELINES_STAGE, Results, check_baselines, distills, rehearses
+from clipmoe_jax.dmu.recipes import BASELINES_STAGE, Recipe, Results, check_baselines, distills, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.dmu.training import take_architecture
@@ -128,7 +128,13 @@ def _run_seed(
         }
         if not all((folder / name).exists() for name in described):  # for a report meanwhile
             _describe(folder, described)
-        run = Run(config, seed, folder, mesh, metrics, datasets, siblings, results.tell_model)
+        made_now: list[bool] = []  # of each model
+
+        def after_model(run: Run, recipe: Recipe, is_new: bool) -> None:
+            made_now.append(is_new)
+            results.tell_model(run, recipe, is_new)
+
+        run = Run(config, seed, folder, mesh, metrics, datasets, siblings, after_model)
         for name, make in stages.items():
             if show_first and name == BASELINES_STAGE and not stage:
                 if distributed.agree(results.lacks_baselines(run)):
@@ -137,6 +143,8 @@ def _run_seed(
                 evaluated = make(run)
                 if distributed.preempted():
                     raise distributed.Preempted(f"after stage {name}")
+        if made_now and not any(made_now):
+            metrics.say(f"{folder}: nothing was trained, as all of its models are there")
     if not stage:  # every one has agreed with this config
         _describe(folder, described)
     return evaluated

@@ -283,7 +283,7 @@ class _Attributes:
     def open(cls, data: DataSets) -> "_Attributes":
         records = data.records()
         if (table := records.attribute_table) is None:
-            raise NotApplicableError(f"{records.path} carries no attributes")
+            raise NotApplicableError(f"{records.path} has no attributes, as few data sets have")
         attributes = [records[i]["attributes"] for i in range(len(records))]
         labels = {
             name: np.array([attribute.values.index(of_one[name]) for of_one in attributes])

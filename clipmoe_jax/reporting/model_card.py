@@ -13,7 +13,7 @@ from clipmoe_jax.core.terminal import printable
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.reporting.read import WRITTEN_ANEW
-from clipmoe_jax.reporting.text_tables import COLUMNS, has_retention, has_retrieval
+from clipmoe_jax.reporting.text_tables import has_retrieval, score_columns
 
 PAPER = "[arXiv 2409.19291](https://arxiv.org/abs/2409.19291)"
 TITLES = {
@@ -340,10 +340,9 @@ def _provenance(source: epath.Path) -> list[str]:
     config = results.parent.parent / "config.json"
     with naming_files([results, config]):
         numbers = read_verified(results)
-        columns = dict(COLUMNS) if has_retrieval([numbers]) else {}
-        told = ["R@k: retrieval on the run's test set"] if columns else []
-        if has_retention([numbers]):
-            columns["old"] = "retention"
+        columns = score_columns([numbers])
+        told = ["R@k: retrieval on the run's test set"] if has_retrieval([numbers]) else []
+        if "old" in columns:
             told.append(f"old: {_retention(config)}")
         if columns:
             sections += ["## Evaluation", f"Per cent; {'; '.join(told)}.", _results(numbers, columns)]

@@ -12,6 +12,7 @@ FOOTNOTE = """\
 MFU is given (--mfu), measured (ViT-L/14's steps on one such device), predicted (by the roofline of a compiled
 step) or assumed; embedding has that of an MCL step. Time is without k-means (on the CPU of process 0),
 compilation and reading.
+Batch sizes: the config's, and the largest before what the last column says sets in.
 Activations are an upper bound. Transfers are at the vendor's bandwidth; docs/scaling.md says which
 of them run under the computation."""
 
@@ -94,7 +95,7 @@ def _step(plan: Plan, name: str) -> list[str]:
 
 
 def _batch_sizes(limits: Sequence[Limit], width: int) -> list[str]:
-    lines = [f"{'batch sizes':<{width}}{'config':>10}{'largest':>12}  in a larger batch"]
+    lines = [f"{'batch sizes':<{width}}{'config':>10}{'largest':>12}  what a larger one does"]
     for limit in limits:
         remark = " (so here)" if limit.exceeded else ""
         lines.append(

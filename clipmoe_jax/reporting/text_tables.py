@@ -1,6 +1,7 @@
 """Tables of results for a terminal: of one run, or of several seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,9 @@ from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANDOM_TIES
 from clipmoe_jax.evaluation.scores import NO_SHARES, shown_score
 
-COLUMNS = {
-    "i2t R@1": "image_to_text_r1",
-    "i2t R@5": "image_to_text_r5",
-    "t2i R@1": "text_to_image_r1",
-    "t2i R@5": "text_to_image_r5",
-}
-RECALL_AT_1 = COLUMNS["i2t R@1"], COLUMNS["t2i R@1"]
+R_AT_1 = {"i2t R@1": "image_to_text_r1", "t2i R@1": "text_to_image_r1"}
+R_AT_5 = {"i2t R@5": "image_to_text_r5", "t2i R@5": "text_to_image_r5"}
+RECALL_AT_1 = tuple(R_AT_1.values())
 HOW_TO_READ = (
     "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
     "caption. Active: what one token uses."
@@ -48,9 +45,7 @@ def format_variants(variants: Mapping[str, Sequence[Results]]) -> str:
 
 def has_retrieval(seeds: Sequence[Results]) -> bool:
     """Returns whether there was a test set for retrieval."""
-    return all(
-        key in numbers for results in seeds for numbers in results.values() for key in COLUMNS.values()
-    )
+    return all(key in numbers for results in seeds for numbers in results.values() for key in RECALL_AT_1)
 
 
 def recall_with_ties(seeds: Sequence[Results]) -> dict[str, str]:
@@ -80,18 +75,22 @@ def titles_with_retention(seeds: Sequence[Results]) -> list[str]:
     return [title for title in seeds[0] if all("retention" in results[title] for results in seeds)]
 
 
+def score_columns(seeds: Sequence[Results], ties: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Returns {column: key} of the scores that were measured. ties: of `recall_with_ties`, where shown."""
+    old = {"old": "retention"} if has_retention(seeds) else {}
+    return {**R_AT_1, **ties, **old, **R_AT_5} if has_retrieval(seeds) else old
+
+
 def has_cost(seeds: Sequence[Results]) -> bool:
     """Returns whether it is known what each model took to train; earlier versions did not say."""
     return all(key in numbers for results in seeds for numbers in results.values() for key in COST.values())
 
 
 def format_table(seeds: Sequence[Results]) -> str:
-    """Returns one row a model: recall if there is any, retention (mean ± standard deviation over seeds),
-    parameters, active parameters, cost of training."""
+    """Returns one row a model: recall@1 if there is any, retention, recall@5 (mean ± standard deviation over
+    seeds), parameters, active parameters, cost of training."""
     ties = recall_with_ties(seeds)
-    columns = {**COLUMNS, **ties} if has_retrieval(seeds) else {}
-    if has_retention(seeds):
-        columns["old"] = "retention"
+    columns = score_columns(seeds, ties)
     widths = {name: max(7 if len(seeds) == 1 else 11, len(name)) for name in columns}
     sizes = {"params": "parameters", "active": "active_parameters", **(COST if has_cost(seeds) else {})}
     widths |= dict.fromkeys(sizes, 8)
@@ -228,13 +227,15 @@ def shares_in_words(weights: Sequence[float]) -> str:
 
 
 def format_models(line: str, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Returns the table of one evaluation line: a row for each model, a column for each metric.
+    """Returns the table of one evaluation line: a row for each metric, a column for each model.
 
     numbers: {model: {line: {metric: value}}}, with a model named "model".
     """
     metrics = shown_metrics(list(numbers["model"][line]), [of_line[line] for of_line in numbers.values()])
-    widths = {name: max(6, len(name)) for name in map(short_name, metrics)}
-    rows = {name: [shown_score(m, of_line[line][m]) for m in metrics] for name, of_line in numbers.items()}
+    widths = {name: max(6, len(name)) for name in numbers}
+    rows = {
+        short_name(m): [shown_score(m, of_line[line][m]) for of_line in numbers.values()] for m in metrics
+    }
     return "\n".join([_in_per_cent(line, metrics), *_lines(widths, rows)])
 
 

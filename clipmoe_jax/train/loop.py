@@ -297,6 +297,7 @@ class _Reporter:
         self._progress.set_postfix_str("compiling")
         yield
         self.compile_seconds += time.perf_counter() - began
+        self._progress.unpause()  # the time left is that of steps
         self._progress.set_postfix_str(f"compiled in {time.perf_counter() - began:.0f} s", refresh=False)
 
     def time_waits(self, batches: Iterator[tuple[bool, loader.Batch]]) -> Iterator[tuple[bool, loader.Batch]]:

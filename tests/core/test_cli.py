@@ -342,8 +342,10 @@ def test_overrides_reach_main(run_command):
         ("config.num_steps=3", "unexpected argument 'config.num_steps=3'"),
         rest=[
             ("--config.data.batchsize=1", "'batchsize' Did you mean \"batch_size\""),
-            ("--config.num_steps=many", "--config.num_steps=many: invalid literal for int"),
-            ("--config=config.py:huge", "unknown arch 'huge': use small"),
+            ("--config.num_steps=many", "--config.num_steps=many: 'many' is not a whole number"),
+            ("--config=config.py:huge", "error: unknown arch 'huge': use small"),
+            ("--nowhere=1", "'nowhere': --help describes those that there are"),
+            ("--cofig=config.py", "Did you mean: config?"),
         ],
     ),
 )

@@ -64,4 +64,5 @@ def test_finished_stages_are_not_made_again(killed):
     before = {p: p.stat().st_mtime_ns for p in killed.glob("**/done.json")}
     again = run(killed, "router, after a checkpoint")  # would be killed if it trained
     assert again.returncode == 0, again.stderr
+    assert f"{killed}: nothing was trained, as all of its models are there" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in killed.glob("**/done.json")} == before
