@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from grids import exhaustive
 
-from benchmarks import ours, peers, steps, timing
+from benchmarks import features, ours, peers, steps, timing
 from benchmarks.workload import RULES, Workload
 from clipmoe_jax.core import accelerators, trees
 from clipmoe_jax.interop import huggingface
@@ -119,3 +119,32 @@ def test_command(tmp_path):
     assert mine["times_as_fast"] == pytest.approx(ratio)
     assert mine["pairs_per_second"] == pytest.approx(4e3 / mine["milliseconds"])
     assert "mcl: PyTorch" in done.stdout and {"jax", "torch"} <= content["device"].keys()
+
+
+@exhaustive
+def test_features_are_those_of_transformers_open_clip_and_onnx(tmp_path):
+    """The command refuses features that differ, and times each program in each round."""
+    flags = ("--variant=tiny", "--parts=encode,files", "--batches=2", "--files=6", "--rounds=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.features", *flags, f"--out={tmp_path}/features.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not done.returncode, done.stderr
+    rows = json.loads((tmp_path / "features.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["image, batch 2", "text, batch 2", "6 files"]
+    encoders = {features.OURS, features.TRANSFORMERS, features.OPEN_CLIP, features.ONNX}
+    for row, programs in zip(rows, (encoders, encoders, {features.OURS, features.OPEN_CLIP}), strict=True):
+        assert row["seconds"].keys() == programs and all(len(s) == 2 for s in row["seconds"].values())
+
+
+def test_other_features_are_refused(monkeypatch):
+    class Worker:
+        def __init__(self, side, kind, sizes):
+            self.told = {"features": [[1.0, 0.0 if sizes["program"] == features.OURS else 0.1]]}
+
+    monkeypatch.setattr(features, "Worker", Worker)
+    with pytest.raises(ValueError, match="image: open_clip has other features than clipmoe_jax"):
+        features.measure("image", [features.OURS, features.OPEN_CLIP], {}, 1)
