@@ -1,6 +1,6 @@
 """Times the MoE block with each dispatch against a dense feed-forward layer, as ratios within one run.
 
-    python -m benchmarks.moe_block                       # the sizes of the README's table
+    python -m benchmarks.moe_block                       # the sizes of docs/benchmarks.md
     python -m benchmarks.moe_block --tokens=25700 --width=1024 --hidden=4096 --dtype=bfloat16
 
 Two ratios: forward, and forward plus the gradient for inputs and router (the experts are frozen, as in router
@@ -71,7 +71,7 @@ def make_calls(
 
 
 def main() -> None:
-    """Measures and prints the README's table."""
+    """Measures and prints the table of docs/benchmarks.md."""
     parser = timing.moe_parser(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()

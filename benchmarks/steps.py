@@ -1,6 +1,6 @@
 """Times whole training steps with AdamW beside PyTorch's on the same device.
 
-    python -m benchmarks.steps --rounds=3 --caption_tokens=60                    # half of README's table
+    python -m benchmarks.steps --rounds=3 --caption_tokens=60             # half of docs/benchmarks.md's table
     python -m benchmarks.steps --variant=tiny --batch=4 --text=32 --rounds=1     # to try the command
 
 Kinds: product (of two square matrices), mcl, everything, router. Both sides take turns; a time is the median

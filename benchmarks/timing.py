@@ -21,7 +21,7 @@ LEAST_SECONDS = 0.1  # of a measurement: quick calls are repeated, one behind th
 
 
 def moe_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser of the sizes of a MoE block: those of the README's table by default."""
+    """Returns a parser of the sizes of a MoE block: those of docs/benchmarks.md by default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tokens", type=int, default=1600)
     parser.add_argument("--width", type=int, default=768)

@@ -6,7 +6,8 @@
 
 A config with `variants` is a sweep: each variant is a run in WORKDIR/VARIANT, and one table compares them
 (--config=sweep). A finished stage is not run again, and a killed run resumes. `--stage` runs one stage
-alone: data, base, embed_1, cluster_1, mcl_1, …, upcycle, router, baselines, evaluate.
+alone, of those that the config has: data, base, rehearsal, embed_1, cluster_1, mcl_1, …, consolidation,
+upcycle, router, baselines, evaluate.
 
 `--profile=100:105` traces steps 100 to 105 of each phase: WORKDIR/profile/PHASE, for ui.perfetto.dev.
 `python -m clipmoe_jax.plan` estimates beforehand what a run takes on any number of devices.

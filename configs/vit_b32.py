@@ -7,15 +7,15 @@
         --config.base.checkpoint=hf-hub:openai/clip-vit-base-patch32 --config.data.train=data/train \\
         --config.data.test=data/test
 
-`:keep` is the recipe of docs/keeping.md, for the new detail and what the base knew; data/general holds some
-hundred images and captions of the kind that the base knows. Without it, the published recipe, whose routers
-see the new data alone. The folders are made by clipmoe_jax.prepare. Another base of this size is another
-name, such as `open_clip:ViT-B-32/laion2b_s34b_b79k` (docs/interop.md); another ViT:
-`vit_b32.py:variant=ViT-B/16`. Hardware: meant for one GPU: remat, and the batch of 800 in eight parts (not
-measured yet).
+`:keep` is the recipe of docs/keeping.md, for the new detail and what the base knew; data/general holds
+images and captions of the kind that the base knows, at least one batch of the routers. Without `:keep`, the
+published recipe, whose routers see the new data alone. The folders are made by clipmoe_jax.prepare. Another
+base of this size is another name, such as `open_clip:ViT-B-32/laion2b_s34b_b79k` (docs/interop.md); another
+ViT: `vit_b32.py:variant=ViT-B/16`. Hardware: meant for one GPU: remat, and the batch of 800 in eight parts
+(not measured yet).
 
 Arguments: keep; variant; init_from=previous (the default here: chained stages) or base; baselines trains the
-dense models of docs/keeping.md, without keep those of published recipes, beside it, for some times as long;
+dense models of docs/keeping.md beside it, for about twice as long, without keep those of published recipes;
 runlocal.
 """
 
@@ -32,7 +32,6 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config = default_config()
     set_architecture(config, arg.variant)
-    config.mcl.init_from = arg.init_from
     config.compute.remat = "dots"
     baselines = OF_PAPERS
     if arg.keep:
@@ -40,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.consolidation.num_epochs = 1
         config.router.learning_rate = 1e-3
         baselines = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs")
+    config.mcl.init_from = arg.init_from
     for section in (config.mcl, config.consolidation, config.router):
         section.accumulation_steps = 8
     config.baselines = baselines if arg.baselines else ()

@@ -6,7 +6,8 @@
 
 Data as in vit_l14_sharegpt4v.py. Hardware: meant for 8 GPUs of 80 GB, with remat; 577 image tokens in place
 of 257, so more than twice its time (not measured yet). Expected numbers: the paper gives none for retrieval
-at this size. Arguments as in vit_l14_sharegpt4v.py.
+at this size. Arguments: init_from and runlocal
+as in vit_l14_sharegpt4v.py.
 """
 
 from ml_collections import ConfigDict

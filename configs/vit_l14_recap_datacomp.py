@@ -9,7 +9,8 @@ has a million good pairs or more; for fewer set --config.data.train_split=train.
 vit_l14_sharegpt4v.py, whose recipe this is.
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 64.0, text-to-image 45.2; Flickr30k (all 31k images)
-56.8 and 40.8; ImageNet 74.3. Not yet reproduced with this code. Arguments as in vit_l14_sharegpt4v.py.
+56.8 and 40.8; ImageNet 74.3. Not yet reproduced with this code. Arguments: init_from and runlocal
+as in vit_l14_sharegpt4v.py.
 """
 
 from ml_collections import ConfigDict

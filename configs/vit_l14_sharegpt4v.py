@@ -21,8 +21,9 @@ parts. One H100 takes 153 ms for an MCL step of 100 pairs and 278 ms for a route
 To expect (the paper, recall@1 %): COCO 5k image-to-text 65.0, text-to-image 46.8; the base 56.1 and 35.4;
 direct fine-tuning 63.3 and 44.5. Not yet reproduced with this code.
 
-Arguments: init_from=previous chains the stages instead of starting each from the base; runlocal takes 64
-pairs and a few steps of small batches, so that a laptop can try the machinery on any prepared data set.
+Arguments: init_from=previous chains the stages, as `:keep` does, and base starts each from the base;
+runlocal takes 64 pairs and a few steps of small batches, so that a laptop can try the machinery on any
+prepared data set.
 
 `:keep` is the recipe of docs/keeping.md, for the new detail and what the base knew, with its dense controls:
 
@@ -45,10 +46,9 @@ from clipmoe_jax.config import default_config, keep_old, parse_arg, run_locally
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The defaults of `default_config` are this run, but for remat."""
-    arg = parse_arg(arg, init_from="base", runlocal=False, keep=False)
+    """The defaults of `default_config` are this run, but for remat and baselines."""
+    arg = parse_arg(arg, init_from="", runlocal=False, keep=False)
     config = default_config()
-    config.mcl.init_from = arg.init_from
     config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.keep:
@@ -56,6 +56,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.consolidation.num_epochs = 1
         config.router.learning_rate = 1e-3
         config.baselines = ("direct_ft_same_pairs", "curriculum_distilled_same_pairs")
+    if arg.init_from:
+        config.mcl.init_from = arg.init_from
     if arg.runlocal:
         run_locally(config)
     return config

@@ -35,7 +35,7 @@ def _option(flag: Any) -> str:
         head += f"={VALUES.get(flag.flag_type(), '…')}"
     if any(NEEDED in validator.message for validator in flag.validators):
         head += "  (required)"
-    elif not flag.boolean and flag.default not in (None, ""):
+    elif not flag.boolean and flag.default not in (None, "", []):
         default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         head += f"  (default {default})"
     return f"  {head}\n{_wrapped(text.partition(REPEATED)[0], ' ' * 6)}"
