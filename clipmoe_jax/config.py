@@ -446,4 +446,18 @@ def upgrade_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"made by an earlier version with {name}={value!r}, now {new}: choose another workdir"
             )
-    return upgraded
+    return without_effectless(upgraded)
+
+
+def without_effectless(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an artifact's inputs ({dotted field: value}) without fields that change no result.
+
+    The gradient of a batch is the same in any number of microbatches, and a base from a checkpoint is not
+    trained.
+    """
+    is_imported = bool(inputs.get("base.checkpoint"))
+    return {
+        name: value
+        for name, value in inputs.items()
+        if not name.endswith(".accumulation_steps") and not (is_imported and name.startswith("base.train."))
+    }

@@ -121,12 +121,13 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         self._manager = _CheckpointManager(absolute(folder), options=options)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> bool:
         """Starts to write a state (its `trainable` and `opt_state`) after `step` steps.
 
-        meta: values to store with it, as JSON.
+        meta: values to store with it, as JSON. Returns False, and writes nothing, where there is one of this
+        step or a later one.
         """
-        self._manager.save(
+        return self._manager.save(
             step,
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(state.trainable),

@@ -23,11 +23,11 @@ def whole_number(name: str, value: object, most: int, least: int = 1) -> int:
     raise ValueError(f"{name}={shown} must be a whole number from {least:,} to {most:,}")
 
 
-def number(name: str, value: object, most: float, least: float = 0.0) -> float:
-    """Returns a value that is a number in a range. Raises ValueError naming it for any other."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most:
+def number(name: str, value: object, most: float) -> float:
+    """Returns a value that is a number from 0 to `most`. Raises ValueError naming it for any other."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most:
         return value  # NaN compares as False
-    raise ValueError(f"{name}={reprlib.repr(value)} must be a number from {least:g} to {most:g}")
+    raise ValueError(f"{name}={reprlib.repr(value)} must be a number from 0 to {most:g}")
 
 
 def fields_of(kind: Any, name: str, fields: object) -> dict[str, Any]:

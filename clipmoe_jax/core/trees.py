@@ -100,6 +100,7 @@ def blend(base: Params, params: Params, share: float) -> dict:
     return jax.tree.map(lambda old, new: (1 - share) * old + share * new, base, params)
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
+def _some(names: Sequence[str]) -> str:
+    most = 4
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -151,8 +151,8 @@ class Recipe:
         sampler: "clusters" draws each batch from one cluster of what the model before encodes.
         num_steps: None is as long as the section says.
         rehearsal: how it rehearses what the base knew. "section": as its section says. "pairs" and "distill":
-            that, in the share of its steps that `router.rehearsal_fraction` is. "half": to distill, in half
-            of its steps, where routers rehearse at all.
+            that, where routers rehearse.
+        rehearsal_share: of its steps, for "pairs" and "distill"; 0 is `router.rehearsal_fraction`.
         losses: fields of `train.step.LossConfig` that differ from the config's, given the config.
         teacher: the model whose features it learns to give, by cosine, on new and on rehearsed pairs; "" for
             none.
@@ -172,7 +172,8 @@ class Recipe:
     section: str = "mcl"
     sampler: Literal["shuffled", "clusters"] = "shuffled"
     num_steps: Steps | None = None
-    rehearsal: Literal["section", "none", "pairs", "distill", "half"] = "section"
+    rehearsal: Literal["section", "none", "pairs", "distill"] = "section"
+    rehearsal_share: float = 0.0
     losses: Callable[[ConfigDict], Mapping[str, float]] = lambda config: {}
     teacher: str = ""
     adapter_rank: int = 0
@@ -254,9 +255,8 @@ class Recipe:
         if self.rehearsal == "section":
             section = self.hyperparameters(config)
             return section.rehearsal_fraction, section.rehearsal
-        if self.rehearsal == "half":
-            return 0.5 if config.router.rehearsal_fraction else 0.0, "distill"
-        return config.router.rehearsal_fraction, self.rehearsal
+        share = config.router.rehearsal_fraction
+        return self.rehearsal_share or share if share else 0.0, self.rehearsal
 
 
 def rehearses(config: ConfigDict) -> bool:
@@ -266,8 +266,17 @@ def rehearses(config: ConfigDict) -> bool:
 
 def distills(config: ConfigDict) -> bool:
     """Returns whether some model of a config rehearses by distillation."""
-    rehearsals = [row.rehearsal_of(config) for row in recipes(config).values() if row.trains]
-    return any(fraction and kind == "distill" for fraction, kind in rehearsals)
+    return any(_distills(row, config) for row in recipes(config).values())
+
+
+def imitates_base(config: ConfigDict) -> bool:
+    """Returns whether some model rehearses by distillation from the base, and not from a teacher."""
+    return any(_distills(row, config) and not row.teacher for row in recipes(config).values())
+
+
+def _distills(row: Recipe, config: ConfigDict) -> bool:
+    fraction, kind = row.rehearsal_of(config) if row.trains else (0.0, "")
+    return bool(fraction) and kind == "distill"
 
 
 def from_base(config: ConfigDict) -> tuple[str, ...]:
@@ -495,7 +504,8 @@ BASELINES: Sequence[Recipe] = (
         "baseline",
         from_base,
         TRAIN_TOWERS,
-        rehearsal="half",
+        rehearsal="distill",
+        rehearsal_share=0.5,
         teacher=ROUTER_NAME,
     ),
     # Several dense models, features side by side: as many times the encoding.
@@ -522,11 +532,6 @@ OF_PAPERS = (
 )
 
 
-def baseline_names() -> tuple[str, ...]:
-    """Returns every name that `config.baselines` may have."""
-    return tuple(row.name for row in BASELINES)
-
-
 def check_baselines(config: ConfigDict) -> None:
     """Raises ValueError naming the baselines that there are not, or that lack what they are made from."""
     known, errors = {row.name: row for row in BASELINES}, Errors()
@@ -542,7 +547,8 @@ def check_baselines(config: ConfigDict) -> None:
             errors.add(f"baselines: {name!r} needs consolidation: set consolidation.num_epochs or .num_steps")
         if name == "published_moe" and config.moe.expert_layers != "feed_forward":
             errors.add(f"baselines: {name!r} is of feed-forward layers: set moe.expert_layers=feed_forward")
-        if row.rehearsal in ("pairs", "distill") and not config.router.rehearsal_fraction:
+        as_routers = row.rehearsal in ("pairs", "distill") and not row.rehearsal_share
+        if as_routers and not config.router.rehearsal_fraction:
             errors.add(
                 f"baselines: {name!r} rehearses as often as the routers do: set router.rehearsal_fraction"
             )

@@ -369,12 +369,16 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
         made = recipes.recipes(run.config)
         architecture, base = run.load(run.workdir / made[recipes.BASE_NAME].folder)
         _, params = run.load(run.workdir / recipe.folder)
-        numbers = {}
-        for share in BLEND_SHARES:
-            blend = trees.blend(base, params, share)
-            subject = run.subject(run.encoder_of(architecture, blend))
-            numbers[f"{share:.2f}"] = _both_axes(run, subject)
-        artifacts.write_json(folder / "results.json", numbers)
+        # A file each, so that a killed pass goes on with the next share.
+        files = {share: folder / f"{share:.2f}.json" for share in BLEND_SHARES}
+        for share, file in files.items():
+            if not distributed.agree(file.exists()):
+                blend = trees.blend(base, params, share)
+                artifacts.write_json(file, _both_axes(run, run.subject(run.encoder_of(architecture, blend))))
+        if distributed.is_main():
+            artifacts.write_json(
+                folder / "results.json", {file.stem: read_json(file) for file in files.values()}
+            )
         return {}
 
     folder = _folder(run, recipe) / f"blends-{_digest(run.config.retention)}"

@@ -25,9 +25,6 @@ from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.model_folder import load_model
 
-# Fields that change no result: the gradient of a batch is the same in any number of microbatches.
-WITHOUT_EFFECT = tuple(f"{s}.accumulation_steps" for s in configs.FINE_TUNING_SECTIONS)
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -60,8 +57,8 @@ class Run:
             prefixes = (*prefixes, "data.base")  # the pairs that the base is trained on
         flat = trees.flatten(self.config.to_dict())
         values = {name.replace("/", "."): value for name, value in flat.items()}
-        left_out = (*without, *WITHOUT_EFFECT)
-        chosen = {n: v for n, v in values.items() if n.startswith(prefixes) and n not in left_out}
+        chosen = {n: v for n, v in values.items() if n.startswith(prefixes) and n not in without}
+        chosen = configs.without_effectless(chosen)
         for field, (neutral, dependent) in configs.NEUTRAL.items():
             if values[field] == neutral:
                 chosen = {n: v for n, v in chosen.items() if n not in (field, *dependent)}

@@ -63,7 +63,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
         if recipe.is_moe(config):
             stages["upcycle"] = lambda run, recipe=recipe: upcycle(run, recipe)
         stages[recipe.name] = lambda run, recipe=recipe: make_model(run, recipe)
-        if recipe.group == "base" and recipes.rehearses(config):
+        if recipe.group == "base" and recipes.imitates_base(config):
             stages["rehearsal"] = encode_rehearsal
     if config.baselines:
         stages[recipes.BASELINES_STAGE] = make_baselines
@@ -78,7 +78,7 @@ def embed(run: Run, stage: int) -> None:
 
     def build(folder: epath.Path) -> dict:
         encoder = run.encoder(source)
-        num_pairs = len(run.pairs("train"))
+        num_pairs = len(run.records("train"))
         starts = range(0, num_pairs, PART_ROWS)  # whatever the batch size is when a killed pass goes on
         with run.metrics.progress(name, 0, num_pairs, unit="pair") as progress:
             for part, start in enumerate(starts):
@@ -98,7 +98,7 @@ def embed(run: Run, stage: int) -> None:
     began = time.perf_counter()
     if run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_encoding(run, before), build):
         seconds = duration(time.perf_counter() - began)
-        run.metrics.say(f"{name}: {len(run.pairs('train')):,} pairs encoded in {seconds}")
+        run.metrics.say(f"{name}: {len(run.records('train')):,} pairs encoded in {seconds}")
 
 
 def _encode(

@@ -60,9 +60,15 @@ def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
     of_others = () if recipe.group == "moe" else recipes.OF_CLIP_MOE
     settings = run.config.baseline_settings.get(recipe.name, {})
     replaced = [f"{recipe.section}.{field}" for field in settings]
-    prefixes = (*prefixes, f"baseline_settings.{recipe.name}.")
+    prefixes = (*prefixes, *(f"baseline_settings.{name}." for name in _lineage(run.config, recipe)))
     fields = run.fields(*prefixes, without=(*recipe.ignores, *of_others, *replaced))
     return {n: recipe.router_stddev(run.config) if n == "moe.router_stddev" else v for n, v in fields.items()}
+
+
+def _lineage(config: ConfigDict, recipe: Recipe) -> set[str]:
+    """The names of a recipe and of all that its model is made from."""
+    made = recipes.recipes(config)
+    return {recipe.name}.union(*(_lineage(config, made[name]) for name in recipe.experts(config)))
 
 
 def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
@@ -228,7 +234,7 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
         section = recipe.hyperparameters(run.config)
         report: dict[str, int] = {}
         if clusters is None:
-            num_pairs = len(run.pairs("train"))
+            num_pairs = len(run.records("train"))
             sampler = samplers.ShuffledSampler(num_pairs, section.batch_size, run.seed, _shares(run))
         else:
             sampler = samplers.ClusterSampler(
@@ -364,10 +370,9 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
     fraction, kind = recipe.rehearsal_of(run.config)
     if not fraction:
         return None
-    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
 
     def drawn(name: str, seed: int) -> Drawn:
-        pairs = run.pairs(name, short_captions=loss.short_caption_weight > 0)
+        pairs = run.pairs(name, short_captions=kind == "pairs" and loss.short_caption_weight > 0)
         return Drawn(pairs, samplers.ShuffledSampler(len(pairs), section.batch_size, seed))
 
     if kind == "pairs":
@@ -377,6 +382,7 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
     if recipe.teacher:
         return Rehearsal(drawn(images, run.seed), fraction, loss, captions=others)
     imitates = "features" if loss.imitates == "features" else "similarities"
+    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
     loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
     targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipmoe_jax.core.checks import read_bytes
+from clipmoe_jax.evaluation.scores import GROUP
 
 MOST_GROUPS = 100
 
@@ -27,14 +28,15 @@ def read_groups(table: str, ids: Sequence[str]) -> list[str]:
         raise ValueError(f"groups={table} names no column: write FILE.csv#COLUMN")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"groups={file} does not exist")
+    content = read_bytes(file)
     try:
-        header, *rows = csv.reader(io.StringIO(read_bytes(file).decode("utf-8-sig")))
+        header, *rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row] or [[]]
+        if column not in header[1:]:
+            raise ValueError(f"groups={file} has no column {column!r} after the first, of ids")
         place = header.index(column, 1)
-        group_of = {row[0]: row[place] for row in rows if row}
+        group_of = {row[0]: row[place] for row in rows}
     except (UnicodeDecodeError, csv.Error, IndexError) as error:
         raise ValueError(f"groups={file} is no table of commas in UTF-8: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"groups={file} has no column {column!r} after the first, of ids") from error
     if missing := [one for one in ids if one not in group_of]:
         raise ValueError(
             f"groups={file} lacks {len(missing):,} of {len(ids):,} images, the first {missing[0]!r}"
@@ -50,6 +52,6 @@ def group_metrics(right: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
     has, and the share of each group under its name, `group NAME`. right (N,) bool, groups (N,).
     """
     of_image = np.asarray(groups)
-    shares = {f"group {name}": float(right[of_image == name].mean()) for name in sorted(set(groups))}
+    shares = {f"{GROUP}{name}": float(right[of_image == name].mean()) for name in sorted(set(groups))}
     worst, best = min(shares.values()), max(shares.values())
     return {"worst_group": worst, "gap": best - worst} | shares

@@ -14,8 +14,6 @@ def precision_metrics(
     answers: np.ndarray,
     group_of_query: np.ndarray,
     group_of_answer: np.ndarray,
-    *,
-    ranks: tuple[int, ...] = RANKS,
 ) -> dict[str, float]:
     """Returns `p1`, `p5`, …, the share of right answers among the first k, and `map`, the mean over queries
     of the average precision: the mean over a query's right answers of the precision down to each.
@@ -29,14 +27,14 @@ def precision_metrics(
     counted = np.flatnonzero(np.isin(group_of_query, group_of_answer))
     if not len(counted):
         raise ValueError("precision: no query has a right answer")
-    size, found = max(1, CHUNK // len(answers)), {f"p{k}": 0.0 for k in ranks} | {"map": 0.0}
+    size, found = max(1, CHUNK // len(answers)), {f"p{k}": 0.0 for k in RANKS} | {"map": 0.0}
     for start in range(0, len(counted), size):
         chunk = counted[start : start + size]
         right = group_of_query[chunk][:, None] == group_of_answer
         order = np.lexsort((right, -(queries[chunk] @ answers.T)))
         right = np.take_along_axis(right, order, axis=1)
         precision = np.cumsum(right, axis=1) / np.arange(1, len(answers) + 1)
-        for k in ranks:
+        for k in RANKS:
             found[f"p{k}"] += right[:, :k].sum() / k
         found["map"] += np.sum((precision * right).sum(axis=1) / right.sum(axis=1))
     return {name: float(total / len(counted)) for name, total in found.items()}

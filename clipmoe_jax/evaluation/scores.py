@@ -1,10 +1,21 @@
 """Shows the values of metrics by their names: evaluations return shares, people read per cent."""
 
-# Endings of metrics' names.
+GROUP = "group "  # the beginning of the name of a share of a group, whose own name may end in anything
+# Endings of the other metrics' names.
 LOWER_IS_BETTER = ("fpr95", "rank")
 NO_SHARES = ("rank", "C", "alpha")  # not between 0 and 1
 
 
+def is_share(metric: str) -> bool:
+    """Returns whether a metric is between 0 and 1."""
+    return metric.startswith(GROUP) or not metric.endswith(NO_SHARES)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Returns whether a metric is better the lower it is."""
+    return not metric.startswith(GROUP) and metric.endswith(LOWER_IS_BETTER)
+
+
 def shown_score(metric: str, value: float) -> str:
     """Returns a metric's value to show: a share in per cent, without the sign; others as they are."""
-    return f"{value:.4g}" if metric.endswith(NO_SHARES) else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.4g}"

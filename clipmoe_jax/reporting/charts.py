@@ -38,8 +38,8 @@ class Curve(NamedTuple):
 
 
 def expert_colour(expert: int) -> str:
-    """Returns the colour of an expert, or of the stage that it came from."""
-    return EXPERT_COLOURS[expert]
+    """Returns the colour of an expert, or of the stage that it came from; beyond ten they come again."""
+    return EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
 
 
 def draw_curves(

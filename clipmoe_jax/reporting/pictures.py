@@ -72,9 +72,8 @@ def overlay(experts: np.ndarray) -> str:
     """Returns a data URI of a picture that tints each patch by its expert, one pixel a patch: int (G, G)."""
     rgb = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in EXPERT_COLOURS]
     alpha = np.full((*experts.shape, 1), round(255 * OVERLAY_ALPHA), np.uint8)
-    return _data_uri(
-        Image.fromarray(np.concatenate([np.array(rgb, np.uint8)[experts], alpha], axis=-1)), "PNG"
-    )
+    tint = np.array(rgb, np.uint8)[experts % len(rgb)]
+    return _data_uri(Image.fromarray(np.concatenate([tint, alpha], axis=-1)), "PNG")
 
 
 def _data_uri(image: Image.Image, form: str) -> str:

@@ -181,7 +181,7 @@ def read_curves(folder: Folder) -> Curves:
     """Returns {phase: {"step" and each number: (T,) float64}} of metrics.jsonl in the order of the phases.
 
     Raises NotThereError if no phase has written a line yet. A resumed run repeats steps: the later line
-    counts.
+    counts. NaN stands where a line lacks a number, as validation may be turned on later.
     """
     phases: dict[str, dict[int, dict[str, float]]] = {}
     for where, line in read_lines(folder.file("metrics.jsonl", "base")):
@@ -192,8 +192,8 @@ def read_curves(folder: Folder) -> Curves:
     curves = {}
     for phase, by_step in phases.items():
         lines = [by_step[step] for step in sorted(by_step)]
-        names = [name for name in lines[0] if name != "phase"]
-        curves[phase] = {name: np.array([line[name] for line in lines], np.float64) for name in names}
+        names = dict.fromkeys(name for line in lines for name in line if name != "phase")
+        curves[phase] = {name: np.array([line.get(name, np.nan) for line in lines]) for name in names}
     return curves
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import ERROR, RANKS
-from clipmoe_jax.evaluation.scores import LOWER_IS_BETTER, NO_SHARES
+from clipmoe_jax.evaluation.scores import is_share, lower_is_better
 from clipmoe_jax.reporting.text_tables import (
     COST,
     differences,
@@ -110,8 +110,8 @@ def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
         numbers = [r[title]["evaluations"][line] for r in seeds for title in titles]
         metrics = shown_metrics(list(numbers[0]), numbers)
         scores = [[[r[title]["evaluations"][line][m] for m in metrics] for title in titles] for r in seeds]
-        scales = np.array([1 if m.endswith(NO_SHARES) else 100 for m in metrics])
-        cells = score_cells(scales * np.array(scores), [m.endswith(LOWER_IS_BETTER) for m in metrics])
+        scales = np.array([100 if is_share(m) else 1 for m in metrics])
+        cells = score_cells(scales * np.array(scores), [lower_is_better(m) for m in metrics])
         columns = [short_name(metric).replace("_", " ") for metric in metrics]
         rows = dict(zip(titles, cells, strict=True))
         if chance := seeds[0][titles[0]].get("chance", {}).get(line):

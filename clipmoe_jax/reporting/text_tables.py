@@ -8,7 +8,7 @@ import numpy as np
 
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANDOM_TIES
-from clipmoe_jax.evaluation.scores import NO_SHARES, shown_score
+from clipmoe_jax.evaluation.scores import is_share, shown_score
 
 R_AT_1 = {"i2t R@1": "image_to_text_r1", "t2i R@1": "text_to_image_r1"}
 R_AT_5 = {"i2t R@5": "image_to_text_r5", "t2i R@5": "text_to_image_r5"}
@@ -173,7 +173,7 @@ def short_name(metric: str) -> str:
 
 def _in_per_cent(line: str, metrics: Sequence[str]) -> str:
     """The heading of a table of an evaluation."""
-    others = [short_name(metric) for metric in metrics if metric.endswith(NO_SHARES)]
+    others = [short_name(metric) for metric in metrics if not is_share(metric)]
     return f"{line}, per cent" + (f" but for {', '.join(others)}" if others else "")
 
 

@@ -119,7 +119,13 @@ def fit(
             if validation is None or not step or (step % validation.every_steps and step != num_steps):
                 return step_metrics
             progress.set_postfix_str("validation")
-            recalls = validation.measure(trees.merge(state.trainable, held))
+            newest = fetch(*pending) if pending is not None else step_metrics
+            try:
+                recalls = validation.measure(trees.merge(state.trainable, held))
+            except distributed.Preempted as preempted:
+                if checkpointer.latest_step() != step:
+                    checkpointer.save(step, state, {"phase": name, **newest})
+                raise distributed.Preempted(f"{name}, step {step}") from preempted
             if best:
                 best.offer(step, state, recalls)
             return step_metrics | {f"validation_{metric}": recall for metric, recall in recalls.items()}
@@ -163,12 +169,7 @@ def fit(
         reporter = _Reporter(name, metrics, progress, start, num_steps, loop.log_every, phase.batch_size)
         pending = None
         for step, (rehearses, batch) in enumerate(reporter.time_waits(batches), start):
-            try:
-                step_metrics = validate(step)  # a resumed phase measures its checkpoint again
-            except distributed.Preempted as preempted:
-                if pending is not None and checkpointer.latest_step() != step:
-                    checkpointer.save(step, state, {"phase": name, **fetch(*pending)})
-                raise distributed.Preempted(f"{name}, step {step}") from preempted
+            step_metrics = validate(step)  # a resumed phase measures its checkpoint again
             arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
             metrics.profile(name, step, state)
@@ -191,8 +192,8 @@ def fit(
                 raise distributed.Preempted(f"{name}, step {done}")
         if pending is not None:
             step_metrics = fetch(*pending)
-            step_metrics = validate(num_steps)
-            reporter.report(num_steps, step_metrics)
+        step_metrics = validate(num_steps)
+        reporter.report(num_steps, step_metrics)
         if best:
             state = best.restore(state)
             step_metrics |= {"best_step": int(state.step)}
@@ -241,7 +242,8 @@ def _restore(
 class _Best:
     """The state with the highest mean of recalls, kept on disk; of equal ones the first.
 
-    A resumed phase offers states again that it has offered before.
+    A resumed phase offers states again that it has offered before: one of a step before the kept one's is not
+    kept, even if it measures better this time.
     """
 
     def __init__(self, checkpointer: Checkpointer, like: TrainState):
@@ -252,9 +254,8 @@ class _Best:
     def offer(self, step: int, state: TrainState, recalls: Mapping[str, float]) -> None:
         """Keeps a state if it is better than the one kept."""
         score = float(np.mean(list(recalls.values())))
-        if score > self._score:
+        if score > self._score and self._checkpointer.save(step, state, {"score": score}):
             self._score = score
-            self._checkpointer.save(step, state, {"score": score})
 
     def restore(self, like: TrainState) -> TrainState:
         """Returns the state that was kept."""
@@ -312,7 +313,7 @@ class _Reporter:
 
     def report(self, done: int, step_metrics: dict[str, float]) -> None:
         """Reports that `done` steps are done, the last one with these metrics."""
-        self._progress.update()
+        self._progress.update(done - self._progress.n)
         if done % self._log_every and done != self._num_steps:
             return
         now = time.perf_counter()

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 from etils import epath
+from ml_collections import ConfigDict
 
 from clipmoe_jax.config import default_config, upgrade_inputs
 from clipmoe_jax.core import artifacts, stamps
-from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu import recipes, training
 from clipmoe_jax.dmu.run import Run
 
 
@@ -85,5 +86,29 @@ def test_fields_that_change_nothing_are_no_inputs(checkpoint):
     assert names(**{"moe.routing": "token_and_sequence"}) - published == {"moe.routing", "moe.sequence_share"}
     assert names(**{"moe.experts": ("base", "base")}) - published == {"moe.experts"}
     assert names(**{"validation.every_steps": 100, "data.validation": "held_out"}) == published
+    assert not [name for name in published if "accumulation_steps" in name or "base.train" in name]
     of_blocks = {"moe.expert_layers": "attention_and_feed_forward"}
     assert names(**of_blocks) - published == {"moe.expert_layers"}
+
+
+def test_workdir_goes_on_whose_artifacts_named_fields_without_effect(checkpoint, tmp_path):
+    now = inputs(checkpoint / "clip.pt", recipes.MOE_FIELDS)
+    before = now | {"base.train.learning_rate": 1.0, "mcl.accumulation_steps": 8}
+    artifacts.make(tmp_path / "base", before, lambda folder: {})
+    assert not artifacts.make(tmp_path / "base", now, lambda folder: {}, upgrade_inputs)
+
+
+def test_model_depends_on_the_settings_of_those_that_it_is_made_from(checkpoint):
+    """Else a variant would copy what another made from another model."""
+
+    def inputs_with(learning_rate):
+        config = default_config()
+        config.base.checkpoint = str(checkpoint / "clip.pt")
+        config.baselines = ("direct_ft", "base_ft_moe")
+        config.baseline_settings = ConfigDict({"direct_ft": {"learning_rate": learning_rate}})
+        run = Run(config, 0, epath.Path("w"), mesh=None, metrics=None, datasets={})
+        return training.inputs_of(run, recipes.recipes(config)["base_ft_moe"])
+
+    first, second = inputs_with(1e-3), inputs_with(2e-3)
+    changed = {name for name in first if first[name] != second.get(name)}
+    assert changed == {"baseline_settings.direct_ft.learning_rate"}

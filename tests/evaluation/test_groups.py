@@ -32,6 +32,9 @@ def test_groups_are_looked_up_by_id(tmp_path):
     file.write_text("id,n\n" + "".join(f"{i},{i}\n" for i in range(101)))
     with pytest.raises(ValueError, match="'n' has 101 groups, of which 100 may be"):
         read_groups(f"{file}#n", list(map(str, range(101))))
+    file.write_bytes(b"id,n\n" + b"a,1\n" * 2**24)
+    with pytest.raises(ValueError, match=f"{file} has .* bytes"):
+        read_groups(f"{file}#n", [])
     file.write_text("id,n\na\n")
     with pytest.raises(ValueError, match="m.csv is no table of commas in UTF-8"):
         read_groups(f"{file}#n", [])

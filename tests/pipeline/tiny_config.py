@@ -4,7 +4,7 @@ python -m clipmoe_jax.main --config=tests/pipeline/tiny_config.py:whole --workdi
 """
 
 from clipmoe_jax.config import default_config, parse_arg, set_architecture
-from clipmoe_jax.dmu.recipes import baseline_names
+from clipmoe_jax.dmu.recipes import BASELINES
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 
 
@@ -44,7 +44,7 @@ def get_config(arg=""):
     config.moe.expert_dropout_rate = 0.0  # whose masks depend on the mesh
     if arg.whole or arg.baselines:
         config.mcl.num_stages = 2
-        every = tuple(name for name in baseline_names() if not name.endswith("_same_flops"))
+        every = tuple(row.name for row in BASELINES if not row.name.endswith("_same_flops"))
         few = ("long_clip", "clip_up", "distilled", "feature_ensemble")
         config.baselines = every if arg.baselines else few
         config.blends = ("consolidation",)

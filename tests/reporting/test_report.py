@@ -487,6 +487,20 @@ def test_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
     assert curves["base"]["step"].tolist() == [10, 20]
 
 
+def test_numbers_may_come_and_go_between_lines(tmp_path):
+    """As validation does that is turned on when a killed run goes on."""
+    lines = [
+        {"step": 10, "loss": 0.5},
+        {"step": 20, "loss": 0.4, "validation_r1": 0.1},
+        {"step": 30, "loss": 0.3},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"phase": "base"} | line) + "\n" for line in lines)
+    )
+    curve = read_curves(Folder(epath.Path(tmp_path), epath.Path(tmp_path)))["base"]
+    np.testing.assert_array_equal(curve["validation_r1"], [np.nan, 0.1, np.nan])
+
+
 DAMAGED_LINES = {
     "no object": ("]}", "is damaged"),
     "no line break before": ('j{"phase": "base", "step": 2}', "is damaged"),
@@ -535,6 +549,16 @@ def test_file_with_an_odd_value_is_named(tmp_path, file, place, value):
     synthetic_run.write_json(folder / "eval" / file, content)
     with pytest.raises(ValueError, match=f"{folder}/eval/{file}.* is damaged, or of another version"):
         write_report(epath.Path(folder))
+
+
+def test_more_experts_than_colours_have_a_page(tmp_path):
+    folder = tmp_path / "run"
+    synthetic_run.write_results(folder, np.random.default_rng(0))
+    synthetic_run.write_diagnostics(folder / "eval", np.random.default_rng(0), num_experts=12)
+    (folder / "metrics.jsonl").touch()
+    page = Page(write_report(epath.Path(folder)).read_text())
+    classes = {element.get("class") or "" for tag in ("b", "i") for element in page.all(tag)}
+    assert {"e0", "e9"} <= classes and not {"e10", "e11"} & classes
 
 
 def test_run_that_has_written_no_line_yet_has_a_page(tmp_path):

@@ -1,5 +1,6 @@
 """The tables for a terminal, from results written by hand."""
 
+from clipmoe_jax.evaluation import scores
 from clipmoe_jax.reporting import text_tables
 
 LINE, OTHER = "attributes:data.test", "attributes:data/scenes"
@@ -96,3 +97,11 @@ def test_evaluations_are_in_per_cent_but_for_ranks():
     seeds[0]["base"]["evaluations"]["zero_shot:x"] = {"top1": 0.29}
     [row] = [r for r in text_tables.format_evaluations(seeds).splitlines() if r.startswith("base")]
     assert row.split() == ["base", "27.0", "±", "2.8"]
+
+
+def test_share_of_a_group_is_a_share_whatever_its_name():
+    numbers = {"model": {"zero_shot:x": {"worst_group": 0.5, "group C": 0.5, "group a rank": 1.0, "C": 0.5}}}
+    heading, _, *rows = text_tables.format_models("zero_shot:x", numbers).splitlines()
+    assert heading == "zero_shot:x, per cent but for C"
+    assert [row.split()[-1] for row in rows] == ["50.0", "50.0", "100.0", "0.5"]
+    assert not scores.lower_is_better("group Frank") and scores.lower_is_better("image_to_text_mean_rank")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from grids import exhaustive, grid
 
-from clipmoe_jax.core import sharding, trees
+from clipmoe_jax.core import distributed, sharding, trees
+from clipmoe_jax.core.checkpoints import Checkpointer
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.data.packing import pack, place_captions
@@ -26,9 +27,9 @@ from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.inputs import END_ID
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import step as step_module
-from clipmoe_jax.train.loop import LoopConfig, Validation, fit
+from clipmoe_jax.train.loop import LoopConfig, Validation, _Best, fit
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.step import TEACHER, LossConfig, init_state, make_train_step
+from clipmoe_jax.train.step import TEACHER, LossConfig, TrainState, init_state, make_train_step
 
 DENSE = ClipConfig(
     embed_dim=16,
@@ -407,6 +408,44 @@ def test_a_phase_ends_with_its_best_params_also_resumed(pairs, tmp_path):
         assert measured == {1: None, 2: 0.2, 3: 0.2, 4: 0.6, 5: 0.6, 6: 0.4, 7: 0.6}
 
 
+@pytest.mark.parametrize("at", [4, 7])
+def test_signal_during_validation_loses_no_step(pairs, tmp_path, at):
+    """After step 7, the last, too: the phase resumes behind it, and measures it again."""
+    expected, _ = fit_routers(pairs, tmp_path / "whole")
+    measured = []
+
+    def measure(params):
+        measured.append(len(measured))
+        if len(measured) == (2 if at == 4 else 4):
+            raise distributed.Preempted("encoding")
+        return {"r1": 0.5}
+
+    with pytest.raises(distributed.Preempted, match=f"router, step {at}"):
+        fit_routers(pairs, tmp_path / "stopped", validation=Validation(2, measure))
+    steps = [int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir()]
+    assert max(steps) == at
+    found, summary = fit_routers(pairs, tmp_path / "stopped", validation=Validation(2, measure))
+    chex.assert_trees_all_equal(found, expected)
+    assert summary["num_steps"] == 7 and summary["steps_now"] == 7 - at and summary["validation_r1"] == 0.5
+    lines = map(json.loads, (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines())
+    assert {line["step"]: line.get("validation_r1") for line in lines}[7] == 0.5
+
+
+def test_best_params_are_those_that_were_kept(tmp_path):
+    """Also where a resumed phase measures an earlier step anew, and better: it is not kept."""
+    state = TrainState(jnp.zeros((), jnp.int32), {"a": jnp.zeros(2)}, {"b": jnp.zeros(2)})
+
+    def stepped(step):
+        return state.replace(step=jnp.asarray(step, jnp.int32))
+
+    with Checkpointer(tmp_path / "best", max_to_keep=1) as checkpointer:
+        best = _Best(checkpointer, state)
+        for step, recall in ((200, 0.5), (100, 0.52), (300, 0.51)):
+            best.offer(step, stepped(step), {"r1": recall})
+        checkpointer.latest_step()
+        assert int(best.restore(state).step) == 300
+
+
 @exhaustive
 def test_frozen_leaves_held_in_bfloat16_come_back_as_they_were(pairs, tmp_path):
     """Training sees them rounded, and the saved model does not."""
@@ -445,6 +484,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(pairs, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         fit_routers(pairs, tmp_path, scale=float("nan"))
+
+    def measure(params):
+        raise ValueError("some features are not finite")
+
+    with pytest.raises(ValueError, match=message):
+        fit_routers(pairs, tmp_path / "measured", scale=float("nan"), validation=Validation(1, measure))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(pairs, tmp_path, monkeypatch):
