@@ -89,9 +89,21 @@ def caption_accuracy(
     image_features (N, 1, d), text_features (N, 2, d) float32, the own caption first; parts (N,).
     """
     scores = _scores(image_features, text_features)[:, 0]
-    right, of_part = scores[:, 0] > scores[:, 1], np.asarray(parts)
-    accuracy = {part: float(right[of_part == part].mean()) for part in dict.fromkeys(parts)}
-    return accuracy | {"average": float(np.mean(list(accuracy.values())))}
+    return share_by_part(scores[:, 0] > scores[:, 1], parts)
+
+
+def share_by_part(right: np.ndarray, parts: Sequence[str]) -> dict[str, float]:
+    """Returns {part: share of its examples that are right, …, "average": the mean over parts}. right (N,)
+    bool, parts (N,)."""
+    of_part = np.asarray(parts)
+    shares = {part: float(right[of_part == part].mean()) for part in dict.fromkeys(parts)}
+    return shares | {"average": float(np.mean(list(shares.values())))}
+
+
+def captions_find_images(scores: np.ndarray) -> np.ndarray:
+    """Returns bool (N,): whether both captions score higher with their own image; equal is wrong. scores
+    (N, 2 images, 2 captions), own ones on the diagonal."""
+    return (scores[:, 0, 0] > scores[:, 1, 0]) & (scores[:, 1, 1] > scores[:, 0, 1])
 
 
 def winoground_scores(image_features: np.ndarray, text_features: np.ndarray) -> dict[str, float]:
@@ -101,9 +113,7 @@ def winoground_scores(image_features: np.ndarray, text_features: np.ndarray) -> 
     image_features, text_features (N, 2, d) float32, those of an example in the same order.
     """
     scores = _scores(image_features, text_features)
-    own = np.stack([scores[:, 0, 0], scores[:, 1, 1]], axis=1)
-    text = (own > np.stack([scores[:, 0, 1], scores[:, 1, 0]], axis=1)).all(axis=1)
-    image = (own > np.stack([scores[:, 1, 0], scores[:, 0, 1]], axis=1)).all(axis=1)
+    image, text = captions_find_images(scores), captions_find_images(scores.swapaxes(1, 2))
     found = {"text": text, "image": image, "group": text & image}
     return {name: float(right.mean()) for name, right in found.items()}
 

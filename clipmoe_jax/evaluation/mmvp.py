@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipmoe_jax.data.sources.base import read_text
+from clipmoe_jax.evaluation.caption_choice import captions_find_images, share_by_part
 
 TABLE = "Questions.csv"
 MOST_ROWS = 10_000  # it has 270
@@ -88,10 +89,7 @@ def mmvp_accuracy(
         if not np.isfinite(features).all():
             raise ValueError(f"MMVP: some {name} features are not finite")
     scores = np.einsum("pid,ptd->pit", image_features, text_features)
-    right = (scores[:, 0, 0] > scores[:, 1, 0]) & (scores[:, 1, 1] > scores[:, 0, 1])
-    attributes = np.asarray(attribute_of_pair)
-    accuracy = {name: float(right[attributes == name].mean()) for name in dict.fromkeys(attribute_of_pair)}
-    return accuracy | {"average": float(np.mean(list(accuracy.values())))}
+    return share_by_part(captions_find_images(scores), attribute_of_pair)
 
 
 def _read_rows(table: Path) -> list[list[str]]:

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
-from clipmoe_jax.evaluation.retrieval import RANDOM_TIES
+from clipmoe_jax.evaluation.retrieval import RANDOM_TIES, RECALL_AT_1
 from clipmoe_jax.evaluation.scores import is_share, shown_score
 
-R_AT_1 = {"i2t R@1": "image_to_text_r1", "t2i R@1": "text_to_image_r1"}
+R_AT_1 = dict(zip(("i2t R@1", "t2i R@1"), RECALL_AT_1, strict=True))
 R_AT_5 = {"i2t R@5": "image_to_text_r5", "t2i R@5": "text_to_image_r5"}
-RECALL_AT_1 = tuple(R_AT_1.values())
 HOW_TO_READ = (
     "R@k: per cent of queries whose right answer is among the first k; i2t asks with an image, t2i with a "
     "caption. Active: what one token uses."
@@ -97,7 +96,7 @@ def format_table(seeds: Sequence[Results]) -> str:
     rows = {}
     for title, numbers in seeds[0].items():
         recall = [
-            _mean_and_spread([r[title][key] for r in seeds], 100, 1) if key in numbers else ""
+            _share_and_spread([r[title][key] for r in seeds]) if key in numbers else ""
             for key in columns.values()
         ]
         rows[title] = [*recall, *(short_count(numbers[key]) for key in sizes.values())]
@@ -132,7 +131,7 @@ def format_attributes(seeds: Sequence[Results], line: str) -> str:
     rows = {}
     for title, label in labels.items():
         of_seeds = [results[title]["evaluations"][line] for results in seeds]
-        rows[label] = [_mean_and_spread([n[column] for n in of_seeds], 100, 1) for column in columns]
+        rows[label] = [_share_and_spread([n[column] for n in of_seeds]) for column in columns]
     chance = seeds[0][CLIP_MOE]["chance"][line]
     chance = {MEAN: float(np.mean(list(chance.values()))), **chance}
     rows["chance"] = [f"{100 * chance[column]:.1f}" for column in columns]
@@ -183,10 +182,9 @@ def _score_and_spread(metric: str, values: Sequence[float]) -> str:
     return shown_score(metric, float(np.mean(values))) + spread
 
 
-def _mean_and_spread(values: Sequence[float], scale: float, digits: int) -> str:
-    scaled = scale * np.array(values)
-    spread = f" ± {scaled.std(ddof=1):.{digits}f}" if len(scaled) > 1 else ""
-    return f"{scaled.mean():.{digits}f}{spread}"
+def _share_and_spread(shares: Sequence[float]) -> str:
+    """The same of shares of any name, in per cent."""
+    return _score_and_spread("", shares)
 
 
 def differences(seeds: Sequence[Results]) -> dict[str, dict[str, str]]:
@@ -206,11 +204,10 @@ def differences(seeds: Sequence[Results]) -> dict[str, dict[str, str]]:
 def format_differences(seeds: Sequence[Results]) -> str:
     """Returns `differences` as a table."""
     rows = differences(seeds)
-    width = max(map(len, rows))
-    lines = [f"CLIP-MoE minus each other model in each of {len(seeds)} seeds, R@1 in points, i2t / t2i"]
-    lines.append(" " * width + "".join(f"{name:>16}" for name in next(iter(rows.values()))))
-    lines += [f"{title:{width}}" + "".join(f"{p:>16}" for p in row.values()) for title, row in rows.items()]
-    return "\n".join(lines)
+    widths = dict.fromkeys(next(iter(rows.values())), 14)
+    lines = _lines(widths, {title: list(row.values()) for title, row in rows.items()})
+    head = f"CLIP-MoE minus each other model in each of {len(seeds)} seeds, R@1 in points, i2t / t2i"
+    return "\n".join([head, *lines])
 
 
 def short_count(count: float) -> str:
