@@ -1,6 +1,6 @@
 """New detail and old knowledge, seed by seed: the tables of docs/keeping.md.
 
-    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=51-60 --workdir=runs/keeping
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,flops,seeds=51-60 --workdir=runs/keeping
     python -m benchmarks.keeping --name=demo --workdir=runs/keeping
     python -m benchmarks.keeping --name=demo --picture=docs/keeping.png
 
@@ -54,9 +54,9 @@ def main() -> None:
 
 def draw(seeds: list[Numbers], picture: pathlib.Path) -> None:
     """Draws each model's means of both axes, numbered, and its blends with the base as a curve."""
-    figure = Figure((9.2, 4.6), layout="constrained", dpi=150)
-    axis = figure.add_subplot()
     titles = [title for title in titles_of(seeds) if "alone" not in title]
+    figure = Figure((9.2, max(4.6, 0.19 * len(titles))), layout="constrained", dpi=150)
+    axis = figure.add_subplot()
     base = [of(seeds, BASE, a).mean() for a in ("old", "new")]
     for number, title in enumerate(titles, 1):
         there = with_model(seeds, title)

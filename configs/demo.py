@@ -1,7 +1,7 @@
 """CLIP-MoE on a laptop CPU in a few minutes: new detail for a tiny CLIP that keeps all that it knew.
 
     python -m clipmoe_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m clipmoe_jax.main --config=configs/demo.py:controls,seeds=51-60 --workdir=runs/keeping
+    python -m clipmoe_jax.main --config=configs/demo.py:controls,flops,seeds=51-60 --workdir=runs/keeping
     python -m clipmoe_jax.main --config=configs/demo.py:paper --workdir=runs/paper
     python -m clipmoe_jax.main --config=configs/demo.py:paper,all_baselines --workdir=runs/baselines
     python -m clipmoe_jax.main --config=configs/demo.py:extend=runs/demo --workdir=runs/extended
