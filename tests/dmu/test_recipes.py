@@ -13,6 +13,7 @@ from clipmoe_jax.config_checks import validate
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
+from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.models.flops import forward
 
 PACKAGE = pathlib.Path(recipes.__file__).parents[1]
@@ -166,6 +167,7 @@ def test_a_mixture_that_teaches_a_dense_model_encodes_every_pair():
 def test_rows_rehearse_as_they_say_and_others_as_their_section():
     config = keeping_config("published_moe", "direct_ft", "curriculum_distilled_same_pairs", "distilled")
     config.router.rehearsal, config.mcl.rehearsal_fraction = "distill", 0.5
+    assert recipes.imitates_base(config)
     made = recipes.recipes(config)
     assert made["router"].rehearsal_of(config) == (0.25, "distill")
     assert made["published_moe"].rehearsal_of(config)[0] == 0
@@ -370,3 +372,12 @@ def test_recipe_is_found_by_the_name_of_its_phase(name):
 
 def test_unknown_phase_has_no_recipe():
     assert recipes.find_recipe("mcl_x") is None and recipes.find_recipe("upcycle") is None
+
+
+def test_rehearsal_is_encoded_where_its_features_are_learned():
+    config = keeping_config("direct_ft_rehearsed_same_pairs")  # routers rehearse pairs, and so does the row
+    assert "rehearsal" not in stages_of(config)
+    config.baselines = ("curriculum_distilled_same_pairs",)
+    assert "rehearsal" in stages_of(config)
+    config.baselines = ("distilled",)  # whose teacher is the CLIP-MoE
+    assert "rehearsal" not in stages_of(config)

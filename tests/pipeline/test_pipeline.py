@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from tiny_config import get_config as tiny_config
 import clipmoe_jax
 from clipmoe_jax.core import trees
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.dmu import recipes, runner
+from clipmoe_jax.dmu import recipes, results, runner
 from clipmoe_jax.evaluate import evaluate
 from clipmoe_jax.evaluation.evaluations import parse_evaluation
 from clipmoe_jax.interop.load import read_model
@@ -174,6 +175,24 @@ def test_blend_is_the_mean_of_two_models_weight_by_weight(finished):
     numbers = evaluate(model._replace(params=mean), [parse_evaluation(line)])["model"][line]
     for metric in ("image_to_text_r1", "text_to_image_r1"):
         assert blends["0.50"][metric] == pytest.approx(numbers[metric], abs=1.5 / 8)
+
+
+def test_blends_go_on_share_by_share(finished, monkeypatch):
+    if not finished.config.blends:
+        return
+    [folder] = (finished.workdir / "evaluated" / "dense_curriculum").glob("blends-*")
+    expected = json.loads((folder / "results.json").read_text())
+    (unfinished := folder.with_name(f"{folder.name}.unfinished")).mkdir()
+    shutil.copy(folder / "0.95.json", unfinished)
+    made_from = json.loads((folder / "done.json").read_text())["inputs"]
+    (unfinished / "inputs.json").write_text(json.dumps(made_from))
+    shutil.rmtree(folder)
+    calls, measure = [], results._both_axes
+    monkeypatch.setattr(results, "_both_axes", lambda *args: calls.append(args) or measure(*args))
+    runner.run_variants(finished.config, epath.Path(finished.workdir), "evaluate")
+    assert len(calls) == 18
+    for share, numbers in json.loads((folder / "results.json").read_text()).items():
+        assert numbers == pytest.approx(expected[share], abs=1.5 / 8)
 
 
 def test_cost_is_that_of_the_model_and_all_it_is_made_from(finished):
