@@ -4,12 +4,10 @@
 
 Three parts: "first", from the start of a process to the features of 10 JPEGs, beside open_clip; "encode",
 batches that are arrays already; "files", JPEGs to features, beside open_clip with a DataLoader of 2 workers.
-Each round runs all programs, one after the other. ONNX Runtime takes part where it and onnx are installed.
+Each round runs all programs, one after the other.
 """
 
 import argparse
-import functools
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import torchvision_operators
 from benchmarks.timing import Program, Side, Worker
 
 OURS, TRANSFORMERS, OPEN_CLIP, ONNX = "clipmoe_jax", "transformers", "open_clip", "onnxruntime"
@@ -37,12 +36,11 @@ def make_program(kind: str, sizes: dict[str, Any]) -> tuple[Program, dict[str, A
 
     sizes: {"program", "folder" of the models and the images, "batch", "image_size"}.
     """
-    encode = ENCODERS[sizes["program"]](pathlib.Path(sizes["folder"]), kind)
     if kind == "files":
         inputs: Any = sorted(map(str, (pathlib.Path(sizes["folder"]) / "images").iterdir()))
     else:
         inputs = arrays(kind, sizes["batch"], sizes["image_size"])
-    call = encode(inputs)
+    call = ENCODERS[sizes["program"]](pathlib.Path(sizes["folder"]), kind, inputs)
     return Program(call, lambda result: None, 0.0), {"features": np.asarray(call())[:2].tolist()}
 
 
@@ -56,38 +54,39 @@ def arrays(kind: str, batch: int, image_size: int) -> np.ndarray:
     return tokens
 
 
-Encode = Callable[[Any], Callable[[], np.ndarray]]
+Call = Callable[[], np.ndarray]
 
 
-def _ours(folder: pathlib.Path, kind: str) -> Encode:
+def _ours(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
     from PIL import Image
 
     import clipmoe_jax
 
     model = clipmoe_jax.load(str(folder / HUGGINGFACE))
     if kind == "files":
-        return lambda files: lambda: np.asarray(model.encode_image([Image.open(file) for file in files]))
+        return lambda: np.asarray(model.encode_image([Image.open(file) for file in inputs]))
     encode = model.encode_image if kind == "image" else model.encode_text
-    return lambda inputs: lambda: np.asarray(encode(inputs))
+    return lambda: np.asarray(encode(inputs))
 
 
-def _transformers(folder: pathlib.Path, kind: str) -> Encode:
-    declare_torchvision()
+def _transformers(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
+    torchvision_operators.declare()
     import torch
     from transformers import CLIPModel
 
     model = CLIPModel.from_pretrained(folder / HUGGINGFACE).eval()
     encode = model.get_image_features if kind == "image" else model.get_text_features
+    tensor = _tensor(inputs)
 
-    def call(inputs: Any) -> np.ndarray:
+    def call() -> np.ndarray:
         with torch.inference_mode():
-            return encode(inputs).pooler_output.numpy()
+            return encode(tensor).pooler_output.numpy()
 
-    return lambda inputs: functools.partial(call, _tensor(inputs))
+    return call
 
 
-def _open_clip(folder: pathlib.Path, kind: str) -> Encode:
-    declare_torchvision()
+def _open_clip(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
+    torchvision_operators.declare()
     import open_clip
     import torch
     from PIL import Image
@@ -96,48 +95,43 @@ def _open_clip(folder: pathlib.Path, kind: str) -> Encode:
     model.eval()
 
     class Files(torch.utils.data.Dataset):
-        def __init__(self, files: list[str]):
-            self._files = files
-
         def __len__(self) -> int:
-            return len(self._files)
+            return len(inputs)
 
         def __getitem__(self, i: int) -> Any:
-            return preprocess(Image.open(self._files[i]))
+            return preprocess(Image.open(inputs[i]))
 
-    def of_files(files: list[str]) -> np.ndarray:
+    def of_files() -> np.ndarray:
         loader = torch.utils.data.DataLoader(
             # "fork" is what a program that was not spawned has.
-            *(Files(files), FILES_BATCH),
+            *(Files(), FILES_BATCH),
             num_workers=NUM_WORKERS,
             multiprocessing_context="fork",
         )
         with torch.inference_mode():
             return np.concatenate([model.encode_image(batch).numpy() for batch in loader])
 
-    def of_arrays(inputs: Any) -> np.ndarray:
-        with torch.inference_mode():
-            return (model.encode_image if kind == "image" else model.encode_text)(inputs).numpy()
-
     if kind == "files":
         multiprocessing.current_process().daemon = False  # or it could not have the loader's workers
-        return lambda files: lambda: of_files(files)
-    return lambda inputs: functools.partial(of_arrays, _tensor(inputs))
+        return of_files
+    encode, tensor = model.encode_image if kind == "image" else model.encode_text, _tensor(inputs)
+
+    def of_arrays() -> np.ndarray:
+        with torch.inference_mode():
+            return encode(tensor).numpy()
+
+    return of_arrays
 
 
-def _onnx(folder: pathlib.Path, kind: str) -> Encode:
+def _onnx(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / f"{kind}.onnx", providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(inputs: np.ndarray) -> Any:
-        return session.run(None, {name: inputs})[0]
-
-    return lambda inputs: functools.partial(run, _tensor(inputs).numpy())
+    given = {session.get_inputs()[0].name: _tensor(inputs).numpy()}
+    return lambda: session.run(None, given)[0]
 
 
-ENCODERS: dict[str, Callable[[pathlib.Path, str], Encode]] = {
+ENCODERS: dict[str, Callable[[pathlib.Path, str, Any], Call]] = {
     OURS: _ours,
     TRANSFORMERS: _transformers,
     OPEN_CLIP: _open_clip,
@@ -155,22 +149,6 @@ def _tensor(inputs: np.ndarray) -> Any:
         return torch.tensor(inputs)
     normalized = (inputs / 255 - np.array(MEAN)) / np.array(STD)
     return torch.tensor(normalized, dtype=torch.float32).permute(0, 3, 1, 2).contiguous()
-
-
-def declare_torchvision() -> None:
-    """Makes torchvision importable, which open_clip needs, where its compiled operators do not load: its
-    wheels for Linux are built for CUDA, and fail beside a CPU build of PyTorch."""
-    import torch
-
-    if sys.modules.get("torchvision", torch) is None:  # as `timing` has it for transformers
-        del sys.modules["torchvision"]
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", signature)
-        import torchvision  # noqa: F401
 
 
 def write_inputs(folder: pathlib.Path, variant: str, num_files: int) -> int:
@@ -195,7 +173,7 @@ def write_inputs(folder: pathlib.Path, variant: str, num_files: int) -> int:
 
 def export_onnx(folder: pathlib.Path, image_size: int) -> None:
     """Writes the towers of transformers' model as ONNX files."""
-    declare_torchvision()
+    torchvision_operators.declare()
     import torch
     from transformers import CLIPModel
 
@@ -227,9 +205,9 @@ def first(program: str, folder: str) -> None:
     """Computes the features of 10 JPEGs as a user's program does."""
     files = sorted(map(str, (pathlib.Path(folder) / "images").iterdir()))[:FIRST]
     if program == OURS:
-        _ours(pathlib.Path(folder), "files")(files)()
+        _ours(pathlib.Path(folder), "files", files)()
         return
-    declare_torchvision()
+    torchvision_operators.declare()
     import open_clip
     import torch
     from PIL import Image
@@ -283,10 +261,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, parts = pathlib.Path(name), args.parts.split(",")
         sizes = {"folder": name, "image_size": write_inputs(folder, args.variant, args.files), "batch": 0}
-        programs = [OURS, TRANSFORMERS, OPEN_CLIP]
-        if "encode" in parts and importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+        if "encode" in parts:
             export_onnx(folder, sizes["image_size"])
-            programs.append(ONNX)
         if "first" in parts:
             for cache, rounds in (("empty", 1), ("filled", args.rounds)):
                 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
@@ -294,7 +270,7 @@ def main() -> None:
                 add(f"first, cache {cache}", in_turns(calls, rounds))
         for batch in map(int, args.batches.split(",")) if "encode" in parts else ():
             for kind in ("image", "text"):
-                of_batch = measure(kind, programs, sizes | {"batch": batch}, args.rounds)
+                of_batch = measure(kind, list(ENCODERS), sizes | {"batch": batch}, args.rounds)
                 add(f"{kind}, batch {batch}", of_batch)
         if "files" in parts:
             add(f"{args.files:,} files", measure("files", [OURS, OPEN_CLIP], sizes, args.rounds))

@@ -187,9 +187,8 @@ def small(line: str) -> str:
 
 
 def with_torchvision(code: str) -> str:
-    return (
-        f"import torchvision_operators\ntorchvision_operators.declare()\n{code}" if "torch" in code else code
-    )
+    declare = "from benchmarks import torchvision_operators\ntorchvision_operators.declare()\n"
+    return declare + code if "torch" in code else code
 
 
 def environment() -> dict[str, str]:

@@ -230,14 +230,15 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
             raise
         if place := _place(error):
             _fail(f"{_summary(error)}{place}{_renaming(str(error), renamed)}")
-        text = _one_line(error).replace(" ?", "?")  # absl's "Did you mean: workdir ?"
+        text, is_flag = _one_line(error), isinstance(error, flags.UnrecognizedFlagError)
         text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
         text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
         if NEEDED in text:
             text = f"{text.split()[1].partition('=')[0]} is missing: --help describes it"
         hint = _renaming(text, renamed)
-        is_flag = isinstance(error, flags.UnrecognizedFlagError)
-        if is_flag and not hint and not text.endswith("?"):
+        if is_flag and text.endswith(" ?"):  # absl's "Did you mean: workdir ?"
+            text = f"{text[:-2]}?"
+        elif is_flag and not hint:
             hint = ": --help describes those that there are"
         is_field = not is_flag and (hint or isinstance(error, AttributeError))
         _fail(f"no such config field: {text}{hint}" if is_field else text + hint)

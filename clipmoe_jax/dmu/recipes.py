@@ -255,8 +255,8 @@ class Recipe:
         if self.rehearsal == "section":
             section = self.hyperparameters(config)
             return section.rehearsal_fraction, section.rehearsal
-        share = config.router.rehearsal_fraction
-        return self.rehearsal_share or share if share else 0.0, self.rehearsal
+        fraction = config.router.rehearsal_fraction
+        return fraction and (self.rehearsal_share or fraction), self.rehearsal
 
 
 def rehearses(config: ConfigDict) -> bool:

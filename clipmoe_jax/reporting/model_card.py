@@ -340,7 +340,7 @@ def _provenance(source: epath.Path) -> list[str]:
     config = results.parent.parent / "config.json"
     with naming_files([results, config]):
         numbers = read_verified(results)
-        columns = score_columns([numbers])
+        columns = score_columns([numbers], {})
         told = ["R@k: retrieval on the run's test set"] if has_retrieval([numbers]) else []
         if "old" in columns:
             told.append(f"old: {_retention(config)}")

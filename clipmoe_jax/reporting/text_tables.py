@@ -1,7 +1,6 @@
 """Tables of results for a terminal: of one run, or of several seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -74,8 +73,8 @@ def titles_with_retention(seeds: Sequence[Results]) -> list[str]:
     return [title for title in seeds[0] if all("retention" in results[title] for results in seeds)]
 
 
-def score_columns(seeds: Sequence[Results], ties: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """Returns {column: key} of the scores that were measured. ties: of `recall_with_ties`, where shown."""
+def score_columns(seeds: Sequence[Results], ties: Mapping[str, str]) -> dict[str, str]:
+    """Returns {column: key} of the scores that were measured. ties: of `recall_with_ties`, {} for none."""
     old = {"old": "retention"} if has_retention(seeds) else {}
     return {**R_AT_1, **ties, **old, **R_AT_5} if has_retrieval(seeds) else old
 
@@ -96,7 +95,7 @@ def format_table(seeds: Sequence[Results]) -> str:
     rows = {}
     for title, numbers in seeds[0].items():
         recall = [
-            _share_and_spread([r[title][key] for r in seeds]) if key in numbers else ""
+            _score_and_spread(key, [r[title][key] for r in seeds]) if key in numbers else ""
             for key in columns.values()
         ]
         rows[title] = [*recall, *(short_count(numbers[key]) for key in sizes.values())]
@@ -128,10 +127,10 @@ def format_attributes(seeds: Sequence[Results], line: str) -> str:
     labels[CLIP_MOE] = CLIP_MOE
     columns = list(seeds[0][CLIP_MOE]["evaluations"][line])
     widths = {column: max(6 if len(seeds) == 1 else 11, len(column)) for column in columns}
-    rows = {}
+    rows = {}  # all are shares as the mean is, whatever an attribute's name ends in
     for title, label in labels.items():
         of_seeds = [results[title]["evaluations"][line] for results in seeds]
-        rows[label] = [_share_and_spread([n[column] for n in of_seeds]) for column in columns]
+        rows[label] = [_score_and_spread(MEAN, [n[column] for n in of_seeds]) for column in columns]
     chance = seeds[0][CLIP_MOE]["chance"][line]
     chance = {MEAN: float(np.mean(list(chance.values()))), **chance}
     rows["chance"] = [f"{100 * chance[column]:.1f}" for column in columns]
@@ -180,11 +179,6 @@ def _score_and_spread(metric: str, values: Sequence[float]) -> str:
     """The mean of a metric over seeds and its standard deviation, as `shown_score`."""
     spread = f" ± {shown_score(metric, float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
     return shown_score(metric, float(np.mean(values))) + spread
-
-
-def _share_and_spread(shares: Sequence[float]) -> str:
-    """The same of shares of any name, in per cent."""
-    return _score_and_spread("", shares)
 
 
 def differences(seeds: Sequence[Results]) -> dict[str, dict[str, str]]:

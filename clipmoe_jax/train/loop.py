@@ -191,7 +191,7 @@ def fit(
                 reporter.report(done, step_metrics)
                 raise distributed.Preempted(f"{name}, step {done}")
         if pending is not None:
-            step_metrics = fetch(*pending)
+            step_metrics, pending = fetch(*pending), None
         step_metrics = validate(num_steps)
         reporter.report(num_steps, step_metrics)
         if best:

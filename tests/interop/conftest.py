@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-import torchvision_operators
+
+from benchmarks import torchvision_operators
 
 
 def pytest_configure():

@@ -101,39 +101,32 @@ def test_process_that_fails_tells_why():
         timing.Worker(steps.SIDES[steps.THEIRS], "product", sizes)
 
 
+def run_benchmark(name, out, *flags):
+    """The JSON that a command writes, and what it prints."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags, f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert not done.returncode, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
 @exhaustive
 def test_command(tmp_path):
     flags = ("--kinds=mcl", "--variant=tiny", "--batch=4", "--text=16", "--rounds=2")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.steps", *flags, f"--out={tmp_path}/steps.json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert not done.returncode, done.stderr
-    content = json.loads((tmp_path / "steps.json").read_text())
+    content, printed = run_benchmark("steps", tmp_path / "out.json", *flags)
     mine, theirs = content["rows"]
     assert [mine["program"], theirs["program"]] == [steps.OURS, steps.THEIRS]
     ratio = np.median(np.divide(theirs["seconds"], mine["seconds"]))
     assert mine["times_as_fast"] == pytest.approx(ratio)
     assert mine["pairs_per_second"] == pytest.approx(4e3 / mine["milliseconds"])
-    assert "mcl: PyTorch" in done.stdout and {"jax", "torch"} <= content["device"].keys()
+    assert "mcl: PyTorch" in printed and {"jax", "torch"} <= content["device"].keys()
 
 
 @exhaustive
 def test_features_are_those_of_transformers_open_clip_and_onnx(tmp_path):
     """The command refuses features that differ, and times each program in each round."""
     flags = ("--variant=tiny", "--parts=encode,files", "--batches=2", "--files=6", "--rounds=2")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.features", *flags, f"--out={tmp_path}/features.json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert not done.returncode, done.stderr
-    rows = json.loads((tmp_path / "features.json").read_text())["rows"]
+    content, _ = run_benchmark("features", tmp_path / "out.json", *flags)
+    rows = content["rows"]
     assert [row["name"] for row in rows] == ["image, batch 2", "text, batch 2", "6 files"]
     encoders = {features.OURS, features.TRANSFORMERS, features.OPEN_CLIP, features.ONNX}
     for row, programs in zip(rows, (encoders, encoders, {features.OURS, features.OPEN_CLIP}), strict=True):

@@ -8,12 +8,12 @@ import chex
 import numpy as np
 import pytest
 import torch
-import torchvision_operators
 from etils import epath
 from PIL import Image
 from tiny_config import get_config as tiny_config
 from transformers import AutoModel, dynamic_module_utils
 
+from benchmarks import torchvision_operators
 from clipmoe_jax import convert, load, plan
 from clipmoe_jax.core import trees
 from clipmoe_jax.data.records import Records

@@ -6,11 +6,15 @@ describes while it is imported are declared.
 """
 
 import importlib.util
+import sys
 
 
 def declare() -> None:
+    """Imports torchvision, with its operators or without, where it is installed."""
     import torch
 
+    if sys.modules.get("torchvision", torch) is None:  # as `timing` has it for transformers alone
+        del sys.modules["torchvision"]
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
