@@ -40,12 +40,23 @@ STEPS = {
     "mcl": ("", {"remat": "dots"}, "mcl"),
     "router": ("", {"remat": "dots"}, "router"),
     "mcl_no_triton": (NO_TRITON, {"remat": "dots"}, "mcl"),
+    "mcl_no_remat": ("", {"remat": "none"}, "mcl"),
     "mcl_104_no_remat": ("", {"remat": "none", "batch": 104}, "mcl"),
+    "router_no_remat": ("", {"remat": "none"}, "router"),
     "router_no_triton": (NO_TRITON, {"remat": "dots"}, "router"),
     "mcl_keep": ("", {"remat": "dots", "keep": True}, "mcl"),
+    "mcl_keep_no_remat": ("", {"remat": "none", "keep": True}, "mcl"),
     "router_keep": ("", {"remat": "dots", "keep": True}, "router"),
+    "router_keep_no_remat": ("", {"remat": "none", "keep": True}, "router"),
 }
-PARTS = ("ceilings", "attention", "layer")
+PARTS = ("ceilings", "equality", "attention", "products", "layer")
+# Settings of models/grouped_dot.py: WIDEST, LOADED, IN_FLIGHT, SNAKE.
+SETTINGS = (
+    *((256, 4, 0, snake) for snake in (4, 8, 16, 1)),
+    (256, 4, 1, 4),
+    (256, 3, 0, 4),
+    *((128, loaded, in_flight, 4) for loaded, in_flight in ((4, 0), (6, 0), (6, 1))),
+)
 ITEMS = (*PARTS, *STEPS)
 
 
@@ -83,6 +94,56 @@ def ceilings(rounds: int, size: int) -> Iterator[Row]:
     yield row | {"terabytes_per_second": 2 * values.nbytes / row["milliseconds"] / 1e9}
 
 
+def equality(batch: int) -> Iterator[Row]:
+    """Yields how far attention and a MoE layer, as they run here, are from float32, values and gradients; and
+    how far XLA's attention and blocks of rows are, in the same half precision."""
+    import jax
+    import jax.numpy as jnp
+
+    from clipmoe_jax.models.feed_forward import quick_gelu
+    from clipmoe_jax.models.moe import MoeMlp
+    from clipmoe_jax.models.transformer import Attention
+
+    def differences(exact: Any, ways: dict[str, Any], x: Any, *arguments: Any) -> Row:
+        params = jax.jit(exact.init)(jax.random.key(0), x, *arguments)["params"]
+        params = jax.tree.map(lambda leaf: leaf + 0.02, params)  # biases too
+
+        def run(module, dtype):
+            def apply(params, x):
+                y = module.apply({"params": params}, x, *arguments)
+                return (y[0] if isinstance(y, tuple) else y).astype(jnp.float32)
+
+            def both(params, x, dy):
+                y, pull_back = jax.vjp(apply, params, x)
+                return y, *pull_back(dy)
+
+            cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+            cast = {name: params[name] if name == "router" else cast[name] for name in cast}
+            return jax.tree.leaves(
+                jax.jit(both)(cast, x.astype(dtype), jax.random.normal(jax.random.key(1), x.shape))
+            )
+
+        with jax.default_matmul_precision("highest"):
+            wanted = run(exact, jnp.float32)
+        told = {}
+        for name, module in ways.items():
+            pairs = zip(run(module, jnp.bfloat16), wanted, strict=True)
+            told[name] = max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+        return told
+
+    for name, (length, heads, causal) in {"vision": (257, 16, False), "text": (248, 12, True)}.items():
+        x = jax.random.normal(jax.random.key(2), (batch, length, 64 * heads))
+        for segments in (None, jnp.broadcast_to(jnp.arange(length) // 100, (batch, length))):
+            ways = {way: Attention(heads, causal, way, jnp.bfloat16) for way in ("cudnn", "xla")}
+            exact = Attention(heads, causal, "xla", jnp.float32)
+            title = f"attention, {name}" + ("" if segments is None else ", packed")
+            yield {"name": title} | differences(exact, ways, x, segments)
+    x = jax.random.normal(jax.random.key(3), (batch, 257, WIDTH))
+    layer = MoeMlp(EXPERTS, SELECTED, HIDDEN, quick_gelu, dtype=jnp.bfloat16)
+    ways = {way: layer.copy(grouped_mlp=way) for way in ("tiles", "fixed_blocks")}
+    yield {"name": "MoE layer"} | differences(layer.copy(dispatch="dense", dtype=jnp.float32), ways, x)
+
+
 def attention(rounds: int, batch: int) -> Iterator[Row]:
     """Yields attention alone, forward and with its gradient."""
     import jax
@@ -107,18 +168,89 @@ def attention(rounds: int, batch: int) -> Iterator[Row]:
                 yield timed(f"{title}: forward and gradient", both, rounds, 3.5 * products)
 
 
+def products(rounds: int, tokens: int) -> Iterator[Row]:
+    """Yields the grouped products of a MoE layer by settings of their kernels, how far they are from float32
+    sums, and a product of as many rows with one matrix."""
+    import jax
+    import jax.numpy as jnp
+
+    from clipmoe_jax.models import grouped_dot
+
+    num_tiles = -(-tokens * SELECTED // grouped_dot.ROWS)
+    # Groups of different sizes, as routers make them.
+    tile_expert = jnp.searchsorted(jnp.array([0.3, 0.55, 0.85]), jnp.linspace(0, 1, num_tiles)).astype(int)
+    x, dy, kernels = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate(
+            [
+                (num_tiles * grouped_dot.ROWS, WIDTH),
+                (num_tiles * grouped_dot.ROWS, HIDDEN),
+                (EXPERTS, WIDTH, HIDDEN),
+            ]
+        )
+    )
+    flops = 2.0 * len(x) * WIDTH * HIDDEN
+    multiply = jax.jit(jnp.matmul)
+    yield timed("one product", lambda: multiply(x, kernels[0]), rounds, flops)
+    for setting in SETTINGS:
+        grouped_dot.WIDEST, grouped_dot.LOADED, grouped_dot.IN_FLIGHT, grouped_dot.SNAKE = setting
+        jax.clear_caches()
+        calls = {
+            "x W": (grouped_dot.grouped_dot, lambda x, w, of: x @ w[of], (x, kernels)),
+            "y W^T": (
+                lambda dy, kernels, of: grouped_dot._product(dy, kernels, of, transpose=True),
+                lambda dy, w, of: dy @ w[of].T,
+                (dy, kernels),
+            ),
+            "x^T y": (
+                lambda x, dy, of: grouped_dot._kernel_gradient(x, dy, of, EXPERTS),
+                None,
+                (x, dy),
+            ),
+        }
+        for name, (call, written_out, arguments) in calls.items():
+            run = jax.jit(call)
+            row = timed(f"{name}, {setting}", functools.partial(run, *arguments, tile_expert), rounds, flops)
+            if "error" not in row:
+                row["worst error"] = _worst_error(run, written_out, arguments, tile_expert)
+            yield row
+
+
+def _worst_error(
+    run: Callable[..., Any], written_out: Callable[..., Any] | None, arguments: tuple, tile_expert: Any
+) -> float:
+    """Returns the largest difference from a product in float32, in standard deviations of the product."""
+    import jax
+    import jax.numpy as jnp
+
+    found, wide = run(*arguments, tile_expert), [a.astype(jnp.float32) for a in arguments]
+    differences, values = [], []
+    with jax.default_matmul_precision("highest"):
+        if written_out is None:
+            rows = tile_expert.repeat(len(arguments[0]) // len(tile_expert))
+            for expert in range(EXPERTS):
+                x, dy = (jnp.where((rows == expert)[:, None], a, 0) for a in wide)
+                values.append(x.T @ dy)
+                differences.append(found[expert] - values[-1])
+        else:
+            for tile in (0, 1, len(tile_expert) // 2, len(tile_expert) - 1):
+                rows = slice(tile * 128, (tile + 1) * 128)
+                values.append(written_out(wide[0][rows], wide[1], int(tile_expert[tile])))
+                differences.append(found[rows] - values[-1])
+    return float(jnp.max(jnp.abs(jnp.stack(differences))) / jnp.std(jnp.stack(values)))
+
+
 def layer(rounds: int, tokens: int) -> Iterator[Row]:
     """Yields one MoE layer with frozen experts by each way to run it, and one expert on as many slots."""
     import jax
     import jax.numpy as jnp
 
-    from clipmoe_jax.models import experts as grouped
     from clipmoe_jax.models.feed_forward import Mlp, quick_gelu
     from clipmoe_jax.models.moe import MoeMlp
 
     x = jax.random.normal(jax.random.key(0), (1, tokens, WIDTH), jnp.bfloat16)
     dy = jax.random.normal(jax.random.key(1), x.shape, jnp.bfloat16)
-    moe = MoeMlp(EXPERTS, SELECTED, HIDDEN, quick_gelu, grouped_mlp="fixed_blocks", dtype=jnp.bfloat16)
+    moe = MoeMlp(EXPERTS, SELECTED, HIDDEN, quick_gelu, dtype=jnp.bfloat16)
     params = jax.jit(moe.init)(jax.random.key(2), x)["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params) | {"router": params["router"]}
     products = 4.0 * tokens * SELECTED * WIDTH * HIDDEN
@@ -144,9 +276,8 @@ def layer(rounds: int, tokens: int) -> Iterator[Row]:
     of_dense = jax.jit(dense.init)(jax.random.key(3), x)["params"]
     of_dense = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), of_dense)
     yield from rows_of("dense layer of as many FLOPs", dense, of_dense)
-    for block in (2048, 1024, 512):
-        grouped.GPU_BLOCK = block  # the most rows of a block
-        yield from rows_of(f"fixed_blocks of {block}", moe.copy(), params)
+    for grouped_mlp in ("tiles", "fixed_blocks"):
+        yield from rows_of(grouped_mlp, moe.copy(grouped_mlp=grouped_mlp), params)
     yield from rows_of("dense dispatch", moe.copy(dispatch="dense"), params)
     yield from rows_of("capacity of 1.0", moe.copy(dispatch="capacity", capacity_factor=1.0), params)
 
@@ -220,7 +351,9 @@ def work(item: str, args: argparse.Namespace) -> None:
         wait()
         rows = {
             "ceilings": lambda: ceilings(args.rounds, 256 if args.variant == "tiny" else 8192),
+            "equality": lambda: equality(args.batch // 10),
             "attention": lambda: attention(args.rounds, args.batch),
+            "products": lambda: products(args.rounds, TOKENS * args.batch // 100),
             "layer": lambda: layer(args.rounds, TOKENS * args.batch // 100),
         }[item]()
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}

@@ -365,10 +365,10 @@ def compute_config(
 ) -> ComputeConfig:
     """Returns how models are computed on a platform.
 
-    platform: "cpu", "tpu", "gpu", or "cuda" for a GPU with cuDNN attention. It decides how attention and the
-    experts run. Ragged dispatch is the exact one that computes least, unless every token visits every expert
-    (router_gradient="all"): then there is nothing to sort, and dense dispatch takes an H100 half the time. So
-    it is on CPU where experts are small.
+    platform: as `sharding.platform`. It decides how attention and the experts run. Ragged dispatch is the
+    exact one that computes least, unless every token visits every expert (router_gradient="all"): then there
+    is nothing to sort, and dense dispatch takes an H100 half the time. So it is on CPU where experts are
+    small.
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
     dispatch = config.moe.dispatch

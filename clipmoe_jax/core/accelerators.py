@@ -8,10 +8,10 @@ import jax
 class Accelerator(NamedTuple):
     """One device.
 
-    platform: "tpu" or "cuda". peak_flops: per second, dense, bfloat16. memory: bytes of HBM. link: bytes per
-    second to and from all other devices of its slice or node (half of it each way). domain: number of devices
-    that share such links, in the largest slice or in a node. network: bytes per second to and from devices
-    outside the domain: a device's share of its host's ports (half of it each way).
+    platform: as `sharding.platform`. peak_flops: per second, dense, bfloat16. memory: bytes of HBM. link:
+    bytes per second to and from all other devices of its slice or node (half of it each way). domain: number
+    of devices that share such links, in the largest slice or in a node. network: bytes per second to and from
+    devices outside the domain: a device's share of its host's ports (half of it each way).
     """
 
     name: str
@@ -36,8 +36,8 @@ ACCELERATORS = {
     "v6e": Accelerator("TPU v6e", "tpu", 918e12, 32e9, 800e9, 256, 25e9),
     "tpu7x": Accelerator("TPU7x, half a chip", "tpu", 2307e12 / 2, 96 * 2**30, 600e9, 2 * 9216, 12.5e9),
     "a100": Accelerator("A100 80 GB", "cuda", 312e12, 80e9, 600e9, 8, 50e9),
-    "h100": Accelerator("H100 80 GB", "cuda", 989e12, 80e9, 900e9, 8, 100e9),
-    "h200": Accelerator("H200 141 GB", "cuda", 989e12, 141e9, 900e9, 8, 100e9),
+    "h100": Accelerator("H100 80 GB", "hopper", 989e12, 80e9, 900e9, 8, 100e9),
+    "h200": Accelerator("H200 141 GB", "hopper", 989e12, 141e9, 900e9, 8, 100e9),
     "b200": Accelerator("B200 180 GB", "cuda", 2250e12, 180e9, 1800e9, 8, 100e9),
     "gb200": Accelerator("GB200 186 GB", "cuda", 2500e12, 186e9, 1800e9, 72, 100e9),
 }

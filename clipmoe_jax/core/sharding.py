@@ -97,11 +97,15 @@ def param_sharding(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...])
 
 
 def platform() -> str:
-    """Returns "cpu", "tpu", "gpu", or "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs."""
+    """Returns "cpu", "tpu", "gpu", "cuda" for NVIDIA GPUs on which cuDNN's fused attention runs, "hopper" for
+    those of them on which the kernels of models/grouped_dot.py run."""
     backend = jax.default_backend()
     if backend != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
         return backend
-    return "cuda" if float(jax.local_devices()[0].compute_capability) >= 8.0 else "gpu"
+    capability = float(jax.local_devices()[0].compute_capability)
+    if capability == 9.0:
+        return "hopper"
+    return "cuda" if capability >= 8.0 else "gpu"
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

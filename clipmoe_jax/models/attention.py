@@ -8,8 +8,10 @@ row) and, if `causal`, only to those up to itself.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -43,7 +45,9 @@ def attention(
         return _on_each_device(functools.partial(_chunked, causal), qkv, segments)
     query, key, value = (qkv[:, :, i] for i in range(3))
     if implementation == "cudnn":
-        return _cudnn(query, key, value, segments, causal)
+        length = query.shape[1]
+        query, key, value = (pad_to_even_length(a) for a in (query, key, value))
+        return cudnn_attention(query, key, value, length, causal=causal, segments=segments)[:, :length]
     if implementation != "xla":
         raise ValueError(f"attention={implementation!r} is not known: choose 'xla', 'chunked' or 'cudnn'")
     mask = None if segments is None else _same_segment(segments)[:, None]
@@ -54,7 +58,7 @@ def default_implementation(platform: str, dtype: str) -> str:
     """Returns the implementation for a platform (`sharding.platform`); cuDNN has none for float32."""
     if platform == "cpu":
         return "chunked"
-    return "cudnn" if platform == "cuda" and dtype != "float32" else "xla"
+    return "cudnn" if platform in ("cuda", "hopper") and dtype != "float32" else "xla"
 
 
 def _same_segment(segments: Array) -> Array:
@@ -62,17 +66,31 @@ def _same_segment(segments: Array) -> Array:
     return segments[..., :, None] == segments[..., None, :]
 
 
-def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causal: bool) -> Array:
-    """Pads to an even length: JAX refuses odd ones in training, and ViTs have L = number of patches + 1."""
-    length = query.shape[1]
-    padding, lengths = length % 2, None
-    if padding:
-        query, key, value = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (query, key, value))
-        lengths = jnp.full(query.shape[0], length, jnp.int32)
+def pad_to_even_length(x: Float[Array, "B L ..."]) -> Float[Array, "B M ..."]:
+    """Appends a token of zeros to sequences of an odd length: x (B, L, …) -> (B, L + L % 2, …)."""
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *((0, 0),) * (x.ndim - 2)))
+
+
+def cudnn_attention(
+    query: Float[Array, "B M H W"],
+    key: Float[Array, "B M H W"],
+    value: Float[Array, "B M H W"],
+    length: int,
+    *,
+    causal: bool,
+    segments: Int[Array, "B L"] | None,
+) -> Float[Array, "B M H W"]:
+    """Returns the output of cuDNN's attention, (B, M, H, W), undefined from token `length` on.
+
+    M: an even length (`pad_to_even_length`). JAX refuses odd ones in training, and ViTs have one token more
+    than patches. Raises ValueError on devices without it.
+    """
+    padding = query.shape[1] - length
+    lengths = jnp.full(query.shape[0], length, jnp.int32) if padding else None
     mask = None
     if segments is not None:
         mask = _same_segment(jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1))[:, None]
-    y = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -82,7 +100,14 @@ def _cudnn(query: Array, key: Array, value: Array, segments: Array | None, causa
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    return y[:, :length]
+
+
+def saves_cudnn(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: keeps cuDNN's output, and the log-sums that its gradient needs.
+
+    Without them the backward pass would run the forward kernel again, output or not.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def _on_each_device(

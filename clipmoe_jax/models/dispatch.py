@@ -87,14 +87,18 @@ def ragged(
     grouped_mlp: a value of GROUPED_MLPS. all_grouped: no id is E.
     """
     (num_tokens, num_selected), num_experts = expert_ids.shape, experts.proj_kernel.shape[0]
-    run_groups, spare_rows = make_grouped_mlp(
-        grouped_mlp, num_tokens * num_selected, num_experts, all_grouped=all_grouped
+    run_groups, spare_rows, multiple = make_grouped_mlp(
+        grouped_mlp, num_tokens * num_selected, experts, all_grouped=all_grouped
     )
-    # Slots past N*K belong to no expert, sort last, and are the spare rows.
-    slot_expert = jnp.pad(expert_ids.reshape(-1), (0, spare_rows), constant_values=num_experts)
+    # Slots past N*K, which no token has: first those that fill groups up, then, of no expert, those that sort
+    # last and are the spare rows.
+    slot_expert = expert_ids.reshape(-1)
+    if multiple > 1:
+        slot_expert = jnp.concatenate([slot_expert, _fill_up(slot_expert, num_experts, multiple)])
+    slot_expert = jnp.pad(slot_expert, (0, spare_rows), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
-    group_sizes = jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    group_sizes = _count(slot_expert, num_experts)
     order, position, group_sizes = (checkpoint_name(a, ROUTING) for a in (order, position, group_sizes))
 
     def mask_undefined(rows):
@@ -202,6 +206,18 @@ def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
     return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
 
 
+def _count(slot_expert: Array, num_experts: int) -> Array:
+    """Returns each expert's number of slots, int32 (E,)."""
+    return jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+
+
+def _fill_up(slot_expert: Array, num_experts: int, multiple: int) -> Array:
+    """Returns expert ids of more slots, E * (multiple - 1), which fill groups up; what is left has id E."""
+    missing = -_count(slot_expert, num_experts) % multiple
+    wanted = jnp.arange(multiple - 1) < missing[:, None]
+    return jnp.where(wanted, jnp.arange(num_experts)[:, None], num_experts).reshape(-1)
+
+
 @jax.custom_vjp
 def _rows_from_tokens(x: Array, order: Array, position: Array) -> Array:
     """Gathers each sorted row's token. x (N, D), order (R,) slots, position (N, K) rows -> (R, D).
@@ -236,8 +252,9 @@ def _tokens_from_rows_fwd(rows, order, position):
 
 
 def _tokens_from_rows_bwd(residuals, g):
-    # A spare row gets the gradient of some token, which nothing uses.
-    return _rows_from_tokens(g, *residuals), None, None
+    order, position = residuals  # no token reads the other rows: their gradient is 0
+    rows = jnp.take(g, order // position.shape[1], axis=0, mode="fill", fill_value=0)
+    return rows, None, None
 
 
 _tokens_from_rows.defvjp(_tokens_from_rows_fwd, _tokens_from_rows_bwd)

@@ -4,9 +4,10 @@ Letters: R sorted rows, E experts, D width, F expert hidden width, O output widt
 
 Contract of a grouped feed-forward layer `(rows, gates, group_sizes, experts, feed_forward) -> y`:
   rows (R, D); gates (R, 1) float32; group_sizes (E,) int32: how many consecutive rows each expert has. Rows
-  after those of the last group are spare; `make_grouped_mlp` says how many there have to be. y (R, O) is
+  after those of the last group are spare; `make_grouped_mlp` says how many there have to be, and of what
+  number group sizes are multiples: the dispatch fills groups up with rows that no slot reads. y (R, O) is
   gate * expert(row) without proj_bias. In spare rows y and the gradients of rows and gates are undefined and
-  may be NaN; the inputs there, and the gradient of y, must be finite.
+  may be NaN; the inputs there must be finite. The gradient of y must be 0 in rows that no slot reads.
 """
 
 import functools
@@ -19,6 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from clipmoe_jax.models import grouped_dot
 from clipmoe_jax.models.dropout import Dropout
 from clipmoe_jax.models.feed_forward import HIDDEN, FeedForward, Weights
 
@@ -35,28 +37,42 @@ GPU_BLOCK = 2048
 
 # Values of ComputeConfig.grouped_mlp by platform. `lax.ragged_dot` is one kernel on TPU alone: on CPU and GPU
 # XLA expands it to a product of every row with every kernel (openxla/xla pull request 45996).
-GROUPED_MLPS = {"cpu": "blocks", "gpu": "fixed_blocks", "cuda": "fixed_blocks", "tpu": "ragged_dot"}
+GROUPED_MLPS = {
+    "cpu": "blocks",
+    "gpu": "fixed_blocks",
+    "cuda": "fixed_blocks",
+    "hopper": "tiles",
+    "tpu": "ragged_dot",
+}
 
 GroupedMlp = Callable[[Array, Array, Array, Weights, FeedForward], Array]
 
 
 def make_grouped_mlp(
-    name: str, num_slots: int, num_experts: int, *, all_grouped: bool
-) -> tuple[GroupedMlp, int]:
-    """Returns a grouped feed-forward layer for `num_slots` routed slots, and the spare rows it needs.
+    name: str, num_slots: int, experts: Weights, *, all_grouped: bool
+) -> tuple[GroupedMlp, int, int]:
+    """Returns a grouped feed-forward layer for `num_slots` routed slots; the spare rows that it needs; the
+    number of which its group sizes must be multiples.
 
-    all_grouped: every slot belongs to a group. Raises ValueError if `name` is no value of GROUPED_MLPS.
+    all_grouped: every slot belongs to a group. "tiles" are "fixed_blocks" for experts that its kernels do not
+    fit (`grouped_dot.fits`). Raises ValueError if `name` is no value of GROUPED_MLPS.
     """
+    num_experts = len(experts.proj_kernel)
     if name == "ragged_dot":
-        return functools.partial(ragged_dot, all_grouped=all_grouped), 0
+        return functools.partial(ragged_dot, all_grouped=all_grouped), 0, 1
     if name == "blocks":
-        return functools.partial(blocks, scan_blocks=_as_needed), NARROW_BLOCK
+        return functools.partial(blocks, scan_blocks=_as_needed), NARROW_BLOCK, 1
+    if name == "tiles":
+        if all(grouped_dot.fits(kernel) for kernel in experts[::2] if kernel is not None):
+            most = num_slots + num_experts * (grouped_dot.ROWS - 1)
+            return tiles, -most % grouped_dot.ROWS, grouped_dot.ROWS
+        name = "fixed_blocks"
     if name == "fixed_blocks":
         block_rows = GPU_BLOCK  # less where over a quarter of the rows would be wasted
         while block_rows > NARROW_BLOCK and 4 * block_rows * num_experts > num_slots:
             block_rows //= 2
         scan_blocks = functools.partial(_fixed_number, block_rows=block_rows)
-        return functools.partial(blocks, scan_blocks=scan_blocks), block_rows
+        return functools.partial(blocks, scan_blocks=scan_blocks), block_rows, 1
     names = ", ".join(dict.fromkeys(GROUPED_MLPS.values()))
     raise ValueError(f"grouped_mlp={name!r} is not known: choose one of {names}")
 
@@ -84,6 +100,27 @@ def ragged_dot(
             return y
         # A kernel may leave spare rows of y, and of its gradient, as they were in memory.
         return jnp.where((expert_of_row < len(group_sizes))[:, None], y, 0)
+
+    return feed_forward(rows, experts._replace(proj_bias=None), gates, apply=apply)
+
+
+def tiles(
+    rows: Float[Array, "R D"],
+    gates: Float[Array, "R 1"],
+    group_sizes: Int[Array, " E"],
+    experts: Weights,
+    feed_forward: FeedForward,
+) -> Float[Array, "R O"]:
+    """Runs the experts by two products of tiles, each of which belongs to one expert."""
+    first_rows = jnp.arange(0, len(rows), grouped_dot.ROWS)
+    tile_expert = _count_until(jnp.cumsum(group_sizes), first_rows).astype(jnp.int32)
+
+    def apply(x, kernel, bias):
+        y = grouped_dot.grouped_dot(x, kernel, tile_expert)
+        if bias is None:
+            return y
+        of_tiles = jnp.take(bias, tile_expert, axis=0, mode="fill", fill_value=0)
+        return (y.reshape(len(tile_expert), -1, y.shape[1]) + of_tiles[:, None]).reshape(y.shape)
 
     return feed_forward(rows, experts._replace(proj_bias=None), gates, apply=apply)
 

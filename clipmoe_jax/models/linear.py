@@ -3,6 +3,8 @@
 Letters: D width in, F width out.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,35 @@ def linear(
     """Returns x @ kernel + bias in the dtype of x. x (…, D), kernel (D, F), bias (F,) or None -> (…, F)."""
     y = _product(x, kernel.astype(x.dtype))
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_of_padded(
+    x: Float[Array, "B M D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"], length: int
+) -> Float[Array, "B M F"]:
+    """Returns `linear` of sequences whose tokens from `length` on are padding, which may be NaN.
+
+    Neither these nor their gradients reach the gradients of kernel and bias.
+    """
+    return linear(x, kernel, bias)
+
+
+def _padded_fwd(x, kernel, bias, length):
+    return linear(x, kernel, bias), (x, kernel, bias)
+
+
+def _padded_bwd(length, residuals, g):
+    x, kernel, bias = residuals
+
+    def kept(a):
+        return jnp.where(jnp.arange(a.shape[1])[:, None] < length, a, 0)
+
+    dx, _, _ = jax.vjp(linear, x, kernel, bias)[1](g)
+    _, dkernel, dbias = jax.vjp(linear, kept(x), kernel, bias)[1](kept(g))
+    return dx, dkernel, dbias
+
+
+linear_of_padded.defvjp(_padded_fwd, _padded_bwd)
 
 
 @jax.custom_vjp

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 
 from clipmoe_jax.core.checks import number, whole_number
 from clipmoe_jax.core.sharding import split_batch
-from clipmoe_jax.models.attention import attention
+from clipmoe_jax.models.attention import attention, cudnn_attention, pad_to_even_length, saves_cudnn
 from clipmoe_jax.models.dispatch import ROUTING
 from clipmoe_jax.models.feed_forward import ACTIVATIONS, HIDDEN, Mlp
-from clipmoe_jax.models.linear import Linear
+from clipmoe_jax.models.linear import Linear, linear_of_padded
 from clipmoe_jax.models.moe import MoeBlock, MoeMlp, gather
 
 Array = jax.Array
@@ -30,7 +30,8 @@ MOST_EXPERTS = 1000
 REMAT = ("none", "dots", "full")
 EXPERT_LAYERS = ("feed_forward", "attention_and_feed_forward")
 # The arrays that remat="dots" keeps of a block besides its input: queries, keys and values; the output of
-# attention; the residual stream after attention; hidden activations; where routers send tokens.
+# attention (of cuDNN's by `saves_cudnn`); the residual stream after attention; hidden activations; where
+# routers send tokens.
 KEPT = ("qkv", "attended", "attention_added", HIDDEN, ROUTING)
 
 
@@ -129,10 +130,20 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B L D"], segments: Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        width = x.shape[-1]
-        qkv = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")(x)
-        y = _attend(qkv, self.num_heads, self.causal, self.implementation, segments, self.value_attention)
-        return Linear(width, width**-0.5, self.dtype, name="out_proj")(y)
+        _, length, width = x.shape
+        in_proj = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")
+        out_proj = Linear(width, width**-0.5, self.dtype, name="out_proj")
+        if self.implementation != "cudnn" or self.value_attention:
+            how = self.num_heads, self.causal, self.implementation
+            return out_proj(_attend(in_proj(x), *how, segments, self.value_attention))
+        # cuDNN takes queries, keys and values apart, of an even length. Made like that they are not copied.
+        x = pad_to_even_length(x.astype(self.dtype))
+        qkv = []
+        for kernel, bias in zip(*(jnp.split(w, 3, axis=-1) for w in in_proj.weights(width)), strict=True):
+            part = checkpoint_name(linear_of_padded(x, kernel, bias, length), "qkv")
+            qkv.append(part.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
+        y = cudnn_attention(*qkv, length, causal=self.causal, segments=segments)
+        return linear_of_padded(y.reshape(x.shape), *out_proj.weights(width), length)[:, :length]
 
 
 def _attend(
@@ -150,7 +161,8 @@ def _attend(
         qkv = jnp.tile(qkv[..., 2 * width :], 3)
     qkv = checkpoint_name(qkv, "qkv").reshape(batch, length, 3, num_heads, width // num_heads)
     y = attention(qkv, causal=causal, segments=segments, implementation=implementation)
-    return checkpoint_name(y.reshape(batch, length, width), "attended")
+    y = y.reshape(batch, length, width)
+    return y if implementation == "cudnn" else checkpoint_name(y, "attended")
 
 
 class Block(nn.Module):
@@ -284,8 +296,11 @@ def _block_class(remat: str) -> type[Block]:
     """
     if remat == "none":
         return nn.jit(Block)
-    keep = KEPT if remat == "dots" else ()
-    return nn.jit(nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*keep)))
+    policy = None  # keeps nothing
+    if remat == "dots":
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(policies.save_only_these_names(*KEPT), saves_cudnn)
+    return nn.jit(nn.remat(Block, policy=policy))
 
 
 def first_moe_layer(num_layers: int, moe: MoeConfig | None) -> int:

@@ -21,16 +21,20 @@ FLOAT_BYTES = 4
 
 
 def lower_step(mesh: AbstractMesh, phase: PlannedPhase, platform: str) -> None:
-    """Lowers the step for a platform over devices that are not here: whatever is wrong with it raises now."""
+    """Lowers the step for a platform (`sharding.platform`) over devices that are not here: whatever is wrong
+    with it raises now."""
     step, arguments = abstract_step(mesh, dataclasses.replace(phase, compute=traceable(phase.compute)))
     with jax.sharding.use_abstract_mesh(mesh):
-        step.trace(*arguments).lower(lowering_platforms=(platform,))
+        step.trace(*arguments).lower(lowering_platforms=("cuda" if platform == "hopper" else platform,))
 
 
 def traceable(compute: ComputeConfig) -> ComputeConfig:
-    """Returns how a model is computed where its step is only traced: cuDNN's attention needs CUDA's libraries
-    for that. The one in chunks stands for it, which keeps no scores either."""
-    return dataclasses.replace(compute, attention="chunked") if compute.attention == "cudnn" else compute
+    """Returns how a model is computed where its step is only traced: cuDNN's attention and the kernels for
+    Hopper GPUs need CUDA's libraries for that. Attention in chunks stands for cuDNN's, as it keeps no scores
+    either, and XLA's products of groups for the kernels."""
+    attention = "chunked" if compute.attention == "cudnn" else compute.attention
+    grouped_mlp = "ragged_dot" if compute.grouped_mlp == "tiles" else compute.grouped_mlp
+    return dataclasses.replace(compute, attention=attention, grouped_mlp=grouped_mlp)
 
 
 def abstract_step(

@@ -12,7 +12,7 @@ from clipmoe_jax.planning.abstract import abstract_step
 
 # The smallest slice of each.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "cuda"}
+PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "hopper"}
 # XLA tries kernels out on the device unless told not to, and its Triton products have no default tiling.
 UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
@@ -24,7 +24,7 @@ def compile_step(target: str, phase: PlannedPhase) -> Any:
     """
     mesh = sharding.make_mesh(devices=[_device(target)])
     step, arguments = abstract_step(mesh, phase)
-    options: dict[str, Any] = UNTUNED if PLATFORMS[target] == "cuda" else {}
+    options: dict[str, Any] = UNTUNED if PLATFORMS[target] == "hopper" else {}
     with jax.set_mesh(mesh):
         return step.lower(*arguments).compile(compiler_options=options)
 
@@ -41,6 +41,6 @@ def _device(target: str) -> Any:
         topology = topologies.get_topology_desc(target, "cuda", target_config=described, topology="1x1x1")
         return topology.devices[0]
     except Exception as error:  # whatever a missing plugin raises
-        package = {"tpu": "jax[tpu]", "cuda": "jax[cuda13]"}[platform]
+        package = {"tpu": "jax[tpu]", "hopper": "jax[cuda13]"}[platform]
         message = f'--target={target}: there is no compiler for it here: pip install "{package}" ({error})'
         raise ValueError(message) from error

@@ -11,6 +11,7 @@ from grids import grid
 from clipmoe_jax.core import sharding
 from clipmoe_jax.models import attention as module
 from clipmoe_jax.models.attention import attention
+from clipmoe_jax.models.transformer import Attention
 
 B, L, H, W = 8, 7, 2, 4
 SEGMENTS = np.array([[0] * 7, [1, 1, 1, 2, 2, 2, 0]] * 4, np.int32)
@@ -83,3 +84,46 @@ def test_chunks_stay_on_their_device(segments):
     wanted = run("xla", **given)
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """XLA's attention in place of cuDNN's, which is not here. At the padding its inputs may be anything, and
+    its output and their gradients are NaN."""
+    real = jax.nn.dot_product_attention
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def given(x, length):
+        return x.at[:, length:].set(7.0)
+
+    given.defvjp(
+        lambda x, length: (given(x, length), None),
+        lambda length, _, g: (g.at[:, length:].set(np.nan),),
+    )
+
+    def attend(query, key, value, *, implementation, query_seq_lengths=None, **masks):
+        if implementation == "xla":
+            return real(query, key, value, implementation=implementation, **masks)
+        assert implementation == "cudnn" and query.shape[1] % 2 == 0
+        length = query.shape[1] if query_seq_lengths is None else int(query_seq_lengths[0])
+        query, key, value = (given(a, length) for a in (query, key, value))
+        return real(query, key, value, **masks).at[:, length:].set(np.nan)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+
+
+@pytest.mark.parametrize("length", [L, L - 1], ids=["odd", "even"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "segments"])
+def test_padding_for_cudnn_reaches_nothing(cudnn_by_xla, length, causal, segments):
+    x, dy = (jax.random.normal(jax.random.key(i), (B, length, H * W)) for i in range(2))
+    segments = None if segments is None else segments[:, :length]
+    params = Attention(H, causal, "xla", np.float32).init(jax.random.key(2), x)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+    def run(implementation):
+        layer = Attention(H, causal, implementation, np.float32)
+        y, pull_back = jax.vjp(lambda params, x: layer.apply(params, x, segments), params, x)
+        return y, *pull_back(dy)
+
+    chex.assert_trees_all_close(run("cudnn"), run("xla"), atol=1e-5)

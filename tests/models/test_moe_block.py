@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiles
 from grids import grid
 
 from clipmoe_jax.core import sharding, trees
@@ -31,12 +32,19 @@ EXACT = {
     "ragged": {"dispatch": "ragged"},
     "ragged by fixed blocks": {"dispatch": "ragged", "grouped_mlp": "fixed_blocks"},
     "ragged by ragged_dot": {"dispatch": "ragged", "grouped_mlp": "ragged_dot"},
+    "ragged by tiles": {"dispatch": "ragged", "grouped_mlp": "tiles"},
     "capacity": {"dispatch": "capacity", "capacity_factor": E / K},  # which never drops
 }
-NAMES = grid("ragged", "capacity", rest=["dense", "ragged by fixed blocks", "ragged by ragged_dot"])
+REST = ["dense", *(name for name in EXACT if name.startswith("ragged by"))]
+NAMES = grid("ragged", "capacity", rest=REST)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(8, 16, 16, 3)).astype("f4")
 TOKENS = np.sort(RNG.integers(1, 40, (8, 10)), axis=1).astype("i4")
+
+
+@pytest.fixture(autouse=True)
+def written_out_tiles(monkeypatch):
+    tiles.write_out(monkeypatch)
 
 
 def random_params(config, seed=0):
