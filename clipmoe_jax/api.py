@@ -16,7 +16,7 @@ from PIL import Image
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.analysis.routing import make_patch_gates
-from clipmoe_jax.core import artifacts, distributed, paths, sharding
+from clipmoe_jax.core import artifacts, distributed, paths, sharding, trees
 from clipmoe_jax.core.errors import printable_errors
 from clipmoe_jax.data.decoding import map_decoding, preprocess_file
 from clipmoe_jax.data.preprocess import preprocess_image
@@ -52,12 +52,27 @@ class LoadedClip:
     a single one.
 
     config: the architecture. params: the param tree. source: the kind of model and its format, in words; the
-    model's repr shows it.
+    model's repr shows it. transposed: params are given as `trees.transpose_kernels` returns them, and held
+    like that, because few rows are multiplied faster by them on a CPU (benchmarks/LOG.md).
     """
 
-    def __init__(self, config: ClipConfig, params: dict, source: str, compute: ComputeConfig):
-        self.config, self.params, self.source = config, params, source
+    def __init__(
+        self,
+        config: ClipConfig,
+        params: dict,
+        source: str,
+        compute: ComputeConfig,
+        *,
+        transposed: bool = False,
+    ):
+        self.config, self.source = config, source
         self.model = Clip(config, compute)
+        self._held, self._transposed = params, transposed
+
+    @property
+    def params(self) -> dict:
+        """Returns the param tree."""
+        return trees.transpose_kernels(self._held) if self._transposed else self._held
 
     @printable_errors()
     def encode_image(
@@ -144,7 +159,7 @@ class LoadedClip:
     def logit_scale(self) -> jax.Array:
         """Returns the logarithm of what similarities are multiplied by before a softmax, () float32."""
         self._text_tower()
-        return self.params["logit_scale"]
+        return self._held["logit_scale"]
 
     def similarity(self, images: Images, texts: Texts) -> jax.Array:
         """Returns cosines of images and texts, (B images, B texts) float32; both as of `encode_image` and
@@ -179,9 +194,9 @@ class LoadedClip:
         left out. images, errors: as of `preprocess`. Raises ValueError for a dense model.
         """
         gates = make_patch_gates(self.model)  # pyright: ignore[reportArgumentType]
-        pixels = jnp.asarray(self.preprocess(images))
+        pixels, params = jnp.asarray(self.preprocess(images)), self.params
         parts = list(_parts(pixels)) or [(jnp.zeros((1, *pixels.shape[1:]), jnp.uint8), 0)]
-        return _joined([gates(self.params, part)[:n] for part, n in parts])
+        return _joined([gates(params, part)[:n] for part, n in parts])
 
     @printable_errors()
     def expert(self, e: int) -> "LoadedClip":
@@ -220,14 +235,15 @@ class LoadedClip:
         """Encodes a batch of arrays. places: the axes of what is encoded of a row, between B and embed."""
         if not len(inputs):
             return jnp.zeros((0, *places, self.config.embed_dim), jnp.float32)
-        # Flax modules are hashable, though their dataclasses do not declare it.
-        encode = make_encode(self.model, method, **options)  # pyright: ignore[reportArgumentType]
+        # Of any type: flax modules are hashable, though their dataclasses do not declare it.
+        model: Any = self.model
+        encode = make_encode(model, method, self._transposed, **options)
         inputs, size = jnp.asarray(inputs), self.config.vision.image_size
         fits = inputs.ndim == 2 if method == "encode_text" else inputs.shape[1:] == (size, size, 3)
         if isinstance(inputs, Tracer) or not fits:  # which raises an error that tells the shape
-            features = encode(self.params, inputs)
+            features = encode(self._held, inputs)
         else:
-            features = _joined([encode(self.params, part)[:n] for part, n in _parts(inputs)])
+            features = _joined([encode(self._held, part)[:n] for part, n in _parts(inputs)])
         if not normalize:
             return features
         return normalize_features(features.reshape(-1, features.shape[-1])).reshape(features.shape)
@@ -330,6 +346,12 @@ def load(
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     distributed.keep_compiled_programs()
+    platform = sharding.platform()
+    transposed = platform == "cpu"
+
+    def place(name: str, leaf: np.ndarray) -> jax.Array:
+        return jnp.asarray(trees.transpose_kernel(name, leaf) if transposed else leaf)
+
     model = read_model(
         path if pretrained is None else f"{OPEN_CLIP}{path}/{pretrained}",
         num_selected_experts=num_selected_experts,
@@ -338,9 +360,9 @@ def load(
         text_head_width=text_head_width,
         context_length=context_length,
         image_size=image_size,
-        place=lambda _, leaf: jnp.asarray(leaf),
+        place=place,
     )
     config = configs.default_config()
     config.update({"compute": {"dtype": dtype}})
-    compute = configs.compute_config(config, sharding.platform())
-    return LoadedClip(model.config, model.params, model.source, compute)
+    compute = configs.compute_config(config, platform)
+    return LoadedClip(model.config, model.params, model.source, compute, transposed=transposed)

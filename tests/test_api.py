@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import stack_experts
 from clipmoe_jax.evaluation.classes import templates
 from clipmoe_jax.evaluation.encoder import make_encode
+from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params, normalize_features
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
@@ -236,8 +238,23 @@ def test_a_program_is_compiled_for_each_power_of_two():
     clip.model = clip.model.clone(compute=dataclasses.replace(clip.model.compute, attention="chunked"))
     for num_rows in (*range(1, 18), 260):
         clip.encode_image(np.zeros((num_rows, 16, 16, 3), np.uint8))
-    program = make_encode(clip.model, "encode_image", output="pooled", value_attention=False)
+    program = make_encode(clip.model, "encode_image", False, output="pooled", value_attention=False)
     assert program._cache_size() == 7  # 1, 2, 4, 8, 16, 32, 256
+
+
+def test_a_model_is_held_for_few_rows_and_has_the_params_that_were_saved(clip, tmp_path):
+    """On a CPU its matrices are transposed, which shows in neither params, features nor a copy."""
+    clip.save(tmp_path / "model")
+    loaded = clipmoe_jax.load(str(tmp_path / "model"))
+    held, saved = (
+        tree["visual"]["resblocks_0"]["mlp"]["c_fc"]["kernel"] for tree in (loaded._held, clip.params)
+    )
+    np.testing.assert_array_equal(held, np.transpose(saved))
+    chex.assert_trees_all_equal(loaded.params, clip.params)
+    np.testing.assert_allclose(loaded.encode_image(IMAGES), clip.encode_image(IMAGES), atol=1e-6)
+    np.testing.assert_allclose(loaded.encode_text(TEXTS), clip.encode_text(TEXTS), atol=1e-6)
+    loaded.save(tmp_path / "again")
+    chex.assert_trees_all_equal(read_model(str(tmp_path / "again")).params, clip.params)
 
 
 def test_files_are_read_as_they_are_encoded(clip, tmp_path):

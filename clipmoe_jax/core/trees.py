@@ -95,6 +95,16 @@ def cast_matrices(params: Params, dtype: str) -> dict:
     )
 
 
+def transpose_kernels(params: Params) -> dict:
+    """Returns the tree with the axes of its matrices called kernel swapped, (D, F) to (F, D) and back."""
+    return unflatten({name: transpose_kernel(name, leaf) for name, leaf in flatten(params).items()})
+
+
+def transpose_kernel(name: str, leaf: Any) -> Any:
+    """Returns a leaf as `transpose_kernels` has it."""
+    return leaf.T if name.endswith("/kernel") and leaf.ndim == 2 else leaf
+
+
 def blend(base: Params, params: Params, share: float) -> dict:
     """Returns (1 - share) · base + share · params, leaf by leaf (WiSE-FT, arXiv 2109.01903)."""
     return jax.tree.map(lambda old, new: (1 - share) * old + share * new, base, params)

@@ -27,12 +27,18 @@ def cache_programs(function: Function) -> Function:
 
 
 @cache_programs
-def make_encode(model: Clip, method: str, **options: Any) -> Callable[[trees.Params, Any], jax.Array]:
+def make_encode(
+    model: Clip, method: str, transposed: bool = False, **options: Any
+) -> Callable[[trees.Params, Any], jax.Array]:
     """Returns a jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or
-    "encode_text". options: arguments of the method."""
-    return jax.jit(
-        lambda params, inputs: model.apply({"params": params}, inputs, method=method, **options)[0]
-    )
+    "encode_text". transposed: params are as `trees.transpose_kernels` returns them. options: arguments of the
+    method."""
+
+    def encode(params, inputs):
+        params = trees.transpose_kernels(params) if transposed else params
+        return model.apply({"params": params}, inputs, method=method, **options)[0]
+
+    return jax.jit(encode)
 
 
 class Encoder:

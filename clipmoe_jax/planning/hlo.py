@@ -221,12 +221,16 @@ def _results(instruction: Instruction) -> tuple[Array, ...]:
 
 
 def _grouped_flops(operands: list[tuple[int, ...]], result: tuple[int, ...]) -> float:
-    """Returns the FLOPs of a kernel whose shapes are those of `lax.ragged_dot`: rows (R, K) of groups by the
-    groups' matrices (E, K, N), in any order of K and N, to (R, N); 0 of any other."""
-    for rows, kernels in itertools.permutations(operands, 2):
-        if (len(rows), len(kernels), len(result)) == (2, 3, 2) and rows[0] == result[0]:
-            if sorted(kernels[1:]) == sorted((rows[1], result[1])):
+    """Returns the FLOPs of a kernel whose shapes are those of `lax.ragged_dot` or its gradient, 0 of any other:
+    rows (R, K) of groups by the groups' matrices (E, K, N), in any order of K and N, to (R, N); (R, K) by
+    (R, N) to (E, K, N)."""
+    for rows, others in itertools.permutations(operands, 2):
+        ranks = len(rows), len(others), len(result)
+        if ranks == (2, 3, 2) and rows[0] == result[0]:
+            if sorted(others[1:]) == sorted((rows[1], result[1])):
                 return 2.0 * math.prod(rows) * result[1]
+        if ranks == (2, 2, 3) and rows[0] == others[0] and (rows[1], others[1]) == result[1:]:
+            return 2.0 * math.prod(rows) * others[1]
     return 0.0
 
 
