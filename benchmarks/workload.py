@@ -36,8 +36,8 @@ CAPTION_DEVIATION = 20  # tokens
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Sizes of a step. text: the context length. caption_tokens: mean length of the captions; 0 fills the
-    context. platform: "cpu", "tpu", "gpu" or "cuda", as `sharding.platform`. remat: of our steps. keep: the
-    experts and routers of `configs/vit_l14_sharegpt4v.py:keep`, with the contrastive loss."""
+    context. platform: as `sharding.platform`. remat: of our steps. keep: the experts and routers of
+    `configs/vit_l14_sharegpt4v.py:keep`, with the contrastive loss."""
 
     variant: str
     batch: int

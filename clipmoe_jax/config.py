@@ -16,7 +16,7 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.interop import hub
 from clipmoe_jax.models.attention import default_implementation
 from clipmoe_jax.models.clip import VARIANTS, ClipConfig
-from clipmoe_jax.models.experts import GROUPED_MLPS
+from clipmoe_jax.models.experts import default_grouped_mlp
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train.phase import PhaseConfig
 
@@ -367,8 +367,7 @@ def compute_config(
 
     platform: as `sharding.platform`. It decides how attention and the experts run. Ragged dispatch is the
     exact one that computes least, unless every token visits every expert (router_gradient="all"): then there
-    is nothing to sort, and dense dispatch takes an H100 half the time. So it is on CPU where experts are
-    small.
+    is nothing to sort. So it is on CPU where experts are small.
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
     dispatch = config.moe.dispatch
@@ -378,7 +377,7 @@ def compute_config(
         dtype=dtype,
         remat=config.compute.remat,
         dispatch=dispatch,
-        grouped_mlp=GROUPED_MLPS[platform],
+        grouped_mlp=default_grouped_mlp(platform, dtype),
         attention=default_implementation(platform, dtype),
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,

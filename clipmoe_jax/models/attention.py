@@ -83,7 +83,7 @@ def cudnn_attention(
     """Returns the output of cuDNN's attention, (B, M, H, W), undefined from token `length` on.
 
     M: an even length (`pad_to_even_length`). JAX refuses odd ones in training, and ViTs have one token more
-    than patches. Raises ValueError on devices without it.
+    than patches.
     """
     padding = query.shape[1] - length
     lengths = jnp.full(query.shape[0], length, jnp.int32) if padding else None

@@ -93,8 +93,7 @@ def ragged(
     # Slots past N*K, which no token has: first those that fill groups up, then, of no expert, those that sort
     # last and are the spare rows.
     slot_expert = expert_ids.reshape(-1)
-    if multiple > 1:
-        slot_expert = jnp.concatenate([slot_expert, _fill_up(slot_expert, num_experts, multiple)])
+    slot_expert = jnp.concatenate([slot_expert, _fill_up(slot_expert, num_experts, multiple)])
     slot_expert = jnp.pad(slot_expert, (0, spare_rows), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row

@@ -32,7 +32,7 @@ WIDE_BLOCK, NARROW_BLOCK = 256, 64
 
 # The most rows of one product on GPU. A fixed number of blocks has up to E too many, so small blocks waste
 # less. Large blocks fill a GPU and copy an expert's kernels less often: a layer of ViT-L/14 takes an H100
-# 2.8 ms with 2,048 rows, 3.3 with 1,024, 4.6 with 512 (benchmarks/gpu.py).
+# 2.8 ms with 2,048 rows, 3.3 with 1,024, 4.6 with 512 (benchmarks/results/h100.jsonl).
 GPU_BLOCK = 2048
 
 # Values of ComputeConfig.grouped_mlp by platform. `lax.ragged_dot` is one kernel on TPU alone: on CPU and GPU
@@ -44,6 +44,12 @@ GROUPED_MLPS = {
     "hopper": "tiles",
     "tpu": "ragged_dot",
 }
+
+
+def default_grouped_mlp(platform: str, dtype: str) -> str:
+    """Returns the value of GROUPED_MLPS for a platform (`sharding.platform`): tiles are of half precision."""
+    return GROUPED_MLPS["cuda" if platform == "hopper" and dtype == "float32" else platform]
+
 
 GroupedMlp = Callable[[Array, Array, Array, Weights, FeedForward], Array]
 
@@ -119,7 +125,9 @@ def tiles(
         y = grouped_dot.grouped_dot(x, kernel, tile_expert)
         if bias is None:
             return y
-        of_tiles = jnp.take(bias, tile_expert, axis=0, mode="fill", fill_value=0)
+        # Of float32, so that its gradient is summed over tiles in float32.
+        of_tiles = jnp.take(bias.astype(jnp.float32), tile_expert, axis=0, mode="fill", fill_value=0)
+        of_tiles = of_tiles.astype(y.dtype)
         return (y.reshape(len(tile_expert), -1, y.shape[1]) + of_tiles[:, None]).reshape(y.shape)
 
     return feed_forward(rows, experts._replace(proj_bias=None), gates, apply=apply)

@@ -3,7 +3,7 @@
 Letters: R rows, T = R / ROWS tiles of rows, E experts, D width in, F width out.
 
 Every tile belongs to one expert, because groups of rows begin and end where tiles do
-(`experts.GroupedMlp.alignment`), as in MegaBlocks (arXiv 2211.15841). Then a product is an ordinary one whose
+(`experts.make_grouped_mlp`), as in MegaBlocks (arXiv 2211.15841). Then a product is an ordinary one whose
 tile looks up its expert. A persistent kernel runs on each multiprocessor: one warpgroup loads, two multiply,
 each half of the tile's columns.
 """

@@ -59,6 +59,8 @@ def _padded_bwd(length, residuals, g):
     x, kernel, bias = residuals
 
     def kept(a):
+        if a.shape[1] == length:
+            return a
         return jnp.where(jnp.arange(a.shape[1])[:, None] < length, a, 0)
 
     dx, _, _ = jax.vjp(linear, x, kernel, bias)[1](g)

@@ -83,7 +83,7 @@ class ComputeConfig:
 
     dtype: of activations and matrix products (norm statistics, router and losses stay float32).
     remat: what the backward pass computes again. "none": nothing; "dots": all but the products with weights
-    (KEPT), so scores, norms and activations; "full": each block from its input.
+    (KEPT), so norms, activations and, where cuDNN does not attend, scores; "full": each block from its input.
     dispatch: "ragged", "capacity" or "dense" (models/dispatch.py).
     grouped_mlp: how "ragged" runs the experts, by platform (`experts.GROUPED_MLPS`).
     attention: by platform and dtype (`attention.default_implementation`).

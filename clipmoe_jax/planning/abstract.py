@@ -29,9 +29,9 @@ def lower_step(mesh: AbstractMesh, phase: PlannedPhase, platform: str) -> None:
 
 
 def traceable(compute: ComputeConfig) -> ComputeConfig:
-    """Returns how a model is computed where its step is only traced: cuDNN's attention and the kernels for
-    Hopper GPUs need CUDA's libraries for that. Attention in chunks stands for cuDNN's, as it keeps no scores
-    either, and XLA's products of groups for the kernels."""
+    """Returns how a model is computed where its step is only traced. cuDNN's attention needs CUDA's libraries
+    for that: the one in chunks stands for it, which keeps no scores either. The kernels for Hopper GPUs take
+    longer to lower than all the rest: XLA's products of groups stand for them."""
     attention = "chunked" if compute.attention == "cudnn" else compute.attention
     grouped_mlp = "ragged_dot" if compute.grouped_mlp == "tiles" else compute.grouped_mlp
     return dataclasses.replace(compute, attention=attention, grouped_mlp=grouped_mlp)

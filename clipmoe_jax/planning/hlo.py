@@ -221,9 +221,9 @@ def _results(instruction: Instruction) -> tuple[Array, ...]:
 
 
 def _grouped_flops(operands: list[tuple[int, ...]], result: tuple[int, ...]) -> float:
-    """Returns the FLOPs of a kernel whose shapes are those of `lax.ragged_dot` or its gradient, 0 of any other:
-    rows (R, K) of groups by the groups' matrices (E, K, N), in any order of K and N, to (R, N); (R, K) by
-    (R, N) to (E, K, N)."""
+    """Returns the FLOPs of a kernel whose shapes are those of `lax.ragged_dot` or its gradient, else 0: rows
+    (R, K) of groups by the groups' matrices (E, K, N), in any order of K and N, to (R, N); (R, K) by (R, N)
+    to (E, K, N)."""
     for rows, others in itertools.permutations(operands, 2):
         ranks = len(rows), len(others), len(result)
         if ranks == (2, 3, 2) and rows[0] == result[0]:

@@ -144,15 +144,15 @@ def step_flops(mesh: AbstractMesh, phase: PlannedPhase) -> tuple[float, float]:
     model_flops = of_training(slots=num_visited_experts(config.moe, compute.router_gradient))
     computed = of_training(slots=experts)
     again = (compute.remat == "full") + (phase.hyperparameters.accumulation_steps > 1)
-    computed += flops.forward(config, slots=experts) * again + flops.scores(config) * (
-        compute.remat == "dots"
-    )
+    computed += flops.forward(config, slots=experts) * again
+    if compute.remat == "dots" and compute.attention != "cudnn":
+        computed += flops.scores(config)
     return model_flops, computed / model_flops
 
 
 def experts_of_token(config: ClipConfig, compute: ComputeConfig, mesh: AbstractMesh) -> float:
     """Returns how many experts compute on a token. Rows that routing leaves empty in a GPU's blocks, up to a
-    quarter, do not count."""
+    quarter, do not count; nor is it known here whether experts' widths fit "tiles"."""
     if config.moe is None:
         return 0
     num_experts = config.moe.num_experts

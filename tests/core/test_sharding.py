@@ -1,6 +1,7 @@
 """The mesh, where every parameter lies on it, and batches that reach it whole."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +160,25 @@ def test_devices_that_are_not_there_are_told_in_one_line(monkeypatch):
         ValueError, match="^JAX_PLATFORMS=cuda: JAX finds no such device here .Unable to init"
     ):
         sharding.make_mesh()
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "capability", "wanted"),
+    [
+        ("cpu", "cpu", None, "cpu"),
+        ("tpu", "libtpu", None, "tpu"),
+        ("gpu", "rocm 60300", "9.0", "gpu"),
+        ("gpu", "PJRT C API\ncuda 13000", "7.5", "gpu"),
+        ("gpu", "cuda 13000", "8.9", "cuda"),
+        ("gpu", "cuda 13000", "9.0", "hopper"),
+        ("gpu", "cuda 13000", "10.0", "cuda"),
+    ],
+)
+def test_platform_tells_gpus_by_what_runs_on_them(monkeypatch, backend, version, capability, wanted):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(
+        jax.extend.backend, "get_backend", lambda: types.SimpleNamespace(platform_version=version)
+    )
+    assert sharding.platform() == wanted

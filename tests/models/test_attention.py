@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from grids import grid
+from jax._src.cudnn import fused_attention_stablehlo
 
 from clipmoe_jax.core import sharding
 from clipmoe_jax.models import attention as module
 from clipmoe_jax.models.attention import attention
-from clipmoe_jax.models.transformer import Attention
+from clipmoe_jax.models.transformer import Attention, ComputeConfig, _block_class
 
 B, L, H, W = 8, 7, 2, 4
 SEGMENTS = np.array([[0] * 7, [1, 1, 1, 2, 2, 2, 0]] * 4, np.int32)
@@ -127,3 +128,25 @@ def test_padding_for_cudnn_reaches_nothing(cudnn_by_xla, length, causal, segment
         return y, *pull_back(dy)
 
     chex.assert_trees_all_close(run("cudnn"), run("xla"), atol=1e-5)
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_remat_keeps_what_cudnn_computed(monkeypatch, remat, calls):
+    """Its output and log-sums are kept by the name of JAX's primitive: "dots" would call it twice without."""
+    for check in ("check_cudnn_version", "check_compute_capability"):  # no such device is here
+        monkeypatch.setattr(fused_attention_stablehlo, check, lambda *_: 91000)
+
+    def block(attention):
+        compute = ComputeConfig(dtype="bfloat16", attention=attention, remat=remat)
+        fixed = {"mlp_width": 256, "activation": "gelu", "layer_norm_eps": 1e-5, "moe": None}
+        return _block_class(remat)(2, causal=False, compute=compute, deterministic=True, **fixed)
+
+    x = jax.ShapeDtypeStruct((2, 7, 128), "bfloat16")
+    params = jax.eval_shape(block("xla").init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return block("cudnn").apply(params, x)[0].astype(np.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(params, x))
+    assert text.count("dot_product_attention_fwd_wrapper[") == calls
+    assert text.count("dot_product_attention_bwd_wrapper[") == 1

@@ -294,6 +294,14 @@ def test_dropout_lets_a_nan_through():
     assert jnp.isnan(y).any() and not jnp.isnan(y[:, ::2]).any()
 
 
+def test_tiles_are_blocks_where_kernels_do_not_fit(monkeypatch):
+    monkeypatch.undo()  # the tiles that are written out
+    assert make_grouped_mlp("tiles", 400, random_experts(), all_grouped=True)[1:] == (64, 1)
+    shapes = (E, 128, 256), (E, 256), (E, 256, 128), (E, 128)
+    experts = Weights(*(jnp.zeros(shape, jnp.bfloat16) for shape in shapes))
+    assert make_grouped_mlp("tiles", 400, experts, all_grouped=True)[1:] == (-(400 + E * 127) % 128, 128)
+
+
 @pytest.mark.parametrize("grouped_mlp", GROUPED_MLPS)
 def test_slots_of_a_token_are_no_axis_of_an_array(params, x, grouped_mlp):
     """TPUs pad (N, K, D) fourfold where K = 2, forward and backward."""

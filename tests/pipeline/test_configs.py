@@ -127,6 +127,7 @@ def test_controls_can_be_tried_on_the_small_settings(name, switches):
         ("gpu", "bfloat16", "fixed_blocks", "xla"),
         ("cuda", "bfloat16", "fixed_blocks", "cudnn"),
         ("hopper", "bfloat16", "tiles", "cudnn"),
+        ("hopper", "float32", "fixed_blocks", "xla"),
         ("cuda", "float32", "fixed_blocks", "xla"),  # cuDNN's attention has half precision alone
     ],
 )

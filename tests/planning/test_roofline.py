@@ -240,7 +240,7 @@ def test_written_rows_are_the_plans_mfu(table):
     share, source = mfu.mfu_of("v5p", large, dots, 1.8, None)
     assert share == pytest.approx(0.3 * 1.5 / 1.8) and source == "predicted"
     assert mfu.mfu_of("v5p", large, dots, 1.0, 0.5) == (0.5, "given")
-    assert mfu.mfu_of("h100", large, dots, 1.0, None) == (0.38, "measured")
+    assert mfu.mfu_of("h100", large, dots, 1.0, None) == (0.377, "measured")
     assert mfu.mfu_of("h100", VARIANTS["ViT-L/14@336"], dots, 1.0, None) == (0.4, "assumed")
     longer = dataclasses.replace(large, text=dataclasses.replace(large.text, context_length=248))
     for other in (longer, VARIANTS["ViT-B/32"], dataclasses.replace(large, moe=MoeConfig(4, 2))):
