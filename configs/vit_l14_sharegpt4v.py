@@ -15,7 +15,7 @@ Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stag
 routers, 64 GiB a GPU at batch 100 each. Here the backward pass computes all but products with weights again
 (`compute.remat`): 18.4 and 22.9 GiB, compiled for a TPU v5p (benchmarks/l14_steps.py). On one GPU add
 `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the same global batch in eight
-parts. One H100 takes 153 ms for an MCL step of 100 pairs and 278 ms for a router step, in 17.3 and 23.1 GiB
+parts. One H100 takes 141 ms for an MCL step of 100 pairs and 190 ms for a router step, in 18.8 and 24.1 GiB
 (benchmarks/gpu.py).
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 65.0, text-to-image 46.8; the base 56.1 and 35.4;
