@@ -20,7 +20,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from clipmoe_jax.models import grouped_dot
 from clipmoe_jax.models.dropout import Dropout
 from clipmoe_jax.models.feed_forward import HIDDEN, FeedForward, Weights
 
@@ -69,6 +68,8 @@ def make_grouped_mlp(
     if name == "blocks":
         return functools.partial(blocks, scan_blocks=_as_needed), NARROW_BLOCK, 1
     if name == "tiles":
+        from clipmoe_jax.models import grouped_dot  # Pallas takes a quarter of a second
+
         if all(grouped_dot.fits(kernel) for kernel in experts[::2] if kernel is not None):
             most = num_slots + num_experts * (grouped_dot.ROWS - 1)
             return tiles, -most % grouped_dot.ROWS, grouped_dot.ROWS
@@ -118,6 +119,8 @@ def tiles(
     feed_forward: FeedForward,
 ) -> Float[Array, "R O"]:
     """Runs the experts by two products of tiles, each of which belongs to one expert."""
+    from clipmoe_jax.models import grouped_dot
+
     first_rows = jnp.arange(0, len(rows), grouped_dot.ROWS)
     tile_expert = _count_until(jnp.cumsum(group_sizes), first_rows).astype(jnp.int32)
 

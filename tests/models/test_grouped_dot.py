@@ -1,5 +1,8 @@
 """Grouped products on Hopper GPUs: interpreted where JAX can do that, lowered everywhere."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +44,11 @@ def test_kernels_lower_for_gpus():
         return lowered.as_text().count("custom_call @mosaic_gpu")
 
     assert num_kernels(lambda *of: value_and_gradients(tile_expert, *of)) == 3
+
+
+def test_a_start_imports_no_kernel():
+    script = "import sys, clipmoe_jax.models.clip; assert 'jax.experimental.pallas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_kernels_fit_half_precision_and_multiples_of_their_tiles():
