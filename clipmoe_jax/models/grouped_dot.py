@@ -183,7 +183,9 @@ def _run(
                 return sums
 
             def around(run):
-                @functools.partial(pl.run_scoped, sums=plgpu.ACC((ROWS, part), jnp.float32))
+                sums = plgpu.ACC((ROWS, part), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+                @functools.partial(pl.run_scoped, sums=sums)
                 def _(sums):
                     run(sums)
                     store(sums[...].astype(dtype), place.at[:, here])

@@ -40,7 +40,6 @@ def linear(
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_of_padded(
     x: Float[Array, "B M D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"], length: int
 ) -> Float[Array, "B M F"]:
@@ -48,10 +47,15 @@ def linear_of_padded(
 
     Neither these nor their gradients reach the gradients of kernel and bias.
     """
+    return linear(x, kernel, bias) if x.shape[1] == length else _linear_of_padded(length, x, kernel, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_of_padded(length: int, x: Array, kernel: Array, bias: Array) -> Array:
     return linear(x, kernel, bias)
 
 
-def _padded_fwd(x, kernel, bias, length):
+def _padded_fwd(length, x, kernel, bias):
     return linear(x, kernel, bias), (x, kernel, bias)
 
 
@@ -59,8 +63,6 @@ def _padded_bwd(length, residuals, g):
     x, kernel, bias = residuals
 
     def kept(a):
-        if a.shape[1] == length:
-            return a
         return jnp.where(jnp.arange(a.shape[1])[:, None] < length, a, 0)
 
     dx, _, _ = jax.vjp(linear, x, kernel, bias)[1](g)
@@ -68,7 +70,7 @@ def _padded_bwd(length, residuals, g):
     return dx, dkernel, dbias
 
 
-linear_of_padded.defvjp(_padded_fwd, _padded_bwd)
+_linear_of_padded.defvjp(_padded_fwd, _padded_bwd)
 
 
 @jax.custom_vjp

@@ -138,12 +138,16 @@ class Attention(nn.Module):
             return out_proj(_attend(in_proj(x), *how, segments, self.value_attention))
         # cuDNN takes queries, keys and values apart, of an even length. Made like that they are not copied.
         x = pad_to_even_length(x.astype(self.dtype))
-        qkv = []
-        for kernel, bias in zip(*(jnp.split(w, 3, axis=-1) for w in in_proj.weights(width)), strict=True):
+
+        def project(kernel: jax.Array, bias: jax.Array) -> jax.Array:
             part = checkpoint_name(linear_of_padded(x, kernel, bias, length), "qkv")
-            qkv.append(part.reshape(*x.shape[:2], self.num_heads, width // self.num_heads))
-        y = cudnn_attention(*qkv, length, causal=self.causal, segments=segments)
-        return linear_of_padded(y.reshape(x.shape), *out_proj.weights(width), length)[:, :length]
+            return part.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
+
+        kernels, biases = (jnp.split(w, 3, axis=-1) for w in in_proj.weights(width))
+        query, key, value = map(project, kernels, biases)
+        y = cudnn_attention(query, key, value, length, causal=self.causal, segments=segments)
+        y = linear_of_padded(y.reshape(x.shape), *out_proj.weights(width), length)
+        return y[:, :length]
 
 
 def _attend(
