@@ -50,13 +50,8 @@ STEPS = {
     "router_keep_no_remat": ("", {"remat": "none", "keep": True}, "router"),
 }
 PARTS = ("ceilings", "equality", "attention", "products", "layer")
-# Settings of models/grouped_dot.py: WIDEST, LOADED, IN_FLIGHT, SNAKE.
-SETTINGS = (
-    *((256, 4, 0, snake) for snake in (4, 8, 16, 1)),
-    (256, 4, 1, 4),
-    (256, 3, 0, 4),
-    *((128, loaded, in_flight, 4) for loaded, in_flight in ((4, 0), (6, 0), (6, 1))),
-)
+# Settings of models/grouped_dot.py: WIDEST, LOADED, SNAKE.
+SETTINGS = (*((256, 4, snake) for snake in (4, 8, 16, 1)), (256, 3, 4), (128, 4, 4), (128, 6, 4))
 ITEMS = (*PARTS, *STEPS)
 
 
@@ -193,7 +188,7 @@ def products(rounds: int, tokens: int) -> Iterator[Row]:
     multiply = jax.jit(jnp.matmul)
     yield timed("one product", lambda: multiply(x, kernels[0]), rounds, flops)
     for setting in SETTINGS:
-        grouped_dot.WIDEST, grouped_dot.LOADED, grouped_dot.IN_FLIGHT, grouped_dot.SNAKE = setting
+        grouped_dot.WIDEST, grouped_dot.LOADED, grouped_dot.SNAKE = setting
         jax.clear_caches()
         calls = {
             "x W": (grouped_dot.grouped_dot, lambda x, w, of: x @ w[of], (x, kernels)),

@@ -90,14 +90,16 @@ def ragged(
     run_groups, spare_rows, multiple = make_grouped_mlp(
         grouped_mlp, num_tokens * num_selected, experts, all_grouped=all_grouped
     )
+    slot_expert = expert_ids.reshape(-1)
+    group_sizes = jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     # Slots past N*K, which no token has: first those that fill groups up, then, of no expert, those that sort
     # last and are the spare rows.
-    slot_expert = expert_ids.reshape(-1)
-    slot_expert = jnp.concatenate([slot_expert, _fill_up(slot_expert, num_experts, multiple)])
+    missing = -group_sizes % multiple
+    group_sizes += missing
+    slot_expert = jnp.concatenate([slot_expert, _fill_up(missing, multiple)])
     slot_expert = jnp.pad(slot_expert, (0, spare_rows), constant_values=num_experts)
     order = jnp.argsort(slot_expert, stable=True)  # row -> slot
     position = jnp.argsort(order)[: num_tokens * num_selected]  # slot -> row
-    group_sizes = _count(slot_expert, num_experts)
     order, position, group_sizes = (checkpoint_name(a, ROUTING) for a in (order, position, group_sizes))
 
     def mask_undefined(rows):
@@ -205,15 +207,9 @@ def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
     return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
 
 
-def _count(slot_expert: Array, num_experts: int) -> Array:
-    """Returns each expert's number of slots, int32 (E,)."""
-    return jnp.sum(slot_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-
-
-def _fill_up(slot_expert: Array, num_experts: int, multiple: int) -> Array:
-    """Returns expert ids of more slots, E * (multiple - 1), which fill groups up; what is left has id E."""
-    missing = -_count(slot_expert, num_experts) % multiple
-    wanted = jnp.arange(multiple - 1) < missing[:, None]
+def _fill_up(missing: Array, multiple: int) -> Array:
+    """Returns expert ids of E * (multiple - 1) slots: `missing` (E,) of each expert, the others have id E."""
+    num_experts, wanted = len(missing), jnp.arange(multiple - 1) < missing[:, None]
     return jnp.where(wanted, jnp.arange(num_experts)[:, None], num_experts).reshape(-1)
 
 

@@ -26,7 +26,6 @@ ROWS = 128  # of a tile; a group's last tile is filled up, so E times half of it
 WIDEST = 256  # columns of a tile; half where they do not divide F
 DEPTH = 64  # of both factors, loaded at once
 LOADED = 4  # steps of that depth in shared memory
-IN_FLIGHT = 0  # products that are not waited for while the next is issued
 SNAKE = 4  # tiles of columns that multiprocessors go through together, so that they share what they load
 MULTIPROCESSORS = 132  # of an H100 SXM or H200, where a program is compiled for one that is not there
 GROUPS = 2  # warpgroups that multiply
@@ -46,9 +45,8 @@ def grouped_dot(
 ) -> Float[Array, "R F"]:
     """Returns each tile of rows times its expert's kernel, (R, F) in x's dtype, summed in float32.
 
-    x and kernels: as `fits` says. tile_expert (T,) int32 in order; E is no
-    expert: of such a tile the result and the gradient of x are undefined and may be NaN, and it adds nothing
-    to the gradient of kernels.
+    x and kernels: as `fits` says. tile_expert (T,) int32 in order; E is no expert: of such a tile the result
+    and the gradient of x are undefined and may be NaN, and it adds nothing to the gradient of kernels.
     """
     return _product(x, kernels, tile_expert, transpose=False)
 
@@ -150,10 +148,7 @@ def _run(
         return plgpu.emit_pipeline_warp_specialized(
             body,
             grid=(num_steps,),
-            in_specs=[
-                plgpu.BlockSpec(*spec, transforms=_swizzled(spec[0][1]), delay_release=IN_FLIGHT)
-                for spec in (first, second)
-            ],
+            in_specs=[plgpu.BlockSpec(*spec, transforms=_swizzled(spec[0][1])) for spec in (first, second)],
             wg_axis="group",
             num_compute_wgs=GROUPS,
             memory_registers=LOADING_REGISTERS,
@@ -179,7 +174,7 @@ def _run(
                 a = a.transpose((1, 0)) if transposed[0] else a
                 b = b.at[here].transpose((1, 0)) if transposed[1] else b.at[:, here]
                 plgpu.wgmma(sums, a, b)
-                plgpu.wgmma_wait(IN_FLIGHT)
+                plgpu.wgmma_wait(0)
                 return sums
 
             def around(run):

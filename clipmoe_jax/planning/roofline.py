@@ -33,7 +33,7 @@ from clipmoe_jax.planning.targets import compile_step
 NUM_PAIRS = 10**7  # of a training set; a step does not depend on it
 NUM_LARGEST = 10
 ATTENTION = "__cudnn$fmha"
-MEASURED = "__cublas$", "mosaic_gpu"  # kernels whose rate is that of products
+PRODUCT_KERNELS = "__cublas$", "mosaic_gpu"  # kernels whose rate is that of products
 
 
 class Rates(NamedTuple):
@@ -144,7 +144,7 @@ def _cost(
         if "Backward" not in instruction.target:
             return "attention", products, products / rates.attention, False
         return "attention", 2.5 * products, 2.5 * products / rates.attention_backward, False
-    unknown = instruction.opcode == "custom-call" and not instruction.target.startswith(MEASURED)
+    unknown = instruction.opcode == "custom-call" and not instruction.target.startswith(PRODUCT_KERNELS)
     product = program.flops(instruction, of)
     seconds = product / (rates.products_in_loops if in_loop else rates.products)
     if seconds >= num_bytes / rates.memory and product:
