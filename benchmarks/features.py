@@ -1,10 +1,11 @@
-"""Times a loaded model beside transformers, open_clip and ONNX Runtime: random weights, float32, on CPU.
+"""Times a loaded model beside transformers, open_clip and ONNX Runtime: random weights, on CPU.
 
     python -m benchmarks.features --rounds=5 --out=features.json
 
-Three parts: "first", from the start of a process to the features of 10 JPEGs, beside open_clip; "encode",
-batches that are arrays already; "files", JPEGs to features, beside open_clip with a DataLoader of 2 workers.
-Each round runs all programs, one after the other.
+Every program computes in --dtype; ONNX Runtime has float32 alone. Three parts: "first", from the start of a
+process to the features of 10 JPEGs, beside open_clip; "encode", batches that are arrays already; "files",
+JPEGs to features, beside open_clip with a DataLoader of 2 workers. Each round runs all programs, one after
+the other.
 """
 
 import argparse
@@ -28,19 +29,21 @@ from benchmarks.timing import Program, Side, Worker
 OURS, TRANSFORMERS, OPEN_CLIP, ONNX = "clipmoe_jax", "transformers", "open_clip", "onnxruntime"
 HUGGINGFACE, LOCAL_DIR = "huggingface", "openclip"  # formats, and folders of the model in each
 PARTS = ("first", "encode", "files")
+OPEN_CLIPS_PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of features, beside the largest
 FIRST, NUM_WORKERS, FILES_BATCH = 10, 2, 64
 
 
 def make_program(kind: str, sizes: dict[str, Any]) -> tuple[Program, dict[str, Any]]:
     """Returns the program of a kind, "image", "text" or "files", and {"features" of its first call}.
 
-    sizes: {"program", "folder" of the models and the images, "batch", "image_size"}.
+    sizes: {"program", "folder" of the models and the images, "batch", "image_size", "dtype"}.
     """
     if kind == "files":
         inputs: Any = sorted(map(str, (pathlib.Path(sizes["folder"]) / "images").iterdir()))
     else:
         inputs = arrays(kind, sizes["batch"], sizes["image_size"])
-    call = ENCODERS[sizes["program"]](pathlib.Path(sizes["folder"]), kind, inputs)
+    call = ENCODERS[sizes["program"]](pathlib.Path(sizes["folder"]), kind, inputs, sizes["dtype"])
     return Program(call, lambda result: None, 0.0), {"features": np.asarray(call())[:2].tolist()}
 
 
@@ -57,41 +60,43 @@ def arrays(kind: str, batch: int, image_size: int) -> np.ndarray:
 Call = Callable[[], np.ndarray]
 
 
-def _ours(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
+def _ours(folder: pathlib.Path, kind: str, inputs: Any, dtype: str) -> Call:
     from PIL import Image
 
     import clipmoe_jax
 
-    model = clipmoe_jax.load(str(folder / HUGGINGFACE))
+    model = clipmoe_jax.load(str(folder / HUGGINGFACE), dtype=dtype)
     if kind == "files":
         return lambda: np.asarray(model.encode_image([Image.open(file) for file in inputs]))
     encode = model.encode_image if kind == "image" else model.encode_text
     return lambda: np.asarray(encode(inputs))
 
 
-def _transformers(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
+def _transformers(folder: pathlib.Path, kind: str, inputs: Any, dtype: str) -> Call:
     torchvision_operators.declare()
     import torch
     from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(folder / HUGGINGFACE).eval()
+    model = CLIPModel.from_pretrained(folder / HUGGINGFACE, dtype=getattr(torch, dtype)).eval()
     encode = model.get_image_features if kind == "image" else model.get_text_features
-    tensor = _tensor(inputs)
+    tensor = _tensor(inputs, dtype)
 
     def call() -> np.ndarray:
         with torch.inference_mode():
-            return encode(tensor).pooler_output.numpy()
+            return encode(tensor).pooler_output.float().numpy()
 
     return call
 
 
-def _open_clip(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
+def _open_clip(folder: pathlib.Path, kind: str, inputs: Any, dtype: str) -> Call:
     torchvision_operators.declare()
     import open_clip
     import torch
     from PIL import Image
 
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder / LOCAL_DIR}")
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        f"local-dir:{folder / LOCAL_DIR}", precision=OPEN_CLIPS_PRECISION[dtype]
+    )
     model.eval()
 
     class Files(torch.utils.data.Dataset):
@@ -109,29 +114,30 @@ def _open_clip(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
             multiprocessing_context="fork",
         )
         with torch.inference_mode():
-            return np.concatenate([model.encode_image(batch).numpy() for batch in loader])
+            parts = [model.encode_image(batch.to(getattr(torch, dtype))).float() for batch in loader]
+        return np.concatenate(parts)
 
     if kind == "files":
         multiprocessing.current_process().daemon = False  # or it could not have the loader's workers
         return of_files
-    encode, tensor = model.encode_image if kind == "image" else model.encode_text, _tensor(inputs)
+    encode, tensor = model.encode_image if kind == "image" else model.encode_text, _tensor(inputs, dtype)
 
     def of_arrays() -> np.ndarray:
         with torch.inference_mode():
-            return encode(tensor).numpy()
+            return encode(tensor).float().numpy()
 
     return of_arrays
 
 
-def _onnx(folder: pathlib.Path, kind: str, inputs: Any) -> Call:
+def _onnx(folder: pathlib.Path, kind: str, inputs: Any, dtype: str) -> Call:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / f"{kind}.onnx", providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: _tensor(inputs).numpy()}
+    given = {session.get_inputs()[0].name: _tensor(inputs, dtype).numpy()}
     return lambda: session.run(None, given)[0]
 
 
-ENCODERS: dict[str, Callable[[pathlib.Path, str, Any], Call]] = {
+ENCODERS: dict[str, Callable[[pathlib.Path, str, Any, str], Call]] = {
     OURS: _ours,
     TRANSFORMERS: _transformers,
     OPEN_CLIP: _open_clip,
@@ -139,7 +145,7 @@ ENCODERS: dict[str, Callable[[pathlib.Path, str, Any], Call]] = {
 }
 
 
-def _tensor(inputs: np.ndarray) -> Any:
+def _tensor(inputs: np.ndarray, dtype: str) -> Any:
     """Returns what PyTorch's models take: images normalised already, as (B, 3, H, W)."""
     import torch
 
@@ -148,7 +154,7 @@ def _tensor(inputs: np.ndarray) -> Any:
     if inputs.ndim == 2:
         return torch.tensor(inputs)
     normalized = (inputs / 255 - np.array(MEAN)) / np.array(STD)
-    return torch.tensor(normalized, dtype=torch.float32).permute(0, 3, 1, 2).contiguous()
+    return torch.tensor(normalized, dtype=getattr(torch, dtype)).permute(0, 3, 1, 2).contiguous()
 
 
 def write_inputs(folder: pathlib.Path, variant: str, num_files: int) -> int:
@@ -188,7 +194,7 @@ def export_onnx(folder: pathlib.Path, image_size: int) -> None:
             return self._encode(inputs).pooler_output
 
     for kind, encode in (("image", model.get_image_features), ("text", model.get_text_features)):
-        example = _tensor(arrays(kind, 2, image_size))
+        example = _tensor(arrays(kind, 2, image_size), "float32")
         options = {"dynamic_axes": {"inputs": {0: "batch"}}, "input_names": ["inputs"], "dynamo": False}
         torch.onnx.export(Tower(encode).eval(), (example,), folder / f"{kind}.onnx", **options)
 
@@ -205,7 +211,7 @@ def first(program: str, folder: str) -> None:
     """Computes the features of 10 JPEGs as a user's program does."""
     files = sorted(map(str, (pathlib.Path(folder) / "images").iterdir()))[:FIRST]
     if program == OURS:
-        _ours(pathlib.Path(folder), "files", files)()
+        _ours(pathlib.Path(folder), "files", files, "float32")()
         return
     torchvision_operators.declare()
     import open_clip
@@ -230,9 +236,11 @@ def measure(kind: str, programs: list[str], sizes: dict[str, Any], rounds: int) 
     """Returns the seconds of each program. Raises ValueError if their features differ."""
     side = Side("benchmarks.features", {})
     workers = {program: Worker(side, kind, sizes | {"program": program}) for program in programs}
-    ours = np.array(workers[OURS].told["features"])
+    ours, tolerance = np.array(workers[OURS].told["features"]), TOLERANCE[sizes["dtype"]]
     for program, worker in workers.items():
-        if not np.allclose(worker.told["features"], ours, rtol=1e-3, atol=1e-3 * np.abs(ours).max()):
+        if not np.allclose(
+            worker.told["features"], ours, rtol=tolerance, atol=tolerance * np.abs(ours).max()
+        ):
             raise ValueError(f"{kind}: {program} has other features than {OURS}")
     seconds = in_turns({program: worker.seconds for program, worker in workers.items()}, rounds)
     for worker in workers.values():
@@ -246,6 +254,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas between")
     parser.add_argument("--variant", default="ViT-B/32")
     parser.add_argument("--batches", default="1,32,256")
+    parser.add_argument("--dtype", default="float32", choices=TOLERANCE, help="of the parts encode and files")
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", help="a JSON file for the seconds of all rounds")
@@ -260,8 +269,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder, parts = pathlib.Path(name), args.parts.split(",")
-        sizes = {"folder": name, "image_size": write_inputs(folder, args.variant, args.files), "batch": 0}
-        if "encode" in parts:
+        image_size = write_inputs(folder, args.variant, args.files)
+        sizes = {"folder": name, "image_size": image_size, "batch": 0, "dtype": args.dtype}
+        encoders = [program for program in ENCODERS if program != ONNX or args.dtype == "float32"]
+        if ONNX in encoders and "encode" in parts:
             export_onnx(folder, sizes["image_size"])
         if "first" in parts:
             for cache, rounds in (("empty", 1), ("filled", args.rounds)):
@@ -270,12 +281,13 @@ def main() -> None:
                 add(f"first, cache {cache}", in_turns(calls, rounds))
         for batch in map(int, args.batches.split(",")) if "encode" in parts else ():
             for kind in ("image", "text"):
-                of_batch = measure(kind, list(ENCODERS), sizes | {"batch": batch}, args.rounds)
+                of_batch = measure(kind, encoders, sizes | {"batch": batch}, args.rounds)
                 add(f"{kind}, batch {batch}", of_batch)
         if "files" in parts:
             add(f"{args.files:,} files", measure("files", [OURS, OPEN_CLIP], sizes, args.rounds))
     if args.out:
-        everything = {"arguments": vars(args), "cores": os.cpu_count(), "rows": rows}
+        arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        everything = {"arguments": arguments, "cores": os.cpu_count(), "rows": rows}
         pathlib.Path(args.out).write_text(json.dumps(everything, indent=1) + "\n")
 
 

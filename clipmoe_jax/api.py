@@ -136,14 +136,16 @@ class LoadedClip:
         if not isinstance(found, list):
             found = [found] if found.ndim == 3 else list(found)
         size = self.config.vision.image_size
-        of_files = map_decoding(
-            lambda file: preprocess_file(file, size), (image for image in found if isinstance(image, FILE))
-        )
-        pixels = [
-            next(of_files) if isinstance(image, FILE) else preprocess_image(_pil_image(image), size)
-            for image in found
-        ]
-        return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+
+        def preprocess(image: ImageLike | jax.Array) -> np.ndarray:
+            if isinstance(image, FILE):
+                return preprocess_file(image, size)
+            return preprocess_image(_pil_image(image), size)
+
+        distinct = {id(image): image for image in found}  # threads must not load the same PIL image
+        pixels = dict(zip(distinct, map_decoding(preprocess, distinct.values()), strict=True))
+        of_images = [pixels[id(image)] for image in found]
+        return np.stack(of_images) if of_images else np.zeros((0, size, size, 3), np.uint8)
 
     @printable_errors()
     def tokenize(self, texts: Texts) -> np.ndarray:
@@ -342,15 +344,17 @@ def load(
     num_selected_experts: K of an MoE; None takes what the file says, or 2 if it does not. activation: of a
     bare state dict; None means quick_gelu. vision_head_width, text_head_width: of a bare state dict too; None
     means 64, or what open_clip's vision towers of that width have. context_length: 248 stretches a text tower
-    of 77 positions. image_size: resizes the vision tower's grid of positions. dtype: of the computation.
+    of 77 positions. image_size: resizes the vision tower's grid of positions. dtype: of the computation, and
+    of the kernels, as they are held and saved.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     distributed.keep_compiled_programs()
     platform = sharding.platform()
-    transposed = platform == "cpu"
+    transposed = platform == "cpu" and dtype == "float32"
 
     def place(name: str, leaf: np.ndarray) -> jax.Array:
-        return jnp.asarray(trees.transpose_kernel(name, leaf) if transposed else leaf)
+        leaf = trees.transpose_kernel(name, leaf) if transposed else leaf
+        return trees.cast_kernel(name, jnp.asarray(leaf), dtype)
 
     model = read_model(
         path if pretrained is None else f"{OPEN_CLIP}{path}/{pretrained}",

@@ -44,6 +44,10 @@ CPU_OPTIONS = (("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
 # instead of 23 CPU seconds.
 SMALL_WIDTH = 128
 
+# Of the residual stream while a CPU encodes: 34 images of ViT-B/32, 8 of ViT-B/16 and 4 of ViT-L/14. More
+# fall out of its cache (benchmarks/LOG.md).
+ENCODED_VALUES = 5 << 18
+
 # Sections whose fields are a `PhaseConfig`'s: of the base, and of the phases that come after it.
 FINE_TUNING_SECTIONS = ("mcl", "consolidation", "router")
 PHASE_SECTIONS = ("base.train", *FINE_TUNING_SECTIONS)
@@ -380,6 +384,7 @@ def compute_config(
         grouped_mlp=default_grouped_mlp(platform, dtype),
         attention=default_implementation(platform, dtype),
         mlp_chunk_rows=1024 if platform == "cpu" else 0,
+        encoded_values=ENCODED_VALUES if platform == "cpu" else 0,
         capacity_factor=config.moe.capacity_factor,
         expert_dropout_rate=config.moe.expert_dropout_rate if training_routers else 0.0,
         router_gradient=router_gradient,

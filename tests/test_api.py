@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 import clipmoe_jax
+from clipmoe_jax import api
 from clipmoe_jax.api import LoadedClip
 from clipmoe_jax.core import trees
+from clipmoe_jax.data import decoding
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.upcycling import stack_experts
@@ -257,6 +259,24 @@ def test_a_model_is_held_for_few_rows_and_has_the_params_that_were_saved(clip, t
     chex.assert_trees_all_equal(read_model(str(tmp_path / "again")).params, clip.params)
 
 
+def test_kernels_are_held_in_the_dtype_of_the_computation(clip, tmp_path):
+    """Which changes no feature: products take them in it anyway."""
+    clip.save(tmp_path / "model")
+    loaded = clipmoe_jax.load(str(tmp_path / "model"), dtype="bfloat16")
+    kinds = {name.rpartition("/")[2]: leaf.dtype for name, leaf in trees.flatten(loaded.params).items()}
+    assert {name for name, dtype in kinds.items() if dtype == jnp.bfloat16} == {"kernel"}
+    whole = LoadedClip(clip.config, clip.params, "dense CLIP", loaded.model.compute)
+    for found, expected in (
+        (loaded.encode_image(IMAGES), whole.encode_image(IMAGES)),
+        (loaded.encode_text(TEXTS), whole.encode_text(TEXTS)),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    loaded.save(tmp_path / "rounded")
+    saved = read_model(str(tmp_path / "rounded")).params
+    rounded = {n: trees.cast_kernel(n, leaf, "bfloat16") for n, leaf in trees.flatten(clip.params).items()}
+    chex.assert_trees_all_equal(trees.flatten(saved), jax.tree.map(np.float32, rounded))
+
+
 def test_files_are_read_as_they_are_encoded(clip, tmp_path):
     """By any kind of path, alone or among images, more than are computed at once."""
     for i, image in enumerate(IMAGES):
@@ -268,6 +288,25 @@ def test_files_are_read_as_they_are_encoded(clip, tmp_path):
     np.testing.assert_allclose(clip.encode_image(files[1]), expected[1:], atol=1e-6)
     mixed = (files + IMAGES) * 65
     np.testing.assert_allclose(clip.encode_image(mixed), np.tile(expected, (130, 1)), atol=1e-6)
+
+
+def test_many_images_are_decoded_at_once_and_each_once(clip, monkeypatch, tmp_path):
+    """Opened ones that are not loaded yet, which threads must not do twice."""
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    opened = [Image.open(tmp_path / f"{i}.png") for i in range(120)]
+    expected = np.stack([preprocess_image(Image.open(image.filename), 16) for image in opened])
+    done = []
+
+    def counted(image, size):
+        done.append(id(image))
+        return preprocess_image(image, size)
+
+    monkeypatch.setattr(api, "preprocess_image", counted)
+    monkeypatch.setattr(decoding, "SLOW_SECONDS", 0.0)  # so that threads take over
+    np.testing.assert_array_equal(clip.preprocess(opened * 2), np.concatenate([expected] * 2))
+    assert sorted(done) == sorted(map(id, opened))
 
 
 def test_preprocess_and_tokenize_give_what_the_towers_take(clip):

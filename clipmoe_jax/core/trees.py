@@ -105,6 +105,11 @@ def transpose_kernel(name: str, leaf: Any) -> Any:
     return leaf.T if name.endswith("/kernel") and leaf.ndim == 2 else leaf
 
 
+def cast_kernel(name: str, leaf: Any, dtype: str) -> Any:
+    """Returns a leaf in `dtype` if it is a kernel, which products take in the dtype of the computation."""
+    return leaf.astype(dtype) if name.endswith("/kernel") and not name.endswith("router/kernel") else leaf
+
+
 def blend(base: Params, params: Params, share: float) -> dict:
     """Returns (1 - share) · base + share · params, leaf by leaf (WiSE-FT, arXiv 2109.01903)."""
     return jax.tree.map(lambda old, new: (1 - share) * old + share * new, base, params)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,6 +18,7 @@ from clipmoe_jax.data import loader
 from clipmoe_jax.data.samplers import SequentialSampler
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import METHODS, Clip, normalize_features
+from clipmoe_jax.models.inputs import PackedText
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,10 +37,34 @@ def make_encode(
     method."""
 
     def encode(params, inputs):
-        params = trees.transpose_kernels(params) if transposed else params
-        return model.apply({"params": params}, inputs, method=method, **options)[0]
+        def encode_rows(rows):
+            # Here, since XLA would copy what is transposed outside of the loop.
+            used = trees.transpose_kernels(params) if transposed else params
+            return model.apply({"params": used}, rows, method=method, **options)[0]
+
+        num_parts = _num_parts(model, inputs)
+        if num_parts <= 1:
+            return encode_rows(inputs)
+        rows = -(-len(inputs) // num_parts)
+        padding = [(0, num_parts * rows - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
+        parts = jax.lax.map(encode_rows, jnp.pad(inputs, padding).reshape(-1, rows, *inputs.shape[1:]))
+        return parts.reshape(-1, *parts.shape[2:])[: len(inputs)]
 
     return jax.jit(encode)
+
+
+def _num_parts(model: Clip, inputs: Any) -> int:
+    """Returns in how many parts of equal size inputs are encoded, so that each fits in a CPU's cache."""
+    most = model.compute.encoded_values
+    if not most or isinstance(inputs, PackedText) or sharding.devices_in_use() > 1:
+        return 1
+    vision, text = model.config.vision, model.config.text
+    if inputs.ndim == 2:
+        assert text is not None  # for encode_text
+        values = inputs.shape[1] * text.width
+    else:
+        values = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.width
+    return -(-len(inputs) // max(1, most // values))
 
 
 class Encoder:

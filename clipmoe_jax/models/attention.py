@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from clipmoe_jax.core.sharding import BATCH_AXES, devices_in_use
+from clipmoe_jax.models.linear import einsum
 
 Array = jax.Array
 
@@ -134,7 +135,7 @@ def _attend_in_chunks(causal: bool, qkv: Array, segments: Array) -> Array:
         for rows, seen in _parts(causal, query.shape[1]):
             scores = _scores(causal, query, key, segments, rows, seen)
             p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-            y = jnp.einsum("hlm,hmw->hlw", p.astype(value.dtype), value[:, seen])
+            y = einsum("hlm,hmw->hlw", p.astype(value.dtype), value[:, seen])
             parts.append((y / jnp.sum(p, axis=-1, keepdims=True)).astype(value.dtype))
         return jnp.concatenate(parts, axis=1).swapaxes(0, 1)
 
@@ -159,9 +160,9 @@ def _attend_bwd(causal, arguments, gradient):
             p = jax.nn.softmax(_scores(causal, query, key, segments, rows, seen), axis=-1)
             dp = jnp.einsum("hlw,hmw->hlm", g[:, rows], value[:, seen], preferred_element_type=jnp.float32)
             ds = (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True))).astype(query.dtype)
-            dq.append(_scaled(jnp.einsum("hlm,hmw->hlw", ds, key[:, seen])))
-            dk = dk.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", ds, _scaled(query[:, rows])))
-            dv = dv.at[:, seen].add(jnp.einsum("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
+            dq.append(_scaled(einsum("hlm,hmw->hlw", ds, key[:, seen])))
+            dk = dk.at[:, seen].add(einsum("hlm,hlw->hmw", ds, _scaled(query[:, rows])))
+            dv = dv.at[:, seen].add(einsum("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
         return jnp.stack([part.swapaxes(0, 1) for part in (jnp.concatenate(dq, axis=1), dk, dv)], axis=1)
 
     return _map(pull_back, *arguments, gradient), None

@@ -21,6 +21,7 @@ from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.sharding import devices_in_use
 from clipmoe_jax.models.feed_forward import ACTIVATIONS
 from clipmoe_jax.models.inputs import END_ID, MEAN, STD, PackedText
+from clipmoe_jax.models.linear import einsum
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig, apply_blocks, layer_norm
 
 Array = jax.Array
@@ -254,7 +255,7 @@ class VisionTower(nn.Module):
         kernel_init = nn.initializers.normal((3 * patch * patch) ** -0.5)
         kernel = _Kernel((patch, patch, 3, width), kernel_init, name="conv1")()
         patches = normalize(images).astype(dtype).reshape(-1, grid, patch, grid, patch, 3)
-        x = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel.astype(dtype))
+        x = einsum("bhpwqc,pqcd->bhwd", patches, kernel.astype(dtype))
         x = x.reshape(-1, grid * grid, width)
 
         class_embedding = self.param("class_embedding", normal, (width,))
@@ -276,7 +277,7 @@ class VisionTower(nn.Module):
         )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_post")(x)
         projection = self.param("proj", normal, (width, config.embed_dim))
-        features = (x @ projection.astype(dtype)).astype(jnp.float32)
+        features = einsum("nd,de->ne", x, projection.astype(dtype)).astype(jnp.float32)
         return features.reshape(-1, *places, config.embed_dim), aux
 
 
@@ -319,7 +320,7 @@ class TextTower(nn.Module):
         )
         x = layer_norm(config.layer_norm_eps, dtype, "ln_final")(x)
         projection = self.param("text_projection", normal(width**-0.5), (width, config.embed_dim))
-        return (x @ projection.astype(dtype)).astype(jnp.float32), aux
+        return einsum("nd,de->ne", x, projection.astype(dtype)).astype(jnp.float32), aux
 
 
 class Clip(nn.Module):

@@ -1,4 +1,4 @@
-"""The linear layer, with a gradient written for what XLA makes of it on CPU.
+"""Products and the linear layer, written for what XLA makes of them on CPU.
 
 Letters: D width in, F width out.
 """
@@ -8,10 +8,26 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Float
 
 Array = jax.Array
+
+
+def einsum(equation: str, x: Array | np.ndarray, y: Array) -> Array:
+    """Returns jnp.einsum of two arrays of one dtype, in this dtype.
+
+    CPUs have instructions for products of half precision, such as Intel's AMX. XLA uses them where the result
+    is float32, and otherwise multiplies in float32 (benchmarks/LOG.md).
+    """
+    if x.dtype == jnp.float32:
+        return jnp.einsum(equation, x, y)
+
+    def in_float32(x, y):
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return lax.platform_dependent(x, y, cpu=in_float32, default=functools.partial(jnp.einsum, equation))
 
 
 class Linear(nn.Module):
@@ -80,17 +96,17 @@ def _product(x: Array, kernel: Array) -> Array:
     JAX's own is (g^T x)^T, for which XLA on CPU transposes the gradient of the residual stream and computes
     the layer norms it comes through again for each column: a quarter of a training step (benchmarks/LOG.md).
     """
-    return x @ kernel
+    return einsum("...d,df->...f", x, kernel)
 
 
 def _product_fwd(x, kernel):
-    return x @ kernel, (x, kernel)
+    return einsum("...d,df->...f", x, kernel), (x, kernel)
 
 
 def _product_bwd(residuals, g):
     # XLA drops the gradient of a frozen kernel, and with it the residual that only this gradient needs.
     x, kernel = residuals
-    dx = lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    dx = einsum("...f,df->...d", g, kernel)
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     return dx, lax.dot_general(x, g, (((0,), (0,)), ((), ())))
 

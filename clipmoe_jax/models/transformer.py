@@ -89,6 +89,8 @@ class ComputeConfig:
     attention: by platform and dtype (`attention.default_implementation`).
     mlp_chunk_rows: how many rows of a dense feed-forward layer are computed at a time on one device, for CPUs
     (models/feed_forward.py); 0 is all.
+    encoded_values: how many values of the residual stream are computed at a time where nothing trains, on one
+    device, for CPUs (`encoder.make_encode`); 0 is all.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     router_gradient: "chosen" or "all" experts (`moe.straight_through`, which runs all on every token).
     compiler_options: of XLA, (name, value), for a training step.
@@ -100,6 +102,7 @@ class ComputeConfig:
     grouped_mlp: str = "blocks"
     attention: str = "xla"
     mlp_chunk_rows: int = 0
+    encoded_values: int = 0
     capacity_factor: float = 1.25
     expert_dropout_rate: float = 0.0
     router_gradient: str = "chosen"

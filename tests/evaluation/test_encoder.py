@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipmoe_jax.core import accelerators, distributed, sharding
+from clipmoe_jax.core import accelerators, distributed, sharding, trees
 from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.evaluation.encoder import Encoder
+from clipmoe_jax.evaluation.encoder import Encoder, make_encode
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.transformer import ComputeConfig
 
 CONFIG = ClipConfig(
     embed_dim=16,
@@ -45,6 +46,30 @@ def test_captions_that_share_rows_have_the_same_features(scenes, monkeypatch):
             8,
             8,
         ]  # a row a device, of two captions
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_of_a_batch_have_the_features_of_the_batch(transposed):
+    """Of 11 images of 5 tokens and 7 captions of 64, 16 wide: 4 parts of 3 images, 7 of one caption."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (11, 32, 32, 3), np.uint8)
+    tokens = rng.integers(1, 49406, (7, 64)).astype(np.int32)
+    whole = Clip(CONFIG, ComputeConfig())
+    params = whole.init(jax.random.key(0), images[:1], tokens[:1])["params"]
+    held = trees.transpose_kernels(params) if transposed else params
+    parted = Clip(CONFIG, ComputeConfig(encoded_values=3 * 5 * 16))
+    loops = {}
+    for method, inputs in (("encode_image", images), ("encode_text", tokens)):
+        encode = make_encode(parted, method, transposed)
+        expected = make_encode(whole, method)(params, inputs)
+        np.testing.assert_allclose(encode(held, inputs), expected, atol=1e-5)
+        [program] = jax.make_jaxpr(encode)(held, inputs).eqns
+        [loops[method]] = (
+            equation.params["length"]
+            for equation in program.params["jaxpr"].eqns
+            if equation.primitive.name == "scan"
+        )
+    assert loops == {"encode_image": 4, "encode_text": 7}
 
 
 def test_nothing_has_features_without_rows():

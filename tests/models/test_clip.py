@@ -373,6 +373,26 @@ def test_bfloat16_is_close_to_float32_and_gives_float32(config, params, inputs, 
         assert 1e-5 < error < 2e-2, name  # not zero either: it was computed in bfloat16
 
 
+@pytest.mark.parametrize("dispatch", grid("ragged", rest=["dense", "capacity"]))
+def test_gradients_in_bfloat16_are_close_to_those_in_float32(config, params, inputs, dispatch):
+    """Products of either dtype have programs of their own on CPU."""
+
+    def gradient(dtype):
+        compute = ComputeConfig(dtype=dtype, attention="chunked", dispatch=dispatch)
+
+        def value(params):
+            outputs = Clip(config, compute).apply({"params": params}, *inputs)
+            return sum(jnp.sum(jnp.sin(outputs[name])) for name in ("image_features", "text_features"))
+
+        return jax.jit(jax.grad(value))(params)
+
+    exact, found = (trees.flatten(gradient(dtype)) for dtype in ("float32", "bfloat16"))
+    norm = np.linalg.norm([np.linalg.norm(leaf) for leaf in exact.values()])
+    for name, leaf in exact.items():
+        error = np.linalg.norm(found[name] - leaf)
+        assert error < 0.1 * np.linalg.norm(leaf) + 0.01 * norm, name
+
+
 def test_activations_by_hand():
     # 1 * sigmoid(1.702) = 1 / (1 + 0.18232) and 1 * Phi(1), the normal distribution's.
     np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](jnp.array([1.0, 0.0])), [0.84580, 0], atol=1e-5)
