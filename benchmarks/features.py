@@ -2,10 +2,10 @@
 
     python -m benchmarks.features --rounds=5 --out=features.json
 
-Every program computes in --dtype; ONNX Runtime has float32 alone. Three parts: "first", from the start of a
-process to the features of 10 JPEGs, beside open_clip; "encode", batches that are arrays already; "files",
-JPEGs to features, beside open_clip with a DataLoader of 2 workers. Each round runs all programs, one after
-the other.
+Three parts: "first", from the start of a process to the features of 10 JPEGs, beside open_clip, in float32;
+"encode", batches that are arrays already; "files", JPEGs to features, beside open_clip with a DataLoader of 2
+workers. These two compute in --dtype, and without ONNX's file, which is of float32, in another. Each round
+runs all programs, one after the other.
 """
 
 import argparse
@@ -146,7 +146,7 @@ ENCODERS: dict[str, Callable[[pathlib.Path, str, Any, str], Call]] = {
 
 
 def _tensor(inputs: np.ndarray, dtype: str) -> Any:
-    """Returns what PyTorch's models take: images normalised already, as (B, 3, H, W)."""
+    """Returns what PyTorch's models take: images normalised already, as (B, 3, H, W) of `dtype`."""
     import torch
 
     from clipmoe_jax.models.inputs import MEAN, STD

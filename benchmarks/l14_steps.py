@@ -7,8 +7,8 @@ Memory is the account of the device's compiler (`memory_analysis`), which has to
 "jax[tpu]"` or `"jax[cuda13]"`): arguments, results, temporaries, and the peak of all. For a TPU it also
 expects a number of cycles, the sum of its estimates for each instruction: no measurement, and without kernels
 (attention, experts' products) and gathers, for which it has no estimate. For a GPU that is not there nothing
-is tuned. On a CPU XLA computes bfloat16 products in float32 and undoes rematerialisation: its account there
-bounds no accelerator's.
+is tuned. On a CPU XLA computes products for the gradients of kernels in float32 and undoes rematerialisation:
+its account there bounds no accelerator's.
 """
 
 import argparse

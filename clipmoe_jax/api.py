@@ -31,7 +31,8 @@ from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.model_folder import save_model
 from clipmoe_jax.models.transformer import ComputeConfig
 
-LARGEST_BATCH = 256  # rows that are computed at once
+LARGEST_BATCH = 256  # rows of one call of a compiled program
+DTYPES = "float32", "bfloat16", "float16"
 
 FILE = (str, os.PathLike)
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -43,8 +44,8 @@ IMAGES = "image files, PIL images or uint8 arrays (H, W, 3)"
 class LoadedClip:
     """A dense CLIP or a CLIP-MoE that encodes images and captions.
 
-    A batch may have any size: it is computed in parts of 256 rows, the last one padded to a power of two, so
-    that few programs are compiled.
+    A batch may have any size: 256 rows at most are computed by one program, fewer padded to a power of two,
+    so that few programs are compiled.
 
     Images are image files, PIL images and uint8 arrays (H, W, 3), a single one or several: they are resized,
     cropped and converted as by OpenAI's code. EXIF orientation is ignored, as there: turn photographs upright
@@ -142,10 +143,11 @@ class LoadedClip:
                 return preprocess_file(image, size)
             return preprocess_image(_pil_image(image), size)
 
-        distinct = {id(image): image for image in found}  # threads must not load the same PIL image
-        pixels = dict(zip(distinct, map_decoding(preprocess, distinct.values()), strict=True))
-        of_images = [pixels[id(image)] for image in found]
-        return np.stack(of_images) if of_images else np.zeros((0, size, size, 3), np.uint8)
+        # Threads must not load one PIL image twice, nor several from one open file.
+        by_path = {id(image): image for image in found if isinstance(image, FILE) or _has_path(image)}
+        of_paths = dict(zip(by_path, map_decoding(preprocess, by_path.values()), strict=True))
+        pixels = [of_paths[id(image)] if id(image) in of_paths else preprocess(image) for image in found]
+        return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
     @printable_errors()
     def tokenize(self, texts: Texts) -> np.ndarray:
@@ -271,6 +273,11 @@ def _cosines(images: jax.Array, texts: jax.Array | np.ndarray) -> jax.Array:
     return jnp.einsum("id,td->it", images, texts, precision=jax.lax.Precision.HIGHEST)
 
 
+def _has_path(image: Any) -> bool:
+    """Whether it is an image that PIL opened by its path."""
+    return isinstance(image, Image.Image) and bool(getattr(image, "filename", ""))
+
+
 def _pil_image(image: Any) -> Image.Image:
     """Returns a PIL image as it is, and uint8 (H, W, 3) as one. Raises TypeError or ValueError for others."""
     if isinstance(image, Image.Image):
@@ -348,9 +355,11 @@ def load(
     of the kernels, as they are held and saved.
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     distributed.keep_compiled_programs()
     platform = sharding.platform()
-    transposed = platform == "cpu" and dtype == "float32"
+    transposed = platform == "cpu" and dtype != "bfloat16"
 
     def place(name: str, leaf: np.ndarray) -> jax.Array:
         leaf = trees.transpose_kernel(name, leaf) if transposed else leaf

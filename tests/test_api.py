@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import re
+import tarfile
+import threading
 
 import chex
 import jax
@@ -34,9 +36,10 @@ LENGTH = 12
 TEXTS = ["A photo of a cat.", "Two dogs"]
 
 
-def make_clip(vocab_size=49408):
+def make_clip(vocab_size=49408, moe=None):
     config = ClipConfig(
         embed_dim=16,
+        moe=moe,
         vision=VisionConfig(image_size=16, patch_size=8, width=16, num_layers=1, head_width=8),
         text=TextConfig(vocab_size, LENGTH, width=16, num_layers=1, head_width=8),
     )
@@ -259,12 +262,14 @@ def test_a_model_is_held_for_few_rows_and_has_the_params_that_were_saved(clip, t
     chex.assert_trees_all_equal(read_model(str(tmp_path / "again")).params, clip.params)
 
 
-def test_kernels_are_held_in_the_dtype_of_the_computation(clip, tmp_path):
-    """Which changes no feature: products take them in it anyway."""
+def test_kernels_are_held_in_the_dtype_of_the_computation(tmp_path):
+    """But for routers'. It changes no feature: products take them in it anyway."""
+    clip = make_clip(moe=MoeConfig(3, 2))
     clip.save(tmp_path / "model")
     loaded = clipmoe_jax.load(str(tmp_path / "model"), dtype="bfloat16")
-    kinds = {name.rpartition("/")[2]: leaf.dtype for name, leaf in trees.flatten(loaded.params).items()}
-    assert {name for name, dtype in kinds.items() if dtype == jnp.bfloat16} == {"kernel"}
+    for name, leaf in trees.flatten(loaded.params).items():
+        is_held = name.endswith("/kernel") and "router" not in name
+        assert leaf.dtype == (jnp.bfloat16 if is_held else jnp.float32), name
     whole = LoadedClip(clip.config, clip.params, "dense CLIP", loaded.model.compute)
     for found, expected in (
         (loaded.encode_image(IMAGES), whole.encode_image(IMAGES)),
@@ -275,6 +280,8 @@ def test_kernels_are_held_in_the_dtype_of_the_computation(clip, tmp_path):
     saved = read_model(str(tmp_path / "rounded")).params
     rounded = {n: trees.cast_kernel(n, leaf, "bfloat16") for n, leaf in trees.flatten(clip.params).items()}
     chex.assert_trees_all_equal(trees.flatten(saved), jax.tree.map(np.float32, rounded))
+    with pytest.raises(ValueError, match="dtype='int8': choose one of float32, bfloat16, float16"):
+        clipmoe_jax.load(str(tmp_path / "model"), dtype="int8")
 
 
 def test_files_are_read_as_they_are_encoded(clip, tmp_path):
@@ -290,23 +297,32 @@ def test_files_are_read_as_they_are_encoded(clip, tmp_path):
     np.testing.assert_allclose(clip.encode_image(mixed), np.tile(expected, (130, 1)), atol=1e-6)
 
 
-def test_many_images_are_decoded_at_once_and_each_once(clip, monkeypatch, tmp_path):
-    """Opened ones that are not loaded yet, which threads must not do twice."""
+def test_images_that_pil_opened_are_decoded_by_threads_where_nothing_is_shared(clip, monkeypatch, tmp_path):
+    """One image that is given twice is loaded once; images within one open file are left to one thread."""
     rng = np.random.default_rng(0)
     for i in range(120):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
-    opened = [Image.open(tmp_path / f"{i}.png") for i in range(120)]
-    expected = np.stack([preprocess_image(Image.open(image.filename), 16) for image in opened])
-    done = []
+    with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as tar:
+        for i in range(120):
+            tar.add(tmp_path / f"{i}.png", f"{i}.png")
+    threads = {}
 
-    def counted(image, size):
-        done.append(id(image))
+    def noted(image, size):
+        threads.setdefault(id(image), []).append(threading.get_ident())
         return preprocess_image(image, size)
 
-    monkeypatch.setattr(api, "preprocess_image", counted)
+    expected = np.stack([preprocess_image(Image.open(tmp_path / f"{i}.png"), 16) for i in range(120)])
+    monkeypatch.setattr(api, "preprocess_image", noted)
     monkeypatch.setattr(decoding, "SLOW_SECONDS", 0.0)  # so that threads take over
-    np.testing.assert_array_equal(clip.preprocess(opened * 2), np.concatenate([expected] * 2))
-    assert sorted(done) == sorted(map(id, opened))
+    by_path = [Image.open(tmp_path / f"{i}.png") for i in range(120)]
+    np.testing.assert_array_equal(clip.preprocess(by_path * 2), np.concatenate([expected] * 2))
+    assert all(len(of_image) == 1 for of_image in threads.values())
+    assert {threading.get_ident()} < {of_image[0] for of_image in threads.values()}
+    threads.clear()
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        within = [Image.open(tar.extractfile(member)) for member in tar.getmembers()]
+        np.testing.assert_array_equal(clip.preprocess(within), expected)
+    assert {thread for of_image in threads.values() for thread in of_image} == {threading.get_ident()}
 
 
 def test_preprocess_and_tokenize_give_what_the_towers_take(clip):

@@ -89,7 +89,7 @@ def cast_matrices(params: Params, dtype: str) -> dict:
     """Casts leaves of two or more axes. Scalars, norms, biases and routers are small and keep their dtype."""
     return unflatten(
         {
-            name: leaf.astype(dtype) if leaf.ndim >= 2 and not name.endswith("router/kernel") else leaf
+            name: leaf.astype(dtype) if leaf.ndim >= 2 and not _is_router(name) else leaf
             for name, leaf in flatten(params).items()
         }
     )
@@ -106,8 +106,13 @@ def transpose_kernel(name: str, leaf: Any) -> Any:
 
 
 def cast_kernel(name: str, leaf: Any, dtype: str) -> Any:
-    """Returns a leaf in `dtype` if it is a kernel, which products take in the dtype of the computation."""
-    return leaf.astype(dtype) if name.endswith("/kernel") and not name.endswith("router/kernel") else leaf
+    """Returns a leaf in `dtype` if it is a kernel, which products take in the dtype of the computation; not a
+    router's, which is float32."""
+    return leaf.astype(dtype) if name.endswith("/kernel") and not _is_router(name) else leaf
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith("router/kernel")
 
 
 def blend(base: Params, params: Params, share: float) -> dict:

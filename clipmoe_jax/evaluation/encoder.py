@@ -32,9 +32,11 @@ def cache_programs(function: Function) -> Function:
 def make_encode(
     model: Clip, method: str, transposed: bool = False, **options: Any
 ) -> Callable[[trees.Params, Any], jax.Array]:
-    """Returns a jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or
-    "encode_text". transposed: params are as `trees.transpose_kernels` returns them. options: arguments of the
-    method."""
+    """Returns a jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or "encode_text".
+
+    A large batch is encoded in parts on a CPU. transposed: params are as `trees.transpose_kernels` returns
+    them. options: arguments of the method.
+    """
 
     def encode(params, inputs):
         def encode_rows(rows):
@@ -42,7 +44,7 @@ def make_encode(
             used = trees.transpose_kernels(params) if transposed else params
             return model.apply({"params": used}, rows, method=method, **options)[0]
 
-        num_parts = _num_parts(model, inputs)
+        num_parts = _num_parts(model, method, inputs)
         if num_parts <= 1:
             return encode_rows(inputs)
         rows = -(-len(inputs) // num_parts)
@@ -53,18 +55,23 @@ def make_encode(
     return jax.jit(encode)
 
 
-def _num_parts(model: Clip, inputs: Any) -> int:
-    """Returns in how many parts of equal size inputs are encoded, so that each fits in a CPU's cache."""
-    most = model.compute.encoded_values
-    if not most or isinstance(inputs, PackedText) or sharding.devices_in_use() > 1:
+def _num_parts(model: Clip, method: str, inputs: Any) -> int:
+    """Returns in how many parts of equal size inputs are encoded, so that each fits in a CPU's cache.
+
+    1 for inputs that the model refuses, for a batch of symbolic size, and where rows share a capacity.
+    """
+    compute, text, vision = model.compute, model.config.text, model.config.vision
+    if not compute.encoded_values or compute.dispatch == "capacity" or sharding.devices_in_use() > 1:
         return 1
-    vision, text = model.config.vision, model.config.text
-    if inputs.ndim == 2:
-        assert text is not None  # for encode_text
+    if isinstance(inputs, PackedText) or not isinstance(inputs.shape[0], int):
+        return 1
+    if method == METHODS["image"] and inputs.shape[1:] == (vision.image_size, vision.image_size, 3):
+        values = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.width
+    elif method == METHODS["text"] and text and inputs.ndim == 2:
         values = inputs.shape[1] * text.width
     else:
-        values = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.width
-    return -(-len(inputs) // max(1, most // values))
+        return 1
+    return -(-len(inputs) // max(1, compute.encoded_values // values))
 
 
 class Encoder:

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from clipmoe_jax.core.sharding import BATCH_AXES, devices_in_use
-from clipmoe_jax.models.linear import einsum
 
 Array = jax.Array
 
@@ -135,7 +134,7 @@ def _attend_in_chunks(causal: bool, qkv: Array, segments: Array) -> Array:
         for rows, seen in _parts(causal, query.shape[1]):
             scores = _scores(causal, query, key, segments, rows, seen)
             p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-            y = einsum("hlm,hmw->hlw", p.astype(value.dtype), value[:, seen])
+            y = _product("hlm,hmw->hlw", p.astype(value.dtype), value[:, seen])
             parts.append((y / jnp.sum(p, axis=-1, keepdims=True)).astype(value.dtype))
         return jnp.concatenate(parts, axis=1).swapaxes(0, 1)
 
@@ -155,15 +154,16 @@ def _attend_bwd(causal, arguments, gradient):
     def pull_back(qkv, segments, g):
         query, key, value = _heads_first(qkv)
         g = g.swapaxes(0, 1)
-        dq, dk, dv = [], jnp.zeros_like(key), jnp.zeros_like(value)
+        dq, dk, dv = [], jnp.zeros(key.shape), jnp.zeros(value.shape)
         for rows, seen in _parts(causal, query.shape[1]):
             p = jax.nn.softmax(_scores(causal, query, key, segments, rows, seen), axis=-1)
-            dp = jnp.einsum("hlw,hmw->hlm", g[:, rows], value[:, seen], preferred_element_type=jnp.float32)
+            dp = _product("hlw,hmw->hlm", g[:, rows], value[:, seen])
             ds = (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True))).astype(query.dtype)
-            dq.append(_scaled(einsum("hlm,hmw->hlw", ds, key[:, seen])))
-            dk = dk.at[:, seen].add(einsum("hlm,hlw->hmw", ds, _scaled(query[:, rows])))
-            dv = dv.at[:, seen].add(einsum("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
-        return jnp.stack([part.swapaxes(0, 1) for part in (jnp.concatenate(dq, axis=1), dk, dv)], axis=1)
+            dq.append(_scaled(_product("hlm,hmw->hlw", ds, key[:, seen])))
+            dk = dk.at[:, seen].add(_product("hlm,hlw->hmw", ds, _scaled(query[:, rows])))
+            dv = dv.at[:, seen].add(_product("hlm,hlw->hmw", p.astype(g.dtype), g[:, rows]))
+        parts = jnp.concatenate(dq, axis=1), dk, dv
+        return jnp.stack([part.swapaxes(0, 1) for part in parts], axis=1).astype(qkv.dtype)
 
     return _map(pull_back, *arguments, gradient), None
 
@@ -181,13 +181,15 @@ def _parts(causal: bool, length: int) -> list[tuple[slice, slice]]:
 
 def _scores(causal: bool, query: Array, key: Array, segments: Array, rows: slice, seen: slice) -> Array:
     """Returns one example's scores. query, key (H, L, W), segments (L,) -> (H, rows, seen) float32."""
-    scores = jnp.einsum(
-        "hlw,hmw->hlm", _scaled(query[:, rows]), key[:, seen], preferred_element_type=jnp.float32
-    )
+    scores = _product("hlw,hmw->hlm", _scaled(query[:, rows]), key[:, seen])
     visible = _same_segment(segments)
     if causal:
         visible &= jnp.tril(jnp.ones_like(visible))
     return jnp.where(visible[rows, seen], scores, MASKED)
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _scaled(query: Array) -> Array:

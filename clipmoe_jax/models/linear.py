@@ -18,8 +18,8 @@ Array = jax.Array
 def einsum(equation: str, x: Array | np.ndarray, y: Array) -> Array:
     """Returns jnp.einsum of two arrays of one dtype, in this dtype.
 
-    CPUs have instructions for products of half precision, such as Intel's AMX. XLA uses them where the result
-    is float32, and otherwise multiplies in float32 (benchmarks/LOG.md).
+    CPUs have instructions for products of bfloat16, such as Intel's AMX. XLA uses them where the result is
+    float32, and otherwise multiplies in float32 (benchmarks/LOG.md).
     """
     if x.dtype == jnp.float32:
         return jnp.einsum(equation, x, y)

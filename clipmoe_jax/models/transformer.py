@@ -90,7 +90,7 @@ class ComputeConfig:
     mlp_chunk_rows: how many rows of a dense feed-forward layer are computed at a time on one device, for CPUs
     (models/feed_forward.py); 0 is all.
     encoded_values: how many values of the residual stream are computed at a time where nothing trains, on one
-    device, for CPUs (`encoder.make_encode`); 0 is all.
+    device, for CPUs (`encoder.make_encode`); 0 is all, as for "capacity", where rows share one.
     expert_dropout_rate: after the activation inside experts, when a call is not deterministic.
     router_gradient: "chosen" or "all" experts (`moe.straight_through`, which runs all on every token).
     compiler_options: of XLA, (name, value), for a training step.

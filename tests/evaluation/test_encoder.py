@@ -1,5 +1,8 @@
 """Features of a data set: the same however its captions reach the model."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder, make_encode
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 CONFIG = ClipConfig(
     embed_dim=16,
@@ -70,6 +73,35 @@ def test_parts_of_a_batch_have_the_features_of_the_batch(transposed):
             if equation.primitive.name == "scan"
         )
     assert loops == {"encode_image": 4, "encode_text": 7}
+
+
+@pytest.mark.parametrize(
+    ("method", "inputs", "error"),
+    [
+        (
+            "encode_image",
+            np.zeros((9, 24, 24, 3), np.uint8),
+            r"images have shape \(9, 24, 24, 3\); this",
+        ),
+        ("encode_image", np.zeros((9, 8), np.int32), r"images have shape \(9, 8\); this model takes"),
+        ("encode_text", np.zeros((9, 65), np.int32), "tokens have length 65; this model takes at most 64"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_as_they_are(method, inputs, error):
+    config = CONFIG if method == "encode_text" else dataclasses.replace(CONFIG, text=None)
+    encode = make_encode(Clip(config, ComputeConfig(encoded_values=1)), method)
+    with pytest.raises(ValueError, match=error):
+        encode({"logit_scale": np.float32(0)}, inputs)
+
+
+def test_rows_that_share_a_capacity_stay_together():
+    model = Clip(
+        dataclasses.replace(CONFIG, moe=MoeConfig(4, 2)), ComputeConfig(dispatch="capacity", encoded_values=1)
+    )
+    images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
+    params = model.init(jax.random.key(0), images[:1], np.zeros((1, 64), np.int32))["params"]
+    expected, _ = jax.jit(functools.partial(model.apply, method="encode_image"))({"params": params}, images)
+    np.testing.assert_array_equal(make_encode(model, "encode_image")(params, images), expected)
 
 
 def test_nothing_has_features_without_rows():

@@ -1,8 +1,9 @@
-"""Products in half precision."""
+"""Products in bfloat16."""
+
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from clipmoe_jax.models.linear import linear
@@ -22,7 +23,7 @@ def products(dtype, platform):
     return [
         line.rpartition("x")[2].strip(">")
         for text in lowered
-        for line in text.split(" loc(")[0].splitlines()
+        for line in text.splitlines()
         if "stablehlo.dot_general" in line
     ]
 
@@ -30,24 +31,12 @@ def products(dtype, platform):
 @pytest.mark.parametrize(
     ("dtype", "platform", "results"),
     [
-        ("bfloat16", "cpu", ["f32", "f32", "bf16"]),  # forward, of x, of the kernel
-        ("bfloat16", "cuda", ["bf16"] * 3),
-        ("bfloat16", "tpu", ["bf16"] * 3),
-        ("float32", "cpu", ["f32"] * 3),
+        ("bfloat16", "cpu", {"f32": 2, "bf16": 1}),  # but for the kernel's gradient
+        ("bfloat16", "cuda", {"bf16": 3}),
+        ("bfloat16", "tpu", {"bf16": 3}),
+        ("float32", "cpu", {"f32": 3}),
     ],
 )
-def test_a_cpu_multiplies_halves_into_float32(dtype, platform, results):
+def test_a_cpu_multiplies_bfloat16_into_float32(dtype, platform, results):
     """With another result XLA turns both factors into float32 first (benchmarks/LOG.md)."""
-    found = products(dtype, platform)
-    assert sorted(found) == sorted(results)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_halves_are_summed_in_float32_and_rounded_once(dtype):
-    rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, 3, 512)), rng.normal(size=(512, 5))
-    x, kernel = (jnp.asarray(a, dtype) for a in (x, kernel))
-    found = linear(x, kernel.astype(jnp.float32), None)
-    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
-    assert found.dtype == dtype
-    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=jnp.finfo(dtype).eps, atol=1e-5)
+    assert Counter(products(dtype, platform)) == results
