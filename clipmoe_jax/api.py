@@ -95,8 +95,7 @@ class LoadedClip:
         Raises TypeError for other inputs, FileNotFoundError, and ValueError for an image that does not decode
         and an array of another shape.
         """
-        vision = self.config.vision
-        places = (vision.image_size // vision.patch_size,) * 2 if output == "patches" else ()
+        places = (self.config.vision.grid,) * 2 if output == "patches" else ()
 
         def encode(pixels: np.ndarray | jax.Array) -> jax.Array:
             options = {"output": output, "value_attention": value_attention}

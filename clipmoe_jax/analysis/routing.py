@@ -84,7 +84,7 @@ def routing_tables(sums: Mapping[str, RoutingSums], config: ClipConfig) -> dict[
     positions or a class of words that no token was in is left out.
     """
     places = {
-        "visual": ["class token"] + [f"row {i + 1}" for i in range(_grid(config))],
+        "visual": ["class token"] + [f"row {i + 1}" for i in range(config.vision.grid)],
         "text": TEXT_PLACES,
     }
     tables = {}
@@ -175,7 +175,7 @@ def top1_experts(
     of n, or of batch_size where that is more: that of other batches shares their program.
     """
     moe_layers(model.config)
-    count, grid = len(images), _grid(model.config)
+    count, grid = len(images), model.config.vision.grid
     rows = -(-max(count, batch_size) // mesh.size) * mesh.size
     part = slice(*(rows // jax.process_count() * (jax.process_index() + i) for i in range(2)))
     batch = {"image": images, "text": tokens, "valid": np.ones(count, bool)}
@@ -211,13 +211,13 @@ def token_mask(config: ClipConfig, tower: str, arrays: Mapping[str, Array]) -> A
     valid = arrays["valid"][:, None]
     if tower == "text":
         return text_mask(arrays["inputs"], _text(config).eos_token_id) & valid
-    return jnp.broadcast_to(valid, (len(valid), _grid(config) ** 2 + 1))
+    return jnp.broadcast_to(valid, (len(valid), config.vision.grid**2 + 1))
 
 
 def _places(config: ClipConfig, tower: str, inputs: Array) -> tuple[Array, int]:
     """Returns the bin of each token's position, (B, L) int32, and the number of bins."""
     if tower == "visual":
-        grid = _grid(config)
+        grid = config.vision.grid
         row = jnp.concatenate([jnp.zeros(1, jnp.int32), 1 + jnp.arange(grid**2) // grid])
         return jnp.broadcast_to(row, (len(inputs), len(row))), grid + 1
     position = jnp.arange(inputs.shape[1])
@@ -242,7 +242,7 @@ def make_logits(model: Clip, tower: str) -> Callable[[trees.Params, Array], Arra
 def make_patch_gates(model: Clip) -> Callable[[trees.Params, Array], Array]:
     """Returns a jitted (params, images (B, H, W, 3)) -> gates of patches (B, M, G, G, E) float32, 0 of those
     experts that a patch does not use. Raises ValueError for a dense model."""
-    moe, grid = _moe(model.config), _grid(model.config)
+    moe, grid = _moe(model.config), model.config.vision.grid
 
     def gates(params, images):
         logits = make_logits(model, "visual")(params, images)[:, :, 1:]  # without the class token
@@ -300,10 +300,6 @@ def _text(config: ClipConfig) -> TextConfig:
     if config.text is None:
         raise ValueError("the model has no text tower")
     return config.text
-
-
-def _grid(config: ClipConfig) -> int:
-    return config.vision.image_size // config.vision.patch_size
 
 
 def _on_host(array: Array) -> np.ndarray:

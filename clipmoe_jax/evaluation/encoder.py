@@ -66,7 +66,7 @@ def _num_parts(model: Clip, method: str, inputs: Any) -> int:
     if isinstance(inputs, PackedText) or not isinstance(inputs.shape[0], int):
         return 1
     if method == METHODS["image"] and inputs.shape[1:] == (vision.image_size, vision.image_size, 3):
-        values = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.width
+        values = (vision.grid**2 + 1) * vision.width
     elif method == METHODS["text"] and text and inputs.ndim == 2:
         values = inputs.shape[1] * text.width
     else:

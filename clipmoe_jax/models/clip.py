@@ -44,6 +44,11 @@ class VisionConfig:
     head_width: int = 64
     mlp_width: int | None = None
 
+    @property
+    def grid(self) -> int:
+        """Returns the patches along a side."""
+        return self.image_size // self.patch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -109,7 +114,7 @@ def _check_tower(name: str, tower: VisionConfig | TextConfig) -> None:
         errors.add(
             f"{name}.image_size={tower.image_size} is not a multiple of {name}.patch_size={tower.patch_size}"
         )
-    elif isinstance(tower, VisionConfig) and (tower.image_size // tower.patch_size) ** 2 > MOST_PATCHES:
+    elif isinstance(tower, VisionConfig) and tower.grid**2 > MOST_PATCHES:
         errors.add(
             f"{name}.patch_size={tower.patch_size} makes more than {MOST_PATCHES:,} patches of "
             f"{name}.image_size={tower.image_size}"
@@ -249,7 +254,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"images have shape {images.shape}; this model takes (B, {size}, {size}, 3)")
         dtype = jnp.dtype(self.compute.dtype)
         normal = nn.initializers.normal(width**-0.5)
-        grid = size // patch
+        grid = vision.grid
 
         # The stride of the patch convolution is its kernel's size, so it is one product over patches.
         kernel_init = nn.initializers.normal((3 * patch * patch) ** -0.5)

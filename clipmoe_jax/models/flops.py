@@ -40,7 +40,7 @@ def layers(config: ClipConfig, tower: str, length: int | None = None, slots: flo
     assert shape is not None, "the architecture has no text tower"
     width, hidden = shape.width, shape.mlp_width or 4 * shape.width
     if isinstance(shape, VisionConfig):
-        num_patches, pixels = (shape.image_size // shape.patch_size) ** 2, 3 * shape.patch_size**2
+        num_patches, pixels = shape.grid**2, 3 * shape.patch_size**2
         length = num_patches + 1
         yield Layer("visual/conv1", 2 * num_patches * pixels * width, 0)
         for name in ("class_embedding", "positional_embedding", "ln_pre"):

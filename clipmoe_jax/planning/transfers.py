@@ -112,9 +112,8 @@ def _tokens(mesh: AbstractMesh, phase: PlannedPhase) -> Iterator[Transfer]:
     pairs_of_group = phase.hyperparameters.batch_size // mesh.size * mesh.shape["expert"]
     num_visited = num_visited_experts(moe, compute.router_gradient)
     text = text_config(config)
-    num_patches = (config.vision.image_size // config.vision.patch_size) ** 2
     for what, tower, length in (
-        ("patches", config.vision, num_patches + 1),
+        ("patches", config.vision, config.vision.grid**2 + 1),
         ("words", text, text.context_length),
     ):
         num_blocks = tower.num_layers - first_moe_layer(tower.num_layers, moe)
