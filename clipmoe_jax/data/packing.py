@@ -35,19 +35,26 @@ def place_captions(lengths: np.ndarray, num_shards: int, row_length: int) -> Pla
     lengths (B,) int, at most `row_length`; 0 is no caption. A shard has as many rows as the fullest needs.
     """
     lengths = np.asarray(lengths, np.int64).reshape(num_shards, -1)  # (S, b)
-    shards = np.arange(num_shards)
-    used, count = np.zeros_like(lengths), np.zeros_like(lengths)  # (S, rows): tokens, captions
-    starts, segments = np.zeros_like(lengths), np.zeros_like(lengths)
-    most = 1
-    for caption in np.argsort(-lengths, axis=1, kind="stable").T:  # (S,), one of each shard
-        length = lengths[shards, caption]
-        row = np.argmax(used[:, : most + 1] + length[:, None] <= row_length, axis=1)
-        starts[shards, caption] = row * row_length + used[shards, row]
-        used[shards, row] += length
-        count[shards, row] += 1
-        segments[shards, caption] = count[shards, row]
-        most = max(most, int(row.max()) + 1)
-    return Places(most, starts.reshape(-1), segments.reshape(-1))
+    orders = np.argsort(-lengths, axis=1, kind="stable")
+    num_rows, starts, segments = 0, np.zeros_like(lengths), np.zeros_like(lengths)
+    # Lists: on so few numbers each of NumPy's operations would take longer than a whole search.
+    for shard, order in enumerate(orders):
+        placed: list[tuple[int, int]] = []  # (start, segment)
+        used, count = [0], [0]  # of each row: tokens, captions
+        for length in lengths[shard, order].tolist():
+            for row, tokens in enumerate(used):
+                if tokens + length <= row_length:
+                    break
+            else:
+                row = len(used)
+                used.append(0)
+                count.append(0)
+            count[row] += 1
+            placed.append((row * row_length + used[row], count[row]))
+            used[row] += length
+        starts[shard, order], segments[shard, order] = np.transpose(placed)
+        num_rows = max(num_rows, len(used))
+    return Places(num_rows, starts.reshape(-1), segments.reshape(-1))
 
 
 def with_room(num_rows: Any, size: int) -> Any:
