@@ -222,9 +222,12 @@ class DecodedPairs:
         return batch
 
 
+Pairs = StreamedPairs | DecodedPairs
+
+
 @contextlib.contextmanager
 def batches(
-    pairs: StreamedPairs | DecodedPairs,
+    pairs: Pairs,
     sampler: Sampler,
     *,
     start_step: int,
@@ -296,7 +299,7 @@ def batches(
 
 
 def rows_of_batches(
-    pairs: StreamedPairs | DecodedPairs,
+    pairs: Pairs,
     sampler: Sampler,
     num_steps: int,
     num_text_shards: int,
@@ -329,7 +332,7 @@ def rows_of_batches(
 class _LocalBatch:
     """Returns this host's batch of a step. Worker processes get a copy of it."""
 
-    pairs: StreamedPairs | DecodedPairs
+    pairs: Pairs
     sampler: Sampler
     caption_turns: CaptionTurns | None
     process_index: int

@@ -42,11 +42,9 @@ def place_captions(lengths: np.ndarray, num_shards: int, row_length: int) -> Pla
         placed: list[tuple[int, int]] = []  # (start, segment)
         used, count = [0], [0]  # of each row: tokens, captions
         for length in lengths[shard, order].tolist():
-            for row, tokens in enumerate(used):
-                if tokens + length <= row_length:
-                    break
-            else:
-                row = len(used)
+            most = row_length - length
+            row = next((row for row, tokens in enumerate(used) if tokens <= most), len(used))
+            if row == len(used):
                 used.append(0)
                 count.append(0)
             count[row] += 1

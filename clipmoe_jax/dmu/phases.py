@@ -41,7 +41,7 @@ class PlannedPhase:
         is_bound: whether it may take fewer steps: mcl.small_clusters=drop leaves pairs out of an epoch.
         number: of an MCL stage, 0 for other phases.
         adapters: that train, if any.
-        teacher: the expert whose features it learns, or the architecture of such a model; None for none.
+        loss: of its own steps.
         rehearsed: the share of its steps that rehearse.
     """
 
@@ -57,7 +57,7 @@ class PlannedPhase:
     is_bound: bool = False
     number: int = 0
     adapters: Adapters = NO_ADAPTERS
-    teacher: int | ClipConfig | None = None
+    loss: LossConfig = LossConfig()
     rehearsed: float = 0.0
 
     @property
@@ -66,7 +66,7 @@ class PlannedPhase:
         any_length = dataclasses.replace(self.hyperparameters, num_steps=0)
         model = self.architecture, self.compute, tuple(self.rules)
         shapes = self.short_length, self.frozen_dtype, self.adapters
-        return *model, any_length, *shapes, self.teacher
+        return *model, any_length, *shapes, self.loss
 
 
 def architectures_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
@@ -138,7 +138,7 @@ def phases_of(
             is_bound=_is_bound(config, recipe),
             number=recipe.number if recipe.group == "stage" else 0,
             adapters=recipe.adapters(config),
-            teacher=loss.teacher,
+            loss=loss,
             rehearsed=recipe.rehearsal_of(config)[0],
         )
         phases.append(phase)
@@ -180,6 +180,15 @@ def trained_params(config: ClipConfig, adapters: Adapters) -> dict:
     if not any(adapters):
         return params
     return jax.eval_shape(lambda tree: add_adapters(tree, jax.random.key(0), adapters), params)
+
+
+@functools.cache
+def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig, adapters: Adapters = NO_ADAPTERS) -> dict:
+    """Returns `trained_params` with the shardings of PARAM_RULES; traced once."""
+    params = trained_params(config, adapters)
+    return jax.tree.map(
+        lambda leaf, placed: leaf.update(sharding=placed), params, sharding.param_shardings(mesh, params)
+    )
 
 
 def _is_trained(config: ConfigDict, recipe: Recipe) -> bool:

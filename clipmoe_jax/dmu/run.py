@@ -24,6 +24,7 @@ from clipmoe_jax.interop import hub
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.model_folder import load_model
+from clipmoe_jax.train.programs import CompiledAhead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Run:
         datasets: the prepared data sets that the config names, by their fields of `config.data`.
         siblings: the folders of this seed's runs of other variants of the config.
         after_model: called with the run, the recipe of each model, and whether it was made now.
+        ahead: compiles the steps of later phases.
     """
 
     config: ConfigDict
@@ -44,6 +46,7 @@ class Run:
     datasets: Mapping[str, Dataset]
     siblings: Sequence[epath.Path] = ()
     after_model: Callable[["Run", Recipe, bool], None] = lambda run, recipe, is_new: None
+    ahead: CompiledAhead = dataclasses.field(default_factory=CompiledAhead)
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def fields(self, *prefixes: str, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -99,9 +102,7 @@ class Run:
                 self.metrics.say(f"{name}: copied from {source}")
         return artifacts.make(path, inputs, build, upgrade=configs.upgrade_inputs)
 
-    def pairs(
-        self, name: str, *, short_captions: bool | None = None
-    ) -> loader.StreamedPairs | loader.DecodedPairs:
+    def pairs(self, name: str, *, short_captions: bool | None = None) -> loader.Pairs:
         """Returns images and tokens of a data set at the base's sizes.
 
         short_captions: whether first sentences come too; None is where the config's loss takes them.

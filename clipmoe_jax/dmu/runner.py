@@ -17,12 +17,22 @@ from clipmoe_jax.core.paths import check_plain_folder
 from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.data.sources import num_sources
 from clipmoe_jax.dmu import results
+from clipmoe_jax.dmu.ahead import compile_ahead
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
-from clipmoe_jax.dmu.recipes import BASELINES_STAGE, Recipe, Results, check_baselines, distills, rehearses
+from clipmoe_jax.dmu.recipes import (
+    BASE_NAME,
+    BASELINES_STAGE,
+    Recipe,
+    Results,
+    check_baselines,
+    distills,
+    rehearses,
+)
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.dmu.stages import stages_of
+from clipmoe_jax.dmu.stages import REHEARSAL_STAGE, stages_of
 from clipmoe_jax.dmu.training import take_architecture
+from clipmoe_jax.train.programs import CompiledAhead
 
 DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
 # For any batch and warm-up: how many pairs a source has is known when it is prepared.
@@ -121,7 +131,7 @@ def _run_seed(
     mesh, evaluated = sharding.make_mesh(**config.mesh), None
     whole_config = {"seed": seed, **config.to_dict()}
     metrics = Metrics(folder, wandb=config.wandb, config=whole_config, profiled=profiled)
-    with contextlib.closing(metrics):
+    with contextlib.closing(metrics), contextlib.closing(CompiledAhead()) as ahead:
         described = {
             "config.json": whole_config,
             "datasets.json": describe(datasets, folder),
@@ -134,8 +144,11 @@ def _run_seed(
             made_now.append(is_new)
             results.tell_model(run, recipe, is_new)
 
-        run = Run(config, seed, folder, mesh, metrics, datasets, siblings, after_model)
+        run = Run(config, seed, folder, mesh, metrics, datasets, siblings, after_model, ahead)
+        after_base = next(name for name in stages if name not in (BASE_NAME, REHEARSAL_STAGE))
         for name, make in stages.items():
+            if name == after_base and not stage:
+                compile_ahead(run)
             if show_first and name == BASELINES_STAGE and not stage:
                 if distributed.agree(results.lacks_baselines(run)):
                     show_first(results.evaluate(run, with_baselines=False))

@@ -234,8 +234,7 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
         section = recipe.hyperparameters(run.config)
         report: dict[str, int] = {}
         if clusters is None:
-            num_pairs = len(run.records("train"))
-            sampler = samplers.ShuffledSampler(num_pairs, section.batch_size, run.seed, _shares(run))
+            sampler = shuffled(run, recipe)
         else:
             sampler = samplers.ClusterSampler(
                 ClusterIndex.open(clusters),
@@ -251,6 +250,12 @@ def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:
         return _fit(run, recipe, architecture, params, folder, sampler, num_steps) | report
 
     return run.make(run.workdir / recipe.folder, inputs, build)
+
+
+def shuffled(run: Run, recipe: Recipe) -> samplers.ShuffledSampler:
+    """Returns what draws ordinary batches of the training pairs for a recipe's phase."""
+    batch_size = recipe.hyperparameters(run.config).batch_size
+    return samplers.ShuffledSampler(len(run.records("train")), batch_size, run.seed, _shares(run))
 
 
 def _shares(run: Run) -> samplers.Shares | None:
@@ -271,6 +276,31 @@ def budget_of(run: Run) -> recipes.Budget:
     return phases.budget(run.config, steps, len(run.records("train")))
 
 
+def settings_of(
+    run: Run,
+    recipe: Recipe,
+    architecture: ClipConfig,
+    sampler: loader.Sampler,
+    num_steps: int | None = None,
+) -> dict[str, Any]:
+    """Returns those arguments of `fit` on which a recipe's steps depend, but params and their types."""
+    config, loss = run.config, loss_config(run.config, recipe)
+    phase = configs.phase_config(recipe.hyperparameters(config))
+    if num_steps is not None:
+        phase = dataclasses.replace(phase, num_steps=num_steps)
+    data = "base" if recipe.group == "base" else "train"
+    return dict(
+        model=Clip(architecture, phases.compute_of(config, recipe, sharding.platform())),
+        trainable_rules=recipe.rules(config),
+        pairs=run.pairs(data, short_captions=loss.short_caption_weight > 0),
+        sampler=sampler,
+        phase=phase,
+        loss=loss,
+        mesh=run.mesh,
+        rehearsal=_rehearsal(run, recipe, loss),
+    )
+
+
 def _fit(
     run: Run,
     recipe: Recipe,
@@ -281,29 +311,15 @@ def _fit(
     num_steps: int | None = None,
 ) -> dict:
     """Trains what the recipe says; writes the model to `folder`, beside its checkpoints."""
-    config, section = run.config, recipe.hyperparameters(run.config)
-    loss = loss_config(config, recipe)
-    first_epoch, rehearsal = _epochs_before(run, recipe), _rehearsal(run, recipe, loss)
-    model = Clip(architecture, phases.compute_of(config, recipe, sharding.platform()))
-    phase = configs.phase_config(section)
-    if num_steps is not None:
-        phase = dataclasses.replace(phase, num_steps=num_steps)
+    config, first_epoch = run.config, _epochs_before(run, recipe)
+    settings = settings_of(run, recipe, architecture, sampler, num_steps)
     if any(adapters := recipe.adapters(config)):
         params = _with_adapters(run, adapters, params)
     params, measured = fit(
         recipe.name,
-        model,
-        params,
-        trainable_rules=recipe.rules(config),
-        pairs=run.pairs(
-            "base" if recipe.group == "base" else "train", short_captions=loss.short_caption_weight > 0
-        ),
-        sampler=sampler,
+        params=params,
         caption_turns=loader.CaptionTurns(run.seed, first_epoch),
-        phase=phase,
-        loss=loss,
         seed=run.seed,
-        mesh=run.mesh,
         metrics=run.metrics,
         loop=LoopConfig(
             checkpoints=folder / artifacts.CHECKPOINTS,
@@ -311,15 +327,16 @@ def _fit(
             max_to_keep=config.checkpoint.max_to_keep,
             log_every=config.log_every,
             num_workers=config.data.num_workers,
-            frozen_dtype=frozen_dtype(config, model.compute),
+            frozen_dtype=frozen_dtype(config, settings["model"].compute),
         ),
-        rehearsal=rehearsal,
         teacher=run.load(model_path(run, recipe.teacher))[1] if recipe.teacher else None,
         validation=_validation(run, recipe, architecture, folder),
+        wait_for_programs=functools.partial(run.ahead.wait, recipe.name),
+        **settings,
     )
     save_model(folder, architecture, jax.jit(fold_adapters)(params) if any(adapters) else params)
     if recipe.group != "base":
-        num_steps = int(measured["num_steps"])
+        num_steps, rehearsal = int(measured["num_steps"]), settings["rehearsal"]
         own_steps = num_steps - (rehearsal.before(num_steps) if rehearsal else 0)
         measured[EPOCHS] = first_epoch + math.ceil(own_steps / sampler.num_steps)
     return measured
@@ -382,9 +399,13 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
     if recipe.teacher:
         return Rehearsal(drawn(images, run.seed), fraction, loss, captions=others)
     imitates = "features" if loss.imitates == "features" else "similarities"
-    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
     loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
-    targets = Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
+
+    def read_targets() -> Targets:
+        folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
+        return Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
+
+    targets = run.once("targets of rehearsal", read_targets)
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)
 
 

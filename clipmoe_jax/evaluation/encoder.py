@@ -122,7 +122,7 @@ class Encoder:
 
     def pairs(
         self,
-        pairs: loader.StreamedPairs | loader.DecodedPairs,
+        pairs: loader.Pairs,
         first: int = 0,
         stop: int | None = None,
         inputs: Sequence[str] = ("image", "text"),
@@ -136,7 +136,7 @@ class Encoder:
 
     def open(
         self,
-        pairs: loader.StreamedPairs | loader.DecodedPairs,
+        pairs: loader.Pairs,
         first: int = 0,
         stop: int | None = None,
         num_workers: int = 0,
@@ -159,7 +159,7 @@ class Encoder:
             rows=rows,
         )
 
-    def _rows(self, pairs: loader.StreamedPairs | loader.DecodedPairs, num_shards: int) -> tuple[int, ...]:
+    def _rows(self, pairs: loader.Pairs, num_shards: int) -> tuple[int, ...]:
         """The numbers of rows of a data set's batches; none where a row for each caption costs least."""
         sampler = SequentialSampler(len(pairs), self.batch_size)
         row_flops = sum(

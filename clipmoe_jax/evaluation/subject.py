@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from clipmoe_jax.data.decoding import map_decoding, preprocess_file
-from clipmoe_jax.data.loader import DecodedPairs, StreamedPairs, decode
+from clipmoe_jax.data.loader import Pairs, StreamedPairs, decode
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
@@ -50,7 +50,7 @@ class ModelSubject:
         tokenizer: Tokenizer,
         image_size: int,
         num_workers: int = 0,
-        open_pairs: Callable[[Records], StreamedPairs | DecodedPairs] | None = None,
+        open_pairs: Callable[[Records], Pairs] | None = None,
     ):
         """num_workers: processes that decode data sets, as of `loader.batches`. open_pairs: opens a data set
         at the image size; None streams it, decoded anew by each subject."""

@@ -1,21 +1,19 @@
 """A training step over an abstract mesh: its arguments as shapes with their shardings."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.dmu.phases import PlannedPhase, trained_params
+from clipmoe_jax.dmu.phases import PlannedPhase, placed_params
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig
 from clipmoe_jax.models.transformer import ComputeConfig
-from clipmoe_jax.train.adapters import NO_ADAPTERS, Adapters
-from clipmoe_jax.train.step import TEACHER, LossConfig, abstract_state, make_train_step
+from clipmoe_jax.train.programs import abstract_arguments, abstract_held
+from clipmoe_jax.train.step import make_train_step
 
 FLOAT_BYTES = 4
 
@@ -42,23 +40,13 @@ def abstract_step(
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """Returns the jitted step of a phase, and its arguments as shapes with their shardings."""
     trainable, frozen = held_params(mesh, phase)
-    loss = LossConfig(
-        *(0.1, 0.01),
-        short_caption_weight=float(phase.short_length > 0),
-        imitates="" if phase.teacher is None else "features",
-        teacher=phase.teacher,
-    )
-    model = Clip(phase.architecture, phase.compute)
     # A Linen module has a hash, which its type does not tell.
-    step = make_train_step(model, loss, phase.hyperparameters)
-    everywhere = sharding.replicated(mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, key.dtype))
+    step = make_train_step(Clip(phase.architecture, phase.compute), phase.loss, phase.hyperparameters)
     batch = abstract_batch(mesh, phase.architecture, phase.hyperparameters.batch_size)
     if phase.short_length:
         shape = phase.hyperparameters.batch_size, phase.short_length
         batch["short_text"] = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
-    return step, (abstract_state(mesh, phase.hyperparameters, trainable), frozen, batch, rate, key)
+    return step, abstract_arguments(mesh, phase.hyperparameters, trainable, frozen, batch)
 
 
 def held_params(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> tuple[dict, dict]:
@@ -66,10 +54,9 @@ def held_params(mesh: Mesh | AbstractMesh, phase: PlannedPhase) -> tuple[dict, d
     them."""
     params = placed_params(mesh, phase.architecture, phase.adapters)
     trainable, frozen = trees.partition(params, phase.rules)
-    if isinstance(phase.teacher, ClipConfig):
-        frozen[TEACHER] = placed_params(mesh, phase.teacher)
-    cast_frozen = jax.eval_shape(functools.partial(trees.cast_matrices, dtype=phase.frozen_dtype), frozen)
-    return trainable, jax.tree.map(lambda leaf, cast: leaf.update(dtype=cast.dtype), frozen, cast_frozen)
+    teacher = phase.loss.teacher
+    of_teacher = placed_params(mesh, teacher) if isinstance(teacher, ClipConfig) else None
+    return trainable, abstract_held(frozen, of_teacher, phase.frozen_dtype)
 
 
 def abstract_batch(
@@ -88,18 +75,6 @@ def text_config(config: ClipConfig) -> TextConfig:
     """Returns the text tower's sizes; every model that is trained has one."""
     assert config.text is not None
     return config.text
-
-
-@functools.cache
-def placed_params(mesh: Mesh | AbstractMesh, config: ClipConfig, adapters: Adapters = NO_ADAPTERS) -> dict:
-    """Returns a model's parameters, with the adapters that it has, as shapes with the shardings of
-    PARAM_RULES; traced once."""
-    params = trained_params(config, adapters)
-    return jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        params,
-        sharding.param_shardings(mesh, params),
-    )
 
 
 def device_bytes(tree: Any) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.phases import PlannedPhase
+from clipmoe_jax.dmu.phases import PlannedPhase, placed_params
 from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
 from clipmoe_jax.models.transformer import ComputeConfig
 from clipmoe_jax.planning.abstract import (
@@ -19,7 +19,6 @@ from clipmoe_jax.planning.abstract import (
     abstract_batch,
     device_bytes,
     held_params,
-    placed_params,
     text_config,
     traceable,
 )

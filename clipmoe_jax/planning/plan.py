@@ -19,12 +19,13 @@ from clipmoe_jax.dmu.phases import (
     check_mesh,
     flops_of_training,
     phases_of,
+    placed_params,
 )
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
-from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step, placed_params
+from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step
 from clipmoe_jax.planning.limits import Limit, cluster_limit, memory_limit, warmup_limit
 from clipmoe_jax.planning.memory import Memory, plan_memory
 from clipmoe_jax.planning.mfu import Mfu, mfu_of
@@ -137,7 +138,7 @@ def step_flops(mesh: AbstractMesh, phase: PlannedPhase) -> tuple[float, float]:
     of_training = functools.partial(
         flops_of_training,
         *(config, trains, phase.short_length),
-        teacher=phase.teacher,
+        teacher=phase.loss.teacher,
         rehearsed=phase.rehearsed,
     )
     experts = experts_of_token(config, compute, mesh)

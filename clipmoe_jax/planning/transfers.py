@@ -16,10 +16,10 @@ from jax.sharding import AbstractMesh
 
 from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.accelerators import Accelerator
-from clipmoe_jax.dmu.phases import PlannedPhase
+from clipmoe_jax.dmu.phases import PlannedPhase, placed_params
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.transformer import first_moe_layer, num_visited_experts
-from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, placed_params, text_config
+from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, text_config
 
 # Parameters that are not cast to the type of activations where they are used. (Nor are vectors, mostly.)
 USED_IN_FLOAT32 = r".*/moe/router/\w+|text/token_embedding/embedding|text/positional_embedding"

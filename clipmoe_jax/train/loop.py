@@ -13,13 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from clipmoe_jax.core import accelerators, distributed, sharding, trees
+from clipmoe_jax.core import distributed, sharding, trees
 from clipmoe_jax.core.checkpoints import Checkpointer
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
-from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.programs import cost_of_row, num_text_shards
 from clipmoe_jax.train.rehearsal import Rehearsal, open_batches
 from clipmoe_jax.train.step import INPUTS, TEACHER, LossConfig, TrainState, init_state, make_train_step
 
@@ -62,7 +62,7 @@ def fit(
     params: dict[str, Any],
     *,
     trainable_rules: trees.Rules,
-    pairs: loader.StreamedPairs | loader.DecodedPairs,
+    pairs: loader.Pairs,
     sampler: loader.Sampler,
     caption_turns: loader.CaptionTurns,
     phase: PhaseConfig,
@@ -74,6 +74,7 @@ def fit(
     rehearsal: Rehearsal | None = None,
     teacher: dict[str, Any] | None = None,
     validation: Validation | None = None,
+    wait_for_programs: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the leaves that match the rules, from the newest checkpoint on; returns (params, summary).
 
@@ -82,19 +83,17 @@ def fit(
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
     one. rehearsal: steps on other pairs, among the phase's num_steps. teacher: params of the model that
     loss.teacher is the architecture of, placed on the mesh. validation: its metrics begin
-    "validation_", and a step without them repeats those before. summary: what trains; num_steps; steps_now,
-    seconds_now and compile_seconds_now of this process; the last step's metrics; with `Validation.best`
-    best_step, after which the params were those returned.
+    "validation_", and a step without them repeats those before. wait_for_programs: called before a step that
+    would compile, until another thread has compiled what it could. summary: what trains; num_steps;
+    steps_now, seconds_now and compile_seconds_now of this process; the last step's metrics; with
+    `Validation.best` best_step, after which the params were those returned.
 
     Raises ValueError naming the step, its records and the last good checkpoint if a metric stops being
     finite, and Preempted once a checkpoint is written after SIGTERM.
     """
     num_steps = phase.length(sampler.num_steps)
     sharding.check_batch(mesh, phase.batch_size, phase.accumulation_steps)
-    num_text_shards = mesh.size * phase.accumulation_steps
-    trains = trees.match_rules(trainable_rules, list(trees.flatten(params)))
-    row_flops = flops.forward_backward(model.config, trains, pairs.context_length, towers=["text"])
-    row_cost = phase.accumulation_steps * row_flops / accelerators.flops_of_compilation()
+    row_cost = cost_of_row(model.config, params, trainable_rules, pairs.context_length, phase)
     trainable, frozen = trees.partition(params, trainable_rules)
     trained = trees.describe(trainable_rules, params)
     frozen, held = _hold(frozen, loop.frozen_dtype)
@@ -162,7 +161,7 @@ def fit(
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 num_workers=loop.num_workers,
-                num_text_shards=num_text_shards,
+                num_text_shards=num_text_shards(mesh, phase),
                 row_cost=row_cost,
             )
         )
@@ -173,9 +172,10 @@ def fit(
             arrays = sharding.put_batch(mesh, {k: v for k, v in batch.items() if k in INPUTS})
             rate = sharding.put_replicated(mesh, rates[step])
             metrics.profile(name, step, state)
+            take_step = rehearse_step if rehearses else train_step
+            telling = reporter.tell_compilation(rehearses, arrays, wait_for_programs)
             # Nothing else goes to the devices or comes back.
-            with reporter.tell_compilation(rehearses, arrays), jax.transfer_guard("disallow"):
-                take_step = rehearse_step if rehearses else train_step
+            with telling, jax.transfer_guard("disallow"):
                 state, device_metrics = take_step(state, given, arrays, rate, key)
             # A step's metrics are fetched once the next step is under way, so the device never waits.
             if pending is not None:
@@ -287,8 +287,9 @@ class _Reporter:
         self._compiled, self.compile_seconds = set(), 0.0
 
     @contextlib.contextmanager
-    def tell_compilation(self, rehearses: bool, arrays: Any) -> Iterator[None]:
-        """Says so while a call compiles: the first of a kind of step with arrays of these shapes."""
+    def tell_compilation(self, rehearses: bool, arrays: Any, wait: Callable[[], None]) -> Iterator[None]:
+        """Says so while a call compiles: the first of a kind of step with arrays of these shapes. Calls
+        `wait` before it."""
         program = rehearses, tuple(array.shape for array in jax.tree.leaves(arrays))
         if program in self._compiled:
             yield
@@ -296,6 +297,7 @@ class _Reporter:
         self._compiled.add(program)
         began = time.perf_counter()
         self._progress.set_postfix_str("compiling")
+        wait()
         yield
         self.compile_seconds += time.perf_counter() - began
         self._progress.unpause()  # the time left is that of steps

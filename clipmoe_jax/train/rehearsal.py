@@ -25,7 +25,7 @@ class Targets(NamedTuple):
 class Drawn(NamedTuple):
     """Records, and which of them a rehearsing step uses: the sampler counts these steps alone."""
 
-    pairs: loader.StreamedPairs | loader.DecodedPairs
+    pairs: loader.Pairs
     sampler: loader.Sampler
 
 
@@ -47,6 +47,11 @@ class Rehearsal:
     targets: Targets | None = None
     captions: Drawn | None = None
 
+    @property
+    def drawn(self) -> tuple[Drawn, ...]:
+        """Returns what images come from, and what captions do if that is another."""
+        return (self.records, self.captions) if self.captions else (self.records,)
+
     def before(self, step: int) -> int:
         """Returns how many of the steps before this one rehearse."""
         return int(step * fractions.Fraction(self.fraction).limit_denominator(10**6))
@@ -56,9 +61,30 @@ class Rehearsal:
         return self.before(step + 1) > self.before(step)
 
 
+def rows_of_phase(
+    pairs: loader.Pairs,
+    sampler: loader.Sampler,
+    rehearsal: Rehearsal | None,
+    *,
+    num_steps: int,
+    num_text_shards: int,
+    row_cost: float,
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Returns the numbers of rows, as `loader.rows_of_batches` does, of a phase's own batches, and of those
+    of each data set that it rehearses. num_steps: of the phase, all batches counted."""
+
+    def rows(pairs, sampler, num_steps):
+        return loader.rows_of_batches(pairs, sampler, num_steps, num_text_shards, row_cost)
+
+    count = rehearsal.before(num_steps) if rehearsal else 0
+    return rows(pairs, sampler, num_steps - count), [
+        rows(*drawn, count) for drawn in (rehearsal.drawn if rehearsal else ())
+    ]
+
+
 @contextlib.contextmanager
 def open_batches(
-    pairs: loader.StreamedPairs | loader.DecodedPairs,
+    pairs: loader.Pairs,
     sampler: loader.Sampler,
     rehearsal: Rehearsal | None,
     *,
@@ -72,9 +98,14 @@ def open_batches(
     """Opens an iterator over (whether it rehearses, batch) of a phase's last steps; arguments as of
     `loader.batches` and, row_cost, of `loader.rows_of_batches`."""
 
-    def rows(pairs, sampler, num_steps):
-        return loader.rows_of_batches(pairs, sampler, num_steps, num_text_shards, row_cost)
-
+    own_rows, rehearsed_rows = rows_of_phase(
+        pairs,
+        sampler,
+        rehearsal,
+        num_steps=start_step + num_steps,
+        num_text_shards=num_text_shards,
+        row_cost=row_cost,
+    )
     first = rehearsal.before(start_step) if rehearsal else 0
     count = rehearsal.before(start_step + num_steps) - first if rehearsal else 0
     with contextlib.ExitStack() as stack:
@@ -86,7 +117,7 @@ def open_batches(
                 num_steps=num_steps - count,
                 caption_turns=caption_turns,
                 num_text_shards=num_text_shards,
-                rows=rows(pairs, sampler, start_step - first + num_steps - count),
+                rows=own_rows,
                 **options,
             )
         )
@@ -101,11 +132,11 @@ def open_batches(
                     num_steps=count,
                     caption_turns=None if rehearsal.targets else loader.CaptionTurns(caption_turns.seed),
                     num_text_shards=num_text_shards,
-                    rows=rows(*drawn, first + count),
+                    rows=rows,
                     **options,
                 )
             )
-            for drawn in filter(None, (rehearsal.records, rehearsal.captions))
+            for drawn, rows in zip(rehearsal.drawn, rehearsed_rows, strict=True)
         ]
         yield _in_turn(own, rehearsed, rehearsal, range(start_step, start_step + num_steps))
 

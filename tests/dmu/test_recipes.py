@@ -159,7 +159,7 @@ def test_a_mixture_that_teaches_a_dense_model_encodes_every_pair():
     of_pair = phases.budget(config, lambda name: 1, 100).flops_of_pair
     phase = {phase.name: phase for phase in phases_of(config, "cpu", 10**6)}["distilled"]
     _, mixture = phases.architectures_of(config)
-    assert phase.teacher == mixture and phase.architecture.moe is None and phase.rehearsed == 0.5
+    assert phase.loss.teacher == mixture and phase.architecture.moe is None and phase.rehearsed == 0.5
     # Everything trains but logit_scale, which is no product.
     assert of_pair("distilled") == of_pair("full_ft") + forward(mixture)
 

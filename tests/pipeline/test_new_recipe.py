@@ -1,8 +1,11 @@
 """A further baseline or stage is one row of the recipe table: a run makes, plans and shows it."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -17,6 +20,7 @@ from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.reporting.output import write_results
 from clipmoe_jax.reporting.plan_tables import format_plan
+from clipmoe_jax.train.programs import CompiledAhead
 
 ATTENTION_ALONE = [(r".*/attn/.*", True), (r".*", False)]
 ROW = recipes.Recipe(
@@ -36,23 +40,43 @@ STAGE = recipes.Recipe(
     recipes.TRAIN_FFN,
     ignores=recipes.STAGE_COUNT,
 )
+COMPILED: list[logging.LogRecord] = []
 TITLE, FOLDER = ROW.title, "baselines/attention_ft"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(workdir, config, results) of a run with the further rows."""
+    """(workdir, config, results) of a run with the further rows; COMPILED tells where its steps compiled."""
     workdir, config = epath.Path(tmp_path_factory.mktemp("row")), tiny_config()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(recipes, "BASELINES", (*recipes.BASELINES, ROW))
         patch.setattr(recipes, "STAGES", (*recipes.STAGES, STAGE))
         patch.setattr(dmu_results, "_diagnose", lambda run, folder, progress: {})  # of the CLIP-MoE alone
         patch.setattr(dmu_results, "_nothing_changed", lambda run: [])
         config.baselines = (ROW.name,)
+        begin = CompiledAhead.begin
+
+        def begin_and_wait(ahead, phase, *arguments):
+            begin(ahead, phase, *arguments)
+            ahead._begun[phase].result()
+
+        patch.setattr(CompiledAhead, "begin", begin_and_wait)  # or a phase may come before the thread
+        patch.setattr(logging.getLogger("jax._src.interpreters.pxla"), "handle", COMPILED.append)
+        jax.config.update("jax_log_compiles", True)  # in every thread
+        stack.callback(jax.config.update, "jax_log_compiles", False)
         first = []
         [results] = runner.run_variants(config, workdir, show_first=first.append)[""]
         assert first == [{title: numbers for title, numbers in results.items() if title != TITLE}]
         yield workdir, config, results
+
+
+@exhaustive
+def test_steps_compile_ahead_but_for_the_base(run):
+    """Two kinds of consolidation's, of which one is that of both stages too, two kinds of the routers', and the
+    new baseline's."""
+    threads = [record.threadName for record in COMPILED if "jit(train_step)" in record.getMessage()]
+    assert [name for name in threads if not name.startswith("compile")] == threads[:1]
+    assert len(threads) == 1 + 5
 
 
 @exhaustive

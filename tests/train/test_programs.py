@@ -1,0 +1,205 @@
+"""What a phase will run is known from shapes, and compiles in another thread."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from clipmoe_jax.core import sharding
+from clipmoe_jax.core.metrics import Metrics
+from clipmoe_jax.data import loader
+from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.samplers import ShuffledSampler
+from clipmoe_jax.data.tokenizer import Tokenizer
+from clipmoe_jax.dmu.phases import placed_params
+from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
+from clipmoe_jax.train import loop
+from clipmoe_jax.train.loop import LoopConfig, fit
+from clipmoe_jax.train.phase import PhaseConfig
+from clipmoe_jax.train.programs import CompiledAhead, Program, programs_of_phase
+from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets
+from clipmoe_jax.train.step import LossConfig, make_train_step
+
+DENSE = ClipConfig(
+    embed_dim=16,
+    vision=VisionConfig(image_size=32, patch_size=16, width=16, num_layers=1, head_width=8),
+    text=TextConfig(context_length=32, width=16, num_layers=1, head_width=8),
+)
+MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
+PHASE = PhaseConfig(batch_size=16, learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, num_steps=5)
+TARGETS = Targets(*np.ones((2, 200, 16), np.float32))
+STEP_COMPILES = "Compiling jit(train_step)"  # in JAX's log
+# What a phase has beside its own pairs, and on how many devices.
+CASES = {
+    "captions share rows": {},
+    "a row a caption": {"packs": False},
+    "short captions": {"short": True, "loss": LossConfig(short_caption_weight=0.5)},
+    "microbatches": {"phase": dataclasses.replace(PHASE, accumulation_steps=2)},
+    "routers": {"config": MOE, "rules": TRAIN_ROUTERS},
+    "half precision is held": {"frozen_dtype": "bfloat16"},
+    "a teacher": {"loss": LossConfig(imitates="features", teacher=MOE), "teacher": MOE},
+    "rehearsed pairs": {"rehearsal": {}},
+    "distilled": {"rehearsal": {"targets": TARGETS, "loss": LossConfig(imitates="similarities")}},
+    "others' captions": {
+        "rehearsal": {"targets": TARGETS, "loss": LossConfig(imitates="similarities"), "others": True}
+    },
+    "eight devices": {"mesh": {"data": 2, "fsdp": 4}, "loss": LossConfig(label_smoothing=0.1)},
+}
+
+
+def init_params(config, mesh):
+    return sharding.init_params(
+        mesh,
+        lambda key: Clip(config).init(key, np.zeros((1, 32, 32, 3)), np.zeros((1, 32), np.int32))["params"],
+        jax.random.key(0),
+    )
+
+
+def read(scenes, case):
+    return loader.DecodedPairs(
+        Records(scenes), Tokenizer(32), 32, case.get("packs", True), case.get("short", False)
+    )
+
+
+def make_rehearsal(pairs, loss, targets=None, others=False, **settings):
+    def drawn(seed):
+        return Drawn(pairs, ShuffledSampler(len(pairs), 16, seed))
+
+    return Rehearsal(drawn(1), 0.4, settings.get("loss", loss), targets, drawn(2) if others else None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_programs_are_those_that_a_phase_calls(name, scenes, tmp_path, monkeypatch):
+    case = CASES[name]
+    mesh = sharding.make_mesh(**case.get("mesh", {}), devices=jax.devices()[: 8 if "mesh" in case else 1])
+    config, pairs, loss = case.get("config", DENSE), read(scenes, case), case.get("loss", LossConfig())
+    rehearsal = case.get("rehearsal")
+    settings = dict(
+        model=Clip(config, ComputeConfig()),
+        trainable_rules=case.get("rules", TRAIN_FFN),
+        pairs=pairs,
+        sampler=ShuffledSampler(len(pairs), 16, 0),
+        phase=case.get("phase", PHASE),
+        loss=loss,
+        mesh=mesh,
+        rehearsal=None if rehearsal is None else make_rehearsal(pairs, **{"loss": loss} | rehearsal),
+    )
+    frozen_dtype, called = case.get("frozen_dtype", "float32"), []
+
+    def make_recorder(*arguments):
+        def step(state, *others):
+            called.append(Program(make_train_step(*arguments), (state, *others)))
+            return state, {"loss": np.float32(0)}
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make_recorder)
+    metrics = Metrics(tmp_path)
+    fit(
+        "phase",
+        params=init_params(config, mesh),
+        teacher=init_params(case["teacher"], mesh) if "teacher" in case else None,
+        caption_turns=loader.CaptionTurns(0),
+        seed=0,
+        metrics=metrics,
+        loop=LoopConfig(tmp_path / "checkpoints", frozen_dtype=frozen_dtype),
+        **settings,
+    )
+    metrics.close()
+    programs = programs_of_phase(
+        params=placed_params(mesh, config),
+        teacher=placed_params(mesh, case["teacher"]) if "teacher" in case else None,
+        frozen_dtype=frozen_dtype,
+        **settings,
+    )
+    assert len(called) == PHASE.num_steps
+    assert {*map(described, called)} == {*map(described, programs)}
+
+
+def described(program):
+    """What decides whether a call finds a program: the step, and its arguments' shapes, types and places."""
+    leaves, structure = jax.tree.flatten(program.arguments)
+    parts = ((leaf.shape, leaf.dtype, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    return id(program.step), structure, tuple(parts)
+
+
+def test_a_phase_compiles_nothing_that_is_compiled_ahead(scenes, tmp_path, caplog):
+    """Of two kinds of step, as JAX logs it."""
+    mesh, ahead = sharding.make_mesh(devices=jax.devices()[:1]), CompiledAhead()
+    pairs = read(scenes, {})
+    settings = dict(
+        model=Clip(DENSE, ComputeConfig(compiler_options=(("xla_backend_optimization_level", 0),))),
+        trainable_rules=TRAIN_FFN,
+        pairs=pairs,
+        sampler=ShuffledSampler(len(pairs), 16, 0),
+        phase=PHASE,
+        loss=LossConfig(),
+        mesh=mesh,
+        rehearsal=make_rehearsal(pairs, LossConfig(imitates="similarities"), TARGETS),
+    )
+    programs = programs_of_phase(params=placed_params(mesh, DENSE), frozen_dtype="float32", **settings)
+    metrics = Metrics(tmp_path)
+    jax.config.update("jax_log_compiles", True)  # in every thread
+    try:
+        ahead.begin("phase", mesh, programs)
+        ahead._begun["phase"].result()
+        fit(
+            "phase",
+            params=init_params(DENSE, mesh),
+            caption_turns=loader.CaptionTurns(0),
+            seed=0,
+            metrics=metrics,
+            loop=LoopConfig(tmp_path / "checkpoints"),
+            wait_for_programs=lambda: ahead.wait("phase"),
+            **settings,
+        )
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        metrics.close()
+    compiled = [record.threadName for record in caplog.records if STEP_COMPILES in record.getMessage()]
+    assert len(compiled) == 2 and all(name.startswith("compile") for name in compiled)
+
+
+def doubled(compiling=None, may_end=None):
+    """A program that waits, where it is traced, until it may end."""
+
+    def double(x):
+        if compiling:
+            compiling.set()
+            assert may_end.wait(60)
+        return 2 * x
+
+    return Program(jax.jit(double), (jax.ShapeDtypeStruct((), np.float32),))
+
+
+def test_a_phase_waits_for_its_own_programs_alone():
+    mesh, ahead = sharding.make_mesh(devices=jax.devices()[:1]), CompiledAhead()
+    compiling, may_end, later = threading.Event(), threading.Event(), doubled()
+    ahead.begin("first", mesh, [doubled(compiling, may_end)])
+    ahead.begin("second", mesh, [later])
+    assert compiling.wait(60)
+    ahead.wait("second")  # has not begun: the phase compiles it itself
+    ahead.wait("unknown")
+    waits = threading.Thread(target=ahead.wait, args=["first"])
+    waits.start()
+    assert waits.is_alive()
+    may_end.set()
+    waits.join(60)
+    assert not waits.is_alive()
+    assert later.step._cache_size() == 0
+    ahead.close()
+
+
+def test_what_does_not_compile_ahead_is_left_to_the_phase(caplog):
+    mesh, ahead = sharding.make_mesh(devices=jax.devices()[:1]), CompiledAhead()
+    broken = Program(jax.jit(lambda x: x + "a"), (jax.ShapeDtypeStruct((), np.float32),))
+    ahead.begin("router", mesh, [broken])
+    ahead.begin("next", mesh, [doubled()])
+    ahead._begun["next"].result(60)
+    ahead.wait("router")
+    assert "router was not compiled ahead: " in caplog.text
+    ahead.close()
