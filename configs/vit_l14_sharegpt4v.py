@@ -35,7 +35,7 @@ prepared data set.
 data/web holds some thousand images and short captions of the kind that the base was trained on, prepared
 from img2dataset's output, say; data/imagenet is ImageNet's validation set, prepared from classes:DIR. The
 routers' rate is not the paper's 1e-6, at which an epoch of Adam moves a weight by at most 0.0016: here they
-begin at zero and have to learn. Planned for 8 H100: 34 minutes, with both controls 66 (clipmoe_jax.plan).
+begin at zero and have to learn. Planned for 8 H100: 32 minutes, with both controls 61 (clipmoe_jax.plan).
 One H100 takes 173 ms for an MCL step of 100 pairs (MFU 0.35) and 390 ms for a router step (0.40), in 20.4 and
 39.9 GiB. Nobody has trained it at this size.
 """

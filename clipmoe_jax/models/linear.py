@@ -56,6 +56,11 @@ def linear(
     return y if bias is None else y + bias.astype(x.dtype)
 
 
+def without_padding(x: Float[Array, "B M D"], length: int) -> Float[Array, "B M D"]:
+    """Returns x with 0 for every token from `length` on."""
+    return jnp.where(jnp.arange(x.shape[1])[:, None] < length, x, 0)
+
+
 def linear_of_padded(
     x: Float[Array, "B M D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"], length: int
 ) -> Float[Array, "B M F"]:
@@ -77,12 +82,9 @@ def _padded_fwd(length, x, kernel, bias):
 
 def _padded_bwd(length, residuals, g):
     x, kernel, bias = residuals
-
-    def kept(a):
-        return jnp.where(jnp.arange(a.shape[1])[:, None] < length, a, 0)
-
     dx, _, _ = jax.vjp(linear, x, kernel, bias)[1](g)
-    _, dkernel, dbias = jax.vjp(linear, kept(x), kernel, bias)[1](kept(g))
+    kept_x, kept_g = without_padding(x, length), without_padding(g, length)
+    _, dkernel, dbias = jax.vjp(linear, kept_x, kernel, bias)[1](kept_g)
     return dx, dkernel, dbias
 
 

@@ -20,7 +20,7 @@ from clipmoe_jax.core.sharding import split_batch
 from clipmoe_jax.models.attention import attention, cudnn_attention, pad_to_even_length, saves_cudnn
 from clipmoe_jax.models.dispatch import ROUTING
 from clipmoe_jax.models.feed_forward import ACTIVATIONS, HIDDEN, Mlp
-from clipmoe_jax.models.linear import Linear, linear_of_padded
+from clipmoe_jax.models.linear import Linear, linear_of_padded, without_padding
 from clipmoe_jax.models.moe import MoeBlock, MoeMlp, gather
 
 Array = jax.Array
@@ -119,6 +119,8 @@ def num_visited_experts(moe: MoeConfig | None, router_gradient: str) -> int:
 class Attention(nn.Module):
     """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one per row.
 
+    length: tokens from there on are padding, for "cudnn" alone: no token attends to them, segments lack them,
+    their output is 0, and so is their gradient. None is no padding.
     value_attention: values stand for queries and keys too, softmax(v vᵀ / √head width) v, so that tokens
     attend to those that are like them (CLIP Surgery, arXiv 2304.05653).
     """
@@ -128,19 +130,21 @@ class Attention(nn.Module):
     implementation: str
     dtype: jnp.dtype
     value_attention: bool = False
+    length: int | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], segments: Int[Array, "B L"] | None = None
+        self, x: Float[Array, "B L D"], segments: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B L D"]:
-        _, length, width = x.shape
+        _, whole, width = x.shape
         in_proj = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")
         out_proj = Linear(width, width**-0.5, self.dtype, name="out_proj")
         if self.implementation != "cudnn" or self.value_attention:
             how = self.num_heads, self.causal, self.implementation
             return out_proj(_attend(in_proj(x), *how, segments, self.value_attention))
         # cuDNN takes queries, keys and values apart, of an even length. Made like that they are not copied.
-        x = pad_to_even_length(x.astype(self.dtype))
+        x, length = x.astype(self.dtype), self.length or whole
+        x = pad_to_even_length(x) if whole == length else without_padding(x, length)
 
         def project(kernel: jax.Array, bias: jax.Array) -> jax.Array:
             part = checkpoint_name(linear_of_padded(x, kernel, bias, length), "qkv")
@@ -150,7 +154,7 @@ class Attention(nn.Module):
         query, key, value = map(project, kernels, biases)
         y = cudnn_attention(query, key, value, length, causal=self.causal, segments=segments)
         y = linear_of_padded(y.reshape(x.shape), *out_proj.weights(width), length)
-        return y[:, :length]
+        return y[:, :length] if whole == length else without_padding(y, length)
 
 
 def _attend(
@@ -177,7 +181,7 @@ class Block(nn.Module):
 
     sequences (B, L) int32 as in `moe.add_sequence_mean`, for routers that see them. pooled_positions (S, P)
     int32 as in `moe.gather`: only these tokens come out, as (S, P, D), and the feed-forward layer is computed
-    for them alone; None is all tokens, as (B, L, D). value_attention: as of `Attention`.
+    for them alone; None is all tokens, as (B, L, D). value_attention, length: as of `Attention`.
     """
 
     num_heads: int
@@ -189,12 +193,13 @@ class Block(nn.Module):
     compute: ComputeConfig
     deterministic: bool
     value_attention: bool = False
+    length: int | None = None
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        segments: Int[Array, "B L"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
         pooled_positions: Int[Array, "S P"] | None = None,
         sequences: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
@@ -211,7 +216,7 @@ class Block(nn.Module):
             y, dropped_out = moe.project("out_proj", y, router_logits)
             dropped_slots = dropped_in + dropped_out
         else:
-            y = Attention(*how, dtype, self.value_attention, name="attn")(h, segments)
+            y = Attention(*how, dtype, self.value_attention, self.length, name="attn")(h, segments)
         x = checkpoint_name(x + y, "attention_added")
         if moe is None:
             x = gather(x, pooled_positions)
@@ -270,7 +275,13 @@ def apply_blocks(
     """
     block_class = _block_class(compute.remat)
     first_moe = first_moe_layer(num_layers, moe)
-    block_aux = []
+    block_aux, length = [], None
+    if compute.attention == "cudnn" and moe is None and not value_attention and x.shape[1] % 2:
+        # Padded once and not in every block. A batch of a multiple of four then has rows that Tensor Cores
+        # take as they are, which XLA would pad for every product.
+        length = x.shape[1]
+        pooled_positions = pooled_positions + pooled_positions // length
+        x = pad_to_even_length(x)
     for i in range(num_layers):
         block = block_class(
             num_heads=num_heads,
@@ -282,6 +293,7 @@ def apply_blocks(
             compute=compute,
             deterministic=deterministic,
             value_attention=value_attention and i == num_layers - 1,
+            length=length,
             name=f"resblocks_{i}",
         )
         pooled = pooled_positions if i == num_layers - 1 else None

@@ -3,7 +3,9 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from grids import grid
@@ -12,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from clipmoe_jax.core import sharding
 from clipmoe_jax.models import attention as module
 from clipmoe_jax.models.attention import attention
-from clipmoe_jax.models.transformer import Attention, ComputeConfig, _block_class
+from clipmoe_jax.models.transformer import Attention, ComputeConfig, _block_class, apply_blocks
 
 B, L, H, W = 8, 7, 2, 4
 SEGMENTS = np.array([[0] * 7, [1, 1, 1, 2, 2, 2, 0]] * 4, np.int32)
@@ -93,22 +95,23 @@ def cudnn_by_xla(monkeypatch):
     its output and their gradients are NaN."""
     real = jax.nn.dot_product_attention
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-    def given(x, length):
-        return x.at[:, length:].set(7.0)
+    @jax.custom_vjp
+    def given(x, is_padding):
+        return jnp.where(is_padding, 7.0, x)
 
     given.defvjp(
-        lambda x, length: (given(x, length), None),
-        lambda length, _, g: (g.at[:, length:].set(np.nan),),
+        lambda x, is_padding: (given(x, is_padding), is_padding),
+        lambda is_padding, g: (jnp.where(is_padding, np.nan, g), None),
     )
 
     def attend(query, key, value, *, implementation, query_seq_lengths=None, **masks):
         if implementation == "xla":
             return real(query, key, value, implementation=implementation, **masks)
         assert implementation == "cudnn" and query.shape[1] % 2 == 0
-        length = query.shape[1] if query_seq_lengths is None else int(query_seq_lengths[0])
-        query, key, value = (given(a, length) for a in (query, key, value))
-        return real(query, key, value, **masks).at[:, length:].set(np.nan)
+        length = query.shape[1] if query_seq_lengths is None else query_seq_lengths[0]
+        is_padding = (jnp.arange(query.shape[1]) >= length)[:, None, None]
+        query, key, value = (given(a, is_padding) for a in (query, key, value))
+        return jnp.where(is_padding, np.nan, real(query, key, value, **masks))
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
 
@@ -128,6 +131,35 @@ def test_padding_for_cudnn_reaches_nothing(cudnn_by_xla, length, causal, segment
         return y, *pull_back(dy)
 
     chex.assert_trees_all_close(run("cudnn"), run("xla"), atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "segments"])
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_padding_throughout_a_tower_reaches_nothing(cudnn_by_xla, causal, segments, remat):
+    """Two shards of two rows of an odd length; a token of each shard is read, also of its second row."""
+    x = jax.random.normal(jax.random.key(0), (4, L, H * W))
+    segments = None if segments is None else segments[:4]
+    pooled = np.array([[0, L + 3], [L - 1, 2 * L - 1]])
+
+    class Tower(nn.Module):
+        attention: str
+
+        @nn.compact
+        def __call__(self, x):
+            compute = ComputeConfig(attention=self.attention, remat=remat)
+            sizes = {"num_layers": 3, "num_heads": H, "mlp_width": 8, "layer_norm_eps": 1e-5}
+            kinds = {"activation": "gelu", "causal": causal, "moe": None, "deterministic": True}
+            return apply_blocks(x, pooled, segments, compute=compute, **sizes, **kinds)[0]
+
+    params = Tower("xla").init(jax.random.key(1), x)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+    def run(attention):
+        y, pull_back = jax.vjp(Tower(attention).apply, params, x)
+        return y, *pull_back(jax.random.normal(jax.random.key(2), y.shape))
+
+    chex.assert_trees_all_close(run("cudnn"), run("xla"), atol=2e-5)
 
 
 @pytest.mark.parametrize(("remat", "calls"), [("none", 1), ("dots", 1), ("full", 2)])

@@ -72,8 +72,8 @@ def run(tmp_path_factory):
 
 @exhaustive
 def test_steps_compile_ahead_but_for_the_base(run):
-    """Two kinds of consolidation's, of which one is that of both stages too, two kinds of the routers', and the
-    new baseline's."""
+    """Two kinds of consolidation's, of which one is both stages' too, two kinds of the routers', and the new
+    baseline's."""
     threads = [record.threadName for record in COMPILED if "jit(train_step)" in record.getMessage()]
     assert [name for name in threads if not name.startswith("compile")] == threads[:1]
     assert len(threads) == 1 + 5
