@@ -41,12 +41,15 @@ def place_captions(lengths: np.ndarray, num_shards: int, row_length: int) -> Pla
     for shard, order in enumerate(orders):
         placed: list[tuple[int, int]] = []  # (start, segment)
         used, count = [0], [0]  # of each row: tokens, captions
+        row, before = 0, row_length
         for length in lengths[shard, order].tolist():
-            most = row_length - length
-            row = next((row for row, tokens in enumerate(used) if tokens <= most), len(used))
-            if row == len(used):
-                used.append(0)
-                count.append(0)
+            if length < before:  # one of equal length finds no room in a row before
+                row, before = 0, length
+            while used[row] + length > row_length:
+                row += 1
+                if row == len(used):
+                    used.append(0)
+                    count.append(0)
             count[row] += 1
             placed.append((row * row_length + used[row], count[row]))
             used[row] += length

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -282,8 +282,12 @@ def settings_of(
     architecture: ClipConfig,
     sampler: loader.Sampler,
     num_steps: int | None = None,
+    read: Callable[[epath.Path], Any] = load_array,
 ) -> dict[str, Any]:
-    """Returns those arguments of `fit` on which a recipe's steps depend, but params and their types."""
+    """Returns those arguments of `fit` on which a recipe's steps depend, but params and their types.
+
+    read: returns what is in a file of targets.
+    """
     config, loss = run.config, loss_config(run.config, recipe)
     phase = configs.phase_config(recipe.hyperparameters(config))
     if num_steps is not None:
@@ -297,7 +301,7 @@ def settings_of(
         phase=phase,
         loss=loss,
         mesh=run.mesh,
-        rehearsal=_rehearsal(run, recipe, loss),
+        rehearsal=_rehearsal(run, recipe, loss, read),
     )
 
 
@@ -331,7 +335,6 @@ def _fit(
         ),
         teacher=run.load(model_path(run, recipe.teacher))[1] if recipe.teacher else None,
         validation=_validation(run, recipe, architecture, folder),
-        wait_for_programs=functools.partial(run.ahead.wait, recipe.name),
         **settings,
     )
     save_model(folder, architecture, jax.jit(fold_adapters)(params) if any(adapters) else params)
@@ -381,7 +384,9 @@ def rehearsal_datasets(run: Run) -> tuple[str, str]:
     return "rehearsal", "rehearsal_captions" if "rehearsal_captions" in run.datasets else "rehearsal"
 
 
-def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
+def _rehearsal(
+    run: Run, recipe: Recipe, loss: LossConfig, read: Callable[[epath.Path], Any]
+) -> Rehearsal | None:
     """The rehearsal of a recipe's phase, if it has one."""
     section = recipe.hyperparameters(run.config)
     fraction, kind = recipe.rehearsal_of(run.config)
@@ -401,11 +406,8 @@ def _rehearsal(run: Run, recipe: Recipe, loss: LossConfig) -> Rehearsal | None:
     imitates = "features" if loss.imitates == "features" else "similarities"
     loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
 
-    def read_targets() -> Targets:
-        folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
-        return Targets(load_array(folder / "image.npy"), load_array(folder / "text.npy"))
-
-    targets = run.once("targets of rehearsal", read_targets)
+    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
+    targets = Targets(read(folder / "image.npy"), read(folder / "text.npy"))
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)
 
 

@@ -74,7 +74,6 @@ def fit(
     rehearsal: Rehearsal | None = None,
     teacher: dict[str, Any] | None = None,
     validation: Validation | None = None,
-    wait_for_programs: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the leaves that match the rules, from the newest checkpoint on; returns (params, summary).
 
@@ -83,10 +82,9 @@ def fit(
     depend on the step and the seed alone, so an interrupted phase ends with the params of an uninterrupted
     one. rehearsal: steps on other pairs, among the phase's num_steps. teacher: params of the model that
     loss.teacher is the architecture of, placed on the mesh. validation: its metrics begin
-    "validation_", and a step without them repeats those before. wait_for_programs: called before a step that
-    would compile, until another thread has compiled what it could. summary: what trains; num_steps;
-    steps_now, seconds_now and compile_seconds_now of this process; the last step's metrics; with
-    `Validation.best` best_step, after which the params were those returned.
+    "validation_", and a step without them repeats those before. summary: what trains; num_steps; steps_now,
+    seconds_now and compile_seconds_now of this process, without what was compiled ahead; the last step's
+    metrics; with `Validation.best` best_step, after which the params were those returned.
 
     Raises ValueError naming the step, its records and the last good checkpoint if a metric stops being
     finite, and Preempted once a checkpoint is written after SIGTERM.
@@ -173,7 +171,7 @@ def fit(
             rate = sharding.put_replicated(mesh, rates[step])
             metrics.profile(name, step, state)
             take_step = rehearse_step if rehearses else train_step
-            telling = reporter.tell_compilation(rehearses, arrays, wait_for_programs)
+            telling = reporter.tell_compilation(rehearses, arrays)
             # Nothing else goes to the devices or comes back.
             with telling, jax.transfer_guard("disallow"):
                 state, device_metrics = take_step(state, given, arrays, rate, key)
@@ -287,9 +285,8 @@ class _Reporter:
         self._compiled, self.compile_seconds = set(), 0.0
 
     @contextlib.contextmanager
-    def tell_compilation(self, rehearses: bool, arrays: Any, wait: Callable[[], None]) -> Iterator[None]:
-        """Says so while a call compiles: the first of a kind of step with arrays of these shapes. Calls
-        `wait` before it."""
+    def tell_compilation(self, rehearses: bool, arrays: Any) -> Iterator[None]:
+        """Says so while a call compiles: the first of a kind of step with arrays of these shapes."""
         program = rehearses, tuple(array.shape for array in jax.tree.leaves(arrays))
         if program in self._compiled:
             yield
@@ -297,7 +294,6 @@ class _Reporter:
         self._compiled.add(program)
         began = time.perf_counter()
         self._progress.set_postfix_str("compiling")
-        wait()
         yield
         self.compile_seconds += time.perf_counter() - began
         self._progress.unpause()  # the time left is that of steps

@@ -1,10 +1,11 @@
 """The programs of a phase's steps, from shapes alone: they compile before the phase begins.
 
-Letters: B pairs of the global batch, S shards of its text, R rows of each, L row length.
+Letters: B pairs of the global batch, S shards of its text, R rows of each.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,47 +20,45 @@ from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.inputs import PackedText
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.rehearsal import Rehearsal, Targets, rows_of_phase
+from clipmoe_jax.train.rehearsal import Rehearsal, rows_of_phase
 from clipmoe_jax.train.step import INPUTS, TEACHER, LossConfig, abstract_state, make_train_step
 
 
 class Program(NamedTuple):
-    """A step and its arguments as shapes with their shardings, of one number of rows of text."""
+    """A step and its arguments as shapes with their shardings, for one R."""
 
     step: jax.stages.Wrapped
     arguments: tuple[Any, ...]
 
 
 class CompiledAhead:
-    """Compiles programs in a thread, those of one phase after the other, while other phases train."""
+    """Compiles programs in a thread, those of one phase after the other, while other phases train.
+
+    A call of such a step finds its program then, and waits for it where the thread is at it.
+    """
 
     def __init__(self):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._begun: dict[str, Future] = {}
+        self._is_closed = threading.Event()
 
-    def begin(self, phase: str, mesh: Mesh, programs: Sequence[Program]) -> None:
-        """Begins to compile the programs of a phase, by its name. A call of such a step finds them then."""
+    def begin(self, phase: str, mesh: Mesh, make_programs: Callable[[], Sequence[Program]]) -> None:
+        """Has the thread make and compile the programs of a phase, which is told by its name if it fails."""
 
         def compile_all() -> None:
-            with jax.set_mesh(mesh):
-                for program in programs:
-                    program.step.lower(*program.arguments).compile()
+            try:
+                for program in make_programs():
+                    if self._is_closed.is_set():
+                        return
+                    with jax.set_mesh(mesh):
+                        program.step.lower(*program.arguments).compile()
+            except Exception as error:  # the phase itself raises what is wrong with them
+                logging.warning("%s was not compiled ahead: %s", phase, error)
 
-        self._begun[phase] = self._thread.submit(compile_all)
-
-    def wait(self, phase: str) -> None:
-        """Waits until the programs of a phase are compiled, if the thread is at them.
-
-        If it has not begun, or failed, the phase compiles them itself, and raises what is wrong with them.
-        """
-        future = self._begun.get(phase)
-        if future is None or future.cancel():
-            return
-        if error := future.exception():
-            logging.warning("%s was not compiled ahead: %s", phase, error)
+        self._thread.submit(compile_all)
 
     def close(self) -> None:
-        """Compiles no other program. One that is being compiled goes on."""
+        """Lets the thread end with the program that it is at."""
+        self._is_closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -80,23 +79,21 @@ def programs_of_phase(
     """Returns the programs that `fit` runs with these arguments, but for batches with more rows of text than
     its samples of them have.
 
-    params, teacher: as shapes with their shardings.
+    params, teacher: as shapes with their shardings. Of a rehearsal's targets only shape and dtype count.
     """
     trainable, frozen = trees.partition(params, trainable_rules)
     held = abstract_held(frozen, teacher, frozen_dtype)
-    num_shards = num_text_shards(mesh, phase)
+    num_shards, num_steps = num_text_shards(mesh, phase), phase.length(sampler.num_steps)
     own, rehearsed = rows_of_phase(
         pairs,
         sampler,
         rehearsal,
-        num_steps=phase.length(sampler.num_steps),
+        num_steps=num_steps,
         num_text_shards=num_shards,
         row_cost=cost_of_row(model.config, params, trainable_rules, pairs.context_length, phase),
     )
-    kinds: list[tuple[LossConfig, Sequence[loader.Pairs], Sequence[int], Targets | None]] = [
-        (loss, [pairs], own, None)
-    ]
-    if rehearsal:
+    kinds: list[tuple[LossConfig, list[loader.Pairs], tuple[int, ...], Any]] = [(loss, [pairs], own, None)]
+    if rehearsal and rehearsal.before(num_steps):
         drawn = [drawn.pairs for drawn in rehearsal.drawn]
         kinds.append((rehearsal.loss, drawn, rehearsed[-1], rehearsal.targets))
     programs, split = [], sharding.batch_sharding(mesh)
@@ -109,11 +106,9 @@ def programs_of_phase(
     return programs
 
 
-def _batch(
-    sources: Sequence[loader.Pairs], size: int, num_rows: int, targets: Targets | None
-) -> dict[str, Any]:
-    """A batch as a step takes it: images of the first of the sources, captions of the last, in rows that they
-    share if they may."""
+def _batch(sources: Sequence[loader.Pairs], size: int, all_rows: int, targets: Any) -> dict[str, Any]:
+    """A batch of B pairs as a step takes it: images of the first of the sources, captions of the last, in the
+    S R rows that they share if they may."""
     images, captions = (source.gather(np.array([-1])) for source in (sources[0], sources[-1]))  # of no pair
     arrays = {name: array for name, array in (images | {"text": captions["text"]}).items() if name in INPUTS}
     if targets:
@@ -122,9 +117,8 @@ def _batch(
         name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype) for name, array in arrays.items()
     }
     if sources[0].packs:
-        ends, rows = jax.ShapeDtypeStruct((size,), np.int32), (num_rows, sources[-1].context_length)
-        tokens = jax.ShapeDtypeStruct(rows, np.int32)
-        batch["text"] = PackedText(tokens, tokens, ends)
+        tokens = jax.ShapeDtypeStruct((all_rows, sources[-1].context_length), np.int32)
+        batch["text"] = PackedText(tokens, tokens, jax.ShapeDtypeStruct((size,), np.int32))
     return batch
 
 
