@@ -204,7 +204,16 @@ def _gated_bias(combine_weights: Array, experts: Weights) -> Array:
     """Returns the sum of the experts' proj_bias by gate, (N, E) -> (N, O); the gates' gradient is float32."""
     bias = experts.proj_bias
     assert bias is not None
-    return (combine_weights @ bias.astype(jnp.float32)).astype(bias.dtype)
+    y = lax.platform_dependent(
+        combine_weights, bias.astype(jnp.float32), cuda=_sum_of_products, default=jnp.matmul
+    )
+    return y.astype(bias.dtype)
+
+
+def _sum_of_products(gates: Array, bias: Array) -> Array:
+    """Returns gates @ bias, (N, E) and (E, O) -> (N, O), as a sum, which XLA computes where it adds outputs.
+    For a product it keeps float32 arrays (N, O), three of them in a training step."""
+    return jnp.sum(gates[:, :, None] * bias, axis=1)
 
 
 def _fill_up(missing: Array, multiple: int) -> Array:

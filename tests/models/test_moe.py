@@ -54,6 +54,19 @@ def x():
     return jax.random.normal(jax.random.key(1), (2, 13, D))
 
 
+def test_bias_by_gate_is_the_same_as_a_sum():
+    """What GPUs run in place of a product, values and gradients."""
+    gates, bias, dy = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(N, E), (E, D), (N, D)])
+    )
+
+    def run(function):
+        y, pull_back = jax.vjp(function, gates, bias)
+        return y, *pull_back(dy)
+
+    chex.assert_trees_all_close(run(dispatch._sum_of_products), run(jnp.matmul), atol=1e-5)
+
+
 def test_route_by_hand():
     # softmax(ln [1, 2, 4, 1]) = [1, 2, 4, 1] / 8; the two largest are 4/8 and 2/8, divided by 6/8.
     gates, expert_ids = route(jnp.log(jnp.array([[1.0, 2.0, 4.0, 1.0]])), 2)
