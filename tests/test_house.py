@@ -130,10 +130,10 @@ def test_every_room_has_its_rule():
 
 
 def test_one_loop_over_steps():
-    """Only train/loop.py takes training steps; train/programs.py and planning/abstract.py look at them."""
+    """Only train/loop.py takes training steps; step_programs.py and planning/abstract.py look at them."""
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "step.py"]
     callers = {path.name for path in files if "make_train_step(" in path.read_text()}
-    assert callers == {"loop.py", "programs.py", "abstract.py"}
+    assert callers == {"loop.py", "step_programs.py", "abstract.py"}
 
 
 # Code for PyTorch and transformers that exports carry with them: not of this program.

@@ -13,7 +13,7 @@ from clipmoe_jax.dmu.phases import PlannedPhase, phases_of, placed_params
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import settings_of, shuffled
 from clipmoe_jax.models.clip import ClipConfig
-from clipmoe_jax.train.programs import programs_of_phase
+from clipmoe_jax.train.step_programs import programs_of_phase
 
 # A compiler for GPUs tries kernels out on the device, beside the steps of a phase that trains there.
 PLATFORMS = ("cpu", "tpu")

@@ -24,7 +24,7 @@ from clipmoe_jax.interop import hub
 from clipmoe_jax.models.clip import Clip, ClipConfig
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.model_folder import load_model
-from clipmoe_jax.train.programs import CompiledAhead
+from clipmoe_jax.train.step_programs import CompiledAhead
 
 
 @dataclasses.dataclass(frozen=True)

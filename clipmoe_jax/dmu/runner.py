@@ -32,7 +32,7 @@ from clipmoe_jax.dmu.recipes import (
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import REHEARSAL_STAGE, stages_of
 from clipmoe_jax.dmu.training import take_architecture
-from clipmoe_jax.train.programs import CompiledAhead
+from clipmoe_jax.train.step_programs import CompiledAhead
 
 DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
 # For any batch and warm-up: how many pairs a source has is known when it is prepared.

@@ -12,8 +12,8 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.dmu.phases import PlannedPhase, placed_params
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig
 from clipmoe_jax.models.transformer import ComputeConfig
-from clipmoe_jax.train.programs import abstract_arguments, abstract_held
 from clipmoe_jax.train.step import make_train_step
+from clipmoe_jax.train.step_programs import abstract_arguments, abstract_held
 
 FLOAT_BYTES = 4
 

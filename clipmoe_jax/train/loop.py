@@ -19,9 +19,9 @@ from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.data import loader
 from clipmoe_jax.models.clip import Clip
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.programs import cost_of_row, num_text_shards
 from clipmoe_jax.train.rehearsal import Rehearsal, open_batches
 from clipmoe_jax.train.step import INPUTS, TEACHER, LossConfig, TrainState, init_state, make_train_step
+from clipmoe_jax.train.step_programs import cost_of_row, num_text_shards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.reporting.output import write_results
 from clipmoe_jax.reporting.plan_tables import format_plan
-from clipmoe_jax.train.programs import CompiledAhead
+from clipmoe_jax.train.step_programs import CompiledAhead
 
 ATTENTION_ALONE = [(r".*/attn/.*", True), (r".*", False)]
 ROW = recipes.Recipe(

@@ -21,9 +21,9 @@ from clipmoe_jax.train import loop
 from clipmoe_jax.train.adapters import NO_ADAPTERS, Adapters, add_adapters
 from clipmoe_jax.train.loop import LoopConfig, fit
 from clipmoe_jax.train.phase import PhaseConfig
-from clipmoe_jax.train.programs import CompiledAhead, Program, programs_of_phase
 from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets
 from clipmoe_jax.train.step import LossConfig, make_train_step
+from clipmoe_jax.train.step_programs import CompiledAhead, Program, programs_of_phase
 
 DENSE = ClipConfig(
     embed_dim=16,
