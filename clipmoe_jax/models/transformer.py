@@ -1,7 +1,8 @@
 """The pre-LayerNorm transformer of both CLIP towers; each block's feed-forward layer is dense or MoE.
 
-Letters: B batch, L length, D width, H heads, F feed-forward hidden width, M MoE blocks, E experts, S shards
-of B / S rows each (one row, or all rows that a device has of a microbatch), P pooled positions of a shard.
+Letters: B batch, L length, T of it without padding, D width, H heads, F feed-forward hidden width, M MoE
+blocks, E experts, S shards of B / S rows each (one row, or all rows that a device has of a microbatch), P
+pooled positions of a shard.
 """
 
 import dataclasses
@@ -117,10 +118,10 @@ def num_visited_experts(moe: MoeConfig | None, router_gradient: str) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, L) int32, None is one per row.
+    """Multi-head self-attention. x (B, L, D) -> (B, L, D); segments (B, T) int32, None is one per row.
 
-    length: tokens from there on are padding, for "cudnn" alone: no token attends to them, segments lack them,
-    their output is 0, and so is their gradient. None is no padding.
+    length: T, for "cudnn" alone; None is L. Tokens from there on are padding: no token attends to them, their
+    output is 0, and so is their gradient.
     value_attention: values stand for queries and keys too, softmax(v vᵀ / √head width) v, so that tokens
     attend to those that are like them (CLIP Surgery, arXiv 2304.05653).
     """
@@ -179,7 +180,7 @@ def _attend(
 class Block(nn.Module):
     """One residual block. x (B, L, D), segments as in `Attention` -> (x, aux): MoeMlp's aux, else empty.
 
-    sequences (B, L) int32 as in `moe.add_sequence_mean`, for routers that see them. pooled_positions (S, P)
+    sequences (B, T) int32 as in `moe.add_sequence_mean`, for routers that see them. pooled_positions (S, P)
     int32 as in `moe.gather`: only these tokens come out, as (S, P, D), and the feed-forward layer is computed
     for them alone; None is all tokens, as (B, L, D). value_attention, length: as of `Attention`.
     """
@@ -201,7 +202,7 @@ class Block(nn.Module):
         x: Float[Array, "B L D"],
         segments: Int[Array, "B T"] | None = None,
         pooled_positions: Int[Array, "S P"] | None = None,
-        sequences: Int[Array, "B L"] | None = None,
+        sequences: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "... D"], dict[str, Array]]:
         dtype = jnp.dtype(self.compute.dtype)
         ln_1, ln_2 = (layer_norm(self.layer_norm_eps, dtype, name) for name in ("ln_1", "ln_2"))
@@ -281,7 +282,7 @@ def apply_blocks(
         # take as they are, which XLA would pad for every product.
         length = x.shape[1]
         pooled_positions = pooled_positions + pooled_positions // length
-        x = pad_to_even_length(x)
+        x = jnp.concatenate([x, jax.lax.stop_gradient(x[:, -1:])], axis=1)  # a token that every norm can take
     for i in range(num_layers):
         block = block_class(
             num_heads=num_heads,

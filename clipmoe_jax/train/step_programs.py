@@ -52,7 +52,8 @@ class CompiledAhead:
                     with jax.set_mesh(mesh):
                         program.step.lower(*program.arguments).compile()
             except Exception as error:  # the phase itself raises what is wrong with them
-                logging.warning("%s was not compiled ahead: %s", phase, error)
+                if not self._is_closed.is_set():
+                    logging.warning("%s was not compiled ahead: %s", phase, error)
 
         self._thread.submit(compile_all)
 

@@ -62,6 +62,7 @@ def run(tmp_path_factory):
 
         patch.setattr(CompiledAhead, "begin", begin_and_wait)  # or a phase may come before the thread
         patch.setattr(logging.getLogger("jax._src.interpreters.pxla"), "handle", COMPILED.append)
+        jax.clear_caches()  # of other tests
         jax.config.update("jax_log_compiles", True)  # in every thread
         stack.callback(jax.config.update, "jax_log_compiles", False)
         first = []
