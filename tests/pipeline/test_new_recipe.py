@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import logging
 
 import jax
 import numpy as np
 import pytest
+from compilations import recorded
 from etils import epath
 from grids import exhaustive
 from tiny_config import get_config as tiny_config
@@ -40,7 +40,7 @@ STAGE = recipes.Recipe(
     recipes.TRAIN_FFN,
     ignores=recipes.STAGE_COUNT,
 )
-COMPILED: list[logging.LogRecord] = []
+COMPILED: list[list[str]] = []
 TITLE, FOLDER = ROW.title, "baselines/attention_ft"
 
 
@@ -61,10 +61,8 @@ def run(tmp_path_factory):
             ahead._thread.submit(lambda: None).result()
 
         patch.setattr(CompiledAhead, "begin", begin_and_wait)  # or a phase may come before the thread
-        patch.setattr(logging.getLogger("jax._src.interpreters.pxla"), "handle", COMPILED.append)
         jax.clear_caches()  # of other tests
-        jax.config.update("jax_log_compiles", True)  # in every thread
-        stack.callback(jax.config.update, "jax_log_compiles", False)
+        COMPILED.append(stack.enter_context(recorded("train_step")))
         first = []
         [results] = runner.run_variants(config, workdir, show_first=first.append)[""]
         assert first == [{title: numbers for title, numbers in results.items() if title != TITLE}]
@@ -75,7 +73,7 @@ def run(tmp_path_factory):
 def test_steps_compile_ahead_but_for_the_base(run):
     """Two kinds of consolidation's, of which one is both stages' too, two kinds of the routers', and the new
     baseline's."""
-    threads = [record.threadName for record in COMPILED if "jit(train_step)" in record.getMessage()]
+    [threads] = COMPILED
     assert [name for name in threads if not name.startswith("compile")] == threads[:1]
     assert len(threads) == 1 + 5
 

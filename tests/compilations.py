@@ -1,0 +1,34 @@
+"""What JAX compiles, and in which thread."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import jax
+
+_LOGGER = logging.getLogger("jax._src.interpreters.pxla")
+
+
+@contextlib.contextmanager
+def recorded(function: str) -> Iterator[list[str]]:
+    """Yields a list that gets a thread's name whenever a jitted function of this name compiles there.
+
+    Other tests may have changed the level of the root logger.
+    """
+    threads: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if f"Compiling jit({function})" in record.getMessage():
+                threads.append(str(record.threadName))
+
+    recorder, level = Recorder(), _LOGGER.level
+    _LOGGER.addHandler(recorder)
+    _LOGGER.setLevel(logging.WARNING)
+    jax.config.update("jax_log_compiles", True)  # in every thread
+    try:
+        yield threads
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        _LOGGER.setLevel(level)
+        _LOGGER.removeHandler(recorder)
