@@ -404,9 +404,8 @@ def _rehearsal(
     if recipe.teacher:
         return Rehearsal(drawn(images, run.seed), fraction, loss, captions=others)
     imitates = "features" if loss.imitates == "features" else "similarities"
-    loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
-
     folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
+    loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
     targets = Targets(read(folder / "image.npy"), read(folder / "text.npy"))
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)
 
