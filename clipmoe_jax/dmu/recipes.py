@@ -34,7 +34,7 @@ Results = dict[str, dict[str, Any]]  # {title of a model: its numbers}, as eval/
 
 BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
 CONSOLIDATION = "consolidation"
-BASELINES_STAGE = "baselines"
+BASELINES_STAGE, REHEARSAL_STAGE = "baselines", "rehearsal"
 REHEARSAL_FOLDER = "rehearsal/features"
 ADAPTER_RANK = 8
 BALANCE_COEFFICIENT = 0.01  # the paper's, where the config has none

@@ -23,6 +23,7 @@ from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
 from clipmoe_jax.dmu.recipes import (
     BASE_NAME,
     BASELINES_STAGE,
+    REHEARSAL_STAGE,
     Recipe,
     Results,
     check_baselines,
@@ -30,7 +31,7 @@ from clipmoe_jax.dmu.recipes import (
     rehearses,
 )
 from clipmoe_jax.dmu.run import Run
-from clipmoe_jax.dmu.stages import REHEARSAL_STAGE, stages_of
+from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.dmu.training import take_architecture
 from clipmoe_jax.train.step_programs import CompiledAhead
 

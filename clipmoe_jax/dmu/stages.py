@@ -45,7 +45,6 @@ from clipmoe_jax.evaluation.encoder import Encoder
 
 # Features are written in parts of so many rows; a killed pass goes on with the next part.
 PART_ROWS = 65536
-REHEARSAL_STAGE = "rehearsal"
 MODALITIES = ("image", "text")
 # Beside the parts: those batches of one that were done when a signal came.
 BEGUN = "begun.npz"
@@ -65,7 +64,7 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
             stages["upcycle"] = lambda run, recipe=recipe: upcycle(run, recipe)
         stages[recipe.name] = lambda run, recipe=recipe: make_model(run, recipe)
         if recipe.group == "base" and recipes.imitates_base(config):
-            stages[REHEARSAL_STAGE] = encode_rehearsal
+            stages[recipes.REHEARSAL_STAGE] = encode_rehearsal
     if config.baselines:
         stages[recipes.BASELINES_STAGE] = make_baselines
     return stages

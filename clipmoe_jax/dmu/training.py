@@ -404,7 +404,7 @@ def _rehearsal(
     if recipe.teacher:
         return Rehearsal(drawn(images, run.seed), fraction, loss, captions=others)
     imitates = "features" if loss.imitates == "features" else "similarities"
-    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, "rehearsal")
+    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, recipes.REHEARSAL_STAGE)
     loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
     targets = Targets(read(folder / "image.npy"), read(folder / "text.npy"))
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)

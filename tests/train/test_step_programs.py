@@ -82,20 +82,36 @@ def make_rehearsal(pairs, loss, targets=None, others=False, **settings):
     return Rehearsal(drawn(1), 0.4, settings.get("loss", loss), targets, drawn(2) if others else None)
 
 
+def settings_of(pairs, mesh, **changes):
+    """What `fit` and `programs_of_phase` are both given."""
+    return (
+        dict(
+            model=Clip(DENSE, ComputeConfig()),
+            trainable_rules=TRAIN_FFN,
+            pairs=pairs,
+            sampler=ShuffledSampler(len(pairs), 16, 0),
+            phase=PHASE,
+            loss=LossConfig(),
+            mesh=mesh,
+            rehearsal=None,
+        )
+        | changes
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_programs_are_those_that_a_phase_calls(name, scenes, tmp_path, monkeypatch):
     case = CASES[name]
     mesh = sharding.make_mesh(**case.get("mesh", {}), devices=jax.devices()[: 8 if "mesh" in case else 1])
     config, pairs, loss = case.get("config", DENSE), read(scenes, case), case.get("loss", LossConfig())
     rehearsal = case.get("rehearsal")
-    settings = dict(
+    settings = settings_of(
+        pairs,
+        mesh,
         model=Clip(config, ComputeConfig()),
         trainable_rules=case.get("rules", TRAIN_FFN),
-        pairs=pairs,
-        sampler=ShuffledSampler(len(pairs), 16, 0),
         phase=case.get("phase", PHASE),
         loss=loss,
-        mesh=mesh,
         rehearsal=None if rehearsal is None else make_rehearsal(pairs, **{"loss": loss} | rehearsal),
     )
     adapters = case.get("adapters", NO_ADAPTERS)
@@ -142,14 +158,10 @@ def test_a_phase_compiles_nothing_that_is_compiled_ahead(scenes, tmp_path):
     """Two kinds of step, as JAX logs it; the phase may come at any time."""
     mesh, ahead = sharding.make_mesh(devices=jax.devices()[:1]), CompiledAhead()
     pairs = read(scenes, {})
-    settings = dict(
+    settings = settings_of(
+        pairs,
+        mesh,
         model=Clip(DENSE, ComputeConfig(compiler_options=(("xla_backend_optimization_level", 0),))),
-        trainable_rules=TRAIN_FFN,
-        pairs=pairs,
-        sampler=ShuffledSampler(len(pairs), 16, 0),
-        phase=PHASE,
-        loss=LossConfig(),
-        mesh=mesh,
         rehearsal=make_rehearsal(pairs, LossConfig(imitates="similarities"), TARGETS),
     )
     params, begun, metrics = init_params(DENSE, mesh), threading.Event(), Metrics(tmp_path)
@@ -214,16 +226,6 @@ def test_no_program_for_a_kind_of_step_that_a_phase_does_not_take(scenes):
     """A twentieth of five steps are none."""
     mesh, pairs = sharding.make_mesh(devices=jax.devices()[:1]), read(scenes, {})
     rehearsal = dataclasses.replace(make_rehearsal(pairs, LossConfig(), TARGETS), fraction=0.05)
-    programs = programs_of_phase(
-        Clip(DENSE, ComputeConfig()),
-        placed_params(mesh, DENSE),
-        trainable_rules=TRAIN_FFN,
-        pairs=pairs,
-        sampler=ShuffledSampler(len(pairs), 16, 0),
-        phase=PHASE,
-        loss=LossConfig(),
-        mesh=mesh,
-        frozen_dtype="float32",
-        rehearsal=rehearsal,
-    )
+    settings = settings_of(pairs, mesh, rehearsal=rehearsal)
+    programs = programs_of_phase(params=placed_params(mesh, DENSE), frozen_dtype="float32", **settings)
     assert len(programs) == 1
