@@ -43,15 +43,16 @@ def attention(
     """
     if implementation == "chunked":
         return _on_each_device(functools.partial(_chunked, causal), qkv, segments)
-    query, key, value = (qkv[:, :, i] for i in range(3))
+    batch, length, _, heads, width = qkv.shape
+    # The gradient of a split is a concatenation, of an index into (B, L, 3, H, W) a sum of padded arrays.
+    parts = jnp.split(qkv.reshape(batch, length, -1), 3, axis=-1)
+    query, key, value = (part.reshape(batch, length, heads, width) for part in parts)
     if implementation == "cudnn":
-        length = query.shape[1]
         query, key, value = (pad_to_even_length(a) for a in (query, key, value))
         return cudnn_attention(query, key, value, length, causal=causal, segments=segments)[:, :length]
     if implementation != "xla":
         raise ValueError(f"attention={implementation!r} is not known: choose 'xla', 'chunked' or 'cudnn'")
-    mask = None if segments is None else _same_segment(segments)[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="xla")
+    return xla_attention(query, key, value, causal=causal, segments=segments)
 
 
 def default_implementation(platform: str, dtype: str) -> str:
@@ -69,6 +70,19 @@ def _same_segment(segments: Array) -> Array:
 def pad_to_even_length(x: Float[Array, "B L ..."]) -> Float[Array, "B M ..."]:
     """Appends a token of zeros to sequences of an odd length: x (B, L, …) -> (B, L + L % 2, …)."""
     return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *((0, 0),) * (x.ndim - 2)))
+
+
+def xla_attention(
+    query: Float[Array, "B L H W"],
+    key: Float[Array, "B L H W"],
+    value: Float[Array, "B L H W"],
+    *,
+    causal: bool,
+    segments: Int[Array, "B L"] | None,
+) -> Float[Array, "B L H W"]:
+    """Returns the output of attention that computes all scores at once, (B, L, H, W)."""
+    mask = None if segments is None else _same_segment(segments)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="xla")
 
 
 def cudnn_attention(

@@ -18,7 +18,13 @@ from jaxtyping import Float, Int
 
 from clipmoe_jax.core.checks import number, whole_number
 from clipmoe_jax.core.sharding import split_batch
-from clipmoe_jax.models.attention import attention, cudnn_attention, pad_to_even_length, saves_cudnn
+from clipmoe_jax.models.attention import (
+    attention,
+    cudnn_attention,
+    pad_to_even_length,
+    saves_cudnn,
+    xla_attention,
+)
 from clipmoe_jax.models.dispatch import ROUTING
 from clipmoe_jax.models.feed_forward import ACTIVATIONS, HIDDEN, Mlp
 from clipmoe_jax.models.linear import Linear, linear_of_padded, without_padding
@@ -138,14 +144,16 @@ class Attention(nn.Module):
         self, x: Float[Array, "B L D"], segments: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B L D"]:
         _, whole, width = x.shape
+        is_padded = self.implementation == "cudnn"
         in_proj = Linear(3 * width, width**-0.5, self.dtype, name="in_proj")
         out_proj = Linear(width, width**-0.5, self.dtype, name="out_proj")
-        if self.implementation != "cudnn" or self.value_attention:
+        if self.implementation not in ("cudnn", "xla") or self.value_attention:
             how = self.num_heads, self.causal, self.implementation
             return out_proj(_attend(in_proj(x), *how, segments, self.value_attention))
-        # cuDNN takes queries, keys and values apart, of an even length. Made like that they are not copied.
+        # Queries, keys and values by products of their own, for cuDNN of an even length, are not copied.
         x, length = x.astype(self.dtype), self.length or whole
-        x = pad_to_even_length(x) if whole == length else without_padding(x, length)
+        if is_padded:
+            x = pad_to_even_length(x) if whole == length else without_padding(x, length)
 
         def project(kernel: jax.Array, bias: jax.Array) -> jax.Array:
             part = checkpoint_name(linear_of_padded(x, kernel, bias, length), "qkv")
@@ -153,7 +161,11 @@ class Attention(nn.Module):
 
         kernels, biases = (jnp.split(w, 3, axis=-1) for w in in_proj.weights(width))
         query, key, value = map(project, kernels, biases)
-        y = cudnn_attention(query, key, value, length, causal=self.causal, segments=segments)
+        if is_padded:
+            y = cudnn_attention(query, key, value, length, causal=self.causal, segments=segments)
+        else:
+            y = xla_attention(query, key, value, causal=self.causal, segments=segments)
+            y = checkpoint_name(y, "attended")
         y = linear_of_padded(y.reshape(x.shape), *out_proj.weights(width), length)
         return y[:, :length] if whole == length else without_padding(y, length)
 
