@@ -110,7 +110,9 @@ def default_config() -> ConfigDict:
 
     config.compute = ConfigDict()
     config.compute.dtype = ""  # "" is bfloat16 on TPU and GPU, float32 on CPU
-    config.compute.remat = "none"  # "dots", "full": what the backward pass computes again (`ComputeConfig`)
+    # What the backward pass computes again (`ComputeConfig`): "none", "dots", "full", or "auto": "none" where
+    # the steps then fit into a device's memory (`planning.memory.choose_remat`) and on CPUs, else "dots".
+    config.compute.remat = "auto"
     # What frozen matrices are held in while a stage trains; "" is compute.dtype's.
     config.compute.frozen_dtype = ""
 
@@ -371,7 +373,7 @@ def compute_config(
 
     platform: as `sharding.platform`. It decides how attention and the experts run. Ragged dispatch is the
     exact one that computes least, unless every token visits every expert (router_gradient="all"): then there
-    is nothing to sort. So it is on CPU where experts are small.
+    is nothing to sort. So it is on CPU where experts are small. compute.remat="auto" is "none" here.
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
     dispatch = config.moe.dispatch
@@ -379,7 +381,7 @@ def compute_config(
         dispatch = "dense"
     return ComputeConfig(
         dtype=dtype,
-        remat=config.compute.remat,
+        remat="none" if config.compute.remat == "auto" else config.compute.remat,
         dispatch=dispatch,
         grouped_mlp=default_grouped_mlp(platform, dtype),
         attention=default_implementation(platform, dtype),

@@ -55,7 +55,7 @@ RANGES = {
 
 CHOICES = {
     "moe.dispatch": ("ragged", "dense", "capacity"),
-    "compute.remat": REMAT,
+    "compute.remat": ("auto", *REMAT),
     # Not float16: gradients of a mean over a batch would vanish in it.
     "compute.dtype": ("", "float32", "bfloat16"),
     "compute.frozen_dtype": ("", "float32", "bfloat16"),

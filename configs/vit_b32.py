@@ -11,8 +11,8 @@
 images and captions of the kind that the base knows, at least one batch of the routers. Without `:keep`, the
 published recipe, whose routers see the new data alone. The folders are made by clipmoe_jax.prepare. Another
 base of this size is another name, such as `open_clip:ViT-B-32/laion2b_s34b_b79k` (docs/interop.md); another
-ViT: `vit_b32.py:variant=ViT-B/16`. Hardware: meant for one GPU: remat, and the batch of 800 in eight parts
-(not measured yet).
+ViT: `vit_b32.py:variant=ViT-B/16`. Hardware: meant for one GPU: the batch of 800 in eight parts (not
+measured yet).
 
 Arguments: keep; variant; init_from=previous (the default here: chained stages) or base; baselines trains the
 dense models of docs/keeping.md beside it, for about twice as long, without keep those of published recipes;
@@ -32,7 +32,6 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config = default_config()
     set_architecture(config, arg.variant)
-    config.compute.remat = "dots"
     baselines = OF_PAPERS
     if arg.keep:
         keep_old(config)

@@ -4,7 +4,7 @@
         --config.base.checkpoint=clip-vit-large-patch14-336 --config.data.train=data/sharegpt4v \\
         --config.data.test=data/coco_val
 
-Data as in vit_l14_sharegpt4v.py. Hardware: meant for 8 GPUs of 80 GB, with remat; 577 image tokens in place
+Data as in vit_l14_sharegpt4v.py. Hardware: meant for 8 GPUs of 80 GB; 577 image tokens in place
 of 257, so more than twice its time (not measured yet). Expected numbers: the paper gives none for retrieval
 at this size. Arguments: init_from and runlocal
 as in vit_l14_sharegpt4v.py.
@@ -21,7 +21,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     set_architecture(config, "ViT-L/14@336", context_length=248)
     config.mcl.init_from = arg.init_from
-    config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

@@ -24,7 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     config.data.train_split = "train[:1000000]"
     config.mcl.init_from = arg.init_from
-    config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.runlocal:
         run_locally(config)

@@ -12,11 +12,11 @@ The base is a Hugging Face CLIPModel folder, a state dict in OpenAI's names or a
 released code; 77 text positions are stretched to 248.
 
 Hardware: the paper used 8 A100 (80 GB), half an hour for each of the three stages and half an hour for the
-routers, 64 GiB a GPU at batch 100 each. Here the backward pass computes all but products with weights again
-(`compute.remat`): 18.4 and 22.9 GiB, compiled for a TPU v5p (benchmarks/l14_steps.py). On one GPU add
+routers, 64 GiB a GPU at batch 100 each. Here one H100 takes 131 ms for an MCL step of 100 pairs and 192 ms
+for a router step, in 26.8 and 27.3 GiB; on smaller devices the backward pass computes norms and activations
+again (`compute.remat`): 141 and 190 ms in 18.8 and 24.1 GiB (benchmarks/gpu.py). On one GPU add
 `--config.mcl.accumulation_steps=8 --config.router.accumulation_steps=8`: the same global batch in eight
-parts. One H100 takes 141 ms for an MCL step of 100 pairs and 190 ms for a router step, in 18.8 and 24.1 GiB
-(benchmarks/gpu.py).
+parts.
 
 To expect (the paper, recall@1 %): COCO 5k image-to-text 65.0, text-to-image 46.8; the base 56.1 and 35.4;
 direct fine-tuning 63.3 and 44.5. Not yet reproduced with this code.
@@ -35,9 +35,9 @@ prepared data set.
 data/web holds some thousand images and short captions of the kind that the base was trained on, prepared
 from img2dataset's output, say; data/imagenet is ImageNet's validation set, prepared from classes:DIR. The
 routers' rate is not the paper's 1e-6, at which an epoch of Adam moves a weight by at most 0.0016: here they
-begin at zero and have to learn. Planned for 8 H100: 32 minutes, with both controls 61 (clipmoe_jax.plan).
-One H100 takes 173 ms for an MCL step of 100 pairs (MFU 0.35) and 390 ms for a router step (0.40), in 20.4 and
-39.9 GiB. Nobody has trained it at this size.
+begin at zero and have to learn. Planned for 8 H100: 31 minutes, with both controls 58 (clipmoe_jax.plan).
+With `compute.remat=dots` one H100 takes 173 ms for an MCL step of 100 pairs (MFU 0.35) and 390 ms for a
+router step (0.40), in 20.4 and 39.9 GiB. Nobody has trained it at this size.
 """
 
 from ml_collections import ConfigDict
@@ -46,10 +46,9 @@ from clipmoe_jax.config import default_config, keep_old, parse_arg, run_locally
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The defaults of `default_config` are this run, but for remat and baselines."""
+    """The defaults of `default_config` are this run, but for baselines."""
     arg = parse_arg(arg, init_from="", runlocal=False, keep=False)
     config = default_config()
-    config.compute.remat = "dots"
     config.baselines = ("direct_ft", "feature_ensemble")
     if arg.keep:
         keep_old(config)

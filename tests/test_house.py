@@ -68,7 +68,12 @@ NEVERS = [
         "a report reads files that a run left: it runs no stage and trains nothing",
         ("dmu.recipes",),
     ),
-    Never("dmu", ("planning", "reporting", *TOP), "stages make artifacts: how these are shown is not theirs"),
+    Never(
+        "dmu",
+        ("planning", "reporting", *TOP),
+        "stages make artifacts: how these are shown is not theirs",
+        ("planning.memory",),  # by which a run chooses what its steps compute again
+    ),
 ]
 
 

@@ -108,6 +108,11 @@ def platform() -> str:
     return "cuda" if capability >= 8.0 else "gpu"
 
 
+def usable_memory() -> float | None:
+    """Returns the bytes of each device that JAX may take, None where it does not say, as on CPUs."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch: its leading axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -60,6 +60,10 @@ class PlannedPhase:
     loss: LossConfig = LossConfig()
     rehearsed: float = 0.0
 
+    def with_remat(self, remat: str) -> "PlannedPhase":
+        """Returns the phase with another `ComputeConfig.remat`."""
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, remat=remat))
+
     @property
     def step_key(self) -> tuple:
         """Returns what the compiled step depends on: phases with equal keys share one."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
@@ -33,6 +34,7 @@ from clipmoe_jax.dmu.recipes import (
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.dmu.training import take_architecture
+from clipmoe_jax.planning.memory import choose_remat
 from clipmoe_jax.train.step_programs import CompiledAhead
 
 DATA_STAGE, EVALUATE_STAGE = "data", "evaluate"
@@ -130,6 +132,7 @@ def _run_seed(
     if results.is_wanted(config):
         stages[EVALUATE_STAGE] = results.evaluate
     mesh, evaluated = sharding.make_mesh(**config.mesh), None
+    config.compute.remat = _remat(config, mesh, stage)
     whole_config = {"seed": seed, **config.to_dict()}
     metrics = Metrics(folder, wandb=config.wandb, config=whole_config, profiled=profiled)
     with contextlib.closing(metrics), contextlib.closing(CompiledAhead()) as ahead:
@@ -162,6 +165,16 @@ def _run_seed(
     if not stage:  # every one has agreed with this config
         _describe(folder, described)
     return evaluated
+
+
+def _remat(config: ConfigDict, mesh: Mesh, stage: str) -> str:
+    """The meaning of compute.remat on these devices: process 0's choice, as all must compile the same."""
+    if config.compute.remat != "auto":
+        return config.compute.remat
+    phases = phases_of(config, sharding.platform(), ENOUGH_PAIRS)
+    phases = [phase for phase in phases if stage in ("", phase.stage)]
+    remat = choose_remat("auto", mesh.abstract_mesh, phases, sharding.usable_memory())
+    return "none" if distributed.agree(remat == "none") else "dots"
 
 
 def _describe(folder: epath.Path, described: Mapping[str, Any]) -> None:

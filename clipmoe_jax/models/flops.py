@@ -104,7 +104,7 @@ def forward_backward(
     trains: {leaf name: whether}. towers: None is all of the model. The gradient for a kernel costs as much as
     the product; so does that for the input, which is needed only if something before the layer trains.
     """
-    trained = _trained_layers(trains)
+    trained = trained_layers(trains)
     return sum(
         layer.flops * (1 + layer.num_operands * reached + (layer.name in trained))
         for tower in towers or _towers(config)
@@ -114,7 +114,7 @@ def forward_backward(
 
 def input_gradients(config: ClipConfig, trains: Mapping[str, bool]) -> set[str]:
     """Returns the names of the layers that have a gradient for their input: something before them trains."""
-    trained = _trained_layers(trains)
+    trained = trained_layers(trains)
     pairs = (pair for tower in _towers(config) for pair in _reached(config, tower, trained))
     return {layer.name for layer, reached in pairs if reached}
 
@@ -129,7 +129,7 @@ def _reached(
         reached |= layer.name in trained
 
 
-def _trained_layers(trains: Mapping[str, bool]) -> set[str]:
+def trained_layers(trains: Mapping[str, bool]) -> set[str]:
     """Returns the names of the layers that have a parameter that trains."""
     names = {name for name, yes in trains.items() if yes}
     return names | {name.rpartition("/")[0] for name in names if "/" in name}

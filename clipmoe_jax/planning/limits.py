@@ -9,9 +9,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from clipmoe_jax.dmu.phases import PlannedPhase
-from clipmoe_jax.planning.memory import Memory
-
-USABLE_MEMORY = 0.9  # of a device's; the rest is left to the program and to fragmentation
+from clipmoe_jax.planning.memory import USABLE_MEMORY, Memory
 
 
 class Limit(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh
 
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu.phases import PlannedPhase, placed_params
+from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import METHODS, Clip, ClipConfig
-from clipmoe_jax.models.transformer import ComputeConfig
+from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
 from clipmoe_jax.planning.abstract import (
     FLOAT_BYTES,
     abstract_batch,
@@ -25,6 +26,7 @@ from clipmoe_jax.planning.abstract import (
 from clipmoe_jax.train.adapters import fold_adapters
 from clipmoe_jax.train.step import abstract_state
 
+USABLE_MEMORY = 0.9  # of a device's; the rest is left to the program and to fragmentation
 # Of the similarity matrix the loss holds at once the logits and the gradients through its two log-sums.
 SIMILARITY_COPIES = 3
 
@@ -33,8 +35,8 @@ class Memory(NamedTuple):
     """Bytes on one device, at the peak of a step.
 
     copies: matrices in the type they are multiplied in, and whole where fsdp splits them (with remat XLA
-    gathers them again for the backward pass). activations: kept for the backward pass. Both are upper
-    bounds: XLA recomputes what is cheap. loss: of the similarity matrix.
+    gathers them again for the backward pass). activations: kept for the backward pass, an upper bound
+    (`kept_bytes`). loss: of the similarity matrix.
     """
 
     params: float
@@ -54,20 +56,15 @@ def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     pairs_of_device = (
         phase.hyperparameters.batch_size // phase.hyperparameters.accumulation_steps // mesh.size
     )
-    of_pair = sum(kept_bytes(mesh, config, compute, params, phase.rules, tower) for tower in METHODS)
+    model = mesh, config, compute, params, phase.rules
+    kept = {tower: kept_bytes(*model, tower) for tower in METHODS}
+    of_pair = sum(kept.values())
     if phase.short_length:
-        of_text = kept_bytes(mesh, config, compute, params, phase.rules, "text")
-        of_pair += of_text * phase.short_length / text_config(config).context_length
+        of_pair += kept["text"] * phase.short_length / text_config(config).context_length
     recomputes = compute.remat != "none"
-    if recomputes:  # one block at a time is there in full
-        whole = dataclasses.replace(compute, remat="none")
-        of_pair += max(
-            kept_bytes(mesh, config, whole, params, phase.rules, tower) / depth
-            for tower, depth in (
-                ("image", config.vision.num_layers),
-                ("text", text_config(config).num_layers),
-            )
-        )
+    if recomputes or _fuses(compute):  # one block at a time is there in full
+        depths = {"image": config.vision.num_layers, "text": text_config(config).num_layers}
+        of_pair += max(_residual_bytes(*model, tower, "none") / depth for tower, depth in depths.items())
     copies = 0
     for leaf in jax.tree.leaves((trainable, frozen)):
         gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
@@ -83,6 +80,23 @@ def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     )
 
 
+def choose_remat(
+    remat: str, mesh: AbstractMesh, phases: Iterable[PlannedPhase], device_bytes: float | None
+) -> str:
+    """Returns what `compute.remat` stands for: with "auto" the backward pass computes nothing again if every
+    phase's step fits into nine tenths of a device's memory so, else all but products ("dots").
+
+    phases: as planned with "none". device_bytes: None where memory is no limit, on a CPU.
+    """
+    if remat != "auto":
+        return remat
+    if device_bytes is None:
+        return "none"
+    kinds = {phase.step_key: phase for phase in phases}.values()
+    fits = all(sum(plan_memory(mesh, phase)) < USABLE_MEMORY * device_bytes for phase in kinds)
+    return "none" if fits else "dots"
+
+
 def similarity_bytes(batch_size: int, num_devices: int) -> float:
     """Returns what a device holds at once of the similarity matrix of a global batch."""
     return SIMILARITY_COPIES * FLOAT_BYTES * batch_size**2 / num_devices
@@ -96,13 +110,50 @@ def kept_bytes(
     rules: trees.Rules,
     tower: str,
 ) -> float:
-    """Returns the bytes that a tower's forward pass keeps for the backward pass, for each pair of a device:
-    the residuals of `jax.vjp` of two pairs less those of one.
+    """Returns an upper bound of the bytes that a tower keeps for the backward pass, for each pair.
 
-    tower: a key of METHODS.
+    tower: a key of METHODS. With remat="none" XLA still fuses norms and activations into what reads them: it
+    keeps what "dots" does, and the inputs of the layers that train. So where cuDNN attends; elsewhere scores
+    are kept too, and all residuals count.
     """
+    model = mesh, config, compute, params, rules, tower
+    if not _fuses(compute):
+        return _residual_bytes(*model, compute.remat)
+    return _residual_bytes(*model, "dots") + _input_bytes(config, compute, params, rules, tower)
+
+
+def _fuses(compute: ComputeConfig) -> bool:
+    """Whether XLA keeps less than all residuals, though nothing is computed again by a policy."""
+    return compute.remat == "none" and compute.attention == "cudnn"
+
+
+def _input_bytes(
+    config: ClipConfig, compute: ComputeConfig, params: trees.Params, rules: trees.Rules, tower: str
+) -> float:
+    """The bytes of what the kernels that train are multiplied by, for one pair."""
+    leaves = trees.flatten(params)
+    trained = flops.trained_layers(trees.match_rules(rules, list(leaves)))
+    slots, num_bytes = num_visited_experts(config.moe, compute.router_gradient), 0.0
+    for layer in flops.layers(config, {"image": "visual", "text": "text"}[tower], slots=slots):
+        if layer.name in trained and (kernel := leaves.get(f"{layer.name}/kernel")) is not None:
+            itemsize = FLOAT_BYTES if layer.name.endswith("/router") else jnp.dtype(compute.dtype).itemsize
+            num_bytes += layer.flops / (2 * kernel.shape[-1]) * itemsize
+    return num_bytes
+
+
+def _residual_bytes(
+    mesh: AbstractMesh,
+    config: ClipConfig,
+    compute: ComputeConfig,
+    params: trees.Params,
+    rules: trees.Rules,
+    tower: str,
+    remat: str,
+) -> float:
+    """The bytes of the residuals of `jax.vjp` of a tower for each pair of a device: those of two pairs less
+    those of one."""
     # The spare rows of blocks of a fixed number would count more among few pairs than among many.
-    compute = dataclasses.replace(traceable(compute), grouped_mlp="ragged_dot")
+    compute = dataclasses.replace(traceable(compute), grouped_mlp="ragged_dot", remat=remat)
     trainable, frozen = trees.partition(params, rules)
     encode = _encoder(config, compute, tower)
 

@@ -27,7 +27,7 @@ from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step
 from clipmoe_jax.planning.limits import Limit, cluster_limit, memory_limit, warmup_limit
-from clipmoe_jax.planning.memory import Memory, plan_memory
+from clipmoe_jax.planning.memory import Memory, choose_remat, plan_memory
 from clipmoe_jax.planning.mfu import Mfu, mfu_of
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers
 
@@ -90,6 +90,9 @@ def make_plan(
     mesh = sharding.make_abstract_mesh(**config.mesh, num_devices=num_devices)
     phases = phases_of(config, device.platform, num_pairs, num_base_pairs)
     check_mesh(mesh, phases)
+    remat = choose_remat(config.compute.remat, mesh, phases, device.memory)
+    phases = [phase.with_remat(remat) for phase in phases]
+    least = "dots" if config.compute.remat == "auto" else remat  # of memory
     base, moe = architectures_of(config)
     assert moe.moe is not None
     models = {}
@@ -116,7 +119,8 @@ def make_plan(
             of_step = mfu_of(accelerator, phase.architecture, phase.compute, step.computed, mfu)
             planned[phase.step_key], steps[phase.name] = (step, of_step), (phase, step, of_step)
             limits += warmup_limit(phase, num_pairs)
-            limits.append(memory_limit(phase, step.memory, device.memory, num_devices))
+            memory = step.memory if remat == least else plan_memory(mesh, phase.with_remat(least))
+            limits.append(memory_limit(phase, memory, device.memory, num_devices))
         step, of_step = planned[phase.step_key]
         if phase.number:
             limits.append(cluster_limit(config, phase, phase.number, num_pairs))

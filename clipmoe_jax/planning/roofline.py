@@ -27,6 +27,7 @@ from clipmoe_jax.dmu.phases import PlannedPhase, check_mesh, phases_of
 from clipmoe_jax.models.clip import VARIANTS
 from clipmoe_jax.planning import mfu
 from clipmoe_jax.planning.hlo import ALLOCATIONS, FREE, Instruction, Program, parse
+from clipmoe_jax.planning.memory import choose_remat
 from clipmoe_jax.planning.plan import step_flops
 from clipmoe_jax.planning.targets import compile_step
 
@@ -223,9 +224,11 @@ def main(argv: list[str]) -> str:
     jax.config.update("jax_enable_compilation_cache", False)
     given = flags.FLAGS
     config_checks.validate(given.config, paths=False)
-    phases = {
-        phase.name: phase for phase in phases_of(given.config, ACCELERATORS[given.target].platform, NUM_PAIRS)
-    }
+    device = ACCELERATORS[given.target]
+    planned = phases_of(given.config, device.platform, NUM_PAIRS)
+    mesh = sharding.make_abstract_mesh(given.devices, 1, 1, num_devices=given.devices)
+    remat = choose_remat(given.config.compute.remat, mesh, planned, device.memory)
+    phases = {phase.name: phase.with_remat(remat) for phase in planned}
     if unknown := [name for name in given.steps if name not in phases]:
         raise ValueError(
             f"--steps: {unknown[0]!r} is none of this config's: choose among {', '.join(phases)}"

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from clipmoe_jax.planning.limits import USABLE_MEMORY, Limit
-from clipmoe_jax.planning.memory import Memory
+from clipmoe_jax.planning.limits import Limit
+from clipmoe_jax.planning.memory import USABLE_MEMORY, Memory
 from clipmoe_jax.planning.plan import Plan, Stage
 from clipmoe_jax.planning.transfers import transfer_seconds
 from clipmoe_jax.reporting.text_tables import shares_in_words
@@ -83,7 +83,7 @@ def _step(plan: Plan, name: str) -> list[str]:
     milliseconds = 1e3 * pairs * step.flops / (device.peak_flops * mfu.share * mesh.size)
     lines = [
         f"a step of {name}: {pairs} pairs, {pairs / mesh.size:g} a device, {milliseconds:.1f} ms "
-        f"(computed {step.computed:.2f} times); each device sends"
+        f"(remat {phase.compute.remat}, computed {step.computed:.2f} times); each device sends"
     ]
     for transfer in step.transfers:
         milliseconds = 1e3 * transfer_seconds(device, mesh, transfer)

@@ -301,17 +301,35 @@ def test_mfu_is_given_or_measured_or_assumed():
 
 @exhaustive
 def test_steps_fit_where_they_fitted():
-    """One H100 needs 18.8 GiB for an MCL step of 100 pairs of ViT-L/14, 26.8 for one that computes nothing
-    again, 24.1 for a router step (benchmarks/results/h100.jsonl). The plan is an upper bound."""
+    """One H100 needs 18.8 GiB for an MCL step of 100 pairs of ViT-L/14 and 24.1 for a router step; without
+    computing anything again 26.8 and 27.3 (benchmarks/results/h100.jsonl). The plan is an upper bound."""
     config = default_config()
-    needed = {("dots", 100): {"mcl_1": 18.8, "router": 24.1}, ("none", 100): {"mcl_1": 26.8}}
-    for (remat, batch), of_step in needed.items():
-        config.compute.remat, config.mcl.batch_size, config.router.batch_size = remat, batch, batch
+    config.mcl.batch_size = config.router.batch_size = 100
+    needed = {"dots": {"mcl_1": 18.8, "router": 24.1}, "none": {"mcl_1": 26.8, "router": 27.3}}
+    for remat, of_step in needed.items():
+        config.compute.remat = remat
         whole = plan.make_plan(config, "h100", 1, 1_246_000)
         for name, measured in of_step.items():
             planned = sum(whole.steps[name][1].memory) / 2**30
-            assert measured < planned < 0.9 * 80e9 / 2**30
-            assert remat == "none" or planned < 1.3 * measured
+            assert measured < planned < 1.2 * measured
+
+
+def test_plan_computes_again_what_does_not_fit():
+    """Of wide towers 1,200 pairs fit into 80 GB with all that a step keeps, and into 16 GB without
+    norms and activations. The largest batch is the one that still fits so."""
+    config, largest = default_config(), {}
+    config.base.architecture = WIDE.to_dict()
+    config.mcl.batch_size = config.router.batch_size = 1200
+    for accelerator, remat in (("h100", "none"), ("v5e", "dots")):
+        whole = plan.make_plan(config, accelerator, 1, mfu=0.4, num_pairs=100_000_000)
+        assert {phase.compute.remat for phase, *_ in whole.steps.values()} == {remat}
+        assert f"(remat {remat}, computed " in format_plan(whole)
+        for given in ("auto", "dots", "none"):
+            config.compute.remat = given
+            whole = plan.make_plan(config, accelerator, 1, mfu=0.4, num_pairs=100_000_000)
+            largest[given] = [one.largest for one in whole.limits if "memory" in one.effect]
+        config.compute.remat = "auto"
+        assert largest["none"] < largest["auto"] == largest["dots"]
 
 
 def test_printed_plan_marks_steps_that_do_not_fit():
