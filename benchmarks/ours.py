@@ -23,7 +23,6 @@ def make_program(kind: str, sizes: dict[str, Any]) -> tuple[Program, dict[str, A
         "variant": "ViT-B/32" if on_cpu else "ViT-L/14",
         "batch": 32 if on_cpu else 100,
         "dtype": "float32" if on_cpu else "bfloat16",
-        "remat": "none" if on_cpu else "dots",
     }
     given = {name: value for name, value in sizes.items() if value}
     workload = Workload(**defaults | given, platform=sharding.platform())

@@ -130,9 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="pairs; 32 on CPU, else 100")
     parser.add_argument("--text", type=int, default=248, help="context length")
     parser.add_argument("--dtype", default="", help="float32 on CPU, else bfloat16")
-    parser.add_argument(
-        "--remat", default="", choices=("none", "dots", "full"), help="of our steps; none on CPU, else dots"
-    )
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"), help="of our steps")
     parser.add_argument("--caption_tokens", type=int, default=0, help="their mean; 0 is the context length")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", help="a JSON file for all of it, each round's seconds too")
