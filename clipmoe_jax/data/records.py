@@ -165,7 +165,9 @@ class Records:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the lengths of captions, which a worker process maps for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "token_counts"}
+        state = self.__dict__.copy()  # at once, as a thread may come to need the lengths meanwhile
+        state.pop("token_counts", None)
+        return state
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one pair.
