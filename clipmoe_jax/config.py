@@ -373,7 +373,8 @@ def compute_config(
 
     platform: as `sharding.platform`. It decides how attention and the experts run. Ragged dispatch is the
     exact one that computes least, unless every token visits every expert (router_gradient="all"): then there
-    is nothing to sort. So it is on CPU where experts are small. compute.remat="auto" is "none" here.
+    is nothing to sort. So it is on CPU where experts are small. compute.remat="auto" is "none" here:
+    who trains chooses first (`planning.memory.choose_remat`).
     """
     dtype = config.compute.dtype or ("float32" if platform == "cpu" else "bfloat16")
     dispatch = config.moe.dispatch

@@ -13,7 +13,7 @@ _LOGGER = logging.getLogger("jax._src.interpreters.pxla")
 def recorded(function: str) -> Iterator[list[str]]:
     """Yields a list that gets a thread's name whenever a jitted function of this name compiles there.
 
-    Other tests may have changed the level of the root logger.
+    Other tests may have changed the level of the root logger, or disabled this one, or compiled the function.
     """
     threads: list[str] = []
 
@@ -22,7 +22,8 @@ def recorded(function: str) -> Iterator[list[str]]:
             if f"Compiling jit({function})" in record.getMessage():
                 threads.append(str(record.threadName))
 
-    recorder, level = Recorder(), _LOGGER.level
+    jax.clear_caches()
+    recorder, level, _LOGGER.disabled = Recorder(), _LOGGER.level, False
     _LOGGER.addHandler(recorder)
     _LOGGER.setLevel(logging.WARNING)
     jax.config.update("jax_log_compiles", True)  # in every thread

@@ -6,6 +6,7 @@ leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the sam
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -108,9 +109,13 @@ def platform() -> str:
     return "cuda" if capability >= 8.0 else "gpu"
 
 
-def usable_memory() -> float | None:
-    """Returns the bytes of each device that JAX may take, None where it does not say, as on CPUs."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+def usable_memory() -> float:
+    """Returns the bytes that JAX may take of any device of this process, infinite on CPUs, 0 if one does not
+    say.
+    """
+    if platform() == "cpu":
+        return math.inf
+    return min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

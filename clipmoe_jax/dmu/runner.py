@@ -1,6 +1,7 @@
 """Runs a config: every stage, for every seed of every variant, after everything has been checked."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -132,10 +133,13 @@ def _run_seed(
     if results.is_wanted(config):
         stages[EVALUATE_STAGE] = results.evaluate
     mesh, evaluated = sharding.make_mesh(**config.mesh), None
-    config.compute.remat = _remat(config, mesh, stage)
     whole_config = {"seed": seed, **config.to_dict()}
+    config = copy.deepcopy(config)
+    config.compute.remat = _remat(config, mesh, stage)
     metrics = Metrics(folder, wandb=config.wandb, config=whole_config, profiled=profiled)
     with contextlib.closing(metrics), contextlib.closing(CompiledAhead()) as ahead:
+        if sharding.platform() != "cpu":
+            metrics.say(f"compute.remat={config.compute.remat}")
         described = {
             "config.json": whole_config,
             "datasets.json": describe(datasets, folder),
@@ -168,13 +172,13 @@ def _run_seed(
 
 
 def _remat(config: ConfigDict, mesh: Mesh, stage: str) -> str:
-    """The meaning of compute.remat on these devices: process 0's choice, as all must compile the same."""
+    """The meaning of compute.remat on these devices: "auto" is "none" where that fits in every process."""
     if config.compute.remat != "auto":
         return config.compute.remat
     phases = phases_of(config, sharding.platform(), ENOUGH_PAIRS)
     phases = [phase for phase in phases if stage in ("", phase.stage)]
-    remat = choose_remat("auto", mesh.abstract_mesh, phases, sharding.usable_memory())
-    return "none" if distributed.agree(remat == "none") else "dots"
+    remat = choose_remat(config.compute.remat, mesh.abstract_mesh, phases, sharding.usable_memory())
+    return "none" if distributed.all_are(remat == "none") else "dots"
 
 
 def _describe(folder: epath.Path, described: Mapping[str, Any]) -> None:

@@ -150,7 +150,7 @@ class Attention(nn.Module):
         if self.implementation not in ("cudnn", "xla") or self.value_attention:
             how = self.num_heads, self.causal, self.implementation
             return out_proj(_attend(in_proj(x), *how, segments, self.value_attention))
-        # Queries, keys and values by products of their own, for cuDNN of an even length, are not copied.
+        # Separate products give queries, keys and values without a copy, padded to an even length for cuDNN.
         x, length = x.astype(self.dtype), self.length or whole
         if is_padded:
             x = pad_to_even_length(x) if whole == length else without_padding(x, length)

@@ -23,7 +23,7 @@ from clipmoe_jax.planning.abstract import (
     text_config,
     traceable,
 )
-from clipmoe_jax.train.adapters import fold_adapters
+from clipmoe_jax.train.adapters import Adapters, fold_adapters
 from clipmoe_jax.train.step import abstract_state
 
 USABLE_MEMORY = 0.9  # of a device's; the rest is left to the program and to fragmentation
@@ -50,19 +50,18 @@ class Memory(NamedTuple):
 def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     """Returns the bytes that a step of a phase holds on each device."""
     config, compute = phase.architecture, phase.compute
-    params = placed_params(mesh, config, phase.adapters)
     trainable, frozen = held_params(mesh, phase)
     state = abstract_state(mesh, phase.hyperparameters, trainable)
     pairs_of_device = (
         phase.hyperparameters.batch_size // phase.hyperparameters.accumulation_steps // mesh.size
     )
-    model = mesh, config, compute, params, phase.rules
+    model = mesh, config, compute, phase.adapters, tuple(phase.rules)
     kept = {tower: kept_bytes(*model, tower) for tower in METHODS}
     of_pair = sum(kept.values())
     if phase.short_length:
         of_pair += kept["text"] * phase.short_length / text_config(config).context_length
     recomputes = compute.remat != "none"
-    if recomputes or _fuses(compute):  # one block at a time is there in full
+    if recomputes or _keeps_few(compute):  # one block at a time is there in full
         depths = {"image": config.vision.num_layers, "text": text_config(config).num_layers}
         of_pair += max(_residual_bytes(*model, tower, "none") / depth for tower, depth in depths.items())
     copies = 0
@@ -80,20 +79,17 @@ def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     )
 
 
-def choose_remat(
-    remat: str, mesh: AbstractMesh, phases: Iterable[PlannedPhase], device_bytes: float | None
-) -> str:
+def choose_remat(remat: str, mesh: AbstractMesh, phases: Iterable[PlannedPhase], usable_bytes: float) -> str:
     """Returns what `compute.remat` stands for: with "auto" the backward pass computes nothing again if every
     phase's step fits into nine tenths of a device's memory so, else all but products ("dots").
 
-    phases: as planned with "none". device_bytes: None where memory is no limit, on a CPU.
+    phases: as planned with "none". usable_bytes: of a device, infinite on a CPU.
     """
     if remat != "auto":
         return remat
-    if device_bytes is None:
-        return "none"
     kinds = {phase.step_key: phase for phase in phases}.values()
-    fits = all(sum(plan_memory(mesh, phase)) < USABLE_MEMORY * device_bytes for phase in kinds)
+    is_limit = math.isfinite(usable_bytes)
+    fits = all(sum(plan_memory(mesh, phase)) < USABLE_MEMORY * usable_bytes for phase in kinds if is_limit)
     return "none" if fits else "dots"
 
 
@@ -106,8 +102,8 @@ def kept_bytes(
     mesh: AbstractMesh,
     config: ClipConfig,
     compute: ComputeConfig,
-    params: trees.Params,
-    rules: trees.Rules,
+    adapters: Adapters,
+    rules: tuple[tuple[str, bool], ...],
     tower: str,
 ) -> float:
     """Returns an upper bound of the bytes that a tower keeps for the backward pass, for each pair.
@@ -116,24 +112,29 @@ def kept_bytes(
     keeps what "dots" does, and the inputs of the layers that train. So where cuDNN attends; elsewhere scores
     are kept too, and all residuals count.
     """
-    model = mesh, config, compute, params, rules, tower
-    if not _fuses(compute):
+    model = mesh, config, compute, adapters, rules, tower
+    if not _keeps_few(compute):
         return _residual_bytes(*model, compute.remat)
-    return _residual_bytes(*model, "dots") + _input_bytes(config, compute, params, rules, tower)
+    return _residual_bytes(*model, "dots") + _input_bytes(*model)
 
 
-def _fuses(compute: ComputeConfig) -> bool:
-    """Whether XLA keeps less than all residuals, though nothing is computed again by a policy."""
+def _keeps_few(compute: ComputeConfig) -> bool:
+    """Whether remat="none" is known to keep less than all residuals."""
     return compute.remat == "none" and compute.attention == "cudnn"
 
 
 def _input_bytes(
-    config: ClipConfig, compute: ComputeConfig, params: trees.Params, rules: trees.Rules, tower: str
+    mesh: AbstractMesh,
+    config: ClipConfig,
+    compute: ComputeConfig,
+    adapters: Adapters,
+    rules: tuple[tuple[str, bool], ...],
+    tower: str,
 ) -> float:
     """The bytes of what the kernels that train are multiplied by, for one pair."""
-    leaves = trees.flatten(params)
+    leaves = trees.flatten(placed_params(mesh, config, adapters))
     trained = flops.trained_layers(trees.match_rules(rules, list(leaves)))
-    slots, num_bytes = num_visited_experts(config.moe, compute.router_gradient), 0.0
+    slots, num_bytes = _slots_held(mesh, config, compute), 0.0
     for layer in flops.layers(config, {"image": "visual", "text": "text"}[tower], slots=slots):
         if layer.name in trained and (kernel := leaves.get(f"{layer.name}/kernel")) is not None:
             itemsize = FLOAT_BYTES if layer.name.endswith("/router") else jnp.dtype(compute.dtype).itemsize
@@ -141,12 +142,26 @@ def _input_bytes(
     return num_bytes
 
 
+def _slots_held(mesh: AbstractMesh, config: ClipConfig, compute: ComputeConfig) -> float:
+    """The rows that experts have room for, for each token of a device."""
+    if config.moe is None:
+        return 0
+    num_experts = config.moe.num_experts
+    num_visited = num_visited_experts(config.moe, compute.router_gradient)
+    if compute.dispatch == "dense":
+        return num_experts
+    if compute.dispatch == "capacity":
+        return min(num_experts, compute.capacity_factor * num_visited)
+    return min(num_experts, num_visited * mesh.shape["expert"])  # tokens are gathered, and nothing is dropped
+
+
+@functools.cache
 def _residual_bytes(
     mesh: AbstractMesh,
     config: ClipConfig,
     compute: ComputeConfig,
-    params: trees.Params,
-    rules: trees.Rules,
+    adapters: Adapters,
+    rules: tuple[tuple[str, bool], ...],
     tower: str,
     remat: str,
 ) -> float:
@@ -154,7 +169,7 @@ def _residual_bytes(
     those of one."""
     # The spare rows of blocks of a fixed number would count more among few pairs than among many.
     compute = dataclasses.replace(traceable(compute), grouped_mlp="ragged_dot", remat=remat)
-    trainable, frozen = trees.partition(params, rules)
+    trainable, frozen = trees.partition(placed_params(mesh, config, adapters), rules)
     encode = _encoder(config, compute, tower)
 
     def residuals(trainable, frozen, inputs):

@@ -92,7 +92,8 @@ def make_plan(
     check_mesh(mesh, phases)
     remat = choose_remat(config.compute.remat, mesh, phases, device.memory)
     phases = [phase.with_remat(remat) for phase in phases]
-    least = "dots" if config.compute.remat == "auto" else remat  # of memory
+    # The remat that needs least memory, by which the largest batch is worked out.
+    leanest = "dots" if config.compute.remat == "auto" else remat
     base, moe = architectures_of(config)
     assert moe.moe is not None
     models = {}
@@ -119,7 +120,7 @@ def make_plan(
             of_step = mfu_of(accelerator, phase.architecture, phase.compute, step.computed, mfu)
             planned[phase.step_key], steps[phase.name] = (step, of_step), (phase, step, of_step)
             limits += warmup_limit(phase, num_pairs)
-            memory = step.memory if remat == least else plan_memory(mesh, phase.with_remat(least))
+            memory = step.memory if remat == leanest else plan_memory(mesh, phase.with_remat(leanest))
             limits.append(memory_limit(phase, memory, device.memory, num_devices))
         step, of_step = planned[phase.step_key]
         if phase.number:

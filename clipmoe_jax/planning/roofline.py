@@ -178,8 +178,9 @@ def format_estimate(of: Estimate) -> str:
     """Returns an estimate as a table: the sums of each limit, then the items that take longest."""
     device, pairs = ACCELERATORS[of.target].name, of.phase.hyperparameters.batch_size
     lines = [
-        f"{of.phase.name} on one {device}, {pairs} pairs: predicted {1e3 * of.seconds:.1f} ms, "
-        f"MFU {of.mfu:.1%}, {sum(item.launches for item in of.items):,} launches"
+        f"{of.phase.name} on one {device}, {pairs} pairs, remat {of.phase.compute.remat}: "
+        f"predicted {1e3 * of.seconds:.1f} ms, MFU {of.mfu:.1%}, "
+        f"{sum(item.launches for item in of.items):,} launches"
     ]
     lines.append(f"rates: {RATES[of.target].source}")
     for limit, unit in (("product", "TFLOP"), ("attention", "TFLOP"), ("memory", "TB")):

@@ -1,6 +1,10 @@
 """What a run works out of its devices before the first stage."""
 
+import json
+import math
+
 import pytest
+from etils import epath
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import sharding
@@ -25,7 +29,8 @@ def config():
 @pytest.mark.parametrize(
     ("given", "memory", "stage", "remat"),
     [
-        ("auto", None, "", "none"),  # a CPU
+        ("auto", math.inf, "", "none"),  # a CPU
+        ("auto", 0, "", "dots"),  # a device that does not say
         ("auto", 1e9, "", "none"),
         ("auto", 1e6, "", "dots"),
         ("auto", 1e6, "embed_1", "none"),  # which trains nothing
@@ -39,5 +44,22 @@ def test_backward_pass_computes_again_what_does_not_fit(monkeypatch, config, giv
     assert runner._remat(config, sharding.make_mesh(**config.mesh), stage) == remat
 
 
-def test_memory_of_a_cpu_is_no_limit():
-    assert sharding.usable_memory() is None
+def test_stages_one_by_one_choose_each_for_itself(monkeypatch, config, tmp_path):
+    """The first trains nothing, and leaves "auto" to the second: in the config, and in the run's."""
+    chosen = []
+
+    def stages_of(config):
+        return {name: lambda run: chosen.append(run.config.compute.remat) for name in ("embed_1", "mcl_1")}
+
+    monkeypatch.setattr(sharding, "usable_memory", lambda: 1e6)
+    monkeypatch.setattr(runner, "stages_of", stages_of)
+    for stage in ("embed_1", "mcl_1"):
+        runner._run_seed(config, 0, epath.Path(tmp_path), "", [""], {}, stage, range(0), None)
+    assert chosen == ["none", "dots"] and config.compute.remat == "auto"
+    assert json.loads((tmp_path / "config.json").read_text())["compute"]["remat"] == "auto"
+
+
+def test_memory_is_no_limit_on_a_cpu_and_unknown_where_a_device_does_not_say(monkeypatch):
+    assert sharding.usable_memory() == math.inf
+    monkeypatch.setattr(sharding, "platform", lambda: "cuda")
+    assert sharding.usable_memory() == 0

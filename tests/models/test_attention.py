@@ -128,7 +128,7 @@ def cudnn_by_xla(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "segments"])
 def test_products_apart_equal_one_product(cudnn_by_xla, length, causal, segments):
-    """Queries, keys and values each by a product, for cuDNN with padding, which reaches nothing."""
+    """Separate products equal one packed product; cuDNN's padding has no effect."""
     x, dy = (jax.random.normal(jax.random.key(i), (B, length, H * W)) for i in range(2))
     segments = None if segments is None else segments[:, :length]
     params = Attention(H, causal, "xla", np.float32).init(jax.random.key(2), x)

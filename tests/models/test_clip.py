@@ -306,8 +306,8 @@ def test_gradients_do_not_depend_on_what_else_trains(inputs, rules):
 @exhaustive
 def test_calls_that_are_not_jitted_share_their_blocks(config, params, inputs, monkeypatch):
     """The second compiles nothing."""
-    traced, attention = [], transformer.attention
-    monkeypatch.setattr(transformer, "attention", lambda *a, **k: traced.append(1) or attention(*a, **k))
+    traced, attend = [], transformer.xla_attention
+    monkeypatch.setattr(transformer, "xla_attention", lambda *a, **k: traced.append(1) or attend(*a, **k))
     model = Clip(dataclasses.replace(config, layer_norm_eps=2e-5))  # which no other test has traced
     model.apply({"params": params}, *inputs)
     of_the_first = len(traced)

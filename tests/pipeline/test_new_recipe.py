@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from compilations import recorded
@@ -61,7 +60,6 @@ def run(tmp_path_factory):
             ahead._thread.submit(lambda: None).result()
 
         patch.setattr(CompiledAhead, "begin", begin_and_wait)  # or a phase may come before the thread
-        jax.clear_caches()  # of other tests
         COMPILED.append(stack.enter_context(recorded("train_step")))
         first = []
         [results] = runner.run_variants(config, workdir, show_first=first.append)[""]

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -31,10 +32,11 @@ from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.planning import plan
-from clipmoe_jax.planning.memory import plan_memory
+from clipmoe_jax.planning.memory import kept_bytes, plan_memory
 from clipmoe_jax.planning.mfu import mfu_of
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
 from clipmoe_jax.reporting.plan_tables import format_plan
+from clipmoe_jax.train.adapters import NO_ADAPTERS
 from clipmoe_jax.train.phase import PhaseConfig
 from clipmoe_jax.train.step import LossConfig, init_state, make_train_step
 
@@ -314,9 +316,40 @@ def test_steps_fit_where_they_fitted():
             assert measured < planned < 1.2 * measured
 
 
+@pytest.mark.parametrize(
+    ("sizes", "compute", "slots"),
+    [
+        ((1, 1, 1), {}, 2),
+        ((1, 1, 2), {}, 4),  # tokens of both devices
+        ((1, 1, 4), {}, 4),
+        ((1, 1, 1), {"dispatch": "dense"}, 4),
+        ((1, 1, 1), {"dispatch": "capacity", "capacity_factor": 1.5}, 3),
+    ],
+    ids=str,
+)
+def test_inputs_of_experts_that_train_count_in_every_row_they_have(sizes, compute, slots):
+    """Where cuDNN attends, remat="none" keeps what "dots" does, and what trained kernels multiply: of the
+    images' first block, 17 tokens, c_fc 64 and c_proj 256 values a row, and the router 64 in float32; of the
+    last one token's experts."""
+    mesh = sharding.make_abstract_mesh(*sizes, num_devices=math.prod(sizes))
+    rules = tuple(TRAIN_MOE)
+    dots, none = (
+        kept_bytes(
+            mesh,
+            MOE,
+            ComputeConfig("bfloat16", remat, attention="cudnn", **compute),
+            NO_ADAPTERS,
+            rules,
+            "image",
+        )
+        for remat in ("dots", "none")
+    )
+    assert none - dots == 2 * slots * (17 + 1) * (64 + 256) + 4 * 2 * 17 * 64
+
+
 def test_plan_computes_again_what_does_not_fit():
     """Of wide towers 1,200 pairs fit into 80 GB with all that a step keeps, and into 16 GB without
-    norms and activations. The largest batch is the one that still fits so."""
+    norms and activations. The largest batch is the one that still fits with dots."""
     config, largest = default_config(), {}
     config.base.architecture = WIDE.to_dict()
     config.mcl.batch_size = config.router.batch_size = 1200

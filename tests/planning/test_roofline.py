@@ -200,7 +200,9 @@ def test_printed_estimate_says_time_mfu_launches_and_what_is_assumed():
     estimate = estimate_of()
     lines = roofline.format_estimate(estimate).splitlines()
     seconds = sum(item.seconds for item in estimate.items)
-    assert lines[0].startswith(f"mcl_1 on one H100 80 GB, 4 pairs: predicted {1e3 * seconds:.1f} ms, ")
+    assert lines[0].startswith(
+        f"mcl_1 on one H100 80 GB, 4 pairs, remat none: predicted {1e3 * seconds:.1f} ms, "
+    )
     assert lines[0].endswith(f"MFU {1 / seconds:.1%}, 90 launches")
     assert lines[1] == "rates: set before one was measured"
     assert lines[2].split()[2:] == ["product", "0.498", "TFLOP"]
