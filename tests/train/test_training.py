@@ -215,11 +215,11 @@ def test_accumulation_on_several_devices_splits_every_microbatch(batches, on_one
     chex.assert_trees_all_close(params, on_one_device("everything")[0], rtol=1e-4, atol=1e-5)
     trainable, frozen = trees.partition(init_params(DENSE, mesh), TRAIN_EVERYTHING)
     state, arrays = init_state(mesh, phase, trainable), sharding.put_batch(mesh, batches[0])
-    step = make_train_step(Clip(DENSE), LOSS, phase)
+    step = make_train_step(Clip(DENSE, ComputeConfig(attention="chunked")), LOSS, phase)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, frozen, arrays, np.float32(0), jax.random.key(0)).compile().as_text()
-    # The image tower's hidden activations: (rows, 5 tokens, 4 * 16).
-    assert {int(rows) for rows in re.findall(r"f32\[(\d+),5,64\]", compiled)} == {1}
+    # The image tower's fused queries, keys and values: (rows, 5 tokens, 3 * 16).
+    assert {int(rows) for rows in re.findall(r"f32\[(\d+),5,48\]", compiled)} == {1}
 
 
 @pytest.fixture(scope="module")
