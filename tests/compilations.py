@@ -1,35 +1,27 @@
 """What JAX compiles, and in which thread."""
 
 import contextlib
-import logging
+import threading
 from collections.abc import Iterator
 
 import jax
-
-_LOGGER = logging.getLogger("jax._src.interpreters.pxla")
 
 
 @contextlib.contextmanager
 def recorded(function: str) -> Iterator[list[str]]:
     """Yields a list that gets a thread's name whenever a jitted function of this name compiles there.
 
-    Other tests may have changed the level of the root logger, or disabled this one, or compiled the function.
+    What other tests compiled is forgotten before.
     """
     threads: list[str] = []
 
-    class Recorder(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if f"Compiling jit({function})" in record.getMessage():
-                threads.append(str(record.threadName))
+    def record(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("/backend_compile_duration") and kwargs.get("fun_name") == f"jit({function})":
+            threads.append(threading.current_thread().name)
 
     jax.clear_caches()
-    recorder, level, _LOGGER.disabled = Recorder(), _LOGGER.level, False
-    _LOGGER.addHandler(recorder)
-    _LOGGER.setLevel(logging.WARNING)
-    jax.config.update("jax_log_compiles", True)  # in every thread
+    jax.monitoring.register_event_duration_secs_listener(record)
     try:
         yield threads
     finally:
-        jax.config.update("jax_log_compiles", False)
-        _LOGGER.setLevel(level)
-        _LOGGER.removeHandler(recorder)
+        jax.monitoring.unregister_event_duration_listener(record)
