@@ -47,6 +47,17 @@ class Memory(NamedTuple):
     loss: float
 
 
+class Tower(NamedTuple):
+    """A tower of a phase's model, in a form that has a hash. name: a key of METHODS."""
+
+    name: str
+    mesh: AbstractMesh
+    config: ClipConfig
+    compute: ComputeConfig
+    adapters: Adapters
+    rules: tuple[tuple[str, bool], ...]
+
+
 def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     """Returns the bytes that a step of a phase holds on each device."""
     config, compute = phase.architecture, phase.compute
@@ -55,15 +66,15 @@ def plan_memory(mesh: AbstractMesh, phase: PlannedPhase) -> Memory:
     pairs_of_device = (
         phase.hyperparameters.batch_size // phase.hyperparameters.accumulation_steps // mesh.size
     )
-    model = mesh, config, compute, phase.adapters, tuple(phase.rules)
-    kept = {tower: kept_bytes(*model, tower) for tower in METHODS}
+    towers = [Tower(name, mesh, config, compute, phase.adapters, tuple(phase.rules)) for name in METHODS]
+    kept = {tower.name: kept_bytes(tower) for tower in towers}
     of_pair = sum(kept.values())
     if phase.short_length:
         of_pair += kept["text"] * phase.short_length / text_config(config).context_length
     recomputes = compute.remat != "none"
     if recomputes or _keeps_few(compute):  # one block at a time is there in full
         depths = {"image": config.vision.num_layers, "text": text_config(config).num_layers}
-        of_pair += max(_residual_bytes(*model, tower, "none") / depth for tower, depth in depths.items())
+        of_pair += max(_residual_bytes(tower, "none") / depths[tower.name] for tower in towers)
     copies = 0
     for leaf in jax.tree.leaves((trainable, frozen)):
         gathered = mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec and not recomputes else 1
@@ -88,9 +99,8 @@ def choose_remat(remat: str, mesh: AbstractMesh, phases: Iterable[PlannedPhase],
     if remat != "auto":
         return remat
     kinds = {phase.step_key: phase for phase in phases}.values()
-    is_limit = math.isfinite(usable_bytes)
-    fits = all(sum(plan_memory(mesh, phase)) < USABLE_MEMORY * usable_bytes for phase in kinds if is_limit)
-    return "none" if fits else "dots"
+    most = USABLE_MEMORY * usable_bytes
+    return "none" if math.isinf(most) or all(sum(plan_memory(mesh, p)) < most for p in kinds) else "dots"
 
 
 def similarity_bytes(batch_size: int, num_devices: int) -> float:
@@ -98,24 +108,16 @@ def similarity_bytes(batch_size: int, num_devices: int) -> float:
     return SIMILARITY_COPIES * FLOAT_BYTES * batch_size**2 / num_devices
 
 
-def kept_bytes(
-    mesh: AbstractMesh,
-    config: ClipConfig,
-    compute: ComputeConfig,
-    adapters: Adapters,
-    rules: tuple[tuple[str, bool], ...],
-    tower: str,
-) -> float:
+def kept_bytes(tower: Tower) -> float:
     """Returns an upper bound of the bytes that a tower keeps for the backward pass, for each pair.
 
-    tower: a key of METHODS. With remat="none" XLA still fuses norms and activations into what reads them: it
-    keeps what "dots" does, and the inputs of the layers that train. So where cuDNN attends; elsewhere scores
-    are kept too, and all residuals count.
+    With remat="none" XLA still fuses norms and activations into what reads them: it keeps what "dots" does,
+    and the inputs of the layers that train. So where cuDNN attends; elsewhere scores are kept too, and all
+    residuals count.
     """
-    model = mesh, config, compute, adapters, rules, tower
-    if not _keeps_few(compute):
-        return _residual_bytes(*model, compute.remat)
-    return _residual_bytes(*model, "dots") + _input_bytes(*model)
+    if not _keeps_few(tower.compute):
+        return _residual_bytes(tower, tower.compute.remat)
+    return _residual_bytes(tower, "dots") + _input_bytes(tower)
 
 
 def _keeps_few(compute: ComputeConfig) -> bool:
@@ -123,27 +125,21 @@ def _keeps_few(compute: ComputeConfig) -> bool:
     return compute.remat == "none" and compute.attention == "cudnn"
 
 
-def _input_bytes(
-    mesh: AbstractMesh,
-    config: ClipConfig,
-    compute: ComputeConfig,
-    adapters: Adapters,
-    rules: tuple[tuple[str, bool], ...],
-    tower: str,
-) -> float:
+def _input_bytes(tower: Tower) -> float:
     """The bytes of what the kernels that train are multiplied by, for one pair."""
+    _, mesh, config, compute, adapters, rules = tower
     leaves = trees.flatten(placed_params(mesh, config, adapters))
     trained = flops.trained_layers(trees.match_rules(rules, list(leaves)))
-    slots, num_bytes = _slots_held(mesh, config, compute), 0.0
-    for layer in flops.layers(config, {"image": "visual", "text": "text"}[tower], slots=slots):
+    slots, num_bytes = slots_held(mesh, config, compute), 0.0
+    for layer in flops.layers(config, {"image": "visual", "text": "text"}[tower.name], slots=slots):
         if layer.name in trained and (kernel := leaves.get(f"{layer.name}/kernel")) is not None:
             itemsize = FLOAT_BYTES if layer.name.endswith("/router") else jnp.dtype(compute.dtype).itemsize
             num_bytes += layer.flops / (2 * kernel.shape[-1]) * itemsize
     return num_bytes
 
 
-def _slots_held(mesh: AbstractMesh, config: ClipConfig, compute: ComputeConfig) -> float:
-    """The rows that experts have room for, for each token of a device."""
+def slots_held(mesh: AbstractMesh, config: ClipConfig, compute: ComputeConfig) -> float:
+    """Returns how many rows experts have room for, for each token of a device."""
     if config.moe is None:
         return 0
     num_experts = config.moe.num_experts
@@ -156,27 +152,20 @@ def _slots_held(mesh: AbstractMesh, config: ClipConfig, compute: ComputeConfig) 
 
 
 @functools.cache
-def _residual_bytes(
-    mesh: AbstractMesh,
-    config: ClipConfig,
-    compute: ComputeConfig,
-    adapters: Adapters,
-    rules: tuple[tuple[str, bool], ...],
-    tower: str,
-    remat: str,
-) -> float:
+def _residual_bytes(tower: Tower, remat: str) -> float:
     """The bytes of the residuals of `jax.vjp` of a tower for each pair of a device: those of two pairs less
     those of one."""
+    name, mesh, config, compute, adapters, rules = tower
     # The spare rows of blocks of a fixed number would count more among few pairs than among many.
     compute = dataclasses.replace(traceable(compute), grouped_mlp="ragged_dot", remat=remat)
     trainable, frozen = trees.partition(placed_params(mesh, config, adapters), rules)
-    encode = _encoder(config, compute, tower)
+    encode = _encoder(config, compute, name)
 
     def residuals(trainable, frozen, inputs):
         return jax.vjp(lambda t: encode(fold_adapters(trees.merge(t, frozen)), inputs), trainable)[1]
 
     def total(num_pairs: int) -> int:
-        inputs = abstract_batch(mesh, config, num_pairs)[tower]
+        inputs = abstract_batch(mesh, config, num_pairs)[name]
         with jax.sharding.use_abstract_mesh(mesh):
             leaves = jax.tree.leaves(jax.eval_shape(residuals, trainable, frozen, inputs))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -27,7 +27,7 @@ from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
 from clipmoe_jax.planning.abstract import FLOAT_BYTES, device_bytes, lower_step
 from clipmoe_jax.planning.limits import Limit, cluster_limit, memory_limit, warmup_limit
-from clipmoe_jax.planning.memory import Memory, choose_remat, plan_memory
+from clipmoe_jax.planning.memory import Memory, choose_remat, plan_memory, slots_held
 from clipmoe_jax.planning.mfu import Mfu, mfu_of
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers
 
@@ -159,12 +159,6 @@ def step_flops(mesh: AbstractMesh, phase: PlannedPhase) -> tuple[float, float]:
 def experts_of_token(config: ClipConfig, compute: ComputeConfig, mesh: AbstractMesh) -> float:
     """Returns how many experts compute on a token. Rows that routing leaves empty in a GPU's blocks, up to a
     quarter, do not count; nor is it known here whether experts' widths fit "tiles"."""
-    if config.moe is None:
-        return 0
-    num_experts = config.moe.num_experts
-    num_visited = num_visited_experts(config.moe, compute.router_gradient)
-    if compute.dispatch == "capacity":
-        return min(num_experts, compute.capacity_factor * num_visited)
-    if compute.grouped_mlp == "fixed_blocks":  # on all slots of the tokens that are gathered
-        num_visited = min(num_experts, num_visited * mesh.shape["expert"])
-    return num_experts if compute.dispatch == "dense" else num_visited
+    if compute.dispatch == "ragged" and compute.grouped_mlp != "fixed_blocks":
+        return num_visited_experts(config.moe, compute.router_gradient)
+    return slots_held(mesh, config, compute)

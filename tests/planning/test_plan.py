@@ -32,7 +32,7 @@ from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.planning import plan
-from clipmoe_jax.planning.memory import kept_bytes, plan_memory
+from clipmoe_jax.planning.memory import Tower, kept_bytes, plan_memory
 from clipmoe_jax.planning.mfu import mfu_of
 from clipmoe_jax.planning.transfers import Transfer, plan_transfers, transfer_seconds
 from clipmoe_jax.reporting.plan_tables import format_plan
@@ -332,16 +332,9 @@ def test_inputs_of_experts_that_train_count_in_every_row_they_have(sizes, comput
     images' first block, 17 tokens, c_fc 64 and c_proj 256 values a row, and the router 64 in float32; of the
     last one token's experts."""
     mesh = sharding.make_abstract_mesh(*sizes, num_devices=math.prod(sizes))
-    rules = tuple(TRAIN_MOE)
+    rules, compute = tuple(TRAIN_MOE), {"attention": "cudnn", **compute}
     dots, none = (
-        kept_bytes(
-            mesh,
-            MOE,
-            ComputeConfig("bfloat16", remat, attention="cudnn", **compute),
-            NO_ADAPTERS,
-            rules,
-            "image",
-        )
+        kept_bytes(Tower("image", mesh, MOE, ComputeConfig("bfloat16", remat, **compute), NO_ADAPTERS, rules))
         for remat in ("dots", "none")
     )
     assert none - dots == 2 * slots * (17 + 1) * (64 + 256) + 4 * 2 * 17 * 64
