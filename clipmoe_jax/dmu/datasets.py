@@ -6,24 +6,27 @@ several seeds. A source that a variant sets otherwise than the config lies in WO
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from clipmoe_jax.core import artifacts, distributed
+from clipmoe_jax.core import artifacts, distributed, metrics
 from clipmoe_jax.core.errors import Errors
-from clipmoe_jax.core.json_files import field
+from clipmoe_jax.core.json_files import field, read_json
 from clipmoe_jax.core.paths import in_bucket
 from clipmoe_jax.data import preparation, sources
+from clipmoe_jax.data.decoding import map_decoding
 from clipmoe_jax.data.records import Records
 
 NAMES = ("train", "test", "validation", "base", "retention", "rehearsal", "rehearsal_captions")
 FILES = "source files"  # the input of a prepared source that is its stamp
 WHOLE_SPLIT = "train"  # what a source is prepared as where the config names no split
-PREPARATION_SECONDS = 7 * 24 * 3600  # that other processes wait: a hundred million images take hours
+COMPARED = "compared.json"
+WAIT_SECONDS = 7 * 24 * 3600  # of other processes while one reads all images: a hundred million take hours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Dataset:
                     after_entry=_stop_if_preempted,
                 )
 
-            return distributed.on_main(f"{self.path} is prepared", write, PREPARATION_SECONDS)
+            return distributed.on_main(f"{self.path} is prepared", write, WAIT_SECONDS)
 
         inputs = {"source": self.source, "split": split, FILES: sources.source_stamp(self.source)}
 
@@ -153,32 +156,49 @@ def datasets_of(
     return datasets
 
 
-def image_digests(dataset: Dataset) -> dict[bytes, str]:
-    """Returns {hash of an image: id of a record that has it} of a whole data set."""
-    records, digests = dataset.open(), {}
-    for i in range(len(records)):
-        record = records[i]
-        image = record["image"]
-        contents = image if isinstance(image, bytes) else image.tobytes()
-        digests[hashlib.blake2b(contents, digest_size=16).digest()] = record["id"]
-    return digests
-
-
-def check_disjoint(
-    datasets: Mapping[str, Dataset], digests: Callable[[Dataset], Mapping[bytes, str]] = image_digests
-) -> None:
+def check_disjoint(datasets: Mapping[str, Dataset], workdir: epath.Path) -> None:
     """Raises ValueError naming an image of "rehearsal" that lies in "test" or "retention" too.
 
-    digests: gives what `image_digests` does.
+    Every image of the three is read, which takes hours for many millions. So compared.json in the workdir
+    notes what was compared, and other seeds, variants and a run that goes on do not read it again. Raises
+    Preempted after SIGTERM or Ctrl-C.
     """
-    rehearsed = digests(datasets["rehearsal"])
-    for name in ("test", "retention"):
-        tested = digests(datasets[name]) if name in datasets else {}
-        for digest in rehearsed.keys() & tested.keys():
-            raise ValueError(
-                f"data.rehearsal: the image of {rehearsed[digest]!r} is that of {tested[digest]!r} in "
-                f"data.{name}: leave it out, or the test says nothing"
-            )
+    records = {name: datasets[name].open() for name in ("test", "retention", "rehearsal") if name in datasets}
+    these = " ".join(f"{name}:{of_name.fingerprint}" for name, of_name in records.items())
+    compared = _read_compared(workdir / COMPARED)
+    if these in compared:
+        return
+    tested: dict[bytes, str] = {}
+    with metrics.progress_bar("comparing", sum(map(len, records.values())), "image", delay=1) as progress:
+        for name, of_name in records.items():
+            for image_id, digest in map_decoding(functools.partial(_digest, of_name), range(len(of_name))):
+                progress.update()
+                _stop_if_preempted()
+                if name != "rehearsal":
+                    tested[digest] = f"{image_id!r} in data.{name}"
+                elif digest in tested:
+                    raise ValueError(
+                        f"data.rehearsal: the image of {image_id!r} is that of {tested[digest]}: leave it "
+                        "out, or the test says nothing"
+                    )
+    workdir.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(workdir / COMPARED, compared | {these: "no image in common"})
+
+
+def _digest(records: Records, index: int) -> tuple[str, bytes]:
+    """The id of a record and a hash of its image."""
+    record = records[index]
+    image = record["image"]
+    contents = image if isinstance(image, bytes) else image.tobytes()
+    return record["id"], hashlib.blake2b(contents, digest_size=16).digest()
+
+
+def _read_compared(path: epath.Path) -> dict[str, str]:
+    """The content of compared.json. Nothing, if it is damaged or not there: images are compared again."""
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError:
+        return {}
 
 
 def describe(datasets: Mapping[str, Dataset], folder: epath.Path) -> dict[str, dict[str, str]]:

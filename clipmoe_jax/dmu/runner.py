@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.data.sources import num_sources
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.ahead import compile_ahead
-from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of, describe, image_digests
+from clipmoe_jax.dmu.datasets import WAIT_SECONDS, Dataset, check_disjoint, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
 from clipmoe_jax.dmu.recipes import (
     BASE_NAME,
@@ -83,10 +82,9 @@ def run_variants(
     for (name, _), of_run in datasets.items():
         for dataset in of_run.values():
             _prepare(dataset, variants[name], stage)
-    digests = functools.cache(image_digests)  # seeds and variants have most of their data in common
     for (name, _), of_run in datasets.items():
         with errors.of(configs.label(name)):
-            check_data(variants[name], of_run, digests)
+            check_data(variants[name], of_run, workdir)
     errors.raise_all()
     results_of = {name: [] for name in variants}
     if stage != DATA_STAGE:
@@ -252,14 +250,10 @@ def check_sources(
     errors.raise_all()
 
 
-def check_data(
-    config: ConfigDict,
-    datasets: Mapping[str, Dataset],
-    digests: Callable[[Dataset], Mapping[bytes, str]] = image_digests,
-) -> None:
+def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], workdir: epath.Path) -> None:
     """Raises ValueError or FileNotFoundError for all that the data rules out: batches and so on.
 
-    digests: as for `check_disjoint`.
+    workdir: the whole command's.
     """
     errors = Errors()
     records = {name: dataset.open() for name, dataset in datasets.items()}
@@ -278,7 +272,9 @@ def check_data(
         )
     if rehearses(config):
         with errors.of():
-            distributed.on_main("rehearsal is compared", lambda: check_disjoint(datasets, digests))
+            distributed.on_main(
+                "rehearsal is compared", lambda: check_disjoint(datasets, workdir), WAIT_SECONDS
+            )
         with errors.of():
             check_rehearsal(config, {name: len(of_name) for name, of_name in records.items()})
     num_base_pairs = len(records["base"]) if "base" in records else 0

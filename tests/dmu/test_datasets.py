@@ -13,6 +13,7 @@ from PIL import Image
 from clipmoe_jax.config import default_config, set_variants, variant_configs
 from clipmoe_jax.core import distributed
 from clipmoe_jax.data import preparation, sources
+from clipmoe_jax.data.records import Records
 from clipmoe_jax.dmu.datasets import Dataset, check_disjoint, datasets_of
 from clipmoe_jax.dmu.runner import check_sources, run_variants
 
@@ -265,11 +266,41 @@ def test_more_bad_records_than_the_config_allows_stop_the_run(tmp_path):
 @pytest.mark.parametrize("name", ["test", "retention"])
 @pytest.mark.parametrize("pixels", [None, 32], ids=["files", "pixels"])
 def test_rehearsed_image_that_is_tested_too_is_named(tmp_path, name, pixels):
-    datasets = []
+    datasets, workdir = [], epath.Path(tmp_path / "run")
     for seed in (0, 1):
         source = sources.open_source(f"glyphs:train?pairs=3&seed={seed}")
         preparation.prepare(source, str(tmp_path / str(seed)), pixels=pixels)
         datasets.append(Dataset(str(tmp_path / str(seed)), ""))
-    check_disjoint({"rehearsal": datasets[0], name: datasets[1]})
+    check_disjoint({"rehearsal": datasets[0], name: datasets[1]}, workdir)
     with pytest.raises(ValueError, match=rf"data.rehearsal: the image of '\d+' .* in data.{name}: leave"):
-        check_disjoint({"rehearsal": datasets[0], name: datasets[0]})
+        check_disjoint({"rehearsal": datasets[0], name: datasets[0]}, workdir)
+
+
+def test_images_are_compared_once(tmp_path, monkeypatch):
+    """By other seeds and a run that goes on not again, but when a data set has changed."""
+    datasets, read, workdir = {}, [], epath.Path(tmp_path / "run")
+    for seed, name in enumerate(("test", "rehearsal", "retention")):
+        preparation.prepare(sources.open_source(f"glyphs:train?pairs=3&seed={seed}"), str(tmp_path / name))
+        datasets[name] = Dataset(str(tmp_path / name), "")
+    read_record = Records.__getitem__
+    monkeypatch.setattr(Records, "__getitem__", lambda *args: read.append(1) or read_record(*args))
+
+    def num_read():
+        read.clear()
+        check_disjoint(datasets, workdir)
+        return len(read)
+
+    assert [num_read() for _ in range(2)] == [9, 0]
+    datasets["test"] = datasets.pop("retention")
+    assert [num_read() for _ in range(2)] == [6, 0]
+    (workdir / "compared.json").write_text("{")
+    assert num_read() == 6
+
+
+def test_comparing_images_stops_when_it_is_asked_to(tmp_path, monkeypatch):
+    preparation.prepare(sources.open_source("glyphs:train?pairs=3"), str(tmp_path / "set"))
+    dataset = Dataset(str(tmp_path / "set"), "")
+    monkeypatch.setattr(distributed, "preempted", lambda: True)
+    with pytest.raises(distributed.Preempted, match="^data: stopped"):
+        check_disjoint({"rehearsal": dataset, "test": dataset}, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
