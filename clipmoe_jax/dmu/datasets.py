@@ -51,21 +51,22 @@ class Dataset:
         """Returns whether the folder is there, whole."""
         return not self.source or artifacts.is_done(epath.Path(self.path))
 
-    def check(self) -> None:
-        """Raises ValueError or FileNotFoundError if the folder can neither be used nor prepared."""
+    def check(self) -> int:
+        """Returns how many pairs it has, or at most will have where it is not prepared yet.
+
+        Raises ValueError or FileNotFoundError if the folder can neither be used nor prepared.
+        """
         folder = epath.Path(self.path)
-        if not self.source:
-            self.open()
-        elif self.is_prepared():
-            self._check_recorded()
-            self.open()
-        elif folder.exists():
+        if self.is_prepared():
+            if self.source:
+                self._check_recorded()
+            return len(self.open())
+        if folder.exists():
             raise ValueError(
                 f"{folder} is there and is no data set that a run prepared from {self.source}: choose "
                 "another workdir, or name that folder in the config"
             )
-        else:
-            sources.open_source(self.source)
+        return len(sources.open_source(self.source))
 
     def prepare(self, max_bad_fraction: float) -> bool:
         """Prepares it from its source unless it is there; process 0 does, the others wait.

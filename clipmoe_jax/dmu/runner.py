@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -64,7 +64,8 @@ def run_variants(
     Returns {variant: results of each seed}, empty lists where `stage` is another than the evaluation. Raises
     ValueError or FileNotFoundError naming what cannot work.
     """
-    errors, datasets, checked = Errors(), {}, set()
+    errors, datasets = Errors(), {}
+    num_pairs: dict[Dataset, int] = {}
     with errors.of():
         check_plain_folder(workdir)
     with errors.of():
@@ -76,8 +77,12 @@ def run_variants(
         for seed in variant.seeds:
             with errors.of(configs.label(name)):
                 datasets[name, seed] = datasets_of(variant, config, workdir, name, seed)
-                check_sources(variant, datasets[name, seed], checked)
-                checked |= set(datasets[name, seed].values())
+                check_sources(variant, datasets[name, seed], num_pairs)
+    errors.raise_all()
+    for (name, _), of_run in datasets.items():
+        if not distributed.agree(all(dataset.is_prepared() for dataset in of_run.values())):
+            with errors.of(configs.label(name)):  # before hours of preparation
+                check_num_pairs(variants[name], {key: num_pairs[dataset] for key, dataset in of_run.items()})
     errors.raise_all()
     for (name, _), of_run in datasets.items():
         for dataset in of_run.values():
@@ -215,27 +220,25 @@ def check_config(config: ConfigDict, stage: str = "") -> None:
     errors.raise_all()
 
 
-def check_sources(
-    config: ConfigDict, datasets: Mapping[str, Dataset], checked: Collection[Dataset] = ()
-) -> None:
+def check_sources(config: ConfigDict, datasets: Mapping[str, Dataset], num_pairs: dict[Dataset, int]) -> None:
     """Raises ValueError or FileNotFoundError for sources, data sets and evaluations that are not there.
 
     It prepares nothing, so that a wrong path is told before hours of preparation. Process 0 looks: the others
-    may not see its files. checked: data sets that have been looked at, which takes seconds for a folder of a
-    million files.
+    may not see its files. num_pairs: of data sets that have been looked at, which takes seconds for a folder
+    of a million files; it gets those of the others, as of `Dataset.check`.
     """
+    others = {name: dataset for name, dataset in datasets.items() if dataset not in num_pairs}
 
-    def check() -> None:
-        errors = Errors()
-        for name, dataset in datasets.items():
-            if dataset in checked:
-                continue
+    def check() -> dict[str, int]:
+        errors, found = Errors(), {}
+        for name, dataset in others.items():
             try:
-                dataset.check()
+                found[name] = dataset.check()
             except (ValueError, FileNotFoundError) as error:
                 with errors.of(f"data.{name}_split" if isinstance(error, NoSplitError) else f"data.{name}"):
                     raise
         errors.raise_all()
+        return found
 
     errors = Errors()
     if (weights := config.data.weights) and (source := datasets["train"].source):
@@ -244,7 +247,8 @@ def check_sources(
                 f"data.weights={tuple(weights)}: data.train has {count} sources: give a weight for each"
             )
     with errors.of():
-        distributed.on_main("sources are checked", check)
+        found = distributed.on_main("sources are checked", check)
+        num_pairs |= {others[name]: count for name, count in found.items()}
     with errors.of():
         results.check_lines(config, datasets)
     errors.raise_all()
@@ -257,7 +261,6 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], workdir: epa
     """
     errors = Errors()
     records = {name: dataset.open() for name, dataset in datasets.items()}
-    num_pairs = len(records["train"])
     with errors.of():
         if config.router.balance != "released" and not config.data.in_memory:
             _ = records["train"].token_counts  # is not there in data sets of an earlier version
@@ -275,9 +278,16 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], workdir: epa
             distributed.on_main(
                 "rehearsal is compared", lambda: check_disjoint(datasets, workdir), WAIT_SECONDS
             )
-        with errors.of():
-            check_rehearsal(config, {name: len(of_name) for name, of_name in records.items()})
-    num_base_pairs = len(records["base"]) if "base" in records else 0
     with errors.of():
-        phases_of(config, sharding.platform(), num_pairs, num_base_pairs)
+        check_num_pairs(config, {name: len(of_name) for name, of_name in records.items()})
+    errors.raise_all()
+
+
+def check_num_pairs(config: ConfigDict, num_pairs: Mapping[str, int]) -> None:
+    """Raises ValueError for batches and warm-ups that do not fit data sets of so many pairs, by name."""
+    errors = Errors()
+    with errors.of():
+        check_rehearsal(config, num_pairs)
+    with errors.of():
+        phases_of(config, sharding.platform(), num_pairs["train"], num_pairs.get("base", 0))
     errors.raise_all()

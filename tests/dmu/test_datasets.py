@@ -206,11 +206,13 @@ def test_split_that_a_data_set_lacks_is_told_with_its_field(tmp_path):
         run_variants(config, epath.Path(tmp_path / "run"))
     prepared = Dataset(str(tmp_path / "run" / "test"), "test", SCENES)
     prepared.prepare(1e-3)
-    check_sources(config, {"test": prepared})
+    num_pairs = {}
+    check_sources(config, {"test": prepared}, num_pairs)
+    assert num_pairs == {prepared: 8}
     with pytest.raises(
         ValueError, match="^data.test_split: .*run/test has no split 'val': choose test .8 records."
     ):
-        check_sources(config, {"test": dataclasses.replace(prepared, split="val")})
+        check_sources(config, {"test": dataclasses.replace(prepared, split="val")}, {})
 
 
 def test_another_source_for_the_same_folder_is_refused(tmp_path):
@@ -237,6 +239,15 @@ def test_a_source_that_is_not_there_is_told_before_anything_is_prepared(tmp_path
         run_variants(config, epath.Path(tmp_path / "run"))
     config.data.test = f"sharegpt4v:{tmp_path}/captions.json"
     with pytest.raises(ValueError, match="data.test: source sharegpt4v:.* needs the folder"):
+        run_variants(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_pairs_are_told_before_anything_is_prepared(tmp_path):
+    write_photos(tmp_path)
+    config = config_of(f"folder:{tmp_path}/photos", test=f"folder:{tmp_path}/photos", base=SCENES)
+    config.mcl.batch_size = 64
+    with pytest.raises(ValueError, match="mcl.batch_size=64 is more than the 4 training pairs"):
         run_variants(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
