@@ -161,11 +161,12 @@ def _in_chunks(function: Callable[[Array], Array], rows: Array, chunk_rows: int)
     """
     policy = jax.checkpoint_policies.save_only_these_names(HIDDEN)
     function = jax.checkpoint(function, policy=policy, prevent_cse=False)
-    whole = len(rows) // chunk_rows * chunk_rows
+    # The gradient of a split is a concatenation, of two slices a sum of padded arrays.
+    whole, rest = jnp.split(rows, [len(rows) // chunk_rows * chunk_rows])
     parts = []
-    if whole:
-        chunks = rows[:whole].reshape(-1, chunk_rows, rows.shape[1])
-        parts.append(lax.map(function, chunks).reshape(whole, -1))
-    if whole < len(rows):
-        parts.append(function(rows[whole:]))
+    if len(whole):
+        chunks = whole.reshape(-1, chunk_rows, rows.shape[1])
+        parts.append(lax.map(function, chunks).reshape(whole.shape))
+    if len(rest):
+        parts.append(function(rest))
     return jnp.concatenate(parts)
