@@ -5,6 +5,8 @@ Letters: Q queries, A answers, d embedding.
 
 import numpy as np
 
+from clipmoe_jax.evaluation.ties import first_equal_rows, inner_products
+
 RANKS = (1, 5, 10)
 CHUNK = 2**24  # scores at a time
 
@@ -27,11 +29,12 @@ def precision_metrics(
     counted = np.flatnonzero(np.isin(group_of_query, group_of_answer))
     if not len(counted):
         raise ValueError("precision: no query has a right answer")
+    first = first_equal_rows(answers)
     size, found = max(1, CHUNK // len(answers)), {f"p{k}": 0.0 for k in RANKS} | {"map": 0.0}
     for start in range(0, len(counted), size):
         chunk = counted[start : start + size]
         right = group_of_query[chunk][:, None] == group_of_answer
-        order = np.lexsort((right, -(queries[chunk] @ answers.T)))
+        order = np.lexsort((right, -inner_products(queries[chunk], answers, first)))
         right = np.take_along_axis(right, order, axis=1)
         precision = np.cumsum(right, axis=1) / np.arange(1, len(answers) + 1)
         for k in RANKS:

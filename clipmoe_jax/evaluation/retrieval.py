@@ -12,6 +12,7 @@ import numpy as np
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.subject import Subject
+from clipmoe_jax.evaluation.ties import first_equal_rows
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 RECALL_AT_1 = tuple(f"{direction}_r1" for direction in DIRECTIONS)
@@ -139,7 +140,7 @@ def _places(
 ) -> _Places:
     """Finds each query's best right answer among all, a chunk of queries at a time."""
     chunk_size = min(chunk_size, len(queries))
-    on_device = jnp.asarray(answers), jnp.asarray(image_of_answer)
+    on_device = jnp.asarray(answers), jnp.asarray(image_of_answer), first_equal_rows(answers)
     chunks = []
     for start in range(0, len(queries), chunk_size):
         chunk, images = queries[start : start + chunk_size], image_of_query[start : start + chunk_size]
@@ -152,10 +153,19 @@ def _places(
 
 @jax.jit
 def _places_of_chunk(
-    queries: jax.Array, image_of_query: jax.Array, answers: jax.Array, image_of_answer: jax.Array
+    queries: jax.Array,
+    image_of_query: jax.Array,
+    answers: jax.Array,
+    image_of_answer: jax.Array,
+    first: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """queries (B, d), image_of_query (B,), answers (A, d), image_of_answer (A,) -> fields of `_Places`."""
+    """queries (B, d), image_of_query (B,), answers (A, d), image_of_answer (A,) -> fields of `_Places`.
+
+    first: `first_equal_rows` of the answers.
+    """
     scores = jnp.einsum("bd,ad->ba", queries, answers, precision=jax.lax.Precision.HIGHEST)
+    if first is not None:
+        scores = scores[:, first]
     own = image_of_query[:, None] == image_of_answer[None, :]
     best = jnp.max(scores, axis=1, where=own, initial=-jnp.inf, keepdims=True)
     tied = scores == best

@@ -15,6 +15,8 @@ from clipmoe_jax.data.npy import map_array
 from clipmoe_jax.data.sources.base import Pair, Source, entries_from
 from clipmoe_jax.evaluation.embedding import image_of
 
+ROUNDING = 1e-5  # that inner products of float32 unit vectors may differ by
+
 
 class Hit(NamedTuple):
     """An image that was found.
@@ -41,11 +43,17 @@ def nearest(folder: epath.Path, query: np.ndarray, most: int) -> list[Hit]:
 
     checksums.verify(folder, "img_emb", "metadata")
     found: list[tuple[float, int, int]] = []  # similarity, and part and row counted down
-    parts = sorted((folder / "img_emb").glob("*.npy"))
+    parts, query = sorted((folder / "img_emb").glob("*.npy")), query.astype(np.float32)
     for part, file in enumerate(parts):
-        similarities = np.asarray(map_array(file), np.float32) @ query.astype(np.float32)
-        rows = np.argsort(-similarities, kind="stable")[:most]
-        found = heapq.nlargest(most, found + [(float(similarities[row]), -part, -int(row)) for row in rows])
+        features = np.asarray(map_array(file), np.float32)
+        product = features @ query
+        # Equal images differ in the last bit there (`evaluation.ties`): all that may be among the nearest are
+        # summed up alike.
+        least = np.partition(product, -most)[-most] if most < len(product) else -np.inf
+        rows = np.flatnonzero(product >= least - ROUNDING)
+        similarities = (features[rows] * query).sum(axis=1)
+        near = zip(similarities.tolist(), rows.tolist(), strict=True)
+        found = heapq.nlargest(most, found + [(similarity, -part, -row) for similarity, row in near])
     tables, hits = {}, []
     for similarity, part, row in found:
         if part not in tables:

@@ -69,8 +69,9 @@ class ModelSubject:
         return self._image_features[key]
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns (T, d) float32 unit features."""
-        return self.encoder.texts(self._tokenizer(texts))
+        """Returns (T, d) float32 unit features, the same of equal texts: each is encoded once."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        return self.encoder.texts(self._tokenizer(list(rows)))[[rows[text] for text in texts]]
 
     def pictures(self, files: Sequence[Path]) -> np.ndarray:
         """Returns (N, d) float32 unit features of image files. Raises ValueError if one is broken.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from clipmoe_jax.data.sources.base import AttributeTable
+from clipmoe_jax.evaluation.ties import first_equal_rows, inner_products
 
 Labels = Sequence[int] | np.ndarray
 
@@ -48,10 +49,10 @@ def nearest_ranks(
 
     image_features (N, d), classes (C, d) float32, compared by inner product; labels (N,) int.
     """
-    ranks = []
+    ranks, first = [], first_equal_rows(classes)
     for start in range(0, len(image_features), chunk_size):
         chunk = slice(start, start + chunk_size)
-        ranks.append(label_ranks(image_features[chunk] @ classes.T, labels[chunk]))
+        ranks.append(label_ranks(inner_products(image_features[chunk], classes, first), labels[chunk]))
     return np.concatenate(ranks)
 
 
