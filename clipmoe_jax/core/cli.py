@@ -56,7 +56,7 @@ def run(main: Callable[[list[str]], str | None], renamed: Mapping[str, str] | No
     def main_with_clear_errors(argv: list[str]) -> None:
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
-        with _clear_errors():
+        with _ending_the_others(), _clear_errors():
             for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
                 if isinstance(flag.value, ConfigDict):
                     _expand_home(flag.value)
@@ -199,6 +199,26 @@ def _clear_errors() -> Iterator[None]:
             print(f"error: {printable(full)}", file=sys.stderr, flush=True)
             os._exit(1)  # at once, or what else was being written would complain at length
         _fail(*_lines(error))
+
+
+@contextlib.contextmanager
+def _ending_the_others() -> Iterator[None]:
+    """Ends this process at once if it fails alone, so that the others end too.
+
+    Python's own end would first wait minutes for those that wait for this one.
+    """
+    try:
+        yield
+    except distributed.Preempted:
+        raise
+    except BaseException as error:
+        if distributed.all_fail():
+            raise
+        if not isinstance(error, SystemExit):  # which --debug shows
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _show_warning(message: object, category: type, filename: str, lineno: int, *_: Any) -> None:

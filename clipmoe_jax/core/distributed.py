@@ -28,6 +28,7 @@ from clipmoe_jax.core.paths import with_home
 EXIT_PREEMPTED = 75
 # That of a program which Ctrl-C ended, as shells have it: 128 + SIGINT.
 EXIT_INTERRUPTED = 130
+FAILURE_SECONDS = 5
 BARRIER_SECONDS = 3600  # k-means and imports on process 0 take their time
 HEARTBEAT_SECONDS = 30  # a process that dies ends the others after these
 
@@ -254,6 +255,20 @@ def barrier(name: str, seconds: int = BARRIER_SECONDS) -> None:
             if str(p) not in arrived
         ]
         raise TimeoutError(f"{name}: after {seconds} s these are missing: {', '.join(late)}") from error
+
+
+def all_fail() -> bool:
+    """Returns whether every process calls this within FAILURE_SECONDS, as they do for an error of the config.
+
+    Call it once, before a process that failed ends.
+    """
+    if (client := _client()) is None:
+        return True
+    try:
+        client.wait_at_barrier("failed", FAILURE_SECONDS * 1000)
+        return True
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 def on_main(name: str, work: Callable[[], Any], seconds: int = BARRIER_SECONDS) -> Any:

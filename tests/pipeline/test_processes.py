@@ -345,6 +345,52 @@ def test_barrier_names_the_host_that_is_late():
     assert f"all meet: after 3 s these are missing: process 1 on {socket.gethostname()}" in output
 
 
+FAILING = """
+import sys, time, jax
+from clipmoe_jax.core import cli, distributed
+def main(argv):
+    distributed.initialize()
+    distributed.barrier("both begin")
+    if jax.process_index() in {failing}:
+        raise ValueError("record 5 cannot be read")
+    distributed.agree(True)
+cli.run(main)
+"""
+
+
+def failing(failing: tuple[int, ...], *flags: str) -> tuple[list[tuple[int, str]], float]:
+    """(exit code, stderr) of two processes of which some fail, and the seconds that they took."""
+    port, started, began = free_port(), [], time.monotonic()
+    try:
+        for i in range(2):
+            command = [sys.executable, "-c", FAILING.format(failing=failing), *flags]
+            where = environment(1) | member(port, 2, i)
+            started.append(subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True))
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in started]
+    return list(zip(codes, errors, strict=True)), time.monotonic() - began
+
+
+@pytest.mark.parametrize("flags", [(), ("--debug",)], ids=["a line", "a stack trace"])
+def test_process_that_fails_alone_ends_the_other(flags):
+    """And not after the five minutes for which Python's own end would wait for it."""
+    ((code, _), (failed, message)), seconds = failing((1,), *flags)
+    assert code != 0 and failed == 1 and seconds < 100
+    assert "record 5 cannot be read" in message and ("Traceback" in message) == bool(flags)
+
+
+def test_processes_that_fail_alike_say_so_and_no_more():
+    found, seconds = failing((0, 1))
+    assert [code for code, _ in found] == [1, 1] and seconds < 60
+    for _, message in found:
+        (line,) = (line for line in message.splitlines() if "distributed.py" not in line)  # JAX's log
+        assert line.startswith("error: ValueError: record 5 cannot be read")
+
+
 TERMINATED = """
 import os, signal
 from clipmoe_jax.core import cli, distributed
