@@ -78,8 +78,7 @@ def _check_arrays(path: epath.Path) -> None:
     for _, file in named_files(path):
         check_not_sparse(file)
     ocdbt.check_index(path)
-    base = {"driver": "file", "path": os.path.join(path, "")}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    store = _open_store(path)
     for key in store.list().result():
         name, _, file = key.decode().rpartition("/")
         if file == "zarr.json":
@@ -91,6 +90,11 @@ def _check_arrays(path: epath.Path) -> None:
                 raise ValueError(f"{name} has chunks larger than itself")
             if (array["compressor"] or {"id": "zstd"})["id"] != "zstd":
                 raise ValueError(f"{name} is compressed as Orbax never does")
+
+
+def _open_store(path: epath.Path) -> tensorstore.KvStore:
+    base = {"driver": "file", "path": os.path.join(path, "")}
+    return tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
 
 
 def _reason(error: BaseException) -> str:
@@ -145,10 +149,16 @@ class Checkpointer:
         """
         unreadable = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            restored, reason = None, ""
             try:
-                restored, reason = self._restore(step, like), ""
+                self._check(step)
             except Exception as error:  # a broken file raises errors of tensorstore, JSON, the file system, …
-                restored, reason = None, _reason(error)
+                reason = _reason(error)
+            if distributed.all_are(not reason):  # Orbax waits for every process while it reads
+                try:
+                    restored = self._restore(step, like)
+                except Exception as error:
+                    reason = _reason(error)
             if distributed.all_are(restored is not None):
                 for broken, why in unreadable.items():
                     logging.warning(
@@ -166,9 +176,20 @@ class Checkpointer:
             )
         return None
 
-    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def _check(self, step: int) -> None:
+        """Raises an error for a checkpoint that cannot be read.
+
+        Of several processes, which Orbax would leave waiting for one that fails, each reads a part of it.
+        """
         for item in ("trainable", "opt_state"):
-            _check_arrays(absolute(self._manager.directory) / str(step) / item)
+            folder = absolute(self._manager.directory) / str(step) / item
+            _check_arrays(folder)
+            if jax.process_count() > 1 and not in_bucket(folder):
+                store = _open_store(folder)
+                for key in store.list().result()[jax.process_index() :: jax.process_count()]:
+                    store.read(key).result()
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step,

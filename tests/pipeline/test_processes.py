@@ -358,12 +358,12 @@ cli.run(main)
 """
 
 
-def failing(failing: tuple[int, ...], *flags: str) -> tuple[list[tuple[int, str]], float]:
-    """(exit code, stderr) of two processes of which some fail, and the seconds that they took."""
-    port, started, began = free_port(), [], time.monotonic()
+def two_processes(script: str, *arguments: str) -> list[tuple[int, str]]:
+    """(exit code, stderr) of two processes, of one device each, that run the script."""
+    port, started = free_port(), []
     try:
         for i in range(2):
-            command = [sys.executable, "-c", FAILING.format(failing=failing), *flags]
+            command = [sys.executable, "-c", script, *arguments]
             where = environment(1) | member(port, 2, i)
             started.append(subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True))
         errors = [process.communicate(timeout=120)[1] for process in started]
@@ -371,8 +371,14 @@ def failing(failing: tuple[int, ...], *flags: str) -> tuple[list[tuple[int, str]
         for process in started:
             process.kill()
             process.wait()
-    codes = [process.returncode for process in started]
-    return list(zip(codes, errors, strict=True)), time.monotonic() - began
+    return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]
+
+
+def failing(failing: tuple[int, ...], *flags: str) -> tuple[list[tuple[int, str]], float]:
+    """(exit code, stderr) of two processes of which some fail, and the seconds that they took."""
+    began = time.monotonic()
+    found = two_processes(FAILING.format(failing=failing), *flags)
+    return found, time.monotonic() - began
 
 
 @pytest.mark.parametrize("flags", [(), ("--debug",)], ids=["a line", "a stack trace"])
@@ -544,3 +550,47 @@ def test_failure_of_one_process_of_local_py_ends_the_others(tmp_path):
     )
     assert done.returncode == 1
     assert "error: 'nonsense' is not a stage of this config" in done.stderr
+
+
+RESTORED = """
+import os, pathlib, sys
+import numpy as np
+from etils import epath
+from clipmoe_jax.core import distributed, sharding
+from clipmoe_jax.core.checkpoints import Checkpointer
+from clipmoe_jax.train.step import TrainState
+
+distributed.initialize()
+mesh, folder = sharding.make_mesh(fsdp=2), epath.Path(sys.argv[1])
+
+def state(value):
+    kernel = np.random.default_rng(value).normal(size=(256, 256)).astype(np.float32)
+    placed = sharding.put_param(mesh, "visual/resblocks_0/mlp/c_fc/kernel", kernel)
+    tree = {"visual": {"resblocks_0": {"mlp": {"c_fc": {"kernel": placed}}}}}
+    return TrainState(sharding.put_replicated(mesh, np.int32(0)), tree, tree)
+
+with Checkpointer(folder, 2) as checkpointer:
+    for step in (1, 2):
+        checkpointer.save(step, state(step), {})
+distributed.barrier("saved")
+if distributed.is_main():
+    files = pathlib.Path(folder, "2", "trainable").rglob("ocdbt.process_1/d/*")
+    (largest,) = sorted(files, key=os.path.getsize)[-1:]
+    os.truncate(largest, largest.stat().st_size // 2)
+distributed.barrier("cut off")
+with Checkpointer(folder, 2) as checkpointer:
+    restored, _ = checkpointer.restore(state(0))
+assert restored.step == 1, restored.step
+for found, wanted in zip(
+    restored.trainable["visual"]["resblocks_0"]["mlp"]["c_fc"]["kernel"].addressable_shards,
+    state(1).trainable["visual"]["resblocks_0"]["mlp"]["c_fc"]["kernel"].addressable_shards,
+):
+    np.testing.assert_array_equal(found.data, wanted.data)
+assert [path.name for path in folder.iterdir()] == ["1"]
+"""
+
+
+def test_checkpoint_that_one_process_cannot_read_gives_way_to_the_one_before(tmp_path):
+    """Of parameters over two processes, whose shards are each in a file of its own."""
+    found = two_processes(RESTORED, str(tmp_path / "checkpoints"))
+    assert [code for code, _ in found] == [0, 0], found[0][1][-2000:]
