@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and large parameters; `ex
 leading axis of stacked experts. One device is a 1 x 1 x 1 mesh and runs the same code.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -37,9 +38,14 @@ PARAM_RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
     """Returns a mesh over all devices; `data=-1` takes what the other axes leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices, or if there are none.
+    A process's devices follow each other, as its rows of a batch do. Raises ValueError if the sizes do not
+    multiply to the number of devices, if there are none, or if processes have different numbers of them.
     """
-    devices = all_devices() if devices is None else list(devices)
+    devices = sorted(all_devices() if devices is None else devices, key=lambda one: one.process_index)
+    counts = collections.Counter(one.process_index for one in devices)
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(f"process {process} has {count}" for process, count in counts.items())
+        raise ValueError(f"processes have different numbers of devices ({numbers}): give each as many")
     sizes = _mesh_sizes(data, fsdp, expert, len(devices))
     return Mesh(np.asarray(devices).reshape(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -58,6 +58,23 @@ def test_mesh_that_does_not_use_all_devices_is_refused(asked, message):
         sharding.make_mesh(**asked)
 
 
+def devices_of(*processes):
+    return [types.SimpleNamespace(process_index=process, id=i) for i, process in enumerate(processes)]
+
+
+def test_devices_of_a_process_follow_each_other(monkeypatch):
+    """Whatever order JAX lists them in: a process gives the rows of its own devices."""
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
+    mesh = sharding.make_mesh(fsdp=2, devices=devices_of(1, 0, 1, 0))
+    found = [[(one.process_index, one.id) for one in row.flat] for row in mesh]
+    assert found == [[(0, 1), (0, 3)], [(1, 0), (1, 2)]]
+
+
+def test_processes_of_different_numbers_of_devices_are_refused():
+    with pytest.raises(ValueError, match=r"numbers of devices \(process 0 has 1, process 1 has 3\)"):
+        sharding.make_mesh(devices=devices_of(1, 0, 1, 1))
+
+
 DENSE_SPECS = {
     "logit_scale": P(),
     "visual/conv1/kernel": P(),
