@@ -112,6 +112,28 @@ def make(
     return True
 
 
+def difference(
+    path: epath.Path, inputs: Inputs, upgrade: Upgrade | None = None, *, partial: bool = False
+) -> tuple[epath.Path, str] | None:
+    """Returns the folder of an artifact that `make` would refuse, whole or unfinished, and how it differs.
+
+    Such as "was made with seed=0, the config says 1: set it back". None where nothing differs or is there.
+    upgrade: as for `make`. partial: it may have been made from more inputs than these.
+    """
+    path, inputs = epath.Path(path), _as_json(inputs)
+    if is_done(path):
+        folder, file = path, DONE
+    elif _is_begun(folder := _unfinished(path)):
+        file = INPUTS
+    else:
+        return None
+    recorded = _recorded(folder / file, upgrade)
+    if partial:
+        recorded = {name: value for name, value in recorded.items() if name in inputs}
+    differs = _difference(recorded, inputs)
+    return (folder, differs) if differs else None
+
+
 def copy(
     path: epath.Path, inputs: Inputs, others: Sequence[epath.Path], upgrade: Upgrade | None = None
 ) -> epath.Path | None:
@@ -352,16 +374,19 @@ def _clear(unfinished: epath.Path) -> None:
 
 
 def _check_same(path: epath.Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
+    if differs := _difference(recorded, inputs):
+        advice = f"choose another workdir, or delete {path} and what was made from it"
+        raise ValueError(f"{path} {differs}, {advice}")
+
+
+def _difference(recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:
     name = _differing(recorded, inputs)
     if name is None:
-        return
-    advice = f"choose another workdir, or delete {path} and what was made from it"
+        return None
     if name.startswith(CONTENTS):
-        raise ValueError(f"{path} was made from other {name} than are there now: put those back, {advice}")
+        return f"was made from other {name} than are there now: put those back"
     before, now = recorded.get(name, "nothing"), inputs.get(name, "nothing")
-    raise ValueError(
-        f"{path} was made with {name}={before!r}, the config says {now!r}: set it back, {advice}"
-    )
+    return f"was made with {name}={before!r}, the config says {now!r}: set it back"
 
 
 def _differing(recorded: dict[str, Any], inputs: dict[str, Any]) -> str | None:

@@ -271,6 +271,8 @@ def steps_of_section(section: str, hyperparameters: PhaseConfig, num_pairs: int)
     try:
         return hyperparameters.length(num_pairs // hyperparameters.batch_size)
     except ValueError as error:
+        if hyperparameters.num_steps:  # with which it fits no number of pairs
+            raise ValueError(f"{section}: {error}") from error
         fitting = _fitting_flags(section, hyperparameters, num_pairs)
         raise ValueError(f"{section}: {error}, such as {fitting}") from error
 

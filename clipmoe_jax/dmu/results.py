@@ -111,7 +111,7 @@ def tell_model(run: Run, recipe: Recipe, is_new: bool) -> None:
     """
     numbers = {}
     if is_wanted(run.config) and recipe.group != "part":
-        is_new |= not _folder(run, recipe).exists()
+        is_new |= not evaluation_folder(run, recipe).exists()
         numbers = _evaluate_model(run, recipe)
     if is_new:
         measured = artifacts.measured(run.workdir / recipe.folder)
@@ -230,7 +230,8 @@ def _test_inputs(run: Run) -> dict[str, Any]:
     return inputs
 
 
-def _folder(run: Run, recipe: Recipe) -> epath.Path:
+def evaluation_folder(run: Run, recipe: Recipe) -> epath.Path:
+    """Returns where the numbers and features of a model lie, a folder for each evaluation."""
     name = recipe.title
     for removed in (" alone", ",", "'", "+ "):
         name = name.replace(removed, "")
@@ -239,7 +240,7 @@ def _folder(run: Run, recipe: Recipe) -> epath.Path:
 
 def _features(run: Run, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """A model's features of the test set: images (N, d) and captions (T, d), float32 unit vectors."""
-    image, text = (load_array(_folder(run, recipe) / "test" / f"{tower}.npy") for tower in METHODS)
+    image, text = (load_array(evaluation_folder(run, recipe) / "test" / f"{tower}.npy") for tower in METHODS)
     return image, text
 
 
@@ -249,7 +250,7 @@ def _evaluate_model(run: Run, recipe: Recipe) -> dict[str, Any]:
     subject = functools.cache(lambda: run.subject(run.encoder(path)))  # loaded for what is not there yet
     made_from, numbers = _inputs(run, recipe), {}
     if "test" in run.datasets:
-        folder = _folder(run, recipe) / "test"
+        folder = evaluation_folder(run, recipe) / "test"
         run.make(
             folder, made_from | _test_inputs(run), lambda new: _evaluate_test(run, recipe, subject(), new)
         )
@@ -276,7 +277,7 @@ def _evaluate_lines(
     """A model's numbers of the config's evaluations, from artifacts or computed now."""
     numbers, metrics, chance = {}, {}, {}
     for evaluation in _evaluations(run):
-        folder = _folder(run, recipe) / f"{evaluation.kind}-{_digest(evaluation.line)}"
+        folder = evaluation_folder(run, recipe) / f"{evaluation.kind}-{_digest(evaluation.line)}"
         inputs = {**made_from, "line": evaluation.line, **_contents(evaluation)}
         with evaluation.naming_line():
             run.make(folder, inputs, functools.partial(_evaluate_line, run, recipe, evaluation, subject))
@@ -381,7 +382,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
             )
         return {}
 
-    folder = _folder(run, recipe) / f"blends-{_digest(run.config.retention)}"
+    folder = evaluation_folder(run, recipe) / f"blends-{_digest(run.config.retention)}"
     run.make(folder, inputs, build)
     return checksums.read_verified(folder / "results.json")
 

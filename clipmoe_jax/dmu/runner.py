@@ -19,6 +19,7 @@ from clipmoe_jax.data.records import NoSplitError
 from clipmoe_jax.data.sources import num_sources
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.ahead import compile_ahead
+from clipmoe_jax.dmu.changes import check_unchanged
 from clipmoe_jax.dmu.datasets import WAIT_SECONDS, Dataset, check_disjoint, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
 from clipmoe_jax.dmu.recipes import (
@@ -156,6 +157,8 @@ def _run_seed(
             results.tell_model(run, recipe, is_new)
 
         run = Run(config, seed, folder, mesh, metrics, datasets, siblings, after_model, ahead)
+        if not stage:
+            check_unchanged(run)
         after_base = next(name for name in stages if name not in (BASE_NAME, REHEARSAL_STAGE))
         for name, make in stages.items():
             if name == after_base and not stage:

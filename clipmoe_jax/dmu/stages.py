@@ -96,7 +96,7 @@ def embed(run: Run, stage: int) -> None:
         return {"num_pairs": num_pairs, "num_parts": len(starts)}
 
     began = time.perf_counter()
-    if run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_encoding(run, before), build):
+    if run.make(run.workdir / f"stage_{stage}" / "features", inputs_of_features(run, stage), build):
         seconds = duration(time.perf_counter() - began)
         run.metrics.say(f"{name}: {len(run.records('train')):,} pairs encoded in {seconds}")
 
@@ -156,8 +156,12 @@ def encode_rehearsal(run: Run) -> None:
             numbers[f"num_{modality}s"] = len(features)
         return numbers
 
-    inputs = inputs_of(run, base) | run.fields("data.rehearsal")
-    run.make(run.workdir / recipes.REHEARSAL_FOLDER, inputs, build)
+    run.make(run.workdir / recipes.REHEARSAL_FOLDER, inputs_of_rehearsal(run), build)
+
+
+def inputs_of_rehearsal(run: Run) -> dict:
+    """Returns what the base's features of the records to rehearse depend on."""
+    return inputs_of(run, recipes.recipes(run.config)[recipes.BASE_NAME]) | run.fields("data.rehearsal")
 
 
 def _model_before(run: Run, stage: int) -> Recipe:
@@ -203,8 +207,17 @@ def cluster(run: Run, stage: int) -> None:
             "largest": int(sizes.max()),
         }
 
-    inputs = inputs_of_encoding(run, _model_before(run, stage)) | run.fields("cluster.")
-    run.make(folder / "clusters", inputs, build)
+    run.make(folder / "clusters", inputs_of_clusters(run, stage), build)
+
+
+def inputs_of_features(run: Run, stage: int) -> dict:
+    """Returns what the features that a stage clusters depend on."""
+    return inputs_of_encoding(run, _model_before(run, stage))
+
+
+def inputs_of_clusters(run: Run, stage: int) -> dict:
+    """Returns what the clusters of a stage depend on."""
+    return inputs_of_features(run, stage) | run.fields("cluster.")
 
 
 def _label(run: Run, features: epath.Path, modality: str, out: epath.Path) -> list[int]:

@@ -78,6 +78,12 @@ def inputs_of_encoding(run: Run, recipe: Recipe) -> dict:
     return inputs_of(run, recipe)
 
 
+def inputs_of_upcycling(run: Run, recipe: Recipe) -> dict:
+    """Returns what the MoE of a recipe depends on before its training."""
+    fields = recipes.UPCYCLED_FIELDS if recipe.group == "moe" else recipes.MOE_FIELDS
+    return _fields(run, recipe, fields)
+
+
 def make_model(run: Run, recipe: Recipe) -> None:
     """Makes the model of a recipe in its folder, unless it is there."""
     if recipe.group == "base":
@@ -214,8 +220,7 @@ def upcycle(run: Run, recipe: Recipe) -> None:
             "active_parameters": count_active_parameters(params, architecture),
         }
 
-    fields = recipes.UPCYCLED_FIELDS if recipe.group == "moe" else recipes.MOE_FIELDS
-    run.make(run.workdir / recipe.upcycled_folder, _fields(run, recipe, fields), build)
+    run.make(run.workdir / recipe.upcycled_folder, inputs_of_upcycling(run, recipe), build)
 
 
 def _train(run: Run, recipe: Recipe, start: epath.Path) -> bool:

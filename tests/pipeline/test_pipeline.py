@@ -295,6 +295,37 @@ def test_changed_config_is_refused_by_field(finished):
         runner.run_variants(config, epath.Path(finished.workdir))
 
 
+def test_all_that_a_change_touches_is_named_before_anything_runs(finished, tmp_path):
+    """And with that deleted the run goes on: no other artifact refuses later."""
+    workdir = shutil.copytree(
+        finished.workdir, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard")
+    )
+    config = finished.config.copy_and_resolve_references()
+    config.router.learning_rate *= 2
+    shutil.rmtree(workdir / "moe" / "params")
+    with pytest.raises(ValueError, match="was made with router.learning_rate=.*: set it back, ") as refused:
+        runner.run_variants(config, epath.Path(workdir))
+    assert not (workdir / "moe" / "params").exists()
+    _, _, named = str(refused.value).partition("or delete what was made otherwise: ")
+    changed = {str(pathlib.Path(path).relative_to(workdir)) for path in named.split()}
+    assert {"evaluated/CLIP-MoE", "eval"} <= changed
+    kept = ("base/", "stage", "moe", "evaluated/stage")
+    assert not [name for name in changed if f"{name}/".startswith(kept)]
+    if finished.config_file != DEMO:  # which takes minutes
+        for path in named.split():
+            shutil.rmtree(path)
+        runner.run_variants(config, epath.Path(workdir))
+
+
+def test_a_stage_more_is_refused_before_it_is_trained(finished):
+    config = finished.config.copy_and_resolve_references()
+    config.mcl.num_stages += 1
+    last = finished.workdir / f"stage_{config.mcl.num_stages}"
+    with pytest.raises(ValueError, match=r"mcl\.num_stages=\d, the config says \d: set it back"):
+        runner.run_variants(config, epath.Path(finished.workdir))
+    assert not last.exists()
+
+
 def test_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path):
     config = tiny_config()
     with pytest.raises(FileNotFoundError, match="data/train does not exist yet: stage data makes it"):

@@ -46,6 +46,14 @@ def test_warmup_limit_is_where_training_refuses(stages, num_epochs):
         steps_of_section("mcl", dataclasses.replace(settings, batch_size=limit.largest + 1), NUM_PAIRS)
 
 
+def test_warmup_of_a_fixed_number_of_steps_fits_no_number_of_pairs(stages):
+    """So that no flags for so many pairs are advised."""
+    hyperparameters = dataclasses.replace(stages["mcl_1"].hyperparameters, num_steps=100)
+    with pytest.raises(ValueError, match="mcl: warmup_steps=200 does not fit into 100 steps") as refused:
+        steps_of_section("mcl", hyperparameters, NUM_PAIRS)
+    assert "--config" not in str(refused.value)
+
+
 def test_fixed_number_of_steps_has_no_warmup_limit(stages):
     settings = dataclasses.replace(stages["mcl_1"].hyperparameters, num_steps=300)
     phase = dataclasses.replace(stages["mcl_1"], hyperparameters=settings)
