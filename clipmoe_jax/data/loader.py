@@ -57,6 +57,13 @@ class Sampler(Protocol):
         """Returns int64 (global_batch,): record indices, -1 for padding. Steps count on over epochs."""
         ...
 
+    def times_before(self, step: int, first_epoch: int = 0) -> np.ndarray:
+        """Returns int64 (global_batch,): how often each of a step's records had its turn before.
+
+        Once an epoch, or as often as `Shares` say. first_epoch: how many epochs were before step 0.
+        """
+        ...
+
     def origin(self, step: int) -> str:
         """Describes where a step's records come from."""
         ...
@@ -64,23 +71,27 @@ class Sampler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionTurns:
-    """The turns of a record's n captions: in an epoch it shows number (hash(seed, record) + epoch) mod n.
+    """The turns of a record's n captions: after t times it shows number (hash(seed, record) + t) mod n.
 
-    Over n epochs a record shows each of its n captions once, and within an epoch records differ in whose turn
-    it is, so that a single epoch sees captions of every number.
+    A record that comes n times shows each of its n captions once, and records differ in whose turn it is, so
+    that a single epoch sees captions of every number. Without `Shares` t is the epoch.
 
     Attributes:
         seed: of the hash.
-        first_epoch: how many epochs of the same records came before step 0, in earlier phases.
+        first_epoch: how many epochs of the same records came before step 0, in earlier phases, as
+            `Sampler.times_before` counts them.
     """
 
     seed: int
     first_epoch: int = 0
 
-    def __call__(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        """Returns uint64 (B,): each record's turn, whose remainder by n is the caption's number."""
-        hashes = make_key(self.seed, indices) >> np.uint64(1)  # so that epochs never overflow
-        return hashes + np.uint64(self.first_epoch + epoch)
+    def __call__(self, indices: np.ndarray, times_before: np.ndarray) -> np.ndarray:
+        """Returns uint64 (B,): each record's turn, whose remainder by n is the caption's number.
+
+        indices: int (B,), records. times_before: int (B,), how often each came before.
+        """
+        hashes = make_key(self.seed, indices) >> np.uint64(1)  # so that sums never overflow
+        return hashes + times_before.astype(np.uint64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +356,8 @@ class _LocalBatch:
         indices = self._part(all_indices)
         turns = None
         if self.caption_turns is not None:
-            turns = self.caption_turns(indices, epoch=step // self.sampler.num_steps)
+            times_before = self.sampler.times_before(step, self.caption_turns.first_epoch)
+            turns = self.caption_turns(indices, self._part(times_before))
         arrays = self.pairs.gather(indices, turns)
         batch: Batch = {**arrays, "index": indices, "valid": indices >= 0}
         if self.num_text_shards:

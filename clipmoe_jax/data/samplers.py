@@ -50,11 +50,21 @@ class _Cells:
 
     def places(self, epoch: int, draws: np.ndarray) -> np.ndarray:
         """Returns the places among all records, (B,), of an epoch's draws, (B,) in 0 … N - 1."""
+        cells, turns, places = self._find(epoch, draws)
+        return self._starts[cells] + permute(places, self._sizes[cells], make_key(self._seed, cells, turns))
+
+    def times_before(self, epoch: int, draws: np.ndarray, first_epoch: int) -> np.ndarray:
+        """Returns how often the records of an epoch's draws, (B,), came before: int64 (B,). first_epoch:
+        epochs before epoch 0, each with as many draws of a cell; a started turn counts as a whole one."""
+        cells, turns, _ = self._find(epoch, draws)
+        return turns + -(-first_epoch * self._draws[cells] // self._sizes[cells])
+
+    def _find(self, epoch: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the cells of an epoch's draws, how often all of a cell's records came before, and the
+        places in the cells' orders of that turn: (B,) each."""
         cells = np.searchsorted(self._first_draw, draws, side="right") - 1
         count = epoch * self._draws[cells] + draws - self._first_draw[cells]
-        turn, places = np.divmod(count, self._sizes[cells])
-        keys = make_key(self._seed, cells, turn)
-        return self._starts[cells] + permute(places, self._sizes[cells], keys)
+        return cells, *np.divmod(count, self._sizes[cells])
 
 
 class SequentialSampler:
@@ -71,6 +81,10 @@ class SequentialSampler:
         """Returns int64 (B,), -1 for padding."""
         indices = self._first + np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         return np.where(indices < self._num_records, indices, -1)
+
+    def times_before(self, step: int, first_epoch: int = 0) -> np.ndarray:
+        """Returns int64 (B,), as of `loader.Sampler`."""
+        return np.full(self.global_batch, first_epoch + step // self.num_steps)
 
     def origin(self, step: int) -> str:
         """Describes where a step's records come from."""
@@ -90,10 +104,20 @@ class ShuffledSampler:
 
     def indices(self, step: int) -> np.ndarray:
         """Returns int64 (B,)."""
+        epoch, places = self._draw(step)
+        return self._cells.places(epoch, places) if self._cells else places
+
+    def times_before(self, step: int, first_epoch: int = 0) -> np.ndarray:
+        """Returns int64 (B,), as of `loader.Sampler`."""
+        if not self._cells:
+            return np.full(self.global_batch, first_epoch + step // self.num_steps)
+        return self._cells.times_before(*self._draw(step), first_epoch)
+
+    def _draw(self, step: int) -> tuple[int, np.ndarray]:
+        """Returns the epoch, and which of its draws the step has, (B,)."""
         epoch, k = divmod(step, self.num_steps)
         places = np.arange(k * self.global_batch, (k + 1) * self.global_batch)
-        places = permute(places, self._num_records, make_key(self._seed, epoch))
-        return self._cells.places(epoch, places) if self._cells else places
+        return epoch, permute(places, self._num_records, make_key(self._seed, epoch))
 
     def origin(self, step: int) -> str:
         """Describes where a step's records come from."""
@@ -141,6 +165,17 @@ class ClusterSampler:
 
     def indices(self, step: int) -> np.ndarray:
         """Returns int64 (B,), all from one cluster."""
+        epoch, places = self._draw(step)
+        return self._clusters.records(self._cells.places(epoch, places) if self._cells else places)
+
+    def times_before(self, step: int, first_epoch: int = 0) -> np.ndarray:
+        """Returns int64 (B,), as of `loader.Sampler`."""
+        if not self._cells:
+            return np.full(self.global_batch, first_epoch + step // self.num_steps)
+        return self._cells.times_before(*self._draw(step), first_epoch)
+
+    def _draw(self, step: int) -> tuple[int, np.ndarray]:
+        """Returns the epoch, and which of its draws the step has, (B,)."""
         epoch, level, node, batch = self._find(step)
         # A place in the node's order of this epoch -> a place in its pool -> the same one level down, where
         # each pool is what a child's own batches have left over, down to the clusters themselves.
@@ -150,8 +185,7 @@ class ClusterSampler:
             pool, below = self._pool_places(epoch, depth, nodes, places), self._levels[depth - 1]
             nodes = np.searchsorted(below.left_starts, pool, side="right") - 1
             places = below.used[nodes] + pool - below.left_starts[nodes]
-        places = self._pool_places(epoch, 0, nodes, places)
-        return self._clusters.records(self._cells.places(epoch, places) if self._cells else places)
+        return epoch, self._pool_places(epoch, 0, nodes, places)
 
     def _pool_places(self, epoch: int, depth: int, nodes: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Returns places among all pools of a level, (B,), of places in the epoch's orders of its nodes."""

@@ -16,6 +16,7 @@ from clipmoe_jax.data.loader import CaptionTurns, DecodedPairs, StreamedPairs, b
 from clipmoe_jax.data.preparation import prepare
 from clipmoe_jax.data.preprocess import preprocess_image
 from clipmoe_jax.data.records import Records
+from clipmoe_jax.data.samplers import Shares, ShuffledSampler
 from clipmoe_jax.data.sources import Pair
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.models.inputs import END_ID
@@ -24,8 +25,15 @@ NUM_PAIRS, SIZE, LENGTH = 22, 16, 8
 COLORS = ("red", "green", "blue")
 
 
+class Turns:
+    """Of samplers that draw every record once an epoch."""
+
+    def times_before(self, step, first_epoch=0):
+        return np.full(self.global_batch, first_epoch + step // self.num_steps)
+
+
 @dataclasses.dataclass
-class Shuffled:
+class Shuffled(Turns):
     """A permutation an epoch; the last batch of one is padded."""
 
     global_batch: int = 4
@@ -42,7 +50,7 @@ TURNS = CaptionTurns(5)
 
 
 @dataclasses.dataclass
-class InOrder:
+class InOrder(Turns):
     """Records 0, 1, … each epoch."""
 
     global_batch: int
@@ -127,7 +135,7 @@ def long_records(tmp_path_factory):
     return Records(str(out))
 
 
-class ThreeSteps:
+class ThreeSteps(Turns):
     """Two shards of three pairs; the last step has two pairs."""
 
     global_batch, num_steps = 6, 3
@@ -229,11 +237,27 @@ def test_each_caption_of_a_record_has_its_turn_once_before_any_has_it_again(kind
         assert numbers[n:] == numbers[:-n] and sorted(numbers[:n]) == list(range(n))
 
 
+@pytest.mark.parametrize("kind", ["streamed", "decoded"])
+def test_record_that_comes_often_in_an_epoch_shows_each_caption_as_often(kind, request, tokenizer):
+    """To one time, in two processes that resume in the middle of an epoch."""
+    pairs, sampler = request.getfixturevalue(kind), ShuffledSampler(NUM_PAIRS, 2, 0, Shares([4, 18], [1, 1]))
+    shown = {i: [] for i in range(NUM_PAIRS)}
+    for first, last in ((0, 5), (5, 33)):
+        for process in range(2):
+            options = {"start_step": first, "process_index": process, "process_count": 2}
+            for batch in take(pairs, sampler, num_steps=last - first, **options):
+                texts = [tokenizer(caption)[0].tolist() for caption in make_pair(batch["index"][0]).captions]
+                shown[int(batch["index"][0])].append(texts.index(batch["text"][0].tolist()))
+    for i, numbers in shown.items():
+        assert np.ptp(np.bincount(numbers, minlength=len(make_pair(i).captions))) <= 1
+    assert min(len(shown[i]) for i in range(4)) == 8
+
+
 def test_one_epoch_shows_captions_of_every_number():
     """As the paper's phases have it, in which a caption of number 0 alone would be shown."""
-    turns = TURNS(np.arange(3000), 0) % np.uint64(5)
+    turns = TURNS(np.arange(3000), np.zeros(3000, int)) % np.uint64(5)
     assert np.abs(np.bincount(turns.astype(np.int64), minlength=5) - 600).max() < 100
-    assert (CaptionTurns(6)(np.arange(3000), 0) % np.uint64(5) != turns).mean() > 0.7
+    assert (CaptionTurns(6)(np.arange(3000), np.zeros(3000, int)) % np.uint64(5) != turns).mean() > 0.7
 
 
 @pytest.mark.parametrize("kind", ["streamed", "decoded"])

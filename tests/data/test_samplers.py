@@ -135,6 +135,28 @@ def test_an_epoch_draws_from_sources_in_their_shares(kind):
     assert times[:1000].sum() == 2000 and times[1500:].min() >= 19
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "cluster"])
+def test_records_of_shares_count_how_often_they_came(kind):
+    """From 0 up over epochs, and in a later phase from no less than the times that they came before it."""
+    sampler, before = with_shares(kind), [[] for _ in range(1600)]
+    for step in range(3 * sampler.num_steps):
+        for i, times in zip(sampler.indices(step), sampler.times_before(step), strict=True):
+            before[i].append(int(times))
+    assert all(sorted(times) == list(range(len(times))) for times in before)
+    for step in range(sampler.num_steps):
+        came = np.array([len(before[i]) for i in sampler.indices(step)])
+        first = sampler.times_before(step, first_epoch=3) - sampler.times_before(step)
+        assert ((first == came) | (first == came + 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "cluster", "cluster, drop"])
+def test_without_shares_a_record_comes_once_an_epoch(kind):
+    sampler = SAMPLERS[kind](0)
+    for epoch in range(2):
+        for step in range(epoch * sampler.num_steps, (epoch + 1) * sampler.num_steps):
+            assert sampler.times_before(step, first_epoch=4).tolist() == [4 + epoch] * 16
+
+
 def test_batches_of_shares_are_of_one_cluster():
     sampler, labels = with_shares("cluster"), cluster_labels(1600, 20, 0)
     for step in range(sampler.num_steps):
