@@ -8,7 +8,7 @@ Letters: N images, C classes, d features.
 import numpy as np
 
 from clipmoe_jax.evaluation.ood import CLIP_LOGIT_SCALE
-from clipmoe_jax.evaluation.probe import check_labels, pick_held_out
+from clipmoe_jax.evaluation.probe import check_held_out, check_labels, pick_held_out
 from clipmoe_jax.evaluation.zero_shot import label_ranks, metrics_of_ranks
 
 # Weights of GDA's logits beside those of zero-shot, as in the authors' code (github.com/mrflogs/ICLR24).
@@ -27,10 +27,7 @@ def fit_gda(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple
     where all images of each class are the same.
     """
     labels = np.asarray(labels)
-    check_labels(labels, num_classes)
-    counts = np.bincount(labels, minlength=num_classes)
-    if not counts.all():
-        raise ValueError(f"gda: class {np.argmin(counts)} of {num_classes} has no training image: give some")
+    counts = _count_images(labels, num_classes)
     means, scatter = np.zeros((num_classes, features.shape[1])), np.zeros(2 * features.shape[1:])
     chunks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
     for chunk in chunks:
@@ -44,6 +41,23 @@ def fit_gda(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple
     identity = np.eye(len(scatter))
     weight = len(scatter) * np.linalg.solve(scatter + trace * identity, means.T).T
     return weight, -np.einsum("cd,cd->c", weight, means) / 2
+
+
+def check_gda(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError for training labels (N,) int that are no class, for a class without images, and if no
+    class has five."""
+    _count_images(labels, num_classes)
+    check_held_out(labels, "gda")
+
+
+def _count_images(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns (C,) int64, the images of each class. Raises ValueError for a class without, and for labels
+    that are no class."""
+    check_labels(labels, num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all():
+        raise ValueError(f"gda: class {np.argmin(counts)} of {num_classes} has no training image: give some")
+    return counts
 
 
 def gda(
@@ -60,12 +74,11 @@ def gda(
 
     alpha is the best of ALPHAS, of equally good the smallest, on a fifth of each class's training images that
     GDA does not see; GDA is then fitted once more on all. Features (N, d) and classes (C, d), from prompts,
-    are unit vectors; labels (N,) int. Raises ValueError if no class has five training images.
+    are unit vectors; labels (N,) int. Raises ValueError as `check_gda` and `fit_gda`.
     """
     train_labels, num_classes = np.asarray(train_labels), len(classes)
+    check_gda(train_labels, num_classes)
     out = pick_held_out(train_labels, seed)
-    if not out.any():
-        raise ValueError("gda: no class has 5 training images, of which to hold one out")
 
     def logits(fitted: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weight, bias = fit_gda(train_features[fitted], train_labels[fitted], num_classes)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from etils import epath
@@ -36,7 +36,7 @@ from clipmoe_jax.evaluation.classes import (
 )
 from clipmoe_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipmoe_jax.evaluation.data_sets import DataSets, Labelled, label_records
-from clipmoe_jax.evaluation.gda import gda
+from clipmoe_jax.evaluation.gda import check_gda, gda
 from clipmoe_jax.evaluation.groups import group_metrics, read_groups
 from clipmoe_jax.evaluation.mmvp import MmvpPair, mmvp_accuracy, mmvp_files, mmvp_pairs
 from clipmoe_jax.evaluation.precision import precision_metrics
@@ -209,12 +209,14 @@ class _Precision:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LinearProbe:
+class _OfFeatures:
+    """A classifier of images by features of training images."""
+
     train: Labelled
     test: Labelled
 
     @classmethod
-    def open(cls, data: DataSets) -> "_LinearProbe":
+    def open(cls, data: DataSets) -> Self:
         """Opens training and test images, in the classes of the training images."""
         labels = data.labels("train")
         table = class_table(OWN_NAMES, labels)
@@ -225,9 +227,6 @@ class _LinearProbe:
     def chance(self) -> Numbers:
         return _chance(self.train)
 
-    def measure(self, subject: Subject) -> Numbers:
-        return probe.linear_probe(*self.arrays(subject), len(self.train.names))[0]
-
     def arrays(self, subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns features and labels of the training images, then of the test images."""
         train, test = subject.images(self.train.records), subject.images(self.test.records)
@@ -235,16 +234,28 @@ class _LinearProbe:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Neighbours(_LinearProbe):
+class _LinearProbe(_OfFeatures):
     @classmethod
-    def open(cls, data: DataSets) -> "_Neighbours":
+    def open(cls, data: DataSets) -> Self:
+        opened = super().open(data)
+        probe.check_linear_probe(opened.train.labels, len(opened.train.names))
+        return opened
+
+    def measure(self, subject: Subject) -> Numbers:
+        return probe.linear_probe(*self.arrays(subject), len(self.train.names))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Neighbours(_OfFeatures):
+    @classmethod
+    def open(cls, data: DataSets) -> Self:
         opened = super().open(data)
         if len(opened.train.records) < probe.NEIGHBOURS:
             raise ValueError(
                 f"{opened.train.records.path} has {len(opened.train.records)} images, and the "
                 f"{probe.NEIGHBOURS} nearest vote: give more, or use linear_probe"
             )
-        return cls(opened.train, opened.test)
+        return opened
 
     def measure(self, subject: Subject) -> Numbers:
         return probe.knn(*self.arrays(subject), len(self.train.names))
@@ -257,9 +268,10 @@ class _Gda:
 
     @classmethod
     def open(cls, data: DataSets) -> "_Gda":
-        return cls(
-            _ZeroShot.open(data), label_records(data.records("train"), data.labels("train"), _table(data))
-        )
+        zero_shot = _ZeroShot.open(data)
+        train = label_records(data.records("train"), data.labels("train"), _table(data))
+        check_gda(train.labels, len(train.names))
+        return cls(zero_shot, train)
 
     @property
     def chance(self) -> Numbers:
@@ -383,6 +395,7 @@ class _KnownAndUnknown:
         known, unknown, train, classifier = _ZeroShot.open(data), data.records("unknown"), None, None
         if "train" in data.options:
             train = label_records(data.records("train"), data.labels("train"), _table(data))
+            probe.check_linear_probe(train.labels, len(train.names))
         if file := data.options.get("classifier"):
             if train is None:
                 raise ValueError("COOkeD's ensemble has a linear probe: give train= beside classifier=")

@@ -50,17 +50,11 @@ def fit_linear_probe(
     As in CLIP's paper (arXiv 2103.00020, A.3): at most 1,000 iterations; C is searched on a part held out (a
     fifth of each class, drawn by seed), first in steps of two decades and then around the best in steps that
     halve down to an eighth; the probe is fitted once more on everything. Of equally good C the smallest.
-    Raises ValueError for fewer than two classes, and if no class has the five images to hold one out.
+    Raises ValueError as `check_linear_probe`.
     """
     features, labels = np.asarray(features), np.asarray(labels)
-    check_labels(labels, num_classes)
-    if len(np.unique(labels)) < 2:
-        raise ValueError("linear probe: the training images are of one class: give two or more")
+    check_linear_probe(labels, num_classes)
     held_out = pick_held_out(labels, seed)
-    if not held_out.any():
-        raise ValueError(
-            f"linear probe: no class has {round(1 / HELD_OUT)} training images, of which to hold one out"
-        )
 
     def accuracy(exponent: float) -> float:
         probe = _fit(features[~held_out], labels[~held_out], num_classes, 10.0**exponent, max_iter)
@@ -136,14 +130,36 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         raise ValueError(f"training labels {wrong[:10]} are not among the {num_classes} classes")
 
 
+def check_linear_probe(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError for training labels (N,) int that are no class, for fewer than two classes, and if no
+    class has the five images to hold one out."""
+    check_labels(labels, num_classes)
+    if len(np.unique(labels)) < 2:
+        raise ValueError("linear probe: the training images are of one class: give two or more")
+    check_held_out(labels, "linear probe")
+
+
+def check_held_out(labels: np.ndarray, what: str) -> None:
+    """Raises ValueError if no class has the five images to hold one out. labels: (N,) int from 0 up, N > 0.
+    what: begins the message."""
+    if not _num_held_out(np.bincount(labels).max()):
+        raise ValueError(
+            f"{what}: no class has {round(1 / HELD_OUT)} training images, of which to hold one out"
+        )
+
+
 def pick_held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     """Picks the first fifth of each class, rounded down, in an order drawn by seed: (N,) int -> (N,) bool."""
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held_out[members[: int(HELD_OUT * len(members))]] = True
+        held_out[members[: _num_held_out(len(members))]] = True
     return held_out
+
+
+def _num_held_out(num_images: int) -> int:
+    return int(HELD_OUT * num_images)
 
 
 def _search(accuracy: Callable[[float], float]) -> float:

@@ -513,6 +513,31 @@ MISSING = {
         ValueError,
         "has 9 images, and the 20 nearest vote",
     ),
+    "probe of few images": (
+        "linear_probe:{0}/test_set?train={0}/test_set",
+        ValueError,
+        "linear probe: no class has 5 training images",
+    ),
+    "probe of one class": (
+        "linear_probe:{0}/odd_set?train={0}/odd_set",
+        ValueError,
+        "linear probe: the training images are of one class: give two or more",
+    ),
+    "probe of known classes": (
+        "ood:{0}/test_set?unknown={0}/odd_set&train={0}/test_set",
+        ValueError,
+        "linear probe: no class has 5 training images",
+    ),
+    "GDA of few images": (
+        "gda:{0}/test_set?train={0}/test_set",
+        ValueError,
+        "gda: no class has 5 training images",
+    ),
+    "GDA of a class without images": (
+        "gda:{0}/train_set?train={0}/train_set&train_split=train[:16]",
+        ValueError,
+        "gda: class 2 of 3 has no training image: give some",
+    ),
     "a plus": ("knn:{0}/test_set?train=a+b", FileNotFoundError, r"a\+b is not a prepared data set"),
     "templates": ("zero_shot:{0}/test_set?templates=no.txt", FileNotFoundError, "templates=no.txt does not"),
     "two kinds of prompts": (
