@@ -15,7 +15,7 @@ from clipmoe_jax.core import artifacts, cli, distributed, sharding
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.core.metrics import Metrics
 from clipmoe_jax.core.paths import check_plain_folder
-from clipmoe_jax.data.records import NoSplitError
+from clipmoe_jax.data.records import NoSplitError, check_stored_size
 from clipmoe_jax.data.sources import num_sources
 from clipmoe_jax.dmu import results
 from clipmoe_jax.dmu.ahead import compile_ahead
@@ -264,6 +264,10 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], workdir: epa
     """
     errors = Errors()
     records = {name: dataset.open() for name, dataset in datasets.items()}
+    for name, of_name in records.items():
+        if of_name.image_size:
+            with errors.of(f"data.{name}"):
+                check_stored_size(of_name.image_size, config.base.architecture.vision.image_size)
     with errors.of():
         if config.router.balance != "released" and not config.data.in_memory:
             _ = records["train"].token_counts  # is not there in data sets of an earlier version

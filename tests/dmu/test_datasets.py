@@ -252,6 +252,20 @@ def test_too_few_pairs_are_told_before_anything_is_prepared(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_pixels_of_another_size_are_told_with_their_fields_before_training(tmp_path):
+    preparation.prepare(sources.open_source(SCENES), str(tmp_path / "files"))
+    preparation.prepare(sources.open_source(SCENES), str(tmp_path / "same"), pixels=28)
+    preparation.prepare(sources.open_source(SCENES), str(tmp_path / "old48"), pixels=48)
+    files, same, other = (str(tmp_path / name) for name in ("files", "same", "old48"))
+    config = config_of(files, test=same, test_split="train", base=other, rehearsal=other)
+    config.base.architecture.vision.image_size = 28
+    with pytest.raises(ValueError) as raised:
+        run_variants(config, epath.Path(tmp_path / "run"))
+    message = "the data set holds pixels of size 48 and the model takes 28: prepare it with pixels=28"
+    assert f"data.base, data.rehearsal: {message}" in str(raised.value)
+    assert str(raised.value).count("holds pixels") == 1 and not (tmp_path / "run").exists()
+
+
 def test_a_preparation_stops_between_entries_and_goes_on_with_the_file(tmp_path, monkeypatch):
     write_photos(tmp_path)
     monkeypatch.setattr(preparation, "ENTRIES_PER_SHARD", 2)
