@@ -186,8 +186,11 @@ def measured(path: epath.Path) -> dict[str, Any]:
 
 
 def made(path: epath.Path) -> dict[str, Any]:
-    """Returns "finished" (seconds since 1970), "seconds" and "devices"; {} of earlier versions."""
-    return checksums.read_verified(epath.Path(path) / DONE).get("made", {})
+    """Returns "finished" (seconds since 1970), "seconds" and "devices", and of a copy "copied_from", the
+    folder where that was; {} of earlier versions."""
+    done = checksums.read_verified(epath.Path(path) / DONE)
+    made = done.get("made", {})
+    return made | {"copied_from": done["copied_from"]} if "copied_from" in done else made
 
 
 def require(path: epath.Path, stage: str) -> epath.Path:

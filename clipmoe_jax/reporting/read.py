@@ -24,6 +24,9 @@ Curves = dict[str, dict[str, np.ndarray]]
 DIAGNOSTICS = "evaluate"  # the stage that writes routing, heat maps, experts, neighbours and cost
 MAIN = "python -m clipmoe_jax.main --config=CONFIG --workdir="
 
+# Where a seed's folder has its artifacts: all but the data sets, which several runs may share.
+ARTIFACTS = "base", "rehearsal/*", "stage_*/*", "dense/*", "moe/*", "baselines/*", "evaluated/*/*", "eval"
+
 WRITTEN_ANEW = "copy it again, or start the run's command again, which writes it anew"
 
 
@@ -97,6 +100,25 @@ class Folder:
     def made(self, name: str) -> dict[str, Any]:
         """Returns when and where an artifact was made, as `artifacts.made`; {} if it is not there."""
         return artifacts.made(self.path / name) if self._is_done(name) else {}
+
+    def seconds(self) -> float | None:
+        """Returns the seconds in which the run's artifacts were made, added up; None if none says.
+
+        Pauses between starts do not count, nor does what lies outside of artifacts: preparing data, opening
+        it, ensembles' recall. What was copied from another variant counts there. Of a model whose training
+        went on after a kill, the steps before count as if they had been as fast as those after; of other
+        artifacts only the last start counts.
+        """
+        parts = []
+        for file in (f for name in ARTIFACTS for f in self.path.glob(f"{name}/{artifacts.DONE}")):
+            name = os.fspath(file.parent.relative_to(self.path))
+            made, measured = self.made(name), self.done_field(name, "measured")
+            if made.get("seconds") is None or made.get("copied_from"):
+                continue
+            parts.append(made["seconds"])
+            if steps := measured.get("steps_now"):
+                parts.append((measured["num_steps"] - steps) * measured["seconds_now"] / steps)
+        return sum(parts) if parts else None
 
     def _is_done(self, name: str) -> bool:
         self.read.append(self.path / name / artifacts.DONE)

@@ -294,17 +294,14 @@ def config(folders: Sequence[Folder]) -> Context:
 
 
 def made(folders: Sequence[Folder]) -> Context:
-    """Returns when a run was made, how long it took, on which devices, and by which versions, as far as it
-    is known."""
+    """Returns on which day a run began, how long its work took (`Folder.seconds`), on which devices, and by
+    which versions, as far as it is known."""
     folder = folders[0]
-    times = [float(curve["time"][end]) for curve in read_curves(folder).values() for end in (0, -1)]
-    times.append(
-        folder.made("eval").get("finished", max(times))
-    )  # before the baselines, where there are some
-    first, last = (datetime.datetime.fromtimestamp(t, datetime.UTC) for t in (min(times), max(times)))
+    began = min(float(curve["time"][0]) for curve in read_curves(folder).values())
+    seconds = folder.seconds()
     return {
-        "date": f"{first:%-d %B %Y}",
-        "duration": duration((last - first).total_seconds()),
+        "date": f"{datetime.datetime.fromtimestamp(began, datetime.UTC):%-d %B %Y}",
+        "duration": "" if seconds is None else duration(seconds),
         "devices": folder.made("moe/params").get("devices", ""),
         "versions": folder.done_field("moe/params", "versions"),
     }

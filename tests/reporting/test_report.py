@@ -189,8 +189,30 @@ def test_summary_states_the_numbers_of_the_results(page, workdir):
 
 
 def test_page_says_when_and_where_the_run_was_made(page):
-    """metrics.jsonl begins a billion seconds after 1970, 9 September 2001, with a line every 6 seconds."""
-    assert "9 September 2001, 16 min on 8 × TPU v5p; jax 0.10.2" in {p["text"] for p in page.all("p")}
+    """metrics.jsonl begins a billion seconds after 1970, 9 September 2001; routers alone say how long they
+    took: 500 s for what the last start made and 120 steps before it, each 420 / 80 s."""
+    assert "9 September 2001, 19 min on 8 × TPU v5p; jax 0.10.2" in {p["text"] for p in page.all("p")}
+
+
+def test_duration_is_that_of_what_the_run_made(tmp_path):
+    """Pauses count as little as data and copies; of earlier versions nothing is known."""
+    folder = Folder(epath.Path(tmp_path), epath.Path(tmp_path))
+    synthetic_run.write_json(tmp_path / "base/done.json", {"measured": {}})
+    assert folder.seconds() is None
+
+    def write(name, finished, seconds, measured=None, **others):
+        made = {"finished": finished, "seconds": seconds, "devices": "1 × cpu"}
+        synthetic_run.write_json(
+            tmp_path / name / "done.json", {"made": made, "measured": measured or {}} | others
+        )
+
+    write("base", 1e9, 10.0)
+    write("stage_1/features", 1.1e9, 2.0, copied_from="other/stage_1/features")
+    write("data/train", 1e9, 200.0)
+    write("evaluated/base/test", 1.2e9, 3.0)
+    write("eval", 1.3e9, 4.0)
+    write("moe/params", 1.3e9, 20.0, {"num_steps": 100, "steps_now": 25, "seconds_now": 16.0})
+    assert folder.seconds() == 10 + 3 + 4 + 20 + 75 * 16 / 25
 
 
 def test_phases_have_their_time_and_what_of_it_was_compilation(page):
