@@ -3,7 +3,8 @@
 GROUP = "group "  # the beginning of the name of a share of a group, whose own name may end in anything
 # Endings of the other metrics' names.
 LOWER_IS_BETTER = ("fpr95", "rank")
-NO_SHARES = ("rank", "C", "alpha")  # not between 0 and 1
+SETTINGS = ("C", "alpha")  # what a fit chose: neither high nor low is better
+NO_SHARES = ("rank", *SETTINGS)  # not between 0 and 1
 
 
 def is_share(metric: str) -> bool:
@@ -14,6 +15,11 @@ def is_share(metric: str) -> bool:
 def lower_is_better(metric: str) -> bool:
     """Returns whether a metric is better the lower it is."""
     return not metric.startswith(GROUP) and metric.endswith(LOWER_IS_BETTER)
+
+
+def is_setting(metric: str) -> bool:
+    """Returns whether a metric is no score, but what a fit chose."""
+    return not metric.startswith(GROUP) and metric.endswith(SETTINGS)
 
 
 def shown_score(metric: str, value: float) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import ERROR, RANKS
-from clipmoe_jax.evaluation.scores import is_share, lower_is_better
+from clipmoe_jax.evaluation.scores import is_setting, is_share, lower_is_better, shown_score
 from clipmoe_jax.reporting.text_tables import (
     COST,
     differences,
@@ -111,25 +111,31 @@ def evaluation_tables(seeds: Sequence[Results]) -> list[Table]:
         metrics = shown_metrics(list(numbers[0]), numbers)
         scores = [[[r[title]["evaluations"][line][m] for m in metrics] for title in titles] for r in seeds]
         scales = np.array([100 if is_share(m) else 1 for m in metrics])
-        cells = score_cells(scales * np.array(scores), [lower_is_better(m) for m in metrics])
+        cells = score_cells(scales * np.array(scores), metrics)
         columns = [short_name(metric).replace("_", " ") for metric in metrics]
         rows = dict(zip(titles, cells, strict=True))
         if chance := seeds[0][titles[0]].get("chance", {}).get(line):
-            rows["chance"] = [Cell(f"{100 * chance[m]:.1f}" if m in chance else "") for m in metrics]
+            rows["chance"] = [Cell(shown_score(m, chance[m]) if m in chance else "") for m in metrics]
         tables.append(Table(line, {"": columns}, rows))
     return tables
 
 
 def score_cells(
     scores: np.ndarray,
-    lower_is_better: Sequence[bool] | None = None,
+    metrics: Sequence[str] | None = None,
     errors: np.ndarray | None = None,
 ) -> list[list[Cell]]:
     """Returns the cells of numbers (S, M, C), per cent or as they are: mean ± standard deviation over seeds,
-    or errors (M, C), the best mean of each column marked; empty for NaN."""
+    or errors (M, C), the best mean of each column marked; empty for NaN.
+
+    metrics: of the columns; None for shares. One that is no share has four digits, and a setting no best.
+    """
     means = scores.mean(axis=0)
-    sign = np.where(lower_is_better, -1, 1) if lower_is_better is not None else 1
+    names = metrics or [""] * means.shape[1]
+    sign = np.where([lower_is_better(name) for name in names], -1, 1)
     best = sign * means >= np.nanmax(sign * means, axis=0) - 1e-12
+    best &= [not is_setting(name) for name in names]
+    forms = [".1f" if is_share(name) else ".4g" for name in names]
     spread = scores.std(axis=0, ddof=1) if len(scores) > 1 else errors
     if spread is None:
         spread = np.full(means.shape, np.nan)
@@ -138,8 +144,8 @@ def score_cells(
             Cell("")
             if np.isnan(means[row, column])
             else Cell(
-                f"{means[row, column]:.1f}",
-                "" if np.isnan(spread[row, column]) else f"± {spread[row, column]:.1f}",
+                f"{means[row, column]:{forms[column]}}",
+                "" if np.isnan(spread[row, column]) else f"± {spread[row, column]:{forms[column]}}",
                 bool(best[row, column]),
             )
             for column in range(means.shape[1])

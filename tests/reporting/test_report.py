@@ -139,6 +139,21 @@ def test_least_value_is_bold_where_less_is_better(page):
     assert rows["CLIP-MoE"] == [("68.0", True), ("52.0", True)]  # 0.6 ± 4/50: highest AUROC, lowest FPR
 
 
+def test_what_a_fit_chose_is_shown_as_it_is_and_has_no_best():
+    found = {"base": (0.5, 0.00316, 0.5, 12.34), "CLIP-MoE": (0.75, 0.001, 1e6, 2.0)}
+    metrics = ("top1", "C", "alpha", "i2t_mean_rank")
+    results = {
+        title: {"evaluations": {"linear_probe:x": dict(zip(metrics, numbers, strict=True))}}
+        for title, numbers in found.items()
+    }
+    [table] = tables.evaluation_tables([results])
+    shown = {title: [(cell.text, cell.best) for cell in row] for title, row in table.rows.items()}
+    assert shown == {
+        "base": [("50.0", False), ("0.00316", False), ("0.5", False), ("12.34", False)],
+        "CLIP-MoE": [("75.0", True), ("0.001", False), ("1e+06", False), ("2", True)],
+    }
+
+
 def test_attributes_are_shown_as_a_heat_map_alone(page, workdir):
     results = json.loads((workdir / "eval" / "results.json").read_text())
     [chart] = [c for c in page.all("svg") if c["aria-label"].startswith("Heat map in per cent. Zero-shot")]
