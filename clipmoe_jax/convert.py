@@ -105,9 +105,12 @@ def convert(
                     f"{source} is to be averaged with nothing: give base, the dense model it came from"
                 )
             model = _between(_expert(whole, 0) if base is None else read(base), model, interpolate, dtype)
-        (folder / "README.md").write_text(
-            model_card(source, model.config, model.params, model.source, to, epath.Path(out).name)
+        card = model_card(
+            *(source, model.config, model.params, model.source, to, epath.Path(out).name),
+            expert=expert,
+            is_blend=interpolate is not None,
         )
+        (folder / "README.md").write_text(card)
         WRITERS[to](folder, model.config, model.params)
     return model
 

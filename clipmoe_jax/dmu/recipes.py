@@ -665,3 +665,11 @@ def find_recipe(name: str) -> Recipe | None:
         return mcl_recipe(int(match[1]), BASE_NAME)
     rows = [row for row in (*STAGES, CONSOLIDATED, *BASELINES) if isinstance(row, Recipe)]
     return next((row for row in rows if row.name == name), None)
+
+
+def title_of_folder(folder: str) -> str | None:
+    """Returns the title of the model in a folder of a workdir, "moe/params"; None if no row makes that."""
+    if match := re.fullmatch(r"stage_(\d+)/params", folder):
+        return mcl_recipe(int(match[1]), BASE_NAME).title
+    rows = [row for row in (*STAGES, CONSOLIDATED, *BASELINES) if isinstance(row, Recipe)]
+    return next((row.title for row in rows if row.folder == folder), None)

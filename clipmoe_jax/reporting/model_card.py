@@ -1,8 +1,9 @@
 """The README.md of an exported model: description, usage, provenance, scores."""
 
+import dataclasses
 import json
+import os
 import re
-from typing import Any
 
 from etils import epath
 
@@ -10,8 +11,11 @@ from clipmoe_jax.core import artifacts, trees
 from clipmoe_jax.core.checksums import read_verified
 from clipmoe_jax.core.errors import naming_files
 from clipmoe_jax.core.terminal import printable
+from clipmoe_jax.dmu.recipes import CLIP_MOE, Results, title_of_folder
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
+from clipmoe_jax.models.model_folder import MODEL_FILE, read_config
+from clipmoe_jax.models.transformer import first_moe_layer
 from clipmoe_jax.reporting.read import WRITTEN_ANEW
 from clipmoe_jax.reporting.text_tables import has_retrieval, score_columns
 
@@ -204,12 +208,22 @@ print(text @ image.T / np.linalg.norm(text, axis=1, keepdims=True) / np.linalg.n
 
 
 def model_card(
-    source: str, config: ClipConfig, params: trees.Params, read_from: str, to: str, name: str
+    source: str,
+    config: ClipConfig,
+    params: trees.Params,
+    read_from: str,
+    to: str,
+    name: str,
+    *,
+    expert: int | None = None,
+    is_blend: bool = False,
 ) -> str:
-    """Returns a model's card in Markdown; of a model folder of a run also the run's config and evaluation.
+    """Returns a model's card in Markdown; of a model folder of a run also the run's config and, if one of its
+    rows is this model, the run's evaluation.
 
     source: the path that the model was read from. read_from: what lay there, in words. to: the format it is
-    written in. name: its new folder.
+    written in. name: its new folder. expert: which one of the source's it is, or has a part in the blend.
+    is_blend: whether the model is an average of the source's and another.
     """
     kind = "CLIP-MoE" if config.moe else "CLIP" if config.text else "CLIP vision tower"
     parts = [
@@ -221,7 +235,7 @@ def model_card(
         _usage(config, to)
         .format(**_names(name), **_sizes_in_use(config), **_released_arguments(config))
         .strip(),
-        *_provenance(epath.Path(source)),
+        *_provenance(epath.Path(source), config, expert, is_blend),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -322,31 +336,62 @@ def _released_arguments(config: ClipConfig) -> dict[str, int]:
     }
 
 
-def _provenance(source: epath.Path) -> list[str]:
+def _provenance(source: epath.Path, config: ClipConfig, expert: int | None, is_blend: bool) -> list[str]:
     """Returns the sections on the run that made a model, if it lies beside it: its config, its evaluation."""
     folders = [source, *list(source.parents)[:2]]
     sections = []
     if (made := next((f for f in folders if artifacts.is_done(f)), None)) is not None:
         versions = artifacts.done_field(made, "versions")
         packages = ", ".join(_plain(f"{name} {version}") for name, version in versions.items())
+        which = "The model that was averaged with the base" if is_blend else ""
+        which = which if expert is None else f"The CLIP-MoE that has expert {expert}"
         sections += [
             "## Training",
-            f"With {packages}, from this config:",
+            ("A blend is not trained itself. " if is_blend else "")
+            + (f"{which} was made with " if which else "With ")
+            + f"{packages}, from this config:",
             f"```json\n{json.dumps(artifacts.done_field(made, 'inputs'), indent=2)}\n```",
         ]
     results = next((f for f in (folder / "eval" / "results.json" for folder in folders) if f.exists()), None)
     if results is None:
         return sections
-    config = results.parent.parent / "config.json"
-    with naming_files([results, config]):
+    run = results.parent.parent
+    with naming_files([results, run / "config.json"]):
         numbers = read_verified(results)
+        title = None if is_blend else _title(numbers, source, run, config, expert)
         columns = score_columns([numbers], {})
         told = ["R@k: retrieval on the run's test set"] if has_retrieval([numbers]) else []
         if "old" in columns:
-            told.append(f"old: {_retention(config)}")
-        if columns:
-            sections += ["## Evaluation", f"Per cent; {'; '.join(told)}.", _results(numbers, columns)]
+            told.append(f"old: {_retention(run / 'config.json')}")
+        if columns and title is None:
+            sections += ["## Evaluation", "The run that it comes from measured other models, not this one."]
+        elif columns:
+            explained = f"Bold: this model, as the run measured it. Per cent; {'; '.join(told)}."
+            sections += ["## Evaluation", explained, _results(numbers, columns, title)]
     return sections
+
+
+def _title(
+    results: Results, source: epath.Path, run: epath.Path, config: ClipConfig, expert: int | None
+) -> str | None:
+    """Returns the row of the run's results that is the written model; None if none is.
+
+    An expert is the dense model that it came from, if every block has experts: the stages train all blocks.
+    One that was read otherwise than the run measured it, such as with fewer experts, has no row.
+    """
+    folders = [folder for folder in (source, *source.parents) if run in folder.parents]
+    folder = next((f for f in folders if title_of_folder(os.fspath(f.relative_to(run)))), None)
+    if folder is None:
+        return None
+    title = title_of_folder(os.fspath(folder.relative_to(run)))
+    stored = read_config(folder) if (folder / MODEL_FILE).exists() else config
+    if expert is not None:
+        depths = [tower.num_layers for tower in (stored.vision, stored.text) if tower]
+        if title != CLIP_MOE or any(first_moe_layer(depth, stored.moe) for depth in depths):
+            return None
+        title = next((t for t, numbers in results.items() if numbers.get("expert") == expert), None)
+        stored = dataclasses.replace(stored, moe=None)
+    return title if title in results and stored == config else None
 
 
 def _plain(text: str) -> str:
@@ -364,10 +409,14 @@ def _retention(config: epath.Path) -> str:
     return f"what the base knew, by {_plain(line)}{of}"
 
 
-def _results(results: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
-    """Returns a table of every model of the run, to compare this one with. columns: {heading: key}."""
+def _results(results: Results, columns: dict[str, str], own: str | None) -> str:
+    """Returns a table of every model of the run, to compare this one with, whose title is `own`.
+
+    columns: {heading: key}.
+    """
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for title, numbers in results.items():
         cells = (f"{100 * numbers[key]:.1f}" if key in numbers else "" for key in columns.values())
-        lines.append(f"| {_plain(title)} | {' | '.join(cells)} |")
+        name = f"**{_plain(title)}**" if title == own else _plain(title)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -239,8 +239,12 @@ def test_the_card_tells_sizes_training_and_scores(tmp_path):
     assert f"| parameters | {vision + text + 1:,} |" in card
     assert f"| active parameters | {vision + text + 1 - 4 * 2 * expert:,} for each token |" in card
     assert '"mcl.learning_rate": 1e-05' in card
-    assert "| CLIP-MoE | 12.5 | 12.5 | 12.5 | 12.5 |" in card
+    assert "| base | 12.5 | 12.5 | 12.5 | 12.5 |\n| **CLIP-MoE** | 12.5 | 12.5 | 12.5 | 12.5 |" in card
     assert 'clipmoe.loadMoE(\n    "out/model.pt", num_experts=4, top_k=2, moe_layers=2\n)' in card
+    blend = {"expert": 2, "interpolate": 0.5}
+    convert(str(run / "moe" / "params"), "huggingface", str(tmp_path / "blend"), **blend)
+    card = (tmp_path / "blend" / "README.md").read_text()
+    assert "12.5" not in card and "The run that it comes from measured other models" in card
     # A run without a test set has other evaluations alone.
     (run / "eval" / "results.json").write_text(json.dumps({"base": {"parameters": 1, "evaluations": {}}}))
     convert(str(run / "moe" / "params"), "clipmoe", str(tmp_path / "another"))

@@ -21,8 +21,8 @@ DENSE = ClipConfig(
 MOE = dataclasses.replace(DENSE, moe=MoeConfig(4, 2))
 
 
-def card(to, name, config=DENSE, source="nowhere"):
-    return model_card(source, config, abstract_params(config), "dense CLIP", to, name)
+def card(to, name, config=DENSE, source="nowhere", **options):
+    return model_card(source, config, abstract_params(config), "dense CLIP", to, name, **options)
 
 
 def strings(text):
@@ -82,12 +82,12 @@ def test_experts_are_of_the_layers_that_the_config_says():
 def test_evaluation_has_what_the_base_knew(tmp_path, has_test_set):
     numbers = {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     numbers = numbers if has_test_set else {}
-    results = {"base": numbers | {"retention": 0.75}, "ensemble of before": numbers}
+    results = {"CLIP-MoE": numbers | {"retention": 0.75}, "ensemble of before": numbers}
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
     text = card("huggingface", "out", MOE, source=str(tmp_path / "moe" / "params"))
     recall = 2 * " 50.0 |" if has_test_set else ""  # at 1, and at 5
-    assert f"| base |{recall} 75.0 |{recall}\n| ensemble of before |{recall}  |{recall}\n" in text
+    assert f"| **CLIP-MoE** |{recall} 75.0 |{recall}\n| ensemble of before |{recall}  |{recall}\n" in text
     assert "old: what the base knew.\n" in text and ("R@k" in text) == has_test_set
     config = {"retention": "zero_shot:data.retention", "data": {"retention": "glyphs:test?pairs=20"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -100,14 +100,66 @@ def test_strangers_run_adds_no_markup(tmp_path):
     (tmp_path / "eval").mkdir()
     numbers = {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     title = "CLIP|MoE\n<script>x</script> [link](http://x) `y` \u202e"
-    (tmp_path / "eval" / "results.json").write_text(json.dumps({title: numbers}))
-    artifacts.make(epath.Path(tmp_path / "moe"), {"a": "```\n<b>"}, lambda folder: {})
-    done = json.loads((tmp_path / "moe" / "done.json").read_text())
+    (tmp_path / "eval" / "results.json").write_text(json.dumps({title: numbers, "base": numbers}))
+    artifacts.make(epath.Path(tmp_path / "base"), {"a": "```\n<b>"}, lambda folder: {})
+    done = json.loads((tmp_path / "base" / "done.json").read_text())
     done["versions"] = {"jax": "1\n\n# [a](b)"}
-    (tmp_path / "moe" / "done.json").write_text(json.dumps(done))
-    (tmp_path / "moe" / "checksums.json").unlink()
-    text = card("openclip", "out", source=str(tmp_path / "moe"))
+    (tmp_path / "base" / "done.json").write_text(json.dumps(done))
+    (tmp_path / "base" / "checksums.json").unlink()
+    text = card("openclip", "out", source=str(tmp_path / "base"))
     row = r"| CLIP\|MoE \<script>x\</script> \[link](http://x) \`y\` \\u202e | 50.0 |"
     assert row in text
     assert "With jax 1 # \\[a](b), from this config:" in text
     assert re.findall(r"^```.*$", text, re.MULTILINE)[2:] == ["```json", "```"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose results have a base, a stage that became expert 1, and a CLIP-MoE of both."""
+    numbers = {f"{way}_r{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    experts = {"base": 0, "stage 1 alone": 1, "CLIP-MoE": None}
+    results = {title: numbers | {"expert": expert} for title, expert in experts.items()}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
+    for name, config in {
+        "base": DENSE,
+        "stage_1/params": DENSE,
+        "moe/params": MOE,
+        "moe/upcycled": MOE,
+    }.items():
+        artifacts.make(epath.Path(tmp_path / name), {"a": name}, lambda folder: {})
+        (tmp_path / name / "model.json").write_text(json.dumps(config.to_dict()))
+    return tmp_path
+
+
+LAST = dataclasses.replace(MOE, moe=MoeConfig(4, 2, num_moe_layers=1))
+ROWS = {
+    "base": ("base", DENSE, {}, "base"),
+    "stage": ("stage_1/params", DENSE, {}, "stage 1 alone"),
+    "moe": ("moe/params", MOE, {}, "CLIP-MoE"),
+    "expert": ("moe/params", DENSE, {"expert": 1}, "stage 1 alone"),
+    "expert that no row is": ("moe/params", DENSE, {"expert": 3}, None),
+    "before its training": ("moe/upcycled", MOE, {}, None),
+    "blend": ("stage_1/params", DENSE, {"is_blend": True}, None),
+    "blend of an expert": ("moe/params", DENSE, {"is_blend": True, "expert": 1}, None),
+    "fewer experts": ("moe/params", dataclasses.replace(MOE, moe=MoeConfig(4, 1)), {}, None),
+}
+
+
+@pytest.mark.parametrize(("folder", "config", "options", "title"), ROWS.values(), ids=ROWS)
+def test_row_of_the_model_is_marked(run, folder, config, options, title):
+    text = card("huggingface", "out", config, source=str(run / folder), **options)
+    assert re.findall(r"^\| \*\*(.*)\*\*", text, re.MULTILINE) == ([title] if title else [])
+    assert ("| 50.0 |" in text) == bool(title)
+    assert ("measured other models, not this one" in text) == (title is None)
+    assert ("A blend is not trained itself. " in text) == ("is_blend" in options)
+    which = f"The CLIP-MoE that has expert {options.get('expert')} was made with jax "
+    assert (which in text) == ("expert" in options)
+
+
+def test_expert_of_some_blocks_is_no_stage(run):
+    """The stage trained the blocks without experts, too, and there the expert is the base."""
+    deep = dataclasses.replace(LAST, vision=dataclasses.replace(LAST.vision, num_layers=2))
+    (run / "moe/params/model.json").write_text(json.dumps(deep.to_dict()))
+    dense = dataclasses.replace(deep, moe=None)
+    assert "| **" not in card("huggingface", "out", dense, source=str(run / "moe/params"), expert=1)
