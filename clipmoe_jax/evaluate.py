@@ -113,6 +113,8 @@ def main(argv: list[str]) -> str:
     logging.set_verbosity(logging.WARNING)  # tfds and orbax log every file they open
     given = flags.FLAGS
     distributed.keep_compiled_programs()
+    if given.out and epath.Path(given.out).exists():
+        raise ValueError(f"--out={given.out} exists already: delete it or choose another file")
     if not given.data and not given.cost:
         raise ValueError("there is nothing to measure: give --data=KIND:PATH, --cost or both")
     lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data or ()]
@@ -145,7 +147,7 @@ def _define_flags() -> None:
     flags.DEFINE_multi_string("data", None, "KIND:PATH?option=value; may be given several times.")
     flags.DEFINE_bool("cost", False, "Measures latency, throughput and memory of encoding.")
     flags.DEFINE_bool("experts", False, "Also each expert of a CLIP-MoE alone.")
-    flags.DEFINE_string("out", None, "A JSON file for the numbers.")
+    flags.DEFINE_string("out", None, "A new JSON file for the numbers.")
     flags.DEFINE_integer("batch_size", 256, "Images or texts at a time.", lower_bound=1)
     cli.define_model_flags()
     flags.mark_flag_as_required("model")

@@ -597,6 +597,12 @@ def test_command_shows_a_table_a_line_and_writes_a_file(folder, trained, tmp_pat
     [row] = [i for i, line in enumerate(lines) if line.startswith("i2t_r1 ")]
     assert lines[row].split()[:2] == ["i2t_r1", f"{100 * recall:.1f}"]
     assert re.split(" {2,}", lines[row - 1].strip()) == ["model", *(f"expert {e}" for e in range(4))]
+    again = [*command, f"--data={folder}/captioned_set", f"--out={tmp_path / 'new' / 'numbers.json'}"]
+    refused = subprocess.run(again, capture_output=True, text=True)
+    assert refused.returncode == 1 and not refused.stdout
+    told = f"error: --out={tmp_path}/new/numbers.json exists already: delete it or choose another file"
+    assert refused.stderr.strip() == told
+    assert json.loads((tmp_path / "new" / "numbers.json").read_text()) == numbers
     missing = subprocess.run([*command, "--data=mmvp:nowhere"], capture_output=True, text=True)
     assert missing.returncode == 1
     assert missing.stderr.strip().startswith("error: evaluation mmvp:nowhere: nowhere/Questions.csv")
