@@ -88,6 +88,11 @@ def validate(config: ConfigDict, paths: bool = True) -> None:
             f"cluster.num_clusters={config.cluster.num_clusters} makes more than 2^63 clusters in "
             f"mcl.num_stages={config.mcl.num_stages}: choose fewer"
         )
+    if config.cluster.max_fit_pairs < config.cluster.num_clusters:
+        errors.add(
+            f"cluster.max_fit_pairs={config.cluster.max_fit_pairs} is fewer than cluster.num_clusters="
+            f"{config.cluster.num_clusters}: a centre needs a pair of its own"
+        )
     for name, choices in CHOICES.items():
         if (value := _value(config, name)) not in choices:
             errors.add(f"{name}={value!r}: choose one of {', '.join(choices)}")

@@ -19,6 +19,7 @@ import time
 import jax
 from absl import flags, logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli, distributed
@@ -49,8 +50,10 @@ def main(argv: list[str]) -> str | None:
             cli.say(f"{workdir}/report.html: a first report, after {seconds:.0f} s; baselines follow")
 
     variants = run_variants(flags.FLAGS.config, workdir, flags.FLAGS.stage, profiled, show_first)
-    if not all(variants.values()) or not distributed.is_main():
+    if not distributed.is_main() or flags.FLAGS.stage and not all(variants.values()):
         return None
+    if lacking := [name for name, seeds in variants.items() if not seeds]:
+        return _where_the_model_is(workdir / lacking[0], flags.FLAGS.config)
     shown = write_results(variants, workdir)
     place = "report.html" if list(variants) == [""] else "VARIANT/report.html"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -58,6 +61,16 @@ def main(argv: list[str]) -> str | None:
     return (
         f"\n{shown}\n\n{printable_line(workdir / place)}: all of it on one page. {seconds:.0f} s on "
         f"{jax.device_count()} device(s){processes}."
+    )
+
+
+def _where_the_model_is(folder: epath.Path, config: ConfigDict) -> str:
+    """Returns the last line of a run that names nothing to evaluate on. folder: its variant's."""
+    seed = f"seed_{config.seeds[0]}" if len(config.seeds) > 1 else ""
+    model = printable_line(folder / seed / "moe" / "params")
+    return (
+        f"{model}: the CLIP-MoE. Nothing was evaluated: name a test set with --config.data.test=DATA, or run "
+        f"python -m clipmoe_jax.evaluate --model={model} --data=DATA"
     )
 
 

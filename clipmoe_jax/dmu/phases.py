@@ -106,11 +106,16 @@ def phases_of(
 
     num_base_pairs: how many pairs a base is trained on from scratch; 0 is as many as num_pairs.
     Raises ValueError naming each section whose batch is larger than the data, or whose warm-up does not fit,
-    and each baseline for which a budget leaves too few steps.
+    each baseline for which a budget leaves too few steps, and more clusters than pairs.
     """
     trained = [recipe for recipe in recipes.recipes(config).values() if _is_trained(config, recipe)]
     steps: dict[str, int] = {}
     errors = Errors()
+    if num_pairs < config.cluster.num_clusters:
+        errors.add(
+            f"cluster.num_clusters={config.cluster.num_clusters} is more than the {num_pairs} training "
+            "pairs: take more data or choose fewer clusters"
+        )
     for recipe in trained:
         pairs = num_base_pairs or num_pairs if recipe.group == "base" else num_pairs
         fields, hyperparameters = recipe.fields(config), configs.phase_config(recipe.hyperparameters(config))

@@ -291,7 +291,7 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], workdir: epa
 
 
 def check_num_pairs(config: ConfigDict, num_pairs: Mapping[str, int]) -> None:
-    """Raises ValueError for batches and warm-ups that do not fit data sets of so many pairs, by name."""
+    """Raises ValueError for batches, warm-ups and clusters that do not fit data sets of so many pairs."""
     errors = Errors()
     with errors.of():
         check_rehearsal(config, num_pairs)

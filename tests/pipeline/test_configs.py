@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from grids import grid
 from ml_collections import config_flags
 
 from clipmoe_jax import config as configs
-from clipmoe_jax import config_checks
+from clipmoe_jax import config_checks, main
 from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import recipes
@@ -155,6 +156,7 @@ BAD_FIELDS = {
         "must be positive numbers, one for each source",
     ),
     "no room for a word": ("data.max_caption_tokens", 2, "use 3 or more, or 0"),
+    "fewer pairs than centres": ("cluster.max_fit_pairs", 2, "is fewer than cluster.num_clusters=3"),
     "labels beyond 64 bits": ("cluster.num_clusters", 1000, "more than 2.63 clusters in mcl.num_stages=4"),
     "a seed twice": ("seeds", (0, 0), r"seeds=\(0, 0\) must be whole numbers from 0, each once"),
     "half a seed": ("seeds", (0.5,), "must be whole numbers"),
@@ -358,3 +360,27 @@ def test_renamed_fields_name_fields_of_today():
         assert old not in flat
         field = new.partition("=")[0]
         assert field in flat or field in ("compute", "chosen by platform", "chosen by the program")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "variants", "folder"),
+    [((0,), {"": []}, "moe/params"), ((3, 4), {"one": [], "two": []}, "one/seed_3/moe/params")],
+    ids=["run", "sweep"],
+)
+def test_last_line_of_a_run_that_evaluates_nothing_says_where_the_model_is(
+    monkeypatch, tmp_path, seeds, variants, folder
+):
+    config = get_config("demo")
+    config.seeds = seeds
+    given = types.SimpleNamespace(
+        workdir=str(tmp_path), stage="", profile="", distributed="off", config=config
+    )
+    monkeypatch.setattr(main.flags, "FLAGS", given)
+    monkeypatch.setattr(main.distributed, "initialize", lambda *arguments: None)
+    monkeypatch.setattr(main.distributed, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(main, "run_variants", lambda *arguments: variants)
+    last = main.main([])
+    assert last.startswith(f"{tmp_path}/{folder}: the CLIP-MoE. Nothing was evaluated: name a test set with ")
+    assert last.endswith(f"clipmoe_jax.evaluate --model={tmp_path}/{folder} --data=DATA")
+    given.stage = "router"
+    assert main.main([]) is None

@@ -172,6 +172,10 @@ def few_pairs(config, folder, tmp_path):
     config.mcl.batch_size = 64
 
 
+def many_clusters(config, folder, tmp_path):
+    config.cluster.num_clusters = 49
+
+
 def no_room_for_warm_up(config, folder, tmp_path):
     config.router.warmup_steps = 4
 
@@ -204,6 +208,7 @@ BAD_RUNS = {
     "wrong data": (wrong_data, "nowhere is not a prepared data set: make one with"),
     "wrong evaluation": (wrong_evaluation, "evaluation mmvp:nowhere: nowhere/Questions.csv does not exist"),
     "fewer pairs than a batch": (few_pairs, "mcl.batch_size=64 is more than the 48 training pairs"),
+    "more clusters than pairs": (many_clusters, "cluster.num_clusters=49 is more than the 48 training pairs"),
     "truncated checkpoint": (
         truncated_checkpoint,
         "cut.pt cannot be read as safetensors or as a PyTorch state dict",
