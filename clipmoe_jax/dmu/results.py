@@ -82,6 +82,12 @@ def check_lines(config: ConfigDict, datasets: Mapping[str, Dataset]) -> None:
     errors.raise_all()
 
 
+def leaves_out_retention(config: ConfigDict) -> bool:
+    """Returns whether a config has data.retention, and no line that measures on it."""
+    paths = [parse_evaluation(line).path for line in lines_of(config)]
+    return bool(config.data.retention) and "data.retention" not in paths
+
+
 def open_evaluations(
     config: ConfigDict, datasets: Mapping[str, Dataset], say: Callable[[str], None] = lambda text: None
 ) -> list[Evaluation]:

@@ -80,6 +80,13 @@ def run_variants(
                 datasets[name, seed] = datasets_of(variant, config, workdir, name, seed)
                 check_sources(variant, datasets[name, seed], num_pairs)
     errors.raise_all()
+    for name, variant in variants.items():
+        if results.leaves_out_retention(variant) and distributed.is_main():
+            where = f"{configs.label(name)}: " if name else ""
+            cli.say(
+                f"warning: {where}data.retention={variant.data.retention} measures nothing: set retention, "
+                "such as zero_shot:data.retention, or leave it empty"
+            )
     for (name, _), of_run in datasets.items():
         if not distributed.agree(all(dataset.is_prepared() for dataset in of_run.values())):
             with errors.of(configs.label(name)):  # before hours of preparation

@@ -248,3 +248,24 @@ def test_a_bare_checkpoint_has_the_head_widths_of_the_config(users_files, tmp_pa
         make_model(run, recipes.recipes(config)["base"])
     base = read_config(epath.Path(tmp_path / "base"))
     assert (base.text.head_width, base.vision.head_width) == (32, 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "evaluations", "is_told"),
+    [
+        ("", (), True),
+        ("", ("zero_shot:data.retention",), False),
+        ("retrieval:data.retention?split=train", (), False),
+        ("retrieval:data.test", (), True),
+    ],
+)
+def test_data_that_no_evaluation_measures_on_is_told(
+    users_files, tmp_path, capsys, line, evaluations, is_told
+):
+    """And before it is prepared."""
+    config = users_config(users_files)
+    config.data.retention, config.retention, config.evaluations = "glyphs:test?pairs=16", line, evaluations
+    runner.run_variants(config, epath.Path(tmp_path), runner.DATA_STAGE)
+    first = capsys.readouterr().out.splitlines()[0]
+    warning = "warning: data.retention=glyphs:test?pairs=16 measures nothing: set retention, such as "
+    assert first.startswith(warning) == is_told
