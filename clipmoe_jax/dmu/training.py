@@ -24,7 +24,7 @@ from clipmoe_jax.dmu.recipes import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import extend_experts, reinitialize_experts, stack_experts
 from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
-from clipmoe_jax.interop.load import read_architecture, read_model
+from clipmoe_jax.interop.load import describe, read_architecture, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig, check_params
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import save_model
@@ -33,6 +33,7 @@ from clipmoe_jax.train.loop import LoopConfig, Validation, fit
 from clipmoe_jax.train.rehearsal import Drawn, Rehearsal, Targets
 from clipmoe_jax.train.step import LossConfig
 
+ADAPTED = ("vision/image_size", "text/context_length")  # of a checkpoint to what base.architecture says
 EPOCHS = "epochs_of_train"  # in a model's done.json: epochs of the training pairs up to its last step
 
 
@@ -137,7 +138,11 @@ def _make_base(run: Run, recipe: Recipe) -> bool:
 
 def take_architecture(config: ConfigDict) -> None:
     """Sets the fields of base.architecture that are None, and `moe`, to those of the base's checkpoint, if it
-    has one."""
+    has one.
+
+    Raises ValueError for a checkpoint of one tower, and naming every other field in which they differ; the
+    image's size and the context length are the config's.
+    """
     wanted = configs.architecture(config)
     if config.base.checkpoint:
         found = read_architecture(
@@ -146,6 +151,11 @@ def take_architecture(config: ConfigDict) -> None:
             vision_head_width=wanted.vision.head_width,
             text_head_width=wanted.text.head_width if wanted.text else None,
         )
+        if found.text is None:
+            raise ValueError(
+                f"base.checkpoint={config.base.checkpoint} is a {describe(found)}: a base must have both "
+                "towers"
+            )
     else:
         found = wanted
     known = trees.flatten(found.to_dict())
@@ -155,6 +165,17 @@ def take_architecture(config: ConfigDict) -> None:
         if section[name] is None:
             section[name] = known.get(field.replace(".", "/"))  # a vision tower alone has no text
     config.base.architecture.moe = found.moe and ConfigDict(dataclasses.asdict(found.moe))
+    has, wants = (trees.flatten(one.to_dict()) for one in (found, configs.architecture(config)))
+    differing = [
+        f"{name.replace('/', '.')}={has.get(name)!r}, not {wants.get(name)!r}"
+        for name in has | wants
+        if name not in ADAPTED and has.get(name) != wants.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"base.checkpoint={config.base.checkpoint} does not fit base.architecture: it has "
+            f"{'; '.join(differing)}: set these fields to what it has, or give another checkpoint"
+        )
 
 
 def _import_base(run: Run) -> tuple[dict, dict]:

@@ -137,12 +137,16 @@ def _check_asked(asked: _Asked, config: ClipConfig, path: str) -> None:
         "vision.head_width": (config.vision.head_width, asked.vision_head_width),
         "text.head_width": (config.text and config.text.head_width, asked.text_head_width),
     }
-    for name, (has, wanted) in properties.items():
-        if wanted not in (None, has):
-            raise ValueError(
-                f"{path} says that its {name} is {has}, not {wanted}: ask for {has} "
-                f"(base.architecture.{name} of a config) or for none"
-            )
+    if config.text is None and asked.text_head_width is not None:
+        raise ValueError(f"{path} has no text tower: leave text_head_width={asked.text_head_width} out")
+    differing = {name: both for name, both in properties.items() if both[1] not in (None, both[0])}
+    if differing:
+        told = " and its ".join(f"{name} is {has}, not {wanted}" for name, (has, wanted) in differing.items())
+        fields = " and ".join(f"base.architecture.{name}" for name in differing)
+        raise ValueError(
+            f"{path} says that its {told}: ask for {' and '.join(str(has) for has, _ in differing.values())} "
+            f"({fields} of a config) or for none"
+        )
 
 
 def _find(path: str) -> tuple[epath.Path, epath.Path | None]:

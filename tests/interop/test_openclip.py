@@ -156,6 +156,9 @@ def test_another_head_width_than_the_config_says_is_refused(tmp_path):
     assert read_model(str(tmp_path), vision_head_width=16, text_head_width=8).config.text.head_width == 8
     with pytest.raises(ValueError, match="says that its vision.head_width is 16, not 64: ask for 16"):
         read_model(str(tmp_path), vision_head_width=64)
+    both = "its vision.head_width is 16, not 64 and its text.head_width is 8, not 4: ask for 16 and 8 "
+    with pytest.raises(ValueError, match=both):
+        read_model(str(tmp_path), vision_head_width=64, text_head_width=4)
 
 
 @pytest.mark.parametrize("name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-e-14"])

@@ -27,8 +27,8 @@ from clipmoe_jax.dmu import recipes, runner
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import make_model
 from clipmoe_jax.interop import export, released
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
-from clipmoe_jax.models.model_folder import read_config
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
+from clipmoe_jax.models.model_folder import read_config, save_model
 from clipmoe_jax.reporting.text_tables import format_evaluations
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -136,7 +136,14 @@ def truncated_checkpoint(config, folder, tmp_path):
 
 
 def other_architecture(config, folder, tmp_path):
-    config.base.architecture.vision.num_layers = 3
+    config.base.architecture.vision.num_layers, config.base.architecture.embed_dim = 3, 24
+
+
+def vision_tower(config, folder, tmp_path):
+    tower = ClipConfig(embed_dim=16, vision=TINY.vision, text=None)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(tower))
+    save_model(epath.Path(tmp_path) / "tower", tower, params)
+    config.base.checkpoint = str(tmp_path / "tower")
 
 
 def wrong_checkpoint(config, folder, tmp_path):
@@ -213,10 +220,15 @@ BAD_RUNS = {
         truncated_checkpoint,
         "cut.pt cannot be read as safetensors or as a PyTorch state dict",
     ),
-    "another architecture": (other_architecture, "12 missing: visual/resblocks_2/attn/in_proj/bias"),
+    "another architecture": (
+        other_architecture,
+        "does not fit base.architecture: it has embed_dim=16, not 24; vision.num_layers=2, not 3: set these "
+        "fields to what it has",
+    ),
+    "a tower alone": (vision_tower, "tower is a dense CLIP vision tower: a base must have both towers"),
     "another head width": (
         other_head_width,
-        r"says that its text.head_width is 64, not 32: .*\(base.architecture.text.head_width of a config\)",
+        r"it has text.head_width=64, not 32: set these fields",
     ),
     "damaged checkpoint": (damaged_checkpoint, "rewritten.pt: logit_scale has NaN or infinite values"),
     "warm-up too long": (no_room_for_warm_up, "warmup_steps=4 does not fit into 4 steps"),
