@@ -46,22 +46,36 @@ def main(argv: list[str]) -> str:
     logging.set_verbosity(logging.WARNING)  # tfds and orbax log every file they open
     options = flags.FLAGS
     distributed.keep_compiled_programs()
-    folder, searches = epath.Path(options.out), bool(options.search or options.search_image)
-    if options.search and options.search_image:
-        raise ValueError("--search and --search_image are two queries: give one")
+    folder, searches = epath.Path(options.out), _searches()
     embeds = not (searches and (folder / REPORT).exists())
     if embeds and not options.source:
         raise ValueError(f"{folder} holds no features: name what to encode, --source=KIND:PATH")
     model = read(options.model, **cli.model_options())
+    query = _query(model) if searches else None  # before all is encoded: it may be one that cannot be
     told = []
     if embeds:
+        cli.say(f"{options.model}: {model.source}")
         try:
             told.append(_embed(model))
         except preparation.TooManyBadRecordsError as error:
             raise error.of_flag() from error
-    if searches:
-        told.append(_search(model, folder))
+    if query is not None:
+        told.append(_search(model, folder, query))
     return "\n".join(told)
+
+
+def _searches() -> bool:
+    """Returns whether a query is given. Raises ValueError for two, an empty one or a missing file."""
+    options = flags.FLAGS
+    given = [name for name in ("search", "search_image") if options[name].present]
+    if len(given) > 1:
+        raise ValueError("--search and --search_image are two queries: give one")
+    for name in given:
+        if not str(options[name].value).strip():
+            raise ValueError(f"--{name} is empty: say what to search for, or leave it out")
+    if options.search_image and not epath.Path(options.search_image).exists():
+        raise ValueError(f"--search_image={options.search_image} does not exist: give an image file")
+    return bool(given)
 
 
 def _embed(model: Loaded) -> str:
@@ -80,34 +94,51 @@ def _embed(model: Loaded) -> str:
         num_parts=options.num_parts,
         max_bad_fraction=options.max_bad_fraction,
     )
-    rate = embedder.num_encoded / (time.perf_counter() - began)
+    rate = ""
+    if embedder.num_encoded:
+        per_second = embedder.num_encoded / (time.perf_counter() - began)
+        rate = f" {per_second:,.1f} images/s on {jax.device_count()} device(s)."
     of = "images and their captions" if tokenizer else "images"
     return (
         f"{printable_line(options.out)}: features of {report['images']:,} {of}; {report['bad']:,} bad "
-        f"records left out. {rate:,.1f} images/s on {jax.device_count()} device(s)."
+        f"records left out.{rate}"
     )
 
 
-def _search(model: Loaded, folder: epath.Path) -> str:
-    """Returns a line for each of the nearest images, and shows them on a sheet."""
+def _query(model: Loaded) -> np.ndarray:
+    """Returns the unit features (d,) of what the flags search for.
+
+    Raises ValueError for a model that takes no text, and for a file that does not decode.
+    """
+    options, encoder = flags.FLAGS, _encoder(model, 1)
+    if options.search_image:
+        pixels = preprocess_file(options.search_image, model.config.vision.image_size)
+        return encoder.images(pixels[None])[0]
+    if tokenizer := _tokenizer(model):
+        return encoder.texts(tokenizer(options.search))[0]
+    raise ValueError(f"the model is a {model.source}, which takes no text: give --search_image=FILE")
+
+
+def _search(model: Loaded, folder: epath.Path, query: np.ndarray) -> str:
+    """Returns a line for each of the images nearest to a query (d,), and shows them on a sheet."""
     options = flags.FLAGS
     report = read_verified(folder / REPORT)
     if field(report, "model", str, str(folder / REPORT)) != _fingerprint(model):
         raise ValueError(f"{folder} has the features of another model than {options.model}: give that one")
-    encoder, image_size = _encoder(model, 1), model.config.vision.image_size
-    if options.search_image:
-        query = encoder.images(preprocess_file(options.search_image, image_size)[None])
-    elif tokenizer := _tokenizer(model):
-        query = encoder.texts(tokenizer(options.search))
-    else:
-        raise ValueError(f"the model is a {model.source}, which takes no text: give --search_image=FILE")
     spec = ",".join(options.source) or field(report, "source", str, str(folder / REPORT))
     split = options.split or field(report, "split", str, str(folder / REPORT))
-    hits = nearest(folder, query[0], options.num_results)
-    images = read_images(_open(spec, split, image_size), hits)
+    hits = nearest(folder, query, options.num_results)
+    lines = [*map(_line, hits)]
+    try:
+        images = read_images(_open(spec, split, model.config.vision.image_size), hits)
+        sheet = contact_sheet(images, [f"{hit.similarity:.3f} {hit.id}" for hit in hits])
+    except (OSError, ValueError) as error:
+        (folder / SHEET).unlink(missing_ok=True)  # of another query
+        why = f"{printable_line(error)}; --source= names where the images are now"
+        return "\n".join([*lines, f"{printable_line(folder / SHEET)} is left out: {why}."])
     with written_whole(folder / SHEET) as path:
-        contact_sheet(images, [f"{hit.similarity:.3f} {hit.id}" for hit in hits]).save(path, "PNG")
-    return "\n".join([*map(_line, hits), f"{printable_line(folder / SHEET)} shows them."])
+        sheet.save(path, "PNG")
+    return "\n".join([*lines, f"{printable_line(folder / SHEET)} shows them."])
 
 
 def _line(hit: Hit) -> str:
