@@ -11,6 +11,7 @@ from. --cost measures latency, throughput and memory of encoding, with --experts
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from clipmoe_jax.core import artifacts, cli, distributed, sharding, trees
 from clipmoe_jax.core.terminal import printable_line
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
-from clipmoe_jax.evaluation.evaluations import KINDS, Evaluation, open_applicable, parse_evaluation
+from clipmoe_jax.evaluation.evaluations import Evaluation, open_applicable, parse_evaluation
 from clipmoe_jax.evaluation.subject import ModelSubject
 from clipmoe_jax.interop.load import Loaded, read_model
 from clipmoe_jax.models.clip import Clip, ClipConfig
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> str:
         raise ValueError(f"--out={given.out} exists already: delete it or choose another file")
     if not given.data and not given.cost:
         raise ValueError("there is nothing to measure: give --data=KIND:PATH, --cost or both")
-    lines = [line if line.partition(":")[0] in KINDS else f"retrieval:{line}" for line in given.data or ()]
+    lines = list(map(_with_kind, given.data or ()))
     # An error in them is raised before the model is read.
     evaluations, reasons = open_applicable([parse_evaluation(line) for line in lines])
     if given.out:
@@ -140,6 +141,11 @@ def main(argv: list[str]) -> str:
             *tables,
         ]
     )
+
+
+def _with_kind(line: str) -> str:
+    """Returns a line of --data with the kind that a path alone stands for. "gs://…" begins with no kind."""
+    return line if re.match(r"\w+:(?!//)", line) else f"retrieval:{line}"
 
 
 def _define_flags() -> None:

@@ -271,8 +271,9 @@ def _how_to_prepare(path: str) -> str:
     ):
         return "make one with python -m clipmoe_jax.prepare"
     return (
-        f"it has images, so write folder:{path} (images:{path} if they have no captions) where a source can "
-        f"stand, or make one with python -m clipmoe_jax.prepare --source=folder:{path} --out=DIR"
+        f"it has images, so make one with python -m clipmoe_jax.prepare --source=folder:{path} --out=DIR "
+        f"(images:{path} if they have no captions); data.… of a config and --source of embed take "
+        f"folder:{path} as it is"
     )
 
 

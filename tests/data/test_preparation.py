@@ -139,7 +139,8 @@ def test_wrong_path_or_split_is_refused(source, out):
         Records(str(out))
     pairs = out.parents[1] / "pairs"
     with pytest.raises(
-        FileNotFoundError, match=f"write folder:{pairs} .*, or make one .* --source=folder:{pairs} --out=DIR"
+        FileNotFoundError,
+        match=f"so make one with .* --source=folder:{pairs} --out=DIR .*embed take folder:{pairs} as",
     ):
         Records(str(pairs))
     prepare(source, str(out), split="val")

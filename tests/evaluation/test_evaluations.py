@@ -497,6 +497,17 @@ def test_wrong_line_says_what_is_wrong(line, message):
         parse_evaluation(line)
 
 
+@pytest.mark.parametrize("path", ["data/coco", "gs://bucket/coco", "runs/a:b"])
+def test_path_alone_is_for_retrieval(path):
+    assert evaluate._with_kind(path) == f"retrieval:{path}"
+
+
+@pytest.mark.parametrize("line", ["zeroshot:data/classes", "folder:test"])
+def test_kind_that_does_not_exist_is_no_path(line):
+    with pytest.raises(ValueError, match=f"evaluation '{line}' is not KIND:PATH: choose a kind of retrieval"):
+        parse_evaluation(evaluate._with_kind(line))
+
+
 MISSING = {
     "data set": ("retrieval:{0}/nowhere", FileNotFoundError, "nowhere is not a prepared data set"),
     "split": (
