@@ -36,6 +36,8 @@ def main(argv: list[str]) -> str | None:
     if not flags.FLAGS.workdir:
         raise ValueError("--workdir is empty: name the folder that everything the run makes goes to")
     workdir = epath.Path(flags.FLAGS.workdir)
+    if workdir.is_file():
+        raise ValueError(f"--workdir={workdir} is a file: name the folder that everything goes to")
     if flags.FLAGS.stage == DATA_STAGE:
         accelerators.take_none()
     profiled = _parse_profile(flags.FLAGS.profile)

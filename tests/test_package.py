@@ -66,3 +66,10 @@ def test_config_by_its_name():
     assert (
         done.returncode == 1 and "no such config: choose one of demo, drawings, sweep, vit_b32" in done.stderr
     )
+
+
+def test_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "x.csv").touch()
+    done = run_clipmoe("train", "--config=demo", f"--workdir={tmp_path}/x.csv")
+    message = f"error: --workdir={tmp_path}/x.csv is a file: name the folder that everything goes to\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)

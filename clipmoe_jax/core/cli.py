@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import errno
+import inspect
 import os
 import pathlib
 import re
@@ -98,6 +99,31 @@ def _config_file(text: str) -> str:
     return f"{known[name]}{colon}{argument}"
 
 
+def _parse_config(text: str, parse: Callable[[str], Any]) -> Any:
+    """Returns the config of FILE or FILE:ARGUMENT, as `parse` of ml_collections, with errors of our own.
+
+    Raises ValueError for a file that is not there or has no `get_config`, and for an argument that this does
+    not take, or lacks.
+    """
+    file, colon, argument = text.partition(":")
+    if not os.path.exists(file) or os.path.isdir(file):
+        raise ValueError("no such file: give the name of a config (demo), or a file (configs/demo.py)")
+    try:
+        return parse(text)
+    except AttributeError as error:
+        if error.name != "get_config":
+            raise
+        raise ValueError(f"{file} has no get_config(), which returns the config: define it there") from error
+    except TypeError as error:
+        *_, (frame, _) = traceback.walk_tb((error.__context__ or error).__traceback__)
+        if frame.f_code.co_filename != inspect.getfile(parse):  # but in what the call ran
+            raise
+        fix = f"takes no arguments: leave out :{argument}"
+        if not colon:
+            fix = f"needs an argument: write {file}:ARGUMENT"
+        raise ValueError(f"the config of {file} {fix}") from error
+
+
 def _manual(main: Callable) -> str:
     """Returns the text of --help for a command: its module's docstring, then its flags."""
     module = main.__globals__
@@ -153,7 +179,7 @@ def define_config_flag() -> None:
     )
     parser = flags.FLAGS["config"].parser
     parse = parser.parse
-    parser.parse = lambda argument: parse(_config_file(argument))
+    parser.parse = lambda argument: _parse_config(_config_file(argument), parse)
     flags.mark_flag_as_required("config")
 
 
@@ -253,6 +279,9 @@ def _parse_flags(argv: list[str], renamed: Mapping[str, str]) -> list[str]:
         text, is_flag = _one_line(error), isinstance(error, flags.UnrecognizedFlagError)
         text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
         text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+            if "config" in flags.FLAGS:  # which defines the flags of its fields
+                _fail("--config is missing: --help describes it")
         if NEEDED in text:
             text = f"{text.split()[1].partition('=')[0]} is missing: --help describes it"
         hint = _renaming(text, renamed)

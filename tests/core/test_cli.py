@@ -252,14 +252,14 @@ def get_config(arch="small"):
 """
 
 CONFIG_COMMAND = """
-from ml_collections import config_flags
+from absl import flags
 from clipmoe_jax.core import cli
 from clipmoe_jax.data.tokenizer import Tokenizer
 
-CONFIG = config_flags.DEFINE_config_file("config")
+cli.define_config_flag()
 
 def main(argv):
-    steps = CONFIG.value.num_steps
+    steps = flags.FLAGS.config.num_steps
     if steps == 11:
         Tokenizer(context_length=2)  # an error of this package, made for people
     if steps == 12:
@@ -338,7 +338,7 @@ def test_overrides_reach_main(run_command):
     grid(
         ("--config.nothing=1", "no such config field: 'nothing'"),
         ("--config.num_steps=11", "context_length=2 is too short: use 3 or more"),
-        ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
+        ("--config=nowhere.py", "--config=nowhere.py: no such file: give the name of a config (demo), or a"),
         ("config.num_steps=3", "unexpected argument 'config.num_steps=3'"),
         rest=[
             ("--config.data.batchsize=1", "'batchsize' Did you mean \"batch_size\""),
@@ -354,6 +354,27 @@ def test_errors_are_one_line(run_command, argument, message):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_field_without_a_config_says_that_the_config_is_missing(run_command):
+    done = run_command("--config.num_steps=3")
+    assert (done.returncode, done.stderr) == (1, "error: --config is missing: --help describes it\n")
+
+
+FILES = {
+    "no get_config": ("x = 1", "mine.py", "mine.py has no get_config(), which returns the config: define it"),
+    "an argument": ("def get_config(): ...", "mine.py:seeds=3", "takes no arguments: leave out :seeds=3"),
+    "no argument": ("def get_config(arch): ...", "mine.py", "needs an argument: write mine.py:ARGUMENT"),
+    "its own": ("def get_config():\n    return 1 + ''", "mine.py", "'int' and 'str' (mine.py, line 2)"),
+}
+
+
+@pytest.mark.parametrize(("text", "config", "message"), FILES.values(), ids=FILES)
+def test_config_file_that_cannot_be_called_is_named(run_command, tmp_path, text, config, message):
+    (tmp_path / "mine.py").write_text(text)
+    done = run_command(f"--config={config}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr
 
 
 def test_error_that_nobody_foresaw_is_one_line_and_a_log(run_command, tmp_path):
