@@ -5,9 +5,9 @@
         --config.base.checkpoint=ViT-L-14.pt --config.data.train=data/sharegpt4v
 
 A config with `variants` is a sweep: each variant is a run in WORKDIR/VARIANT, and one table compares them
-(--config=sweep). A finished stage is not run again, and a killed run resumes. `--stage` runs one stage
-alone, of those that the config has: data, base, rehearsal, embed_1, cluster_1, mcl_1, …, consolidation,
-upcycle, router, baselines, evaluate.
+(--config=sweep). A finished stage is not run again, and a killed run resumes; SIGTERM saves and exits with
+code 75, start the same command again to go on. `--stage` runs one stage alone, of those that the config has:
+data, base, rehearsal, embed_1, cluster_1, mcl_1, …, consolidation, upcycle, router, baselines, evaluate.
 
 `--profile=100:105` traces steps 100 to 105 of each phase: WORKDIR/profile/PHASE, for ui.perfetto.dev.
 `python -m clipmoe_jax.plan` estimates beforehand what a run takes on any number of devices.

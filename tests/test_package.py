@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 from clipmoe_jax import __main__ as clipmoe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,6 +59,15 @@ def test_manual_of_a_command_calls_it_as_it_was_called():
         "  --config=CONFIG  (required)\n" in done.stdout
         and "  --distributed=auto|off  (default auto)\n" in done.stdout
     )
+
+
+@pytest.mark.parametrize("name", ["train", "prepare"])
+def test_exit_code_of_sigterm_is_told_of_train_alone(name):
+    """The other commands end at once."""
+    text = " ".join(run_clipmoe(name, "--help").stdout.split())
+    assert ("SIGTERM saves and exits with code 75, start the same command again" in text) == (name == "train")
+    assert ("SIGTERM" in text) == (name == "train")
+    assert text.endswith("Exit codes: 0 done; 1 an error, told in a line; 130 stopped by Ctrl-C.")
 
 
 def test_config_by_its_name():

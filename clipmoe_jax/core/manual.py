@@ -6,10 +6,7 @@ from typing import Any
 
 # What stands for a value, by the type of its flag.
 VALUES = {"int": "N", "float": "X", "config object": "CONFIG"}
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 an error, told in a line; 75 stopped by SIGTERM, start the same command again to "
-    "go on; 130 stopped by Ctrl-C."
-)
+EXIT_CODES = "Exit codes: 0 done; 1 an error, told in a line; 130 stopped by Ctrl-C."
 WIDTH = 100
 # In absl's messages: of a flag that has no value and needs one, and of one that may be given several times.
 NEEDED = "must have a value other than None"
