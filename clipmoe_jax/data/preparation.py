@@ -28,6 +28,7 @@ from clipmoe_jax.data.sources.base import (
     BadRecord,
     Source,
     attribute_table,
+    check_not_empty,
     entries_from,
 )
 
@@ -41,6 +42,11 @@ BAD_RECORDS = "bad_records.jsonl"
 # So many bad records show what is wrong: a source that has too many of them is read no further, and one with
 # fewer is read to its end, so that all are known at once.
 ENOUGH_BAD = 100
+# What to do where all records are bad, by their kind.
+OF_ALL = {
+    "missing caption": "each image needs a caption, in folder:DIR a .txt of its name beside it",
+    "missing class": "classes:DIR needs a subfolder for each class, with its images in it",
+}
 RAISE_IT = "or raise max_bad_fraction"
 
 
@@ -63,8 +69,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, source: Source, num_shards: int | None, split: str, pixels: int | None) -> "Layout":
         """Returns that of a source; arguments as of `write_pairs`. Raises ValueError for an empty one."""
-        if not len(source):
-            raise ValueError("the source is empty: check its path")
+        check_not_empty(source)
         per_shard = -(-len(source) // num_shards) if num_shards else entries_per_shard(len(source))
         return cls(len(source), per_shard, split, pixels)
 
@@ -140,8 +145,9 @@ class BadRecords:
         if count <= self._max_fraction * self._total:
             return
         advice = f"{self._advice}, {RAISE_IT}"
-        if set(self.counts) == {"missing caption"} and (at_least or count == self._total):
-            advice = "each image needs a caption, in folder:DIR a .txt of its name beside it"
+        kind, *others = self.counts
+        if kind in OF_ALL and not others and (at_least or count == self._total):
+            advice = OF_ALL[kind]
         raise TooManyBadRecordsError(
             f"{at_least}{count:,} of {self._total:,} records are bad, more than "
             f"max_bad_fraction={self._max_fraction:g} allows: {self.summary()}. {self._log.name} lists them: "

@@ -28,7 +28,7 @@ from clipmoe_jax.data.preparation import BAD_RECORDS, BadRecords, check_on_disk,
 from clipmoe_jax.data.preprocess import UnreadableImageError, preprocess_image
 from clipmoe_jax.data.records import Records, check_stored_size
 from clipmoe_jax.data.shard_files import SourceChangedError, added_to, as_told, image_bytes
-from clipmoe_jax.data.sources.base import BadRecord, Pair, Source
+from clipmoe_jax.data.sources.base import BadRecord, Pair, Source, check_not_empty
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder
 
@@ -135,8 +135,8 @@ class Embedder:
             ValueError: `out` is taken or in a bucket, or there is no usable image.
         """
         check_on_disk(out)
-        if not (entries := len(self._source)):
-            raise ValueError("the source is empty: check its path")
+        check_not_empty(self._source)
+        entries = len(self._source)
         per_part = -(-entries // num_parts) if num_parts else entries_per_shard(entries)
         made_from = {**inputs, "entries": entries, "per_part": per_part}
         with artifacts.new_folder(

@@ -316,7 +316,7 @@ def test_bad_files_of_class_folders_are_named_by_kind(tmp_path):
         path.write_bytes(picture(0))
     (tmp_path / "dog" / "notes.txt").write_text("is no image")
     alone, latin, good = open_source(f"classes:{tmp_path}")
-    assert (alone.id, alone.kind) == ("0.png", "missing caption") and "no class's subfolder" in alone.detail
+    assert (alone.id, alone.kind) == ("0.png", "missing class") and "no class's subfolder" in alone.detail
     assert latin.kind == "invalid text"
     assert good == Pair("dog/0.png", picture(0), ("dog",))
 

@@ -285,9 +285,19 @@ def test_images_without_captions_are_told_to_have_some(out, tmp_path, num_pairs)
         prepare(source, str(out))
 
 
+def test_images_of_no_class_are_told_to_have_one(out, tmp_path):
+    make_folder(tmp_path / "pairs", 6)
+    with pytest.raises(TooManyBadRecordsError, match=r"6 missing class\. .*classes:DIR needs a subfolder"):
+        prepare(open_source(f"classes:{tmp_path}/pairs"), str(out))
+
+
 def test_source_without_a_usable_pair_is_refused(out, tmp_path):
-    with pytest.raises(ValueError, match="source is empty"):
-        prepare(make_folder(tmp_path / "empty", 0), str(out))
+    empty = make_folder(tmp_path / "empty", 0)
+    with pytest.raises(ValueError, match="^the source is empty: check its path$"):
+        prepare(empty, str(out))
+    spec = f"folder:{tmp_path}/empty"
+    with pytest.raises(ValueError, match=f"^source {spec} is empty: check its path$"):
+        prepare(open_source(spec), str(out))
     source = make_folder(tmp_path / "pairs", 2)
     damage(tmp_path, [0, 1])
     with pytest.raises(ValueError, match="no usable pair in 2 records: 2 unreadable image"):

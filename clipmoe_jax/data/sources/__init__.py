@@ -176,7 +176,7 @@ def open_source(spec: str, images: str | None = None, seed: int = 0, follow_link
     if images is not None and all(KINDS[one.kind].images == "no use" for one in specs):
         raise ValueError(f"source {spec} has no use for images={images}: leave it out")
     sources = [_open(one, images, follow_links) for one in specs]
-    return Unique(sources[0] if len(sources) == 1 else Concatenated(sources))
+    return Unique(sources[0] if len(sources) == 1 else Concatenated(sources), spec)
 
 
 def with_seed(spec: str, seed: int) -> str:

@@ -106,10 +106,14 @@ def id_digest(record_id: str) -> bytes:
 
 
 class Unique:
-    """A source whose ids come once: later records of the same id are bad. Keeps 16 bytes of each id."""
+    """A source whose ids come once: later records of the same id are bad. Keeps 16 bytes of each id.
 
-    def __init__(self, source: Source):
-        self._source = source
+    Attributes:
+        spec: what `open_source` was given, for messages.
+    """
+
+    def __init__(self, source: Source, spec: str):
+        self._source, self.spec = source, spec
         self.attribute_table = attribute_table(source)
 
     def __len__(self) -> int:
@@ -127,6 +131,13 @@ class Unique:
                     record = duplicate_of(record.id)
                 seen.add(digest)
             yield record
+
+
+def check_not_empty(source: Source) -> None:
+    """Raises ValueError for a source without entries."""
+    if not len(source):
+        name = f"source {source.spec}" if isinstance(source, Unique) else "the source"
+        raise ValueError(f"{name} is empty: check its path")
 
 
 def duplicate_of(record_id: str) -> BadRecord:

@@ -120,7 +120,7 @@ class Classes(ImageFolder):
     def _captions(self, path: Path) -> list | BadRecord:
         name, *inside = path.relative_to(self._root).parts
         if not inside:
-            return BadRecord(path.name, "missing caption", f"{path} is in no class's subfolder")
+            return BadRecord(path.name, "missing class", f"{path} is in no class's subfolder")
         return [name]
 
 
