@@ -237,6 +237,7 @@ def _label(run: Run, features: epath.Path, modality: str, out: epath.Path) -> li
     except ValueError:
         checksums.verify(features, *(file.name for file in files))  # names the file, if one is damaged
         raise
+    distributed.barrier(f"centres of {modality}s")  # a collective would not wait as long
     centres = distributed.broadcast(centres)
     for part in range(jax.process_index(), len(parts), jax.process_count()):
         checksums.verify(features, files[part].name)  # here, where all of it is read
