@@ -64,7 +64,7 @@ def _models(run: Run) -> Iterator[tuple[epath.Path, dict, bool]]:
 def _evaluations(run: Run) -> Iterator[tuple[epath.Path, dict, bool]]:
     """The same of each model's numbers, which have what they are measured on for an input, too."""
     made = recipes.recipes(run.config)
-    for recipe in made.values():
+    for recipe in recipes.table_rows(run.config):
         inputs = inputs_of(run, recipe) if recipe.group != "ensemble" else {}
         if recipe.group == "ensemble":
             for name in recipe.experts(run.config):
