@@ -157,14 +157,14 @@ def datasets_of(
     return datasets
 
 
-def check_disjoint(datasets: Mapping[str, Dataset], workdir: epath.Path) -> None:
+def check_disjoint(records: Mapping[str, Records], workdir: epath.Path) -> None:
     """Raises ValueError naming an image of "rehearsal" that lies in "test" or "retention" too.
 
     Every image of the three is read, which takes hours for many millions. So compared.json in the workdir
     notes what was compared, and other seeds, variants and a run that goes on do not read it again. Raises
     Preempted after SIGTERM or Ctrl-C.
     """
-    records = {name: datasets[name].open() for name in ("test", "retention", "rehearsal") if name in datasets}
+    records = {name: records[name] for name in ("test", "retention", "rehearsal") if name in records}
     these = " ".join(f"{name}:{of_name.fingerprint}" for name, of_name in records.items())
     compared = _read_compared(workdir / COMPARED)
     if these in compared:

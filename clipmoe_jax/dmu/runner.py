@@ -290,7 +290,7 @@ def check_data(config: ConfigDict, datasets: Mapping[str, Dataset], workdir: epa
     if rehearses(config):
         with errors.of():
             distributed.on_main(
-                "rehearsal is compared", lambda: check_disjoint(datasets, workdir), WAIT_SECONDS
+                "rehearsal is compared", lambda: check_disjoint(records, workdir), WAIT_SECONDS
             )
     with errors.of():
         check_num_pairs(config, {name: len(of_name) for name, of_name in records.items()})

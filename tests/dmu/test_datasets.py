@@ -295,7 +295,7 @@ def test_rehearsed_image_that_is_tested_too_is_named(tmp_path, name, pixels):
     for seed in (0, 1):
         source = sources.open_source(f"glyphs:train?pairs=3&seed={seed}")
         preparation.prepare(source, str(tmp_path / str(seed)), pixels=pixels)
-        datasets.append(Dataset(str(tmp_path / str(seed)), ""))
+        datasets.append(Records(str(tmp_path / str(seed)), ""))
     check_disjoint({"rehearsal": datasets[0], name: datasets[1]}, workdir)
     with pytest.raises(ValueError, match=rf"data.rehearsal: the image of '\d+' .* in data.{name}: leave"):
         check_disjoint({"rehearsal": datasets[0], name: datasets[0]}, workdir)
@@ -306,7 +306,7 @@ def test_images_are_compared_once(tmp_path, monkeypatch):
     datasets, read, workdir = {}, [], epath.Path(tmp_path / "run")
     for seed, name in enumerate(("test", "rehearsal", "retention")):
         preparation.prepare(sources.open_source(f"glyphs:train?pairs=3&seed={seed}"), str(tmp_path / name))
-        datasets[name] = Dataset(str(tmp_path / name), "")
+        datasets[name] = Records(str(tmp_path / name), "")
     read_record = Records.__getitem__
     monkeypatch.setattr(Records, "__getitem__", lambda *args: read.append(1) or read_record(*args))
 
@@ -324,7 +324,7 @@ def test_images_are_compared_once(tmp_path, monkeypatch):
 
 def test_comparing_images_stops_when_it_is_asked_to(tmp_path, monkeypatch):
     preparation.prepare(sources.open_source("glyphs:train?pairs=3"), str(tmp_path / "set"))
-    dataset = Dataset(str(tmp_path / "set"), "")
+    dataset = Records(str(tmp_path / "set"), "")
     monkeypatch.setattr(distributed, "preempted", lambda: True)
     with pytest.raises(distributed.Preempted, match="^data: stopped"):
         check_disjoint({"rehearsal": dataset, "test": dataset}, epath.Path(tmp_path / "run"))
