@@ -8,7 +8,7 @@ from etils import epath
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed
 from clipmoe_jax.dmu import recipes
-from clipmoe_jax.dmu.results import evaluation_folder
+from clipmoe_jax.dmu.results import evaluation_folder, inputs_of_ensemble
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import inputs_of_clusters, inputs_of_features, inputs_of_rehearsal
 from clipmoe_jax.dmu.training import inputs_of, inputs_of_upcycling
@@ -65,10 +65,11 @@ def _evaluations(run: Run) -> Iterator[tuple[epath.Path, dict, bool]]:
     """The same of each model's numbers, which have what they are measured on for an input, too."""
     made = recipes.recipes(run.config)
     for recipe in recipes.table_rows(run.config):
-        inputs = inputs_of(run, recipe) if recipe.group != "ensemble" else {}
         if recipe.group == "ensemble":
-            for name in recipe.experts(run.config):
-                inputs |= {f"{name}: {field}": value for field, value in inputs_of(run, made[name]).items()}
+            members = recipe.experts(run.config)
+            inputs = inputs_of_ensemble({name: inputs_of(run, made[name]) for name in members})
+        else:
+            inputs = inputs_of(run, recipe)
         if (folder := evaluation_folder(run, recipe)).exists():
             for path in sorted(folder.iterdir()):
                 yield path, inputs, True

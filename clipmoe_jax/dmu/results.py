@@ -236,6 +236,11 @@ def _test_inputs(run: Run) -> dict[str, Any]:
     return inputs
 
 
+def inputs_of_ensemble(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the inputs of an ensemble. members: {name: inputs of the model}."""
+    return {f"{name}: {field}": value for name, inputs in members.items() for field, value in inputs.items()}
+
+
 def evaluation_folder(run: Run, recipe: Recipe) -> epath.Path:
     """Returns where the numbers and features of a model lie, a folder for each evaluation."""
     name = recipe.title
@@ -351,9 +356,7 @@ def _evaluate_ensemble(run: Run, recipe: Recipe) -> dict[str, Any]:
         parts = zip(*(_features(run, member) for member in members), strict=True)
         images, texts = (np.concatenate(of_members, axis=1) for of_members in parts)
         numbers |= retrieval_recall(images, texts, run.captions("test").image_of_text, with_errors=True)
-    made_from = {
-        f"{member.name}: {name}": value for member in members for name, value in _inputs(run, member).items()
-    }
+    made_from = inputs_of_ensemble({member.name: _inputs(run, member) for member in members})
 
     @functools.cache
     def subject() -> EnsembleSubject:
