@@ -91,7 +91,7 @@ class FeedForward(NamedTuple):
         *,
         apply: ApplyLinear = linear,
     ) -> Float[Array, "... F"]:
-        """Returns the hidden activations before the activation function, -inf where dropout drops them.
+        """Returns the hidden activations before the activation function, near DROPPED where dropped.
 
         x (N, D), the rows from `first_row` of all those that dropout draws for -> (N, F).
         """
