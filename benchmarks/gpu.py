@@ -7,7 +7,8 @@
 Every item is a process of its own, because XLA reads its flags once. Steps are compiled a few at once; then
 one process after the other measures while the others wait. Rows go to DIR/gpu.jsonl as they come. A time is
 the median over rounds, each of calls one behind another for 0.2 s. A step's second row says which kernels it
-spends its time in. Errors stay rows: a GPU's time is dear.
+spends its time in. Errors stay rows: a GPU's time is dear. Most of it goes into compilation, one to three
+minutes a step; with JAX_COMPILATION_CACHE_DIR set a second call does not compile again.
 
 MFU is the model's FLOPs (clipmoe_jax/models/flops.py) by the vendor's peak; "TFLOP/s" of a layer counts its
 products alone, without padding and what is computed again.
@@ -15,6 +16,7 @@ products alone, without padding and what is computed again.
 
 import argparse
 import collections
+import dataclasses
 import functools
 import json
 import os
@@ -25,12 +27,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing import Program
 
+if TYPE_CHECKING:
+    from benchmarks.ours import Training
+    from benchmarks.workload import Workload
+
 Row = dict[str, Any]
-NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 # Of the MoE layer: ViT-L/14's vision tower at batch 100.
 TOKENS, WIDTH, HIDDEN, EXPERTS, SELECTED = 25_700, 1024, 4096, 4, 2
 ROUND_SECONDS = 0.2
@@ -39,17 +45,16 @@ ROUND_SECONDS = 0.2
 STEPS = {
     "mcl": ("", {"remat": "dots"}, "mcl"),
     "router": ("", {"remat": "dots"}, "router"),
-    "mcl_no_triton": (NO_TRITON, {"remat": "dots"}, "mcl"),
     "mcl_no_remat": ("", {"remat": "none"}, "mcl"),
-    "mcl_104_no_remat": ("", {"remat": "none", "batch": 104}, "mcl"),
+    "mcl_unmerged": ("--xla_gpu_dot_merger_threshold_mb=0", {"remat": "none"}, "mcl"),
     "router_no_remat": ("", {"remat": "none"}, "router"),
-    "router_no_triton": (NO_TRITON, {"remat": "dots"}, "router"),
+    "router_no_graphs": ("--xla_gpu_enable_command_buffer=", {"remat": "none"}, "router"),
     "mcl_keep": ("", {"remat": "dots", "keep": True}, "mcl"),
     "mcl_keep_no_remat": ("", {"remat": "none", "keep": True}, "mcl"),
     "router_keep": ("", {"remat": "dots", "keep": True}, "router"),
     "router_keep_no_remat": ("", {"remat": "none", "keep": True}, "router"),
 }
-PARTS = ("ceilings", "equality", "attention", "products", "layer")
+PARTS = ("ceilings", "equality", "attention", "products", "layer", "ahead")
 # Settings of models/grouped_dot.py: WIDEST, LOADED, SNAKE.
 SETTINGS = (*((256, 4, snake) for snake in (4, 8, 16, 1)), (256, 3, 4), (128, 4, 4), (128, 6, 4))
 ITEMS = (*PARTS, *STEPS)
@@ -287,19 +292,47 @@ def layer(rounds: int, tokens: int) -> Iterator[Row]:
     yield from rows_of("capacity of 1.0", moe.copy(dispatch="capacity", capacity_factor=1.0), params)
 
 
+def make(item: str, args: argparse.Namespace) -> tuple["Workload", "Training", str]:
+    """Returns a step before it is compiled: its sizes, its program, its kind."""
+    from benchmarks.ours import Training
+    from benchmarks.workload import Workload
+    from clipmoe_jax.core import sharding
+
+    _, fields, kind = STEPS[item]
+    sizes = {"variant": args.variant, "batch": args.batch, "text": args.text, "dtype": "bfloat16"}
+    workload = Workload(**sizes | fields, platform=sharding.platform())
+    return workload, Training(workload, kind), kind
+
+
+def ahead(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields MCL steps alone and while a thread compiles the router step, then that step: compare it with
+    the item router_no_remat, which is compiled alone."""
+    import jax
+
+    (_, mcl, _), (_, router, _) = (make(item, args) for item in ("mcl_no_remat", "router_no_remat"))
+    mcl.compile()
+    yield timed("MCL step", mcl, args.rounds)
+    began, seconds = time.perf_counter(), []
+    with ThreadPoolExecutor(1) as thread:
+        compilation = thread.submit(router.compile)
+        while not compilation.done():
+            before = time.perf_counter()
+            jax.block_until_ready(mcl())
+            seconds.append(time.perf_counter() - before)
+        compilation.result()
+    told = {"name": "MCL step beside a compilation", "milliseconds": 1e3 * statistics.median(seconds)}
+    of_all = {"mean": 1e3 * statistics.mean(seconds), "worst": 1e3 * max(seconds)}
+    yield told | of_all | {"seconds to compile": time.perf_counter() - began}
+    yield timed("router step, compiled ahead", router, args.rounds)
+
+
 def step(item: str, args: argparse.Namespace, wait: Callable[[], None]) -> Iterator[Row]:
     """Yields a step's time, MFU and memory, then the kernels of a profile."""
     import jax
 
-    from benchmarks.ours import Training
-    from benchmarks.workload import Workload
-    from clipmoe_jax.core import sharding
     from clipmoe_jax.core.accelerators import of_kind
 
-    _, fields, kind = STEPS[item]
-    sizes = {"variant": args.variant, "batch": args.batch, "text": args.text, "dtype": "bfloat16"} | fields
-    workload = Workload(**sizes, platform=sharding.platform())
-    training = Training(workload, kind)
+    workload, training, kind = make(item, args)
     began = time.perf_counter()
     memory = training.compile()
     told = {"name": item, "seconds to compile": time.perf_counter() - began, "peak GiB": memory / 2**30}
@@ -310,7 +343,7 @@ def step(item: str, args: argparse.Namespace, wait: Callable[[], None]) -> Itera
     if accelerator and "tflops" in row:
         row["mfu"] = row["tflops"] * 1e12 / accelerator.peak_flops
     in_use = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    yield told | row | {"sizes": sizes, "peak GiB in use": in_use / 2**30}
+    yield told | row | {"sizes": dataclasses.asdict(workload), "peak GiB in use": in_use / 2**30}
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(2):
@@ -360,6 +393,7 @@ def work(item: str, args: argparse.Namespace) -> None:
             "attention": lambda: attention(args.rounds, args.batch),
             "products": lambda: products(args.rounds, TOKENS * args.batch // 100),
             "layer": lambda: layer(args.rounds, TOKENS * args.batch // 100),
+            "ahead": lambda: ahead(args),
         }[item]()
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for row in rows:
