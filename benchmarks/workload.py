@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import trees
 from clipmoe_jax.data.packing import pack, place_captions, with_room
-from clipmoe_jax.dmu.recipes import TRAIN_BLOCKS, TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipe import TRAIN_BLOCKS, TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.inputs import END_ID, PAD_ID, START_ID

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import accelerators, cli, distributed
 from clipmoe_jax.core.terminal import printable_line
-from clipmoe_jax.dmu.recipes import Results
+from clipmoe_jax.dmu.recipe import Results
 from clipmoe_jax.dmu.runner import DATA_STAGE, run_variants
 from clipmoe_jax.reporting.output import write_results
 

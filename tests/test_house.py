@@ -66,7 +66,7 @@ NEVERS = [
         "reporting",
         ("analysis", "dmu", "interop", "train", *TOP),
         "a report reads files that a run left: it runs no stage and trains nothing",
-        ("dmu.recipes",),
+        ("dmu.recipe", "dmu.recipes"),
     ),
     Never(
         "dmu",

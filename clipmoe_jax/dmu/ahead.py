@@ -10,6 +10,7 @@ from clipmoe_jax.core import artifacts, sharding
 from clipmoe_jax.data.npy import array_shape
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.phases import PlannedPhase, phases_of, placed_params
+from clipmoe_jax.dmu.recipe import Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import settings_of, shuffled
 from clipmoe_jax.models.clip import ClipConfig
@@ -38,7 +39,7 @@ def compile_ahead(run: Run) -> None:
                 _begin(run, phase, recipe)
 
 
-def _begin(run: Run, phase: PlannedPhase, recipe: recipes.Recipe) -> None:
+def _begin(run: Run, phase: PlannedPhase, recipe: Recipe) -> None:
     sampler, teacher = shuffled(run, recipe), phase.loss.teacher
     settings = settings_of(run, recipe, phase.architecture, sampler, phase.num_steps, read=_described)
     make_programs = functools.partial(

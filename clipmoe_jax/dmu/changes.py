@@ -8,6 +8,7 @@ from etils import epath
 from clipmoe_jax import config as configs
 from clipmoe_jax.core import artifacts, distributed
 from clipmoe_jax.dmu import recipes
+from clipmoe_jax.dmu.recipe import REHEARSAL_FOLDER, ROUTER_NAME
 from clipmoe_jax.dmu.results import evaluation_folder, inputs_of_ensemble
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import inputs_of_clusters, inputs_of_features, inputs_of_rehearsal
@@ -58,7 +59,7 @@ def _models(run: Run) -> Iterator[tuple[epath.Path, dict, bool]]:
         # A budget's steps are an input too.
         yield run.workdir / recipe.folder, inputs_of(run, recipe), recipe.num_steps is not None
         if recipe.group == "base" and recipes.imitates_base(run.config):
-            yield run.workdir / recipes.REHEARSAL_FOLDER, inputs_of_rehearsal(run), False
+            yield run.workdir / REHEARSAL_FOLDER, inputs_of_rehearsal(run), False
 
 
 def _evaluations(run: Run) -> Iterator[tuple[epath.Path, dict, bool]]:
@@ -73,4 +74,4 @@ def _evaluations(run: Run) -> Iterator[tuple[epath.Path, dict, bool]]:
         if (folder := evaluation_folder(run, recipe)).exists():
             for path in sorted(folder.iterdir()):
                 yield path, inputs, True
-    yield run.workdir / "eval", inputs_of(run, made[recipes.ROUTER_NAME]), True
+    yield run.workdir / "eval", inputs_of(run, made[ROUTER_NAME]), True

@@ -13,7 +13,7 @@ from clipmoe_jax.core import sharding, trees
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.data.loader import SHORT_LENGTH
 from clipmoe_jax.dmu import recipes
-from clipmoe_jax.dmu.recipes import Budget, Recipe
+from clipmoe_jax.dmu.recipe import ROUTER_NAME, Budget, Recipe
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import ClipConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, num_visited_experts
@@ -76,7 +76,7 @@ class PlannedPhase:
 def architectures_of(config: ConfigDict) -> tuple[ClipConfig, ClipConfig]:
     """Returns the architectures of the base and of the CLIP-MoE."""
     made = recipes.recipes(config)
-    return configs.architecture(config), architecture_of(config, made[recipes.ROUTER_NAME])
+    return configs.architecture(config), architecture_of(config, made[ROUTER_NAME])
 
 
 def architecture_of(config: ConfigDict, recipe: Recipe) -> ClipConfig:

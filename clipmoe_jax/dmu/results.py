@@ -29,7 +29,7 @@ from clipmoe_jax.core.terminal import duration
 from clipmoe_jax.data.npy import load_array, save_array
 from clipmoe_jax.dmu import diagnostics, recipes
 from clipmoe_jax.dmu.datasets import Dataset
-from clipmoe_jax.dmu.recipes import CLIP_MOE, Recipe
+from clipmoe_jax.dmu.recipe import BASE_NAME, CLIP_MOE, ROUTER_NAME, Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import budget_of
 from clipmoe_jax.evaluation.evaluations import (
@@ -169,7 +169,7 @@ def evaluate(run: Run, *, with_baselines: bool = True) -> dict[str, dict[str, An
     results, budget, rows = {}, budget_of(run), recipes.table_rows(run.config)
     if not with_baselines:
         rows = [row for row in rows if not row.is_baseline and row.group != "ensemble"]
-    clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
+    clip_moe = recipes.recipes(run.config)[ROUTER_NAME]
     inputs = _inputs(run, clip_moe) | _test_inputs(run)
     began = time.perf_counter()
     with run.metrics.progress("evaluate", 0, len(rows) + len(DIAGNOSES), unit="part") as progress:
@@ -311,7 +311,7 @@ def _retention(evaluation: Evaluation, found: Mapping[str, float]) -> float:
 
 def _expert(run: Run, recipe: Recipe) -> int | None:
     """Which expert of the CLIP-MoE a model became, if any."""
-    clip_moe = recipes.recipes(run.config)[recipes.ROUTER_NAME]
+    clip_moe = recipes.recipes(run.config)[ROUTER_NAME]
     experts = clip_moe.experts(run.config)
     if recipe.name not in experts or (recipe.group == "base" and clip_moe.extends(run.config)):
         return None
@@ -377,7 +377,7 @@ def _evaluate_blends(run: Run, recipe: Recipe) -> dict[str, dict[str, float]]:
 
     def build(folder: epath.Path) -> dict:
         made = recipes.recipes(run.config)
-        architecture, base = run.load(run.workdir / made[recipes.BASE_NAME].folder)
+        architecture, base = run.load(run.workdir / made[BASE_NAME].folder)
         _, params = run.load(run.workdir / recipe.folder)
         # A file each, so that a killed pass goes on with the next share.
         files = {share: folder / f"{share:.2f}.json" for share in BLEND_SHARES}
@@ -418,7 +418,7 @@ def _diagnose(run: Run, folder: epath.Path, progress: tqdm) -> dict:
         progress.update()
 
     made = recipes.recipes(run.config)
-    compared = {recipe.title: recipe for recipe in (made[recipes.BASE_NAME], made[recipes.ROUTER_NAME])}
+    compared = {recipe.title: recipe for recipe in (made[BASE_NAME], made[ROUTER_NAME])}
     captions = run.captions("test")
     base_features, moe_features = (_features(run, recipe) for recipe in compared.values())
     diagnostics.write_neighbours(folder, base_features, moe_features, captions.texts, captions.image_of_text)

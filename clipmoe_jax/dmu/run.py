@@ -16,7 +16,7 @@ from clipmoe_jax.data import loader
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.datasets import Dataset
-from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.dmu.recipe import Recipe
 from clipmoe_jax.evaluation.captions import Captions, read_captions
 from clipmoe_jax.evaluation.encoder import Encoder
 from clipmoe_jax.evaluation.subject import ModelSubject, Subject

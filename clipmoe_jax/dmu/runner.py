@@ -22,16 +22,8 @@ from clipmoe_jax.dmu.ahead import compile_ahead
 from clipmoe_jax.dmu.changes import check_unchanged
 from clipmoe_jax.dmu.datasets import WAIT_SECONDS, Dataset, check_disjoint, datasets_of, describe
 from clipmoe_jax.dmu.phases import check_mesh, check_rehearsal, phases_of
-from clipmoe_jax.dmu.recipes import (
-    BASE_NAME,
-    BASELINES_STAGE,
-    REHEARSAL_STAGE,
-    Recipe,
-    Results,
-    check_baselines,
-    distills,
-    rehearses,
-)
+from clipmoe_jax.dmu.recipe import BASE_NAME, BASELINES_STAGE, REHEARSAL_STAGE, Recipe, Results
+from clipmoe_jax.dmu.recipes import check_baselines, distills, rehearses
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.dmu.training import take_architecture

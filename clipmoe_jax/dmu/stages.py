@@ -31,7 +31,7 @@ from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import array_shape, load_array, load_arrays, map_array, save_array
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.clustering import accumulate_labels, fit_centres, nearest_centre
-from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.dmu.recipe import BASE_NAME, BASELINES_STAGE, REHEARSAL_FOLDER, REHEARSAL_STAGE, Recipe
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.training import (
     inputs_of,
@@ -64,9 +64,9 @@ def stages_of(config: ConfigDict) -> dict[str, Callable[[Run], None]]:
             stages["upcycle"] = lambda run, recipe=recipe: upcycle(run, recipe)
         stages[recipe.name] = lambda run, recipe=recipe: make_model(run, recipe)
         if recipe.group == "base" and recipes.imitates_base(config):
-            stages[recipes.REHEARSAL_STAGE] = encode_rehearsal
+            stages[REHEARSAL_STAGE] = encode_rehearsal
     if config.baselines:
-        stages[recipes.BASELINES_STAGE] = make_baselines
+        stages[BASELINES_STAGE] = make_baselines
     return stages
 
 
@@ -143,7 +143,7 @@ def encode_rehearsal(run: Run) -> None:
 
     The captions are those of the images, or N others.
     """
-    base = recipes.recipes(run.config)[recipes.BASE_NAME]
+    base = recipes.recipes(run.config)[BASE_NAME]
     source = artifacts.require(run.workdir / base.folder, base.stage)
 
     def build(folder: epath.Path) -> dict:
@@ -156,17 +156,17 @@ def encode_rehearsal(run: Run) -> None:
             numbers[f"num_{modality}s"] = len(features)
         return numbers
 
-    run.make(run.workdir / recipes.REHEARSAL_FOLDER, inputs_of_rehearsal(run), build)
+    run.make(run.workdir / REHEARSAL_FOLDER, inputs_of_rehearsal(run), build)
 
 
 def inputs_of_rehearsal(run: Run) -> dict:
     """Returns what the base's features of the records to rehearse depend on."""
-    return inputs_of(run, recipes.recipes(run.config)[recipes.BASE_NAME]) | run.fields("data.rehearsal")
+    return inputs_of(run, recipes.recipes(run.config)[BASE_NAME]) | run.fields("data.rehearsal")
 
 
 def _model_before(run: Run, stage: int) -> Recipe:
     """The recipe of the model whose features a stage clusters."""
-    return recipes.recipes(run.config)[f"mcl_{stage - 1}" if stage > 1 else recipes.BASE_NAME]
+    return recipes.recipes(run.config)[f"mcl_{stage - 1}" if stage > 1 else BASE_NAME]
 
 
 def cluster(run: Run, stage: int) -> None:

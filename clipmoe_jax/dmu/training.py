@@ -20,7 +20,14 @@ from clipmoe_jax.data.clusters import ClusterIndex
 from clipmoe_jax.data.npy import load_array
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import architecture_of, frozen_dtype, loss_config
-from clipmoe_jax.dmu.recipes import Recipe
+from clipmoe_jax.dmu.recipe import (
+    BASELINES_STAGE,
+    CONSOLIDATION,
+    REHEARSAL_FOLDER,
+    REHEARSAL_STAGE,
+    Budget,
+    Recipe,
+)
 from clipmoe_jax.dmu.run import Run
 from clipmoe_jax.dmu.upcycling import extend_experts, reinitialize_experts, stack_experts
 from clipmoe_jax.evaluation.retrieval import RECALL_AT_1, retrieval_features, retrieval_recall
@@ -54,7 +61,7 @@ def inputs_of(run: Run, recipe: Recipe) -> dict:
 
 def _fields(run: Run, recipe: Recipe, prefixes: Sequence[str]) -> dict:
     """The fields under these prefixes that a recipe's model depends on, and consolidation's if it does."""
-    if recipes.CONSOLIDATION in (recipe.section, *recipe.experts(run.config)):
+    if CONSOLIDATION in (recipe.section, *recipe.experts(run.config)):
         prefixes = (*prefixes, "consolidation.")
     if recipe.rehearsal in ("pairs", "distill"):
         prefixes = (*prefixes, "router.rehearsal_fraction")
@@ -108,7 +115,7 @@ def make_baselines(run: Run) -> None:
 
 
 def _upcycling_stage(recipe: Recipe) -> str:
-    return recipes.BASELINES_STAGE if recipe.is_baseline else "upcycle"
+    return BASELINES_STAGE if recipe.is_baseline else "upcycle"
 
 
 def _make_base(run: Run, recipe: Recipe) -> bool:
@@ -293,7 +300,7 @@ def _shares(run: Run) -> samplers.Shares | None:
     return samplers.Shares(sizes, weights)
 
 
-def budget_of(run: Run) -> recipes.Budget:
+def budget_of(run: Run) -> Budget:
     """Returns what the models of a run took, as far as they are made."""
 
     def steps(name: str) -> int:
@@ -430,7 +437,7 @@ def _rehearsal(
     if recipe.teacher:
         return Rehearsal(drawn(images, run.seed), fraction, loss, captions=others)
     imitates = "features" if loss.imitates == "features" else "similarities"
-    folder = artifacts.require(run.workdir / recipes.REHEARSAL_FOLDER, recipes.REHEARSAL_STAGE)
+    folder = artifacts.require(run.workdir / REHEARSAL_FOLDER, REHEARSAL_STAGE)
     loss = dataclasses.replace(loss, imitates=imitates, teacher=None, short_caption_weight=0.0)
     targets = Targets(read(folder / "image.npy"), read(folder / "text.npy"))
     return Rehearsal(drawn(images, run.seed), fraction, loss, targets, others)

@@ -11,7 +11,8 @@ from clipmoe_jax.core import artifacts, trees
 from clipmoe_jax.core.checksums import read_verified
 from clipmoe_jax.core.errors import naming_files
 from clipmoe_jax.core.terminal import printable
-from clipmoe_jax.dmu.recipes import CLIP_MOE, Results, title_of_folder
+from clipmoe_jax.dmu.recipe import CLIP_MOE, Results
+from clipmoe_jax.dmu.recipes import title_of_folder
 from clipmoe_jax.models.clip import ClipConfig
 from clipmoe_jax.models.flops import count_active_parameters
 from clipmoe_jax.models.model_folder import MODEL_FILE, read_config

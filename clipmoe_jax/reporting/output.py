@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from etils import epath
 
 from clipmoe_jax.core.paths import written_whole
-from clipmoe_jax.dmu.recipes import Results
+from clipmoe_jax.dmu.recipe import Results
 from clipmoe_jax.reporting.page import render
 from clipmoe_jax.reporting.text_tables import format_results, format_variants
 

@@ -14,7 +14,7 @@ import numpy as np
 from clipmoe_jax.core.errors import naming
 from clipmoe_jax.core.terminal import duration, reading
 from clipmoe_jax.data.records import Records
-from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
+from clipmoe_jax.dmu.recipe import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import ERROR, RANKS
 from clipmoe_jax.reporting import charts, pictures, tables
 from clipmoe_jax.reporting.read import DIAGNOSTICS, Folder, NotThereError, read_curves, read_labels

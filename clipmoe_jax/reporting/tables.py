@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipmoe_jax.core.terminal import duration
-from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
+from clipmoe_jax.dmu.recipe import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import ERROR, RANKS
 from clipmoe_jax.evaluation.scores import is_setting, is_share, lower_is_better, shown_score
 from clipmoe_jax.reporting.text_tables import (

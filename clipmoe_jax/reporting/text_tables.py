@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from clipmoe_jax.dmu.recipes import CLIP_MOE, Results
+from clipmoe_jax.dmu.recipe import CLIP_MOE, Results
 from clipmoe_jax.evaluation.retrieval import RANDOM_TIES, RECALL_AT_1
 from clipmoe_jax.evaluation.scores import is_share, shown_score
 

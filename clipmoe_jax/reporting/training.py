@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from clipmoe_jax.dmu.recipes import BASE_NAME, ROUTER_NAME, find_recipe
+from clipmoe_jax.dmu.recipe import BASE_NAME, ROUTER_NAME
+from clipmoe_jax.dmu.recipes import find_recipe
 from clipmoe_jax.reporting import charts, tables
 from clipmoe_jax.reporting.charts import ACCENT, INK, MUTED, Curve, expert_colour
 from clipmoe_jax.reporting.read import Curves, Folder, read_curves

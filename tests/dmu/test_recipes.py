@@ -13,6 +13,7 @@ from clipmoe_jax.config_checks import validate
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import phases, recipes
 from clipmoe_jax.dmu.phases import check_rehearsal, phases_of
+from clipmoe_jax.dmu.recipe import Budget
 from clipmoe_jax.dmu.stages import stages_of
 from clipmoe_jax.models.flops import forward
 
@@ -80,7 +81,7 @@ def budget_by_hand(config):
     config.router.batch_size = 8
     steps = {"mcl_1": 5, "mcl_2": 7, "consolidation": 6, "router": 4}
     flops = {"router": 5.0}
-    return recipes.Budget(config, steps.__getitem__, lambda name: flops.get(name, 3.0), 100.0)
+    return Budget(config, steps.__getitem__, lambda name: flops.get(name, 3.0), 100.0)
 
 
 def rows_by_name():

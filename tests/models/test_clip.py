@@ -12,7 +12,7 @@ import pytest
 from grids import exhaustive, grid, quick
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipe import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models import transformer
 from clipmoe_jax.models.clip import (
     VARIANTS,

@@ -9,7 +9,7 @@ import pytest
 from grids import exhaustive
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipe import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig

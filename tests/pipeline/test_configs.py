@@ -20,7 +20,7 @@ from clipmoe_jax.core import trees
 from clipmoe_jax.core.errors import SeveralErrors
 from clipmoe_jax.dmu import recipes
 from clipmoe_jax.dmu.phases import phases_of
-from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipe import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.dmu.training import take_architecture
 from clipmoe_jax.models.clip import VARIANTS, Clip, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters

@@ -15,6 +15,7 @@ from clipmoe_jax import convert
 from clipmoe_jax.core import trees
 from clipmoe_jax.dmu import recipes, runner
 from clipmoe_jax.dmu import results as dmu_results
+from clipmoe_jax.dmu.recipe import TRAIN_FFN, Recipe, from_base
 from clipmoe_jax.models.model_folder import load_model
 from clipmoe_jax.planning.plan import make_plan
 from clipmoe_jax.reporting.output import write_results
@@ -22,21 +23,21 @@ from clipmoe_jax.reporting.plan_tables import format_plan
 from clipmoe_jax.train.step_programs import CompiledAhead
 
 ATTENTION_ALONE = [(r".*/attn/.*", True), (r".*", False)]
-ROW = recipes.Recipe(
+ROW = Recipe(
     "attention_ft",
     "attention fine-tuned",
     "baseline",
-    recipes.from_base,
+    from_base,
     ATTENTION_ALONE,
     num_steps=recipes.one_stage,
     ignores=recipes.ORDINARY,
 )
-STAGE = recipes.Recipe(
+STAGE = Recipe(
     "polish",
     "polished",
     "stage",
     lambda config: ("mcl_1",),
-    recipes.TRAIN_FFN,
+    TRAIN_FFN,
     ignores=recipes.STAGE_COUNT,
 )
 COMPILED: list[list[str]] = []

@@ -22,12 +22,7 @@ from clipmoe_jax.dmu.phases import (
     architectures_of,
     phases_of,
 )
-from clipmoe_jax.dmu.recipes import (
-    TRAIN_EVERYTHING,
-    TRAIN_FFN,
-    TRAIN_MOE,
-    TRAIN_ROUTERS,
-)
+from clipmoe_jax.dmu.recipe import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import VARIANTS, Clip, ClipConfig, TextConfig, VisionConfig, abstract_params
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipmoe_jax.core import trees
-from clipmoe_jax.dmu.recipes import TRAIN_ADAPTERS, TRAIN_NEW_COLUMNS
+from clipmoe_jax.dmu.recipe import TRAIN_ADAPTERS, TRAIN_NEW_COLUMNS
 from clipmoe_jax.train.adapters import Adapters, add_adapters, fold_adapters
 
 KERNELS = ["text/resblocks_0/attn/in_proj/kernel", "visual/resblocks_1/mlp/c_fc/kernel"]

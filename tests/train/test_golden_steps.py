@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipmoe_jax.core import sharding, trees
-from clipmoe_jax.dmu.recipes import TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipe import TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.interop import released
 from clipmoe_jax.interop.load import read_model
 from clipmoe_jax.models.clip import Clip

@@ -16,7 +16,7 @@ from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.dmu.phases import placed_params
-from clipmoe_jax.dmu.recipes import TRAIN_ADAPTERS, TRAIN_FFN, TRAIN_ROUTERS
+from clipmoe_jax.dmu.recipe import TRAIN_ADAPTERS, TRAIN_FFN, TRAIN_ROUTERS
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 from clipmoe_jax.train import loop, step_programs

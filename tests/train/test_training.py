@@ -21,7 +21,7 @@ from clipmoe_jax.data.packing import pack, place_captions
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.samplers import ShuffledSampler
 from clipmoe_jax.data.tokenizer import Tokenizer
-from clipmoe_jax.dmu.recipes import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS, TRAIN_TOWERS
+from clipmoe_jax.dmu.recipe import TRAIN_EVERYTHING, TRAIN_FFN, TRAIN_MOE, TRAIN_ROUTERS, TRAIN_TOWERS
 from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, normalize_features
 from clipmoe_jax.models.expert_params import expert_as_dense
 from clipmoe_jax.models.inputs import END_ID
