@@ -14,13 +14,15 @@ from clipmoe_jax.models.transformer import ComputeConfig
 
 ASSUMED = 0.4
 # Of what a step computes, by accelerator, kind of step, and remat (cuDNN's attention is not computed again):
-# steps of ViT-L/14 with 100 pairs of 248 tokens in bfloat16 (benchmarks/results/h100.jsonl).
+# steps of ViT-L/14 with 100 pairs of 248 tokens in bfloat16 (benchmarks/results/h100.jsonl, h200.jsonl).
 MEASURED = {
     ("h100", "dense", "dots"): 0.377,
     ("h100", "dense", "none"): 0.405,
     ("h100", "experts", "dots"): 0.345,
     ("h100", "experts", "none"): 0.340,
     ("h100", "experts of attention too, all of them", "dots"): 0.402,
+    ("h200", "dense", "none"): 0.430,
+    ("h200", "experts", "none"): 0.361,
 }
 TABLE = pathlib.Path(__file__).with_name("roofline.json")
 

@@ -56,10 +56,12 @@ def _of_vendor(products: float, memory: float) -> Rates:
     return Rates(of_products, of_products, 0.9 * memory, *attention, "assumed, nine tenths of the vendor's")
 
 
-# One H100 then had 724e12 in a large product, 3.02e12, and 80e12 to 117e12 in attention forward
-# (benchmarks/results/h100.jsonl). TPUs' memory: the pages that core/accelerators.py names.
+# One H100 then had 724e12 in a large product, 3.02e12, and 80e12 to 117e12 in attention forward, one H200
+# 709e12 and 4.27e12 (benchmarks/results). TPUs' memory: the pages that core/accelerators.py names.
+H100 = Rates(620e12, 550e12, 2.9e12, 130e12, 97e12, "set before one was measured")
 RATES = {
-    "h100": Rates(620e12, 550e12, 2.9e12, 130e12, 97e12, "set before one was measured"),
+    "h100": H100,
+    "h200": H100._replace(memory=4.1e12, source="an H100's, but for the memory"),
     "v5e": _of_vendor(ACCELERATORS["v5e"].peak_flops, 819e9),
     "v5p": _of_vendor(ACCELERATORS["v5p"].peak_flops, 2765e9),
     "v6e": _of_vendor(ACCELERATORS["v6e"].peak_flops, 1640e9),
