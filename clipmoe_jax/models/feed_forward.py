@@ -159,6 +159,8 @@ def _in_chunks(function: Callable[[Array], Array], rows: Array, chunk_rows: int)
     Of a chunk only the hidden activations outlive the forward pass, so that on CPU arrays as wide as F stay
     in the cache. Without chunks XLA keeps three of them (N, F) for each block (benchmarks/LOG.md).
     """
+    if len(rows) == 1:  # for which XLA would copy kernels that are held transposed
+        return _in_chunks(function, jnp.repeat(rows, 2, axis=0), chunk_rows)[:1]
     policy = jax.checkpoint_policies.save_only_these_names(HIDDEN)
     function = jax.checkpoint(function, policy=policy, prevent_cse=False)
     # The gradient of a split is a concatenation, of two slices a sum of padded arrays.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,21 @@ def test_parts_of_a_batch_have_the_features_of_the_batch(transposed):
             if equation.primitive.name == "scan"
         )
     assert loops == {"encode_image": 4, "encode_text": 7}
+
+
+@pytest.mark.parametrize(
+    ("method", "inputs"),
+    [("encode_image", np.ones((1, 32, 32, 3), np.uint8)), ("encode_text", np.ones((1, 64), np.int32))],
+)
+def test_kernels_that_are_held_transposed_are_not_copied_for_one_input(method, inputs):
+    """Of the last block one row goes through the feed-forward layer; the kernels are most of what is read."""
+    model = Clip(CONFIG, ComputeConfig(mlp_chunk_rows=4))
+    params = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3)), np.zeros((1, 64), np.int32))["params"]
+    held, encode = trees.transpose_kernels(params), make_encode(model, method, transposed=True)
+    text = encode.lower(held, inputs).compile().as_text()
+    assert "mlp____c_fc____kernel" in text
+    assert not re.search(r"transpose\w*fusion\S* = \S+ fusion\(\S*mlp____\w+kernel", text)
+    np.testing.assert_allclose(encode(held, inputs), make_encode(model, method)(params, inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize(
