@@ -245,7 +245,7 @@ def _as_needed(
     step: Step, carry: Any, sums: Any, num_rows: int, group_sizes: Array, experts: Weights
 ) -> tuple[Any, Any]:
     """Runs as many wide and narrow blocks as each group needs: loops whose length depends on group_sizes."""
-    wide, starts = min(WIDE_BLOCK, num_rows), jnp.cumsum(group_sizes) - group_sizes
+    starts, num_slots = jnp.cumsum(group_sizes) - group_sizes, num_rows - NARROW_BLOCK
 
     def group(carry, expert):
         weights, start, size = _of_expert(experts, expert), starts[expert], group_sizes[expert]
@@ -258,8 +258,12 @@ def _as_needed(
             return lax.fori_loop(0, count, block, carry_and_sums)
 
         zeros = jax.tree.map(lambda total: jnp.zeros_like(total[0]), sums)
-        carry_and_sums = cover((carry, zeros), start, wide, size // wide)
-        done = size // wide * wide
+        carry_and_sums, done = (carry, zeros), 0
+        # Only where a group may fill one. A block of all rows depends on no turn of its loop: XLA would
+        # compute it before the loop, for each expert, though the loop has no turn.
+        if num_slots >= WIDE_BLOCK:
+            carry_and_sums = cover(carry_and_sums, start, WIDE_BLOCK, size // WIDE_BLOCK)
+            done = size // WIDE_BLOCK * WIDE_BLOCK
         narrow = (size - done + NARROW_BLOCK - 1) // NARROW_BLOCK
         return cover(carry_and_sums, start + done, NARROW_BLOCK, narrow)
 

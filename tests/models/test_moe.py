@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from clipmoe_jax.core import sharding
 from clipmoe_jax.models import dispatch
 from clipmoe_jax.models.dropout import Dropout, random_bits
-from clipmoe_jax.models.experts import WIDE_BLOCK, make_grouped_mlp
+from clipmoe_jax.models.experts import NARROW_BLOCK, WIDE_BLOCK, make_grouped_mlp
 from clipmoe_jax.models.feed_forward import ACTIVATIONS, HIDDEN, FeedForward, Weights, quick_gelu
 from clipmoe_jax.models.moe import MoeMlp, route
 
@@ -329,6 +329,13 @@ def test_tiles_are_blocks_where_kernels_do_not_fit(monkeypatch):
     shapes = (E, 128, 256), (E, 256), (E, 256, 128), (E, 128)
     experts = Weights(*(jnp.zeros(shape, jnp.bfloat16) for shape in shapes))
     assert make_grouped_mlp("tiles", 400, experts, all_grouped=True)[1:] == (-(400 + E * 127) % 128, 128)
+
+
+def test_few_rows_are_multiplied_in_narrow_blocks_alone(params, x):
+    """A block of all 52 slots and 64 spare rows XLA would compute for every expert, outside of its loop."""
+    layer = make_layer(grouped_mlp="blocks")
+    text = jax.jit(lambda params, x: layer.apply({"params": params}, x)).lower(params, x).compile().as_text()
+    assert f"f32[{NARROW_BLOCK},{F}]" in text and f"f32[{N * K + NARROW_BLOCK},{F}]" not in text
 
 
 @pytest.mark.parametrize("grouped_mlp", GROUPED_MLPS)
