@@ -374,7 +374,7 @@ def load(
         image_size=image_size,
         place=place,
     )
-    config = configs.default_config()
-    config.update({"compute": {"dtype": dtype}})
+    config = configs.config_of_model(model.config)
+    config.compute.dtype = dtype
     compute = configs.compute_config(config, platform)
     return LoadedClip(model.config, model.params, model.source, compute, transposed=transposed)

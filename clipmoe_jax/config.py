@@ -216,6 +216,13 @@ def set_architecture(config: ConfigDict, variant: str | ClipConfig, context_leng
     config.base.architecture = architecture
 
 
+def config_of_model(architecture: ClipConfig) -> ConfigDict:
+    """Returns the default config with an architecture as its base: by it a loaded model computes."""
+    config = default_config()
+    set_architecture(config, architecture)
+    return config
+
+
 def _type_optional(architecture: ConfigDict) -> None:
     """Gives fields that are None their type, without which no flag could set them."""
     for field, kind in OPTIONAL.items():

@@ -164,7 +164,7 @@ def _tokenizer(model: Loaded) -> Tokenizer | None:
 
 
 def _encoder(model: Loaded, batch_size: int) -> Encoder:
-    compute = configs.compute_config(configs.default_config(), sharding.platform())
+    compute = configs.compute_config(configs.config_of_model(model.config), sharding.platform())
     return Encoder(Clip(model.config, compute), model.params, sharding.make_mesh(), batch_size)
 
 

@@ -49,13 +49,13 @@ def evaluate(
         evaluations: what to measure.
         experts: whether to evaluate each expert alone too, as the dense model it came from.
         batch_size: images or texts at a time.
-        config: whose compute fields to use; None is the default config.
+        config: whose compute fields to use; None is the default config for this model.
 
     Raises:
         ValueError: a model without text tower, or experts of a dense one.
     """
     tokenizer = Tokenizer(_context_length(model), parse_special_tokens=False)
-    config = config or configs.default_config()
+    config = config or configs.config_of_model(model.config)
     mesh = sharding.make_mesh()
     numbers = {}
     for name, (architecture, params) in _models(model, experts):
@@ -75,7 +75,7 @@ def measure_cost(
     Images are noise and captions short, padded as they always are. Raises ValueError as `evaluate`.
     """
     size, length = model.config.vision.image_size, _context_length(model)
-    config = config or configs.default_config()
+    config = config or configs.config_of_model(model.config)
     compute = configs.compute_config(config, sharding.platform())
     images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
     models = {

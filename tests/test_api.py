@@ -19,6 +19,7 @@ from PIL import Image
 
 import clipmoe_jax
 from clipmoe_jax import api
+from clipmoe_jax import config as configs
 from clipmoe_jax.api import LoadedClip
 from clipmoe_jax.core import trees
 from clipmoe_jax.data import decoding
@@ -260,6 +261,13 @@ def test_a_model_is_held_for_few_rows_and_has_the_params_that_were_saved(clip, t
     np.testing.assert_allclose(loaded.encode_text(TEXTS), clip.encode_text(TEXTS), atol=1e-6)
     loaded.save(tmp_path / "again")
     chex.assert_trees_all_equal(read_model(str(tmp_path / "again")).params, clip.params)
+
+
+@pytest.mark.parametrize(("smallest", "dispatch"), [(configs.SMALL_WIDTH, "dense"), (8, "ragged")])
+def test_experts_of_a_loaded_model_run_by_the_size_of_its_towers(tmp_path, monkeypatch, smallest, dispatch):
+    monkeypatch.setattr(configs, "SMALL_WIDTH", smallest)
+    make_clip(moe=MoeConfig(3, 2)).save(tmp_path / "model")
+    assert clipmoe_jax.load(str(tmp_path / "model")).model.compute.dispatch == dispatch
 
 
 def test_kernels_are_held_in_the_dtype_of_the_computation(tmp_path):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from clipmoe_jax.core import trees
+from clipmoe_jax.core.metrics import progress_bar
 from clipmoe_jax.models import flops
 from clipmoe_jax.models.clip import Clip, ClipConfig, abstract_params
 from clipmoe_jax.models.flops import count_active_parameters
@@ -46,20 +47,23 @@ def costs(
             "xla_flops_per_image": xla_flops(model.config, "visual"),
             "pairs_per_second": 0.0,
         }
-    for size in sorted({1, *batch_sizes}):
-        rows = np.arange(size)
-        pairs = jax.device_put((images[rows % len(images)], tokens[rows % len(tokens)]), device)
-        programs = {
-            title: encode.lower(params, *pairs).compile() for title, (encode, params) in encoders.items()
-        }
-        calls = {title: _call(programs[title], encoders[title][1], *pairs) for title in models}
-        for title, seconds in interleaved_seconds(calls, rounds).items():
-            median, numbers = statistics.median(seconds), results[title]
-            if size == 1:
-                numbers["latency_ms"] = 1e3 * median
-            if size in batch_sizes and size / median > numbers["pairs_per_second"]:
-                numbers |= {"pairs_per_second": size / median, "best_batch": size}
-            numbers["peak_bytes"] = peak_bytes(programs[title])  # the last size is the largest
+    sizes = sorted({1, *batch_sizes})
+    with progress_bar("timing", len(sizes), "batch size") as progress:
+        for size in sizes:
+            rows = np.arange(size)
+            pairs = jax.device_put((images[rows % len(images)], tokens[rows % len(tokens)]), device)
+            programs = {
+                title: encode.lower(params, *pairs).compile() for title, (encode, params) in encoders.items()
+            }
+            calls = {title: _call(programs[title], encoders[title][1], *pairs) for title in models}
+            for title, seconds in interleaved_seconds(calls, rounds).items():
+                median, numbers = statistics.median(seconds), results[title]
+                if size == 1:
+                    numbers["latency_ms"] = 1e3 * median
+                if size in batch_sizes and size / median > numbers["pairs_per_second"]:
+                    numbers |= {"pairs_per_second": size / median, "best_batch": size}
+                numbers["peak_bytes"] = peak_bytes(programs[title])  # the last size is the largest
+            progress.update(1)
     return results
 
 
