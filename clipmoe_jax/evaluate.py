@@ -49,7 +49,7 @@ def evaluate(
         evaluations: what to measure.
         experts: whether to evaluate each expert alone too, as the dense model it came from.
         batch_size: images or texts at a time.
-        config: whose compute fields to use; None is the default config for this model.
+        config: a run's, by which the model is computed; None is the default one for this model.
 
     Raises:
         ValueError: a model without text tower, or experts of a dense one.

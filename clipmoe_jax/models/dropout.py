@@ -16,8 +16,9 @@ from jaxtyping import Float, UInt32
 Array = jax.Array
 
 
-# Added to what is dropped. Each of `feed_forward.ACTIVATIONS` is 0 there, and its gradient too, in float32 as
-# in bfloat16. -inf would be NaN: the functions multiply it by 0.
+# Added to what is dropped. Each of `feed_forward.ACTIVATIONS` is 0 there, and so is its gradient, if what
+# arrives at it is below 1e8; in float32 and bfloat16, not in float16, which has no such number. -inf would
+# give NaN: the functions multiply it by 0.
 DROPPED = -1e30
 
 

@@ -259,8 +259,8 @@ def _as_needed(
 
         zeros = jax.tree.map(lambda total: jnp.zeros_like(total[0]), sums)
         carry_and_sums, done = (carry, zeros), 0
-        # Only where a group may fill one. A block of all rows depends on no turn of its loop: XLA would
-        # compute it before the loop, for each expert, though the loop has no turn.
+        # Not where there are fewer slots: no group could fill one, and as a block of all rows depends on no
+        # turn of its loop, XLA would compute it before the loop, for each expert.
         if num_slots >= WIDE_BLOCK:
             carry_and_sums = cover(carry_and_sums, start, WIDE_BLOCK, size // WIDE_BLOCK)
             done = size // WIDE_BLOCK * WIDE_BLOCK

@@ -159,16 +159,17 @@ def _in_chunks(function: Callable[[Array], Array], rows: Array, chunk_rows: int)
     Of a chunk only the hidden activations outlive the forward pass, so that on CPU arrays as wide as F stay
     in the cache. Without chunks XLA keeps three of them (N, F) for each block (benchmarks/LOG.md).
     """
-    if len(rows) == 1:  # for which XLA would copy kernels that are held transposed
-        return _in_chunks(function, jnp.repeat(rows, 2, axis=0), chunk_rows)[:1]
     policy = jax.checkpoint_policies.save_only_these_names(HIDDEN)
     function = jax.checkpoint(function, policy=policy, prevent_cse=False)
-    # The gradient of a split is a concatenation, of two slices a sum of padded arrays.
+    # The gradient of a split is a concatenation, of slices a sum of padded arrays.
     whole, rest = jnp.split(rows, [len(rows) // chunk_rows * chunk_rows])
     parts = []
     if len(whole):
         chunks = whole.reshape(-1, chunk_rows, rows.shape[1])
         parts.append(lax.map(function, chunks).reshape(whole.shape))
-    if len(rest):
+    if len(rest) == 1 and rest.dtype != jnp.float16:
+        # For one row XLA copies kernels that are held transposed, and uses no instructions for bfloat16.
+        parts += jnp.split(function(jnp.repeat(rest, 2, axis=0)), 2)[:1]
+    elif len(rest):
         parts.append(function(rest))
     return jnp.concatenate(parts)
