@@ -12,9 +12,7 @@ from clipmoe_jax.planning.abstract import abstract_step
 
 # The smallest slice of each.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-# What XLA's compiler is told of each. To it an H200 is an H100: what differs is the memory.
-DESCRIPTIONS = {"h100": "h100.txtpb", "h200": "h100.txtpb"}
-PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), **dict.fromkeys(DESCRIPTIONS, "hopper")}
+PLATFORMS = {"cpu": "cpu", **dict.fromkeys(TOPOLOGIES, "tpu"), "h100": "hopper", "h200": "hopper"}
 # XLA tries kernels out on the device unless told not to, and its Triton products have no default tiling.
 UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
@@ -39,7 +37,7 @@ def _device(target: str) -> Any:
     try:
         if platform == "tpu":
             return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
-        described = pathlib.Path(__file__).with_name(DESCRIPTIONS[target]).read_text()
+        described = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text()
         topology = topologies.get_topology_desc(target, "cuda", target_config=described, topology="1x1x1")
         return topology.devices[0]
     except Exception as error:  # whatever a missing plugin raises
