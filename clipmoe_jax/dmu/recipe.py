@@ -1,4 +1,4 @@
-"""What a row of the recipe table says: how one model is made, from what, by which losses and for how long.
+"""Defines a row of the recipe table: how one model is made, from what, by which losses and for how long.
 
 `recipes.py` has the rows.
 """
@@ -29,10 +29,7 @@ BASE_NAME, ROUTER_NAME, CLIP_MOE = "base", "router", "CLIP-MoE"
 CONSOLIDATION = "consolidation"
 BASELINES_STAGE, REHEARSAL_STAGE = "baselines", "rehearsal"
 REHEARSAL_FOLDER = "rehearsal/features"
-ADAPTER_RANK = 8
-BALANCE_COEFFICIENT = 0.01  # the paper's, where the config has none
 ROUTER_STDDEV = 0.02  # of a baseline's initial routers
-Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
 
 class Budget(NamedTuple):

@@ -17,8 +17,6 @@ from clipmoe_jax import config as configs
 from clipmoe_jax import config_checks
 from clipmoe_jax.core.errors import Errors
 from clipmoe_jax.dmu.recipe import (
-    ADAPTER_RANK,
-    BALANCE_COEFFICIENT,
     BASE_NAME,
     CLIP_MOE,
     CONSOLIDATION,
@@ -29,7 +27,6 @@ from clipmoe_jax.dmu.recipe import (
     TRAIN_MOE,
     TRAIN_ROUTERS,
     TRAIN_TOWERS,
-    Z_LOSS_COEFFICIENT,
     Budget,
     Cost,
     Recipe,
@@ -41,6 +38,10 @@ from clipmoe_jax.dmu.recipe import (
     last_stage,
 )
 from clipmoe_jax.models.transformer import MoeConfig
+
+ADAPTER_RANK = 8
+BALANCE_COEFFICIENT = 0.01  # the paper's, where the config has none
+Z_LOSS_COEFFICIENT = 1e-3  # ST-MoE's (arXiv 2202.08906), where the config has none
 
 # Config fields, by prefix, that an artifact depends on.
 BASE_FIELDS = ("base.", "compute.dtype", "data.max_caption_tokens")
