@@ -338,6 +338,29 @@ def test_few_rows_are_multiplied_in_narrow_blocks_alone(params, x):
     assert f"f32[{NARROW_BLOCK},{F}]" in text and f"f32[{N * K + NARROW_BLOCK},{F}]" not in text
 
 
+@pytest.mark.parametrize(("multiple", "spare_rows"), [(1, 0), (1, 64), (128, 37)])
+def test_slots_are_sorted_by_expert_without_a_sort(multiple, spare_rows):
+    num_experts = 4
+    slot_expert = np.random.default_rng(0).integers(0, num_experts + 1, 300, np.int32)  # 4: no expert here
+    sort = functools.partial(
+        dispatch._sort_by_expert, num_experts=num_experts, multiple=multiple, spare_rows=spare_rows
+    )
+    order, position, group_sizes = sort(jnp.asarray(slot_expert))
+    assert len(order) == 300 + num_experts * (multiple - 1) + spare_rows
+
+    slots, first = np.full(len(order), 300), 0
+    for expert, size in enumerate(group_sizes):
+        of_expert = np.flatnonzero(slot_expert == expert)
+        assert size == math.ceil(len(of_expert) / multiple) * multiple
+        slots[first : first + len(of_expert)] = of_expert
+        first += int(size)
+    np.testing.assert_array_equal(order, slots)
+    here = slot_expert < num_experts
+    np.testing.assert_array_equal(order[position[here]], np.flatnonzero(here))
+    assert (position[~here] >= len(order)).all()
+    assert " sort" not in str(jax.make_jaxpr(sort)(slot_expert))  # its kernels are many and slow
+
+
 @pytest.mark.parametrize("grouped_mlp", GROUPED_MLPS)
 def test_slots_of_a_token_are_no_axis_of_an_array(params, x, grouped_mlp):
     """TPUs pad (N, K, D) fourfold where K = 2, forward and backward."""
