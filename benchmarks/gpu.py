@@ -6,16 +6,16 @@
 
 Every item is a process of its own, because XLA reads its flags once. Steps are compiled a few at once; then
 one process after the other measures while the others wait. Rows go to DIR/gpu.jsonl as they come. A time is
-the median over rounds, each of calls one behind another for 0.2 s. A step's second row says which kernels it
-spends its time in. Errors stay rows: a GPU's time is dear. Most of it goes into compilation, one to three
-minutes a step; with JAX_COMPILATION_CACHE_DIR set a second call does not compile again.
+the median over rounds, each of calls one behind another for 0.2 s. A step's other rows say what its
+compilation is made of and which kernels it spends its time in. Errors stay rows: a GPU's time is dear. Most
+of it goes into compilation, one to three minutes a step; with JAX_COMPILATION_CACHE_DIR set a second call
+does not compile again.
 
 MFU is the model's FLOPs (clipmoe_jax/models/flops.py) by the vendor's peak; "TFLOP/s" of a layer counts its
 products alone, without padding and what is computed again.
 """
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import profiles
 from benchmarks.timing import Program
 
 if TYPE_CHECKING:
@@ -328,14 +329,17 @@ def ahead(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def step(item: str, args: argparse.Namespace, wait: Callable[[], None]) -> Iterator[Row]:
-    """Yields a step's time, MFU and memory, then the kernels of a profile."""
+    """Yields a step's time, MFU and memory, then the parts of its compilation, then its kernels."""
     import jax
 
     from clipmoe_jax.core.accelerators import of_kind
 
     workload, training, kind = make(item, args)
     began = time.perf_counter()
-    memory = training.compile()
+    with tempfile.TemporaryDirectory() as folder:
+        with profiles.trace(folder):
+            memory = training.compile()
+        compilation = profiles.parts(folder)
     told = {"name": item, "seconds to compile": time.perf_counter() - began, "peak GiB": memory / 2**30}
     wait()
     flops = workload.step_flops(kind)
@@ -345,34 +349,12 @@ def step(item: str, args: argparse.Namespace, wait: Callable[[], None]) -> Itera
         row["mfu"] = row["tflops"] * 1e12 / accelerator.peak_flops
     in_use = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     yield told | row | {"sizes": dataclasses.asdict(workload), "peak GiB in use": in_use / 2**30}
+    yield {"name": f"compilation {item}", "parts": compilation}
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with profiles.trace(folder):
             for _ in range(2):
                 jax.block_until_ready(training())
-        yield {"name": f"profile {item}", **kernels(pathlib.Path(folder), num_steps=2)}
-
-
-def kernels(folder: pathlib.Path, num_steps: int) -> Row:
-    """Returns the milliseconds and launches of a step by kernel, the largest first."""
-    import jax
-
-    (path,) = folder.rglob("*.xplane.pb")
-    spent, launches = collections.Counter[str](), collections.Counter[str]()
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                spent[event.name] += event.duration_ns / 1e6 / num_steps
-                launches[event.name] += 1
-    largest = [
-        {"kernel": name[:120], "milliseconds": round(ms, 3), "launches": launches[name] / num_steps}
-        for name, ms in spent.most_common(60)
-    ]
-    total = {"busy milliseconds": spent.total(), "launches": launches.total() / num_steps}
-    return total | {"kernels": largest}
+        yield {"name": f"profile {item}", **profiles.kernels(folder, num_steps=2)}
 
 
 def work(item: str, args: argparse.Namespace) -> None:
