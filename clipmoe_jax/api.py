@@ -246,7 +246,7 @@ class LoadedClip:
         if isinstance(inputs, Tracer) or not fits:  # which raises an error that tells the shape
             features = encode(self._held, inputs)
         else:
-            features = _joined([encode(self._held, part)[:n] for part, n in _parts(inputs)])
+            features = _joined([encode(self._held, part, n)[:n] for part, n in _parts(inputs)])
         if not normalize:
             return features
         return normalize_features(features.reshape(-1, features.shape[-1])).reshape(features.shape)

@@ -31,14 +31,16 @@ def cache_programs(function: Function) -> Function:
 @cache_programs
 def make_encode(
     model: Clip, method: str, transposed: bool = False, **options: Any
-) -> Callable[[trees.Params, Any], jax.Array]:
-    """Returns a jitted `(params, inputs (N, …)) -> (N, d)` features; method "encode_image" or "encode_text".
+) -> Callable[..., jax.Array]:
+    """Returns a jitted `(params, inputs (N, …), num_rows=None) -> (N, d)` features; method "encode_image" or
+    "encode_text".
 
-    A large batch is encoded in parts on a CPU. transposed: params are as `trees.transpose_kernels` returns
-    them. options: arguments of the method.
+    A large batch is encoded in parts on a CPU, without parts that begin at `num_rows`, an int32, or later:
+    their features are 0. transposed: params are as `trees.transpose_kernels` returns them. options: arguments
+    of the method.
     """
 
-    def encode(params, inputs):
+    def encode(params, inputs, num_rows=None):
         def encode_rows(rows):
             # Here, since XLA would copy what is transposed outside of the loop.
             used = trees.transpose_kernels(params) if transposed else params
@@ -49,7 +51,16 @@ def make_encode(
             return encode_rows(inputs)
         rows = -(-len(inputs) // num_parts)
         padding = [(0, num_parts * rows - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
-        parts = jax.lax.map(encode_rows, jnp.pad(inputs, padding).reshape(-1, rows, *inputs.shape[1:]))
+        in_parts = jnp.pad(inputs, padding).reshape(-1, rows, *inputs.shape[1:])
+        features = jax.eval_shape(encode_rows, in_parts[0])
+
+        def encode_part(part):
+            first, rows = part
+            if num_rows is None:
+                return encode_rows(rows)
+            return jax.lax.cond(first < num_rows, encode_rows, lambda _: jnp.zeros_like(features), rows)
+
+        parts = jax.lax.map(encode_part, (jnp.arange(num_parts) * rows, in_parts))
         return parts.reshape(-1, *parts.shape[2:])[: len(inputs)]
 
     return jax.jit(encode)
@@ -191,6 +202,7 @@ class Encoder:
 
     def _start(self, inputs: Mapping[str, Any], valid: np.ndarray) -> dict[str, jax.Array]:
         """Starts a batch: this process's rows of it, or fewer, -> features of the whole batch."""
+        num_rows = np.int32(np.max(np.flatnonzero(valid), initial=-1) + 1)
         missing, local = self.batch_size // jax.process_count() - len(valid), {**inputs, "valid": valid}
         if missing:  # never where captions are packed: `pairs` gives whole batches
             local = {n: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for n, a in local.items()}
@@ -199,7 +211,7 @@ class Encoder:
             started = {"valid": arrays.pop("valid")}
             for name, array in arrays.items():
                 encode = make_encode(self._model, METHODS[name])
-                started[name] = normalize_features(encode(self._params, array))
+                started[name] = normalize_features(encode(self._params, array, num_rows))
             return sharding.replicate(self._mesh, started)
 
     @staticmethod

@@ -14,7 +14,7 @@ from clipmoe_jax.data.loader import DecodedPairs
 from clipmoe_jax.data.records import Records
 from clipmoe_jax.data.tokenizer import Tokenizer
 from clipmoe_jax.evaluation.encoder import Encoder, make_encode
-from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from clipmoe_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig, normalize_features
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 CONFIG = ClipConfig(
@@ -74,6 +74,40 @@ def test_parts_of_a_batch_have_the_features_of_the_batch(transposed):
             if equation.primitive.name == "scan"
         )
     assert loops == {"encode_image": 4, "encode_text": 7}
+
+
+@pytest.mark.parametrize(("num_rows", "computed"), [(0, 0), (3, 3), (4, 6), (10, 11)])
+def test_parts_without_a_row_that_counts_are_left_out(num_rows, computed):
+    """Of 11 images in parts of 3: a small set of images costs what it has, and not a whole batch."""
+    images = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), np.uint8)
+    model = Clip(CONFIG, ComputeConfig(encoded_values=3 * 5 * 16))
+    params = model.init(jax.random.key(0), images[:1], np.zeros((1, 64), np.int32))["params"]
+    encode = make_encode(model, "encode_image")
+    whole, found = encode(params, images), encode(params, images, num_rows)
+    np.testing.assert_array_equal(found[:computed], whole[:computed])
+    np.testing.assert_array_equal(found[computed:], 0)
+
+
+def test_an_encoder_computes_the_rows_that_it_is_given(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (21, 32, 32, 3), np.uint8)
+    model = Clip(CONFIG, ComputeConfig(encoded_values=3 * 5 * 16))
+    params = model.init(jax.random.key(0), images[:1], np.zeros((1, 64), np.int32))["params"]
+    computed = []
+
+    def make(*arguments):
+        def run(params, inputs, num_rows):
+            computed.append(int(num_rows))
+            return encode(params, inputs, num_rows)
+
+        encode = make_encode(*arguments)
+        return run
+
+    monkeypatch.setattr("clipmoe_jax.evaluation.encoder.make_encode", make)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    found = Encoder(model, params, mesh, batch_size=16).images(images)
+    expected = normalize_features(make_encode(model, "encode_image")(params, images))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert computed == [16, 5]
 
 
 @pytest.mark.parametrize(
