@@ -225,11 +225,29 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
 def _slice(arrays: Any, row: Array, num_rows: int) -> Any:
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, num_rows), arrays)
+    return _as_bits(lambda a: lax.dynamic_slice_in_dim(a, row, num_rows), arrays)
 
 
 def _update(arrays: Any, parts: Any, row: Array) -> Any:
-    return jax.tree.map(lambda a, part: lax.dynamic_update_slice_in_dim(a, part, row, axis=0), arrays, parts)
+    def update(a: Array, part: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(a, part, row, axis=0)
+
+    return _as_bits(update, arrays, parts)
+
+
+def _as_bits(function: Callable[..., Array], *trees: Any) -> Any:
+    """Maps trees of arrays by a function that moves values, those of bfloat16 as integers.
+
+    XLA on CPU would move them as float32, and convert what all rows came to there and back for each block.
+    """
+
+    def move(*arrays: Array) -> Array:
+        if arrays[0].dtype != jnp.bfloat16:
+            return function(*arrays)
+        bits = (lax.bitcast_convert_type(a, jnp.uint16) for a in arrays)
+        return lax.bitcast_convert_type(function(*bits), arrays[0].dtype)
+
+    return jax.tree.map(move, *trees)
 
 
 def _count_until(ends: Array, places: Array) -> Array:
@@ -248,7 +266,9 @@ def _as_needed(
     starts, num_slots = jnp.cumsum(group_sizes) - group_sizes, num_rows - NARROW_BLOCK
 
     def group(carry, expert):
-        weights, start, size = _of_expert(experts, expert), starts[expert], group_sizes[expert]
+        # XLA on CPU slices bfloat16 as float32, and would convert all kernels outside of the loop.
+        expert, kept_inside = lax.optimization_barrier((expert, experts))
+        weights, start, size = _of_expert(kept_inside, expert), starts[expert], group_sizes[expert]
 
         def cover(carry_and_sums, start, rows, count):
             def block(i, carry_and_sums):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import chex
 import jax
@@ -359,6 +360,27 @@ def test_slots_are_sorted_by_expert_without_a_sort(multiple, spare_rows):
     np.testing.assert_array_equal(order[position[here]], np.flatnonzero(here))
     assert (position[~here] >= len(order)).all()
     assert " sort" not in str(jax.make_jaxpr(sort)(slot_expert))  # its kernels are many and slow
+
+
+def test_bfloat16_is_not_moved_as_float32_on_cpu(params, x):
+    """All kernels would be converted in each call, and all rows that came out for each block."""
+    layer = make_layer(grouped_mlp="blocks", dtype=jnp.bfloat16)
+    x = x.astype(jnp.bfloat16)
+    half = {
+        n: v if n == "router" else jax.tree.map(lambda a: a.astype(x.dtype), v) for n, v in params.items()
+    }
+
+    def run(params, x):
+        return layer.apply({"params": params}, x)[0]
+
+    def gradient(params, x):
+        return jax.grad(lambda x: run(params, x).sum())(x)
+
+    rows = rf"\[{N * K + NARROW_BLOCK},{D}\]\S* dynamic-update-slice"
+    for function in (run, gradient):
+        text = jax.jit(function).lower(half, x).compile().as_text()
+        assert re.search(rf"u16{rows}", text) and not re.search(rf"f32{rows}", text)
+        assert not re.search(rf"f32\[{E},{D},{F}\].*\) tuple\(", text)  # of what a loop holds
 
 
 @pytest.mark.parametrize("grouped_mlp", GROUPED_MLPS)
