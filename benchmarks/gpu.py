@@ -335,21 +335,21 @@ def step(item: str, args: argparse.Namespace, wait: Callable[[], None]) -> Itera
     from clipmoe_jax.core.accelerators import of_kind
 
     workload, training, kind = make(item, args)
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        with profiles.trace(folder):
+        with profiles.trace(folder, device=False):
+            began = time.perf_counter()
             memory = training.compile()
-        compilation = profiles.parts(folder)
-    told = {"name": item, "seconds to compile": time.perf_counter() - began, "peak GiB": memory / 2**30}
-    wait()
-    flops = workload.step_flops(kind)
-    row = timed(item, training, args.rounds, flops)
-    accelerator = of_kind(jax.devices()[0].device_kind)
-    if accelerator and "tflops" in row:
-        row["mfu"] = row["tflops"] * 1e12 / accelerator.peak_flops
-    in_use = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    yield told | row | {"sizes": dataclasses.asdict(workload), "peak GiB in use": in_use / 2**30}
-    yield {"name": f"compilation {item}", "parts": compilation}
+            seconds = time.perf_counter() - began
+        told = {"name": item, "seconds to compile": seconds, "peak GiB": memory / 2**30}
+        wait()
+        flops = workload.step_flops(kind)
+        row = timed(item, training, args.rounds, flops)
+        accelerator = of_kind(jax.devices()[0].device_kind)
+        if accelerator and "tflops" in row:
+            row["mfu"] = row["tflops"] * 1e12 / accelerator.peak_flops
+        in_use = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        yield told | row | {"sizes": dataclasses.asdict(workload), "peak GiB in use": in_use / 2**30}
+        yield {"name": f"compilation {item}", "parts": profiles.parts(folder)}
     with tempfile.TemporaryDirectory() as folder:
         with profiles.trace(folder):
             for _ in range(2):

@@ -3,17 +3,25 @@
 import collections
 import contextlib
 import pathlib
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:
+    from jax.profiler import ProfileData
 
 NUM_LARGEST = 60
 
 
-def trace(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Profiles what is within into a folder, without Python's own calls, which take time."""
+def trace(folder: str, *, device: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Profiles what is within into a folder, without Python's own calls, which take time.
+
+    device: its kernels too. A compiler that tries kernels out should not have them profiled.
+    """
+    import jax
+
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
+    options.device_tracer_level = int(device)
     return jax.profiler.trace(folder, profiler_options=options)
 
 
@@ -52,7 +60,7 @@ def parts(folder: str) -> list[dict[str, Any]]:
             for event in sorted(line.events, key=lambda event: (event.start_ns, -event.duration_ns)):
                 while around and around[-1][1] <= event.start_ns:
                     around.pop()
-                name = event.name.split("#")[0].split(":")[0]
+                name = re.split(r"#|(?<!:):(?!:)", event.name)[0]  # what follows is of one event
                 if around:
                     spent[around[-1][0]] -= event.duration_ns / 1e9
                 spent[name] += event.duration_ns / 1e9
@@ -64,7 +72,9 @@ def parts(folder: str) -> list[dict[str, Any]]:
     ]
 
 
-def _read(folder: str) -> jax.profiler.ProfileData:
+def _read(folder: str) -> "ProfileData":
     """Reads the one profile of a folder."""
+    import jax
+
     (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
     return jax.profiler.ProfileData.from_file(str(path))

@@ -29,7 +29,14 @@ from clipmoe_jax.dmu.upcycling import stack_experts
 from clipmoe_jax.evaluation.classes import templates
 from clipmoe_jax.evaluation.encoder import make_encode
 from clipmoe_jax.interop.load import read_model
-from clipmoe_jax.models.clip import ClipConfig, TextConfig, VisionConfig, abstract_params, normalize_features
+from clipmoe_jax.models.clip import (
+    Clip,
+    ClipConfig,
+    TextConfig,
+    VisionConfig,
+    abstract_params,
+    normalize_features,
+)
 from clipmoe_jax.models.transformer import ComputeConfig, MoeConfig
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "python.md"
@@ -228,13 +235,17 @@ def test_a_program_of_the_users_own_may_contain_the_model(clip):
     np.testing.assert_allclose(jax.jit(clip.encode_text)(tokens), clip.encode_text(tokens), atol=1e-6)
 
 
+@pytest.mark.parametrize("encoded_values", [0, 100], ids=["whole", "in parts"])
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 300])
-def test_batches_of_any_size_give_the_features_of_their_rows(clip, num_rows):
+def test_batches_of_any_size_give_the_features_of_their_rows(num_rows, encoded_values):
+    """In parts of one row, so that one row too few is one too few."""
+    clip = make_clip()
+    clip.model = clip.model.clone(compute=ComputeConfig(encoded_values=encoded_values))
     images = np.random.default_rng(num_rows).integers(0, 256, (num_rows, 16, 16, 3), np.uint8)
     tokens = np.resize(Tokenizer(LENGTH)(TEXTS), (num_rows, LENGTH))
     for method, rows in (("encode_image", images), ("encode_text", tokens)):
         features = getattr(clip, method)(rows, normalize=True)
-        expected = normalize_features(make_encode(clip.model, method)(clip.params, rows))
+        expected = normalize_features(make_encode(Clip(clip.config), method)(clip.params, rows))
         assert features.shape == (num_rows, 16)
         np.testing.assert_allclose(features, expected, atol=1e-6)
 

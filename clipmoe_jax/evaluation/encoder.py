@@ -35,9 +35,9 @@ def make_encode(
     """Returns a jitted `(params, inputs (N, …), num_rows=None) -> (N, d)` features; method "encode_image" or
     "encode_text".
 
-    A large batch is encoded in parts on a CPU, without parts that begin at `num_rows`, an int32, or later:
-    their features are 0. transposed: params are as `trees.transpose_kernels` returns them. options: arguments
-    of the method.
+    A large batch is encoded in parts on a CPU, without parts that begin at row `num_rows`, an integer, or
+    later: their features are 1. transposed: params are as `trees.transpose_kernels` returns them. options:
+    arguments of the method.
     """
 
     def encode(params, inputs, num_rows=None):
@@ -49,18 +49,18 @@ def make_encode(
         num_parts = _num_parts(model, method, inputs)
         if num_parts <= 1:
             return encode_rows(inputs)
-        rows = -(-len(inputs) // num_parts)
-        padding = [(0, num_parts * rows - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
-        in_parts = jnp.pad(inputs, padding).reshape(-1, rows, *inputs.shape[1:])
-        features = jax.eval_shape(encode_rows, in_parts[0])
+        size = -(-len(inputs) // num_parts)
+        padding = [(0, num_parts * size - len(inputs))] + [(0, 0)] * (inputs.ndim - 1)
+        in_parts = jnp.pad(inputs, padding).reshape(-1, size, *inputs.shape[1:])
 
         def encode_part(part):
-            first, rows = part
+            first_row, rows = part
             if num_rows is None:
                 return encode_rows(rows)
-            return jax.lax.cond(first < num_rows, encode_rows, lambda _: jnp.zeros_like(features), rows)
+            shape = jax.eval_shape(encode_rows, rows)  # of ones, which have a length to divide by
+            return jax.lax.cond(first_row < num_rows, encode_rows, lambda _: jnp.ones_like(shape), rows)
 
-        parts = jax.lax.map(encode_part, (jnp.arange(num_parts) * rows, in_parts))
+        parts = jax.lax.map(encode_part, (size * jnp.arange(num_parts), in_parts))
         return parts.reshape(-1, *parts.shape[2:])[: len(inputs)]
 
     return jax.jit(encode)
@@ -202,6 +202,7 @@ class Encoder:
 
     def _start(self, inputs: Mapping[str, Any], valid: np.ndarray) -> dict[str, jax.Array]:
         """Starts a batch: this process's rows of it, or fewer, -> features of the whole batch."""
+        # Up to the last row that counts. Where there are several devices, a batch has no parts.
         num_rows = np.int32(np.max(np.flatnonzero(valid), initial=-1) + 1)
         missing, local = self.batch_size // jax.process_count() - len(valid), {**inputs, "valid": valid}
         if missing:  # never where captions are packed: `pairs` gives whole batches

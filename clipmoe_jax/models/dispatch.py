@@ -210,12 +210,14 @@ def _sum_of_products(gates: Array, bias: Array) -> Array:
 def _sort_by_expert(
     slot_expert: Int[Array, " slots"], num_experts: int, multiple: int, spare_rows: int
 ) -> tuple[Int[Array, " R"], Int[Array, " slots"], Int[Array, " E"]]:
-    """Gives each slot a row, those of an expert in order, each expert's from a multiple of rows on.
+    """Gives each slot a row, those of an expert in order, each expert's first row being a multiple.
 
-    Returns the slot of each row, the number of slots for a row of none; the row of each slot, a number past
-    the last row for a slot of no expert; and how many rows each expert has, a multiple.
+    Returns the slot of each row, len(slot_expert) where none is, and past the experts' rows that or a slot of
+    no expert; the row of each slot, a number past the last row for a slot of no expert; and how many rows
+    each expert has, a multiple.
 
-    By counting: XLA sorts in a kernel for each of some fourteen steps on GPUs, and pair by pair on CPUs.
+    By counting, up to some 64 experts: XLA sorts in a kernel for each of some fourteen steps on GPUs, and
+    pair by pair on CPUs.
     """
     slots = jnp.arange(len(slot_expert))
     num_rows = len(slots) + num_experts * (multiple - 1) + spare_rows
@@ -225,7 +227,10 @@ def _sort_by_expert(
     before_first = jnp.cumsum(group_sizes) - group_sizes - 1
     position = jnp.sum(jnp.where(chosen, before_first[:, None] + counts, 0), axis=0)
     position = jnp.where(slot_expert < num_experts, position, num_rows + slots)
-    order = jnp.full(num_rows, len(slots)).at[position].set(slots, mode="drop", unique_indices=True)
+    if num_rows == len(slots):  # as on TPUs, where a scatter of single numbers is slow
+        order = jnp.argsort(position)
+    else:
+        order = jnp.full(num_rows, len(slots)).at[position].set(slots, mode="drop", unique_indices=True)
     return order, position, group_sizes
 
 

@@ -238,7 +238,8 @@ def _update(arrays: Any, parts: Any, row: Array) -> Any:
 def _as_bits(function: Callable[..., Array], *trees: Any) -> Any:
     """Maps trees of arrays by a function that moves values, those of bfloat16 as integers.
 
-    XLA on CPU would move them as float32, and convert what all rows came to there and back for each block.
+    XLA on CPU would move them as float32, and convert the outputs of all rows to it and back in each block.
+    On GPUs it makes no difference.
     """
 
     def move(*arrays: Array) -> Array:

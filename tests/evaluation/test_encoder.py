@@ -84,8 +84,9 @@ def test_parts_without_a_row_that_counts_are_left_out(num_rows, computed):
     params = model.init(jax.random.key(0), images[:1], np.zeros((1, 64), np.int32))["params"]
     encode = make_encode(model, "encode_image")
     whole, found = encode(params, images), encode(params, images, num_rows)
-    np.testing.assert_array_equal(found[:computed], whole[:computed])
-    np.testing.assert_array_equal(found[computed:], 0)
+    np.testing.assert_allclose(found[:computed], whole[:computed], atol=1e-6)
+    np.testing.assert_array_equal(found[computed:], 1)
+    assert " conditional(" in encode.lower(params, images, num_rows).compile().as_text()
 
 
 def test_an_encoder_computes_the_rows_that_it_is_given(monkeypatch):
@@ -103,11 +104,13 @@ def test_an_encoder_computes_the_rows_that_it_is_given(monkeypatch):
         return run
 
     monkeypatch.setattr("clipmoe_jax.evaluation.encoder.make_encode", make)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    found = Encoder(model, params, mesh, batch_size=16).images(images)
+    encoder = Encoder(model, params, sharding.make_mesh(devices=jax.devices()[:1]), batch_size=16)
     expected = normalize_features(make_encode(model, "encode_image")(params, images))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert computed == [16, 5]
+    np.testing.assert_allclose(encoder.images(images), expected, atol=1e-6)
+    valid = np.isin(np.arange(16), [0, 7, 9])
+    batch = {"image": images[:16], "valid": valid}
+    np.testing.assert_allclose(encoder.batches([batch], ["image"])["image"], expected[:16][valid], atol=1e-6)
+    assert computed == [16, 5, 10]
 
 
 @pytest.mark.parametrize(

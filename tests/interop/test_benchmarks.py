@@ -5,12 +5,14 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 from grids import exhaustive
 
-from benchmarks import features, ours, peers, steps, timing
+from benchmarks import features, ours, peers, profiles, steps, timing
 from benchmarks.workload import RULES, Workload
 from clipmoe_jax.core import accelerators, trees
 from clipmoe_jax.interop import huggingface
@@ -151,3 +153,14 @@ def test_other_features_are_refused(monkeypatch):
     monkeypatch.setattr(features, "Worker", Worker)
     with pytest.raises(ValueError, match="image: open_clip has other features than clipmoe_jax"):
         features.measure("image", [features.OURS, features.OPEN_CLIP], {"dtype": "float32"}, 1)
+
+
+def test_parts_of_a_compilation_are_named_and_add_up(tmp_path):
+    with profiles.trace(str(tmp_path), device=False):
+        began = time.perf_counter()
+        jax.jit(lambda x: jax.nn.softmax(x @ x)).lower(np.ones((16, 16), np.float32)).compile()
+        seconds = time.perf_counter() - began
+    parts = {part["part"]: part for part in profiles.parts(str(tmp_path))}
+    assert "CpuCompiler::RunBackend" in parts, sorted(parts)
+    assert all(part["seconds"] >= 0 and part["times"] >= 1 for part in parts.values())
+    assert parts["CpuCompiler::RunBackend"]["seconds"] < seconds
