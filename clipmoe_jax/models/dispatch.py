@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clipmoe_jax.models.experts import make_grouped_mlp
 from clipmoe_jax.models.feed_forward import FeedForward, Weights
@@ -131,8 +131,8 @@ def capacity(
     rows = math.ceil(capacity_factor * num_tokens * num_selected / num_experts)
     rows = min(rows, num_tokens)
     slot_expert = expert_ids.T.reshape(-1)  # all first choices, then all second choices
-    one_hot = jax.nn.one_hot(slot_expert, num_experts, dtype=jnp.int32)
-    place = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=1)
+    chosen, counts = _count(slot_expert, num_experts)
+    place = jnp.sum(jnp.where(chosen, counts - 1, 0), axis=0)
     kept = place < rows
     destination = jnp.where(kept, slot_expert * rows + place, num_experts * rows)
 
@@ -207,6 +207,14 @@ def _sum_of_products(gates: Array, bias: Array) -> Array:
     return jnp.sum(gates[:, :, None] * bias, axis=1)
 
 
+def _count(
+    slot_expert: Int[Array, " slots"], num_experts: int
+) -> tuple[Bool[Array, "E slots"], Int[Array, "E slots"]]:
+    """Returns which slots are each expert's, and how many of its slots there are up to and with each slot."""
+    chosen = slot_expert == jnp.arange(num_experts)[:, None]
+    return chosen, jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
+
+
 def _sort_by_expert(
     slot_expert: Int[Array, " slots"], num_experts: int, multiple: int, spare_rows: int
 ) -> tuple[Int[Array, " R"], Int[Array, " slots"], Int[Array, " E"]]:
@@ -221,8 +229,7 @@ def _sort_by_expert(
     """
     slots = jnp.arange(len(slot_expert))
     num_rows = len(slots) + num_experts * (multiple - 1) + spare_rows
-    chosen = slot_expert == jnp.arange(num_experts)[:, None]
-    counts = jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
+    chosen, counts = _count(slot_expert, num_experts)
     group_sizes = counts[:, -1] + -counts[:, -1] % multiple
     before_first = jnp.cumsum(group_sizes) - group_sizes - 1
     position = jnp.sum(jnp.where(chosen, before_first[:, None] + counts, 0), axis=0)

@@ -155,7 +155,7 @@ def test_other_features_are_refused(monkeypatch):
         features.measure("image", [features.OURS, features.OPEN_CLIP], {"dtype": "float32"}, 1)
 
 
-def test_parts_of_a_compilation_are_named_and_add_up(tmp_path):
+def test_parts_of_a_compilation_are_named_and_timed(tmp_path):
     with profiles.trace(str(tmp_path), device=False):
         began = time.perf_counter()
         jax.jit(lambda x: jax.nn.softmax(x @ x)).lower(np.ones((16, 16), np.float32)).compile()

@@ -340,7 +340,7 @@ def test_few_rows_are_multiplied_in_narrow_blocks_alone(params, x):
 
 
 @pytest.mark.parametrize(("multiple", "spare_rows"), [(1, 0), (1, 64), (128, 37)])
-def test_slots_are_sorted_by_expert_without_a_sort(multiple, spare_rows):
+def test_slots_are_sorted_by_expert(multiple, spare_rows):
     num_experts = 4
     slot_expert = np.random.default_rng(0).integers(0, num_experts + 1, 300, np.int32)  # 4: no expert here
     sort = functools.partial(
